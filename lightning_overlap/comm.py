@@ -1,0 +1,377 @@
+"""Groups of ranks and the transfers between them: the only door to collectives.
+
+A transfer is *posted* and gives a :class:`Pending`, which owns its buffers until it is *waited* for.
+
+gloo: reduce-scatter and all-gather are built from point-to-point transfers, because the stock ones move about twice the
+bytes that the link has to carry. Receives are posted before sends, so that both directions of a link run at once.
+Reduce and gather have a process group, that is a set of connections, each. Whatever holds back on one cannot hold up the
+other, which is what makes an order of priority safe: a gather is sent in chunks, the most urgent first, and only while
+this rank has no reduce to send. A rank never waits for a gather before it has posted the receives of all of them, so a
+chunk in flight always finds its receiver.
+
+NCCL: the native asynchronous collectives, in the order of their posting; never a host synchronisation.
+"""
+
+from __future__ import annotations
+
+import heapq
+import itertools
+import queue
+import threading
+import time
+from collections.abc import Callable, Sequence
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+CHUNK_BYTES = 1 << 20
+"""A gather is cut into chunks of this size: what a more urgent transfer waits for at most is the window of chunks."""
+WINDOW = 2
+"""Chunks in flight on the gather connections: one on the link and one ready behind it."""
+_MAX_CHUNKS = 1 << 14
+
+
+class TransferError(RuntimeError):
+    """A transfer failed: a peer died, the link is cut, or the timeout has passed."""
+
+
+class Pending:
+    """A posted transfer.
+
+    Attributes:
+        label: what is transferred, such as ``data.grads[3]``.
+        nbytes: bytes that this rank sends.
+        posted: when it was posted, in seconds of :func:`time.perf_counter`.
+        waited: seconds for which :meth:`wait` blocked, once it has returned: the exposed part.
+    """
+
+    def __init__(self, group: Group, label: str, nbytes: int, finish: Callable[[], Tensor]) -> None:
+        self.label = label
+        self.nbytes = nbytes
+        self.posted = time.perf_counter()
+        self.waited: float | None = None
+        self._group = group
+        self._finish: Callable[[], Tensor] | None = finish
+        self._result: Tensor | None = None
+        self._works: list[tuple[Any, int]] = []  # waited for by the thread that calls wait()
+        self._sends = 0  # chunks that the sending thread has still to send
+        self._arrived = threading.Event()  # set by the waiting thread, where there is one
+        self._arrived.set()
+        self._sent = threading.Event()
+        self._sent.set()
+        self._error: Exception | None = None
+
+    def arrived(self) -> bool:
+        """Whether :meth:`wait` would return at once. Known only of transfers that a thread waits for (gloo's reduce)."""
+        return self._arrived.is_set() and not self._works
+
+    def wait(self) -> Tensor:
+        """Blocks until the result is complete (on CUDA: makes the current stream wait) and returns it. Idempotent.
+
+        Raises:
+            TransferError: naming the transfer and the peers.
+        """
+        if self._finish is not None:
+            start = time.perf_counter()
+            self._arrived.wait()
+            peer = -1
+            try:
+                if self._error is not None:
+                    raise self._error
+                for work, peer in self._works:
+                    work.wait()
+            except RuntimeError as error:
+                raise self._group.failure(self.label, peer, error) from error
+            self.waited = time.perf_counter() - start
+            self._group.exposed += self.waited
+            self._works.clear()
+            finish, self._finish = self._finish, None
+            self._result = finish()
+        assert self._result is not None, "the finish of a transfer gives its result"
+        return self._result
+
+    def wait_sent(self) -> None:
+        """Blocks until this rank's part has left its buffer, which may then be written again."""
+        self._sent.wait()
+        if self._error is not None:
+            raise self._group.failure(self.label, -1, self._error) from self._error
+
+    def _settle(self, error: Exception | None = None) -> None:
+        self._error = self._error or error
+        self._arrived.set()
+        self._sent.set()
+
+
+class _Threads:
+    """The waiting of a gloo group, given to two threads: one waits for reduces, one sends the chunks of gathers.
+
+    gloo's point-to-point transfers can be waited for once and not polled, so somebody has to stand and wait. The threads
+    hold Python's lock for microseconds; all arithmetic stays on the main thread.
+    """
+
+    def __init__(self, group: Group) -> None:
+        self._group = group
+        self._reduces: queue.SimpleQueue[tuple[Pending, list[tuple[Any, int]]] | None] = queue.SimpleQueue()
+        self._chunks: list[tuple[int, int, Tensor, int, int, Pending]] = []
+        self._number = itertools.count()
+        self._reducing = 0
+        self._closing = False
+        self._changed = threading.Condition()
+        self._members = [
+            threading.Thread(target=target, name=f"{group.name}.{target.__name__}", daemon=True)
+            for target in (self._wait_for_reduces, self._send_chunks)
+        ]
+        for thread in self._members:
+            thread.start()
+
+    def wait_for(self, pending: Pending, works: list[tuple[Any, int]]) -> None:
+        pending._arrived.clear()
+        with self._changed:
+            self._reducing += 1
+        self._reduces.put((pending, works))
+
+    def send(self, pending: Pending, priority: int, chunks: list[tuple[Tensor, int, int]]) -> None:
+        pending._sent.clear()
+        pending._sends = len(chunks)
+        with self._changed:
+            for tensor, peer, tag in chunks:
+                heapq.heappush(self._chunks, (priority, next(self._number), tensor, peer, tag, pending))
+            self._changed.notify()
+
+    def close(self) -> None:
+        self._reduces.put(None)
+        with self._changed:
+            self._closing = True
+            self._changed.notify()
+        for thread in self._members:
+            thread.join()
+
+    def _wait_for_reduces(self) -> None:
+        last = 0.0
+        while (item := self._reduces.get()) is not None:
+            pending, works = item
+            try:
+                for work, peer in works:
+                    work.wait()
+            except RuntimeError as error:
+                pending._settle(self._group.failure(pending.label, peer, error))
+            now = time.perf_counter()
+            self._group.busy += now - max(pending.posted, last)
+            last = now
+            pending._settle()
+            with self._changed:
+                self._reducing -= 1
+                self._changed.notify()
+
+    def _send_chunks(self) -> None:
+        flying: list[tuple[Any, int, Pending, float]] = []
+        last = 0.0
+        while True:
+            with self._changed:
+                # With a chunk in flight there is something to wait for below; without one, only for a change.
+                self._changed.wait_for(lambda: flying or self._closing or (self._chunks and not self._reducing))
+                if self._closing and not flying and not self._chunks:
+                    return
+                while self._chunks and not self._reducing and len(flying) < WINDOW:
+                    _, _, tensor, peer, tag, pending = heapq.heappop(self._chunks)
+                    try:
+                        work = dist.isend(tensor, peer, self._group.gathers, tag)
+                    except RuntimeError as failed:  # the connection is down already
+                        pending._settle(self._group.failure(pending.label, -1, failed))
+                    else:
+                        flying.append((work, peer, pending, time.perf_counter()))
+            if not flying:
+                continue
+            work, peer, pending, posted = flying.pop(0)
+            error: Exception | None = None
+            try:
+                work.wait()
+            except RuntimeError as failed:
+                error = self._group.failure(pending.label, peer, failed)
+            now = time.perf_counter()
+            self._group.busy += now - max(posted, last)
+            last = now
+            pending._sends -= 1
+            if error is not None or pending._sends == 0:
+                pending._settle(error)
+
+
+class Group:
+    """Ranks along some axes of the mesh.
+
+    Args:
+        ranks: global ranks of the members, in the order of their rank in the group.
+        name: names the group in errors.
+        reduces: the process group of reduces, and of everything that is not a gather.
+        gathers: the process group of gathers.
+
+    Attributes:
+        exposed: seconds for which the main thread has blocked in waits.
+        busy: seconds in which transfers were in flight, reduces and gathers added (gloo).
+        sent: bytes sent by this rank.
+    """
+
+    def __init__(self, ranks: Sequence[int], name: str, reduces: Any, gathers: Any) -> None:
+        self.ranks = tuple(ranks)
+        self.size = len(self.ranks)
+        self.rank = self.ranks.index(dist.get_rank())
+        self.name = name
+        self.reduces = reduces
+        self.gathers = gathers
+        self.exposed = self.busy = 0.0
+        self.sent = 0
+        self._pool: list[Tensor] = []
+        self._native = dist.get_backend(reduces) == "nccl"
+        self._threads = None if self._native or self.size == 1 else _Threads(self)
+
+    def all_reduce(self, x: Tensor, *, label: str, average: bool = False) -> Pending:
+        """Sums ``x`` over the group, in place; the mean of the ranks if ``average``."""
+        scale = average and not self._native
+        pending = Pending(self, label, 2 * x.nbytes, lambda: x.div_(self.size) if scale else x)
+        if self.size > 1:
+            op = dist.ReduceOp.AVG if average and self._native else dist.ReduceOp.SUM
+            self._wait_for(pending, [(dist.all_reduce(x, op, self.reduces, async_op=True), -1)])
+            self.sent += pending.nbytes
+        return pending
+
+    def reduce_scatter(
+        self, x: Tensor, bounds: Sequence[int], *, key: int, label: str, average: bool = False, wire: torch.dtype | None = None
+    ) -> Pending:
+        """Sums ``x`` over the group; each rank gets its own piece, in place.
+
+        Args:
+            x: 1-d tensor, contiguous; what is outside this rank's piece is undefined afterwards where ``wire`` is set.
+            bounds: ``size + 1`` offsets into ``x``; the piece of rank r is ``x[bounds[r]:bounds[r + 1]]``. May be uneven.
+            key: tells this transfer from others in flight; the same on all ranks.
+            label: names it in traces and errors.
+            average: divide by the size of the group.
+            wire: dtype of the transfer. The sum is then made in fp32 (as the reference's
+                ``reduce_scatter_with_fp32_accumulation``).
+
+        Returns:
+            The pending piece.
+        """
+        own = x[bounds[self.rank] : bounds[self.rank + 1]]
+        dtype = wire or x.dtype
+        outgoing = {p: x[bounds[p] : bounds[p + 1]].to(dtype) for p in range(self.size) if p != self.rank}
+        nbytes = sum(piece.nbytes for piece in outgoing.values())
+        if self.size == 1:
+            return Pending(self, label, 0, lambda: own)
+        self.sent += nbytes
+        even = len({b - a for a, b in itertools.pairwise(bounds)}) == 1
+        if self._native and wire is None and even:
+            op = dist.ReduceOp.AVG if average else dist.ReduceOp.SUM
+            pending = Pending(self, label, nbytes, lambda: own)
+            pending._works.append((dist.reduce_scatter_tensor(own, x, op, self.reduces, async_op=True), -1))
+            return pending
+
+        incoming = {p: self._take(own.numel(), dtype, x.device) for p in outgoing}
+
+        def fold() -> Tensor:
+            # The order of the sum is fixed: this rank's own, then the others by rank.
+            total = own if wire is None or own.dtype == torch.float32 else own.float()
+            for buffer in incoming.values():
+                total.add_(buffer[: own.numel()])
+            if average:
+                total.div_(self.size)
+            self._pool.extend(incoming.values())
+            outgoing.clear()
+            return own if total is own else own.copy_(total)
+
+        pending = Pending(self, label, nbytes, fold)
+        works = [self._receive(incoming[p][: own.numel()], p, self.reduces, key) for p in outgoing if own.numel()]
+        works += [self._send(piece, p, self.reduces, key) for p, piece in outgoing.items() if piece.numel()]
+        self._wait_for(pending, works)
+        return pending
+
+    def all_gather(self, x: Tensor, bounds: Sequence[int], *, key: int, label: str, priority: int = 0) -> Pending:
+        """Fills ``x`` with every rank's piece, in place. ``bounds``, ``key``, ``label``: as in :meth:`reduce_scatter`.
+
+        Args:
+            x: 1-d tensor, contiguous, of which this rank's piece is set.
+            bounds: as in :meth:`reduce_scatter`.
+            key: as in :meth:`reduce_scatter`.
+            label: as in :meth:`reduce_scatter`.
+            priority: where gathers compete for the link, the lowest is sent first.
+        """
+        pieces = [x[a:b] for a, b in itertools.pairwise(bounds)]
+        own = pieces[self.rank]
+        pending = Pending(self, label, own.nbytes * (self.size - 1), lambda: x)
+        if self.size == 1:
+            return pending
+        self.sent += pending.nbytes
+        if self._threads is None:
+            if len({piece.numel() for piece in pieces}) == 1:
+                work = dist.all_gather_into_tensor(x, own, self.gathers, async_op=True)
+                pending._works.append((work, -1))
+            else:
+                for source, piece in enumerate(pieces):
+                    work = dist.broadcast(piece, self.ranks[source], self.gathers, async_op=True)
+                    pending._works.append((work, source))
+            return pending
+        peers = [(self.rank + i) % self.size for i in range(1, self.size)]
+        for p in peers:
+            for i, chunk in enumerate(_chunks(pieces[p])):
+                pending._works.append(self._receive(chunk, p, self.gathers, key * _MAX_CHUNKS + i))
+        chunks = [
+            (chunk, self.ranks[p], key * _MAX_CHUNKS + i) for i, chunk in enumerate(_chunks(own)) for p in peers
+        ]
+        if chunks:
+            self._threads.send(pending, priority, chunks)
+        return pending
+
+    def close(self) -> None:
+        """Ends the group's threads. All its transfers must have been waited for."""
+        if self._threads is not None:
+            self._threads.close()
+            self._threads = None
+
+    def failure(self, label: str, peer: int, error: Exception) -> TransferError:
+        """The error of a failed transfer: which it was, with whom, and what the backend said."""
+        if isinstance(error, TransferError):
+            return error
+        others = [r for r in self.ranks if r != self.ranks[self.rank]]
+        who = f"rank {self.ranks[peer] if 0 <= peer < self.size else others}"
+        return TransferError(
+            f"transfer {label!r} of group {self.name!r} between rank {self.ranks[self.rank]} and {who} failed: {error}. "
+            "The peer has ended or cannot be reached; see its log. Resume from the last checkpoint."
+        )
+
+    def _wait_for(self, pending: Pending, works: list[tuple[Any, int]]) -> None:
+        if self._threads is not None:
+            self._threads.wait_for(pending, works)
+        else:
+            pending._works += works
+
+    def _receive(self, x: Tensor, peer: int, group: Any, tag: int) -> tuple[Any, int]:
+        return dist.irecv(x, self.ranks[peer], group, tag), peer
+
+    def _send(self, x: Tensor, peer: int, group: Any, tag: int) -> tuple[Any, int]:
+        return dist.isend(x, self.ranks[peer], group, tag), peer
+
+    def _take(self, numel: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """A receive buffer: one that is free, since fresh memory costs a page fault for every 4 KiB."""
+        for i, buffer in enumerate(self._pool):
+            if buffer.numel() >= numel and buffer.dtype == dtype:
+                return self._pool.pop(i)
+        return torch.empty(numel, dtype=dtype, device=device)
+
+
+def _chunks(x: Tensor) -> Sequence[Tensor]:
+    """``x`` in pieces of CHUNK_BYTES; of more, where that would be too many to number."""
+    step = max(CHUNK_BYTES // x.element_size(), -(-x.numel() // _MAX_CHUNKS))
+    return x.split(step) if x.numel() else ()
+
+
+def make_group(rank_sets: Sequence[Sequence[int]], name: str, timeout: timedelta) -> Group:
+    """The group of this rank among disjoint ``rank_sets``. Collective over the world: all ranks name the same sets."""
+    mine: Group | None = None
+    for ranks in rank_sets:
+        pair = [dist.new_group(ranks, timeout=timeout) for _ in ("reduces", "gathers")] if len(ranks) > 1 else [None, None]
+        if dist.get_rank() in ranks:
+            mine = Group(ranks, name, *pair)
+    assert mine is not None, f"rank {dist.get_rank()} is in none of {rank_sets}"
+    return mine

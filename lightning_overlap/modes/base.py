@@ -1,0 +1,77 @@
+"""What a mode may do."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+if TYPE_CHECKING:
+    from lightning_overlap.config import OverlapConfig
+    from lightning_overlap.mesh import ParallelMesh
+    from lightning_overlap.plan import Plan
+
+
+class OverlapMode:
+    """One way to shard work and hide the communication it costs. Override what the mode needs.
+
+    Args:
+        plan: what was decided.
+        config: what was asked for.
+        mesh: the ranks.
+        timeout: how long a transfer may take.
+    """
+
+    def __init__(self, plan: Plan, config: OverlapConfig, mesh: ParallelMesh, timeout: timedelta) -> None:
+        self.plan = plan
+        self.config = config
+        self.mesh = mesh
+        self.timeout = timeout
+
+    def parallelize(self, model: nn.Module) -> None:
+        """Takes this rank's share of the model."""
+
+    def prepare_optimizers(self, optimizers: Sequence[Optimizer]) -> None:
+        """Repoints the user's optimizers to what this rank updates."""
+
+    def shard_batch(self, batch: Any) -> Any:
+        """This rank's share of a batch."""
+        return batch
+
+    def hold_gradient_sync(self) -> AbstractContextManager[None]:
+        """Backwards in this context only accumulate: all but the last of an accumulation window."""
+        return nullcontext()
+
+    def start_backward(self) -> None:
+        """Before each backward."""
+
+    def finish_backward(self) -> None:
+        """After each backward: gradients are complete then, unless they are held."""
+
+    def before_step(self, optimizer: Optimizer) -> None:
+        """Before ``optimizer.step()``. A gradient that is used up here is set to None, so that the step leaves it out."""
+
+    def after_step(self, optimizer: Optimizer) -> None:
+        """After ``optimizer.step()``."""
+
+    def reduce_norm(self, sum_of_squares: Tensor) -> Tensor:
+        """The sum over the ranks that hold different parts of the gradients."""
+        return sum_of_squares
+
+    def sync_parameters(self) -> None:
+        """Weights are complete after this: before evaluation, checkpoints, and whatever reads them."""
+
+    def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any] | None:
+        """The state for a checkpoint, as the unsharded optimizer's ``state_dict()``; None if this mode shards none."""
+        return None
+
+    def load_optimizer_state(self, optimizer: Optimizer, state: dict[str, Any]) -> bool:
+        """Loads such a state; False if this mode shards none."""
+        return False
+
+    def close(self) -> None:
+        """Leaves the model as it was found, with its present weights."""

@@ -1,0 +1,1 @@
+"""Data parallelism: gradients reduced under backward, parameters gathered under the next forward."""

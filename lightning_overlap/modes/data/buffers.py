@@ -1,0 +1,114 @@
+"""Flat buffers: parameters and gradients of one dtype, cut into buckets."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from lightning_overlap.comm import Pending
+from lightning_overlap.modes.data.layout import Bucket
+
+
+@dataclass(eq=False)
+class Segment:
+    """A contiguous run of this rank's piece of a bucket that one optimizer group updates: one parameter to the optimizer.
+
+    Attributes:
+        parameter: what the user's optimizer holds. fp32: a view of the flat parameters, or of fp32 main parameters.
+        group: index of the optimizer's parameter group.
+        start: offset in the bucket, in elements.
+        end: offset in the bucket, in elements.
+    """
+
+    parameter: nn.Parameter
+    group: int
+    start: int
+    end: int
+
+
+@dataclass(eq=False)
+class LiveBucket:
+    """A bucket with its tensors and where it stands in the step."""
+
+    layout: Bucket
+    key: int
+    label: str
+    names: tuple[str, ...]
+    parameters: tuple[nn.Parameter, ...]
+    data: Tensor
+    grads: Tensor
+    bounds: tuple[int, ...]
+    rank: int
+    order: int
+    segments: list[Segment] = field(default_factory=list)
+    main: Tensor | None = None
+    """fp32 main parameters of this rank's piece, where the parameters are not fp32."""
+    missing: set[int] = field(default_factory=set)
+    """ids of the parameters without a gradient in this backward."""
+    launched: bool = False
+    reduced: bool = False
+    """Gradients are reduced and not used yet."""
+    gather: Pending | None = None
+    sending: Pending | None = None
+
+    @property
+    def own(self) -> slice:
+        """This rank's piece."""
+        return slice(self.bounds[self.rank], self.bounds[self.rank + 1])
+
+    def views(self, flat: Tensor) -> list[Tensor]:
+        """Each parameter's part of ``flat`` (``data`` or ``grads``), in the parameter's shape."""
+        start = self.layout.start
+        return [
+            flat[slot.start - start : slot.end - start].view(p.shape)
+            for slot, p in zip(self.layout.slots, self.parameters, strict=True)
+        ]
+
+
+def flatten(
+    named: Sequence[tuple[str, nn.Parameter]],
+    layout: Sequence[Bucket],
+    *,
+    grad_dtype: torch.dtype,
+    shards: int,
+    rank: int,
+    whole: bool,
+    first_key: int,
+) -> list[LiveBucket]:
+    """Moves parameters (of one dtype and device) into one flat buffer, of which they become views, and makes one for gradients."""
+    size, first = layout[-1].end, named[0][1]
+    data = torch.zeros(size, dtype=first.dtype, device=first.device)
+    grads = torch.zeros(size, dtype=grad_dtype, device=first.device)
+    buckets = []
+    for bucket in layout:
+        chosen = [named[slot.parameter] for slot in bucket.slots]
+        key = first_key + bucket.index
+        live = LiveBucket(
+            layout=bucket,
+            key=key,
+            label=f"[{key}]",
+            names=tuple(name for name, _ in chosen),
+            parameters=tuple(p for _, p in chosen),
+            data=data[bucket.start : bucket.end],
+            grads=grads[bucket.start : bucket.end],
+            bounds=bucket.bounds(shards, whole=whole),
+            rank=rank,
+            # Registered last, used last: until a forward has been seen, the last bucket is the first one needed.
+            order=len(layout) - bucket.index,
+        )
+        for parameter, view in zip(live.parameters, live.views(live.data), strict=True):
+            view.copy_(parameter.data)
+            parameter.data = view
+        buckets.append(live)
+    return buckets
+
+
+def unflatten(buckets: Sequence[LiveBucket]) -> None:
+    """Gives each parameter a storage of its own again."""
+    for bucket in buckets:
+        for parameter in bucket.parameters:
+            parameter.data = parameter.data.clone()
+            parameter.grad = None

@@ -1,0 +1,51 @@
+"""Reading a parameter completes it, wherever the reader stands.
+
+While a bucket is gathered under the next forward, its weights are partly old. Waiting in a forward pre-hook of the module
+that owns them is not enough: ``nn.MultiheadAttention`` reads its child's weight without calling the child, tied heads read
+``embedding.weight``, callbacks copy weights for averages. All of them go through ``module._parameters``, so that is where
+the wait is. (DeepSpeed's ZeRO-3 intercepts the same place for parameters that are used outside their module.)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, ItemsView, Sized, ValuesView
+from typing import Any, TypeVar
+
+from torch import nn
+
+T = TypeVar("T")
+
+
+class GuardedParameters(dict[str, "nn.Parameter | None"]):
+    """``module._parameters`` that calls ``complete(parameter)`` before it gives one away, while ``incomplete`` is not empty."""
+
+    def __init__(
+        self, plain: dict[str, nn.Parameter | None], incomplete: Sized, complete: Callable[[nn.Parameter], None]
+    ) -> None:
+        super().__init__(plain)
+        self._incomplete = incomplete
+        self._complete = complete
+
+    def _checked(self, parameter: nn.Parameter | None) -> nn.Parameter | None:
+        if self._incomplete and parameter is not None:
+            self._complete(parameter)
+        return parameter
+
+    def __getitem__(self, name: str) -> nn.Parameter | None:
+        return self._checked(super().__getitem__(name))
+
+    def get(self, name: str, default: Any = None) -> Any:
+        return self[name] if name in self else default
+
+    def values(self) -> ValuesView[nn.Parameter | None]:
+        for parameter in super().values():
+            self._checked(parameter)
+        return super().values()
+
+    def items(self) -> ItemsView[str, nn.Parameter | None]:
+        self.values()
+        return super().items()
+
+    def __reduce__(self) -> Any:
+        # A copy or a pickle of the module is an ordinary module.
+        return dict, (dict(self.items()),)

@@ -1,0 +1,104 @@
+"""Where each parameter lies in the flat buffers, and where each bucket begins and ends. Arithmetic only.
+
+The rules are Megatron-Core's, since they decide the bytes of sharded states: parameters in reverse order of registration
+(close to the order of their gradients); a bucket closes once it holds at least ``bucket_size`` elements, and never splits
+a parameter. With sharding, each parameter starts at a multiple of 64 elements and each bucket ends at a multiple of
+``lcm(shards, 128)``, or ``lcm(shards, 128, 2**16)`` for NCCL's bus bandwidth.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+
+PARAMETER_ALIGNMENT = 64
+
+
+def pad(offset: int, multiple: int) -> int:
+    """``offset`` rounded up to a multiple."""
+    return -(-offset // multiple) * multiple
+
+
+def bucket_multiple(shards: int, high_busbw: bool = False) -> int:
+    """What the end of a sharded bucket is a multiple of, in elements."""
+    return math.lcm(shards, 128, 2**16 if high_busbw else 1)
+
+
+@dataclass(frozen=True)
+class Slot:
+    """Place of a parameter, in elements of the flat buffer."""
+
+    parameter: int
+    start: int
+    end: int
+
+
+@dataclass(frozen=True)
+class Bucket:
+    """A piece of the flat buffer that is transferred at once, in elements; ``end`` includes padding."""
+
+    index: int
+    start: int
+    end: int
+    slots: tuple[Slot, ...]
+
+    def bounds(self, shards: int, *, whole: bool) -> tuple[int, ...]:
+        """``shards + 1`` offsets from ``start``: the ranks' pieces, equal ones, or runs of whole parameters.
+
+        Whole parameters are dealt out in their order, each to the rank in whose equal piece its middle lies, so that no
+        piece is far from an equal one unless a single parameter is.
+        """
+        size = self.end - self.start
+        equal = [size * r // shards for r in range(shards + 1)]
+        if not whole:
+            return tuple(equal)
+        cuts = [0] * shards + [size]
+        for rank in range(1, shards):
+            inside = [s.start - self.start for s in self.slots if (s.start + s.end) / 2 - self.start >= equal[rank]]
+            cuts[rank] = min(inside, default=size)
+        return tuple(cuts)
+
+
+def lay_out(
+    sizes: Sequence[int],
+    *,
+    bucket_size: int | None,
+    shards: int = 1,
+    sharded: bool,
+    high_busbw: bool = False,
+    isolated: Collection[int] = (),
+) -> tuple[Bucket, ...]:
+    """Buckets of parameters.
+
+    Args:
+        sizes: elements of each parameter, in the order of registration (or in reverse of the order seen in backward).
+        bucket_size: a bucket closes at this number of elements; None: one bucket.
+        shards: ranks over which a bucket is sharded.
+        sharded: whether the optimizer is distributed; without, nothing is padded.
+        high_busbw: pad the ends of buckets further.
+        isolated: parameters that get a bucket of their own (tied embeddings that another stage shards alike).
+    """
+    buckets: list[Bucket] = []
+    slots: list[Slot] = []
+    start = offset = 0
+
+    def close() -> None:
+        nonlocal start, offset, slots
+        if slots:
+            end = pad(offset, bucket_multiple(shards, high_busbw)) if sharded else offset
+            buckets.append(Bucket(len(buckets), start, end, tuple(slots)))
+            start, offset, slots = end, end, []
+
+    for parameter in reversed(range(len(sizes))):
+        alone = sharded and parameter in isolated
+        if alone:
+            close()
+        if sharded:
+            offset = pad(offset, PARAMETER_ALIGNMENT)
+        slots.append(Slot(parameter, offset, offset + sizes[parameter]))
+        offset += sizes[parameter]
+        if alone or (bucket_size is not None and offset - start >= bucket_size):
+            close()
+    close()
+    return tuple(buckets)

@@ -1,0 +1,478 @@
+"""The data-parallel mode: gradients reduced under backward, parameters gathered under the next forward.
+
+    forward   | block 1 | block 2 | ...          | head |
+    gather     1 | 2 | 3 | ...           |                          waited for where a weight is read (guard.py)
+    backward                                     | head | ... | block 2 | block 1 |
+    reduce                                               | head | ... | block 2 | block 1 |
+    update                                                      | head | ...    | 2 | 1 |
+
+A bucket is reduced as soon as the last of its gradients is there, updated on the rank that owns a piece of it, and
+gathered, in the order in which forward reads it.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections import deque
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from lightning_overlap.comm import Group, Pending, make_group
+from lightning_overlap.decision import ConfigError
+from lightning_overlap.modes.base import OverlapMode
+from lightning_overlap.modes.data import state
+from lightning_overlap.modes.data.buffers import LiveBucket, Segment, flatten, unflatten
+from lightning_overlap.modes.data.guard import GuardedParameters
+from lightning_overlap.modes.data.layout import lay_out
+
+if TYPE_CHECKING:
+    from lightning_overlap.config import OverlapConfig
+    from lightning_overlap.mesh import ParallelMesh
+    from lightning_overlap.plan import Plan
+
+
+class DataMode(OverlapMode):
+    """See the module's docstring. Inert where the data axis has one rank."""
+
+    def __init__(self, plan: Plan, config: OverlapConfig, mesh: ParallelMesh, timeout: timedelta) -> None:
+        super().__init__(plan, config, mesh, timeout)
+        self._on = plan.degrees.dp > 1
+        self._buckets: list[LiveBucket] = []
+        self._home: dict[int, tuple[LiveBucket, Tensor]] = {}  # id of a parameter -> its bucket and its gradient's view
+        self._incomplete: set[int] = set()  # keys of the buckets that are being gathered
+        self._reducing: deque[tuple[LiveBucket, Pending]] = deque()
+        self._crossing: deque[tuple[LiveBucket, Pending]] = deque()
+        self._waiting_to_gather: list[LiveBucket] = []
+        self._seen: dict[int, None] = {}  # keys of the buckets in the order in which this forward reads them
+        self._fired: set[int] = set()  # ids of the parameters with a gradient in this accumulation window
+        self._carried: dict[Segment, Tensor] = {}
+        self._optimizer: Optimizer | None = None
+        self._hooks: list[Any] = []
+        self._guarded: list[nn.Module] = []
+        self._held = self._backward_open = self._said_unused = False
+        if not self._on:
+            return
+        own = config.data_parallel
+        self._sharded = plan.choice("data_parallel.distributed_optimizer") != "off"
+        self._whole = plan.choice("data_parallel.distributed_optimizer") == "whole parameters"
+        self._scatter = plan.choice("data_parallel.gradients") == "reduce-scatter"
+        self._in_backward = plan.choice("data_parallel.overlap_grad_reduce") == "in backward"
+        self._under_forward = plan.choice("data_parallel.overlap_param_gather") == "under next forward"
+        self._step_in_backward = plan.choice("data_parallel.overlap_optimizer_step") == "in backward"
+        self._step_by_bucket = plan.choice("data_parallel.overlap_optimizer_step") != "off"
+        self._prefetch = None if own.param_gather_prefetch == "all" else int(own.param_gather_prefetch)
+        self._wire = torch.bfloat16 if own.reduce_scatter_with_fp32_accumulation else None
+        self._groups(own.num_optimizer_instances)
+
+    def _groups(self, instances: int) -> None:
+        ranks = self.mesh.groups("dp")
+        size = len(ranks[0]) // instances
+        inner = [row[i : i + size] for row in ranks for i in range(0, len(row), size)]
+        outer = [row[i::size] for row in ranks for i in range(size)]
+        self.group: Group = make_group(inner, "data", self.timeout)
+        self._instances = make_group(outer, "data.instances", self.timeout) if instances > 1 else None
+
+    # -- set-up ------------------------------------------------------------------------------------------------------
+
+    def parallelize(self, model: nn.Module) -> None:
+        if not self._on:
+            return
+        own = self.config.data_parallel
+        kinds: dict[tuple[torch.dtype, torch.device], list[tuple[str, nn.Parameter]]] = {}
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad:
+                kinds.setdefault((parameter.dtype, parameter.device), []).append((name, parameter))
+        for (dtype, _), named in kinds.items():
+            layout = lay_out(
+                [p.numel() for _, p in named],
+                bucket_size=int(self.plan.choice("data_parallel.bucket_size")),
+                shards=self.group.size,
+                sharded=self._sharded,
+                high_busbw=own.pad_buckets_for_high_nccl_busbw,
+            )
+            self._buckets += flatten(
+                named,
+                layout,
+                # Without a distributed optimizer the gradients are the user's, in the parameters' dtype.
+                grad_dtype=torch.float32 if self._sharded and own.grad_reduce_dtype == "fp32" else dtype,
+                shards=self.group.size,
+                rank=self.group.rank,
+                whole=self._whole,
+                first_key=len(self._buckets),
+            )
+        for bucket in self._buckets:
+            for parameter, view in zip(bucket.parameters, bucket.views(bucket.grads), strict=True):
+                self._home[id(parameter)] = (bucket, view)
+                self._hooks.append(parameter.register_post_accumulate_grad_hook(self._on_gradient))
+        if self._sharded:
+            self._guard(model)
+
+    def _guard(self, model: nn.Module) -> None:
+        for module in model.modules():
+            own = [p for p in module._parameters.values() if p is not None and id(p) in self._home]
+            if own:
+                # Modules such as nn.LSTM keep their weights in lists of their own, past the guard.
+                self._hooks.append(module.register_forward_pre_hook(self._before_forward))
+                guarded = GuardedParameters(module._parameters, self._incomplete, self._complete)
+                module._parameters = guarded  # type: ignore[assignment]
+                self._guarded.append(module)
+
+    def _before_forward(self, module: nn.Module, _: Any) -> None:
+        if self._incomplete:
+            module._parameters.values()
+
+    def prepare_optimizers(self, optimizers: Sequence[Optimizer]) -> None:
+        if not self._on:
+            return
+        everything = [p for o in optimizers for group in o.param_groups for p in group["params"]]
+        strange = [p for p in everything if p.requires_grad and id(p) not in self._home]
+        if strange:
+            raise ConfigError(
+                f"{len(strange)} parameters of the optimizer are not parameters of the module at setup. Create parameters in "
+                "__init__ or configure_model, and give the optimizer only those of self.parameters()."
+            )
+        if not self._sharded or not optimizers:
+            return
+        (self._optimizer,) = optimizers
+        group_of = {id(p): g for g, group in enumerate(self._optimizer.param_groups) for p in group["params"]}
+        self._names = state.original_names(self._optimizer, self._buckets)
+        held: list[list[nn.Parameter]] = [[] for _ in self._optimizer.param_groups]
+        for bucket in self._buckets:
+            self._segment(bucket, group_of)
+            for segment in bucket.segments:
+                held[segment.group].append(segment.parameter)
+        for group, parameters in zip(self._optimizer.param_groups, held, strict=True):
+            group["params"] = parameters
+        self._held_parameters = held
+
+    def _segment(self, bucket: LiveBucket, group_of: dict[int, int]) -> None:
+        """Cuts this rank's piece of a bucket where the optimizer's group changes (at every parameter, if they stay whole)."""
+        own = bucket.own
+        if bucket.data.dtype != torch.float32:
+            bucket.main = bucket.data[own].float()
+        runs: list[tuple[int, int, int, nn.Parameter]] = []  # group, start, end, first parameter
+        for slot, parameter in zip(bucket.layout.slots, bucket.parameters, strict=True):
+            start = max(slot.start - bucket.layout.start, own.start)
+            end = min(slot.end - bucket.layout.start, own.stop)
+            group = group_of.get(id(parameter))
+            if start >= end or group is None:
+                continue
+            if runs and runs[-1][0] == group and not self._whole and self._joins(bucket, runs[-1][2], start):
+                runs[-1] = (group, runs[-1][1], end, runs[-1][3])
+            else:
+                runs.append((group, start, end, parameter))
+        for group, start, end, first in runs:
+            flat = bucket.data[start:end] if bucket.main is None else bucket.main[start - own.start : end - own.start]
+            parameter = nn.Parameter(flat.view(first.shape) if self._whole else flat)
+            bucket.segments.append(Segment(parameter, group, start, end))
+
+    @staticmethod
+    def _joins(bucket: LiveBucket, end: int, start: int) -> bool:
+        """Whether only padding lies between two places: zeros with zero gradients, which every optimizer leaves alone."""
+        return not any(end < s.end - bucket.layout.start and s.start - bucket.layout.start < start for s in bucket.layout.slots)
+
+    # -- backward ----------------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def hold_gradient_sync(self) -> Iterator[None]:
+        before, self._held = self._held, True
+        try:
+            yield
+        finally:
+            self._held = before
+
+    def start_backward(self) -> None:
+        if not self._on:
+            return
+        self._post_gathers(everything=True)  # a forward that left out modules may have left gathers unposted
+        if self._sharded and not self._fired:
+            # A new window. What the last one left in the shards is there to be added to, unless it was zeroed.
+            self._carried = {
+                s: s.parameter.grad.clone() for b in self._buckets for s in b.segments if s.parameter.grad is not None
+            }
+            for bucket in self._buckets:
+                for parameter in bucket.parameters:
+                    parameter.grad = None
+        if not self._held:
+            self._open_backward()
+
+    def _open_backward(self) -> None:
+        self._backward_open = True
+        for bucket in self._buckets:
+            bucket.launched = not self._sharded and not any(p.requires_grad for p in bucket.parameters)
+            bucket.missing = {id(p) for p in bucket.parameters}
+        # Deviations are right in any order; the order seen only decides what is sent first.
+        for place, key in enumerate(self._seen):
+            self._buckets[key].order = place
+        self._seen.clear()
+
+    def _on_gradient(self, parameter: nn.Parameter) -> None:
+        bucket, view = self._home[id(parameter)]
+        grad = parameter.grad
+        assert grad is not None, "the hook runs after the gradient is accumulated"
+        if not self._held and not self._backward_open:
+            self._open_backward()  # loss.backward() without Lightning
+        if bucket.launched and not self._held:
+            name = bucket.names[next(i for i, p in enumerate(bucket.parameters) if p is parameter)]
+            raise ConfigError(
+                f"{name} received a second gradient in one backward after its bucket had been sent. Reentrant activation "
+                "checkpoints do this to shared parameters: pass use_reentrant=False, or set data_parallel.overlap_grad_reduce: false."
+            )
+        if grad is not view:
+            if self._sharded and id(parameter) in self._fired:
+                view.add_(grad)
+            else:
+                view.copy_(grad)
+            # p.grad must have the dtype of p, so gradients of another dtype live in the buffer alone.
+            parameter.grad = view if view.dtype == parameter.dtype else None
+        self._fired.add(id(parameter))
+        if self._held:
+            return
+        bucket.missing.discard(id(parameter))
+        if self._in_backward:
+            if not bucket.missing:
+                self._launch(bucket)
+            self._progress(block=False)
+
+    def _launch(self, bucket: LiveBucket) -> None:
+        bucket.launched = True
+        own = self.config.data_parallel
+        if own.check_for_nan_in_grad:
+            self._check_finite(bucket)
+        label = f"data.grads{bucket.label}"
+        scale = self.group.size if self._instances is None else self.group.size * self._instances.size
+        if not own.average_in_collective:
+            bucket.grads.div_(scale)
+        average = own.average_in_collective
+        if self._scatter:
+            pending = self.group.reduce_scatter(
+                bucket.grads, bucket.bounds, key=bucket.key, label=label, average=average, wire=self._wire
+            )
+        else:
+            pending = self.group.all_reduce(bucket.grads, label=label, average=average)
+        self._reducing.append((bucket, pending))
+
+    def _check_finite(self, bucket: LiveBucket) -> None:
+        for name, view in zip(bucket.names, bucket.views(bucket.grads), strict=True):
+            if not torch.isfinite(view).all():
+                raise FloatingPointError(
+                    f"rank {self.group.ranks[self.group.rank]}: the gradient of {name} (bucket {bucket.key}) is not finite"
+                )
+
+    def _progress(self, *, block: bool) -> None:
+        """Takes in what has arrived, in the order of posting; all of it if ``block``."""
+        while self._reducing and (block or self._reducing[0][1].arrived()):
+            bucket, pending = self._reducing.popleft()
+            reduced = pending.wait()
+            if self._instances is None:
+                self._reduced(bucket)
+            else:
+                across = self._instances.all_reduce(
+                    reduced,
+                    label=f"data.grads{bucket.label}.instances",
+                    average=self.config.data_parallel.average_in_collective,
+                )
+                self._crossing.append((bucket, across))
+        while self._crossing and (block or self._crossing[0][1].arrived()):
+            bucket, pending = self._crossing.popleft()
+            pending.wait()
+            self._reduced(bucket)
+
+    def _reduced(self, bucket: LiveBucket) -> None:
+        bucket.reduced = self._sharded
+        for segment in bucket.segments:
+            grad = bucket.grads[segment.start : segment.end]
+            segment.parameter.grad = grad.to(segment.parameter.dtype).view(segment.parameter.shape)
+            if segment in self._carried:
+                segment.parameter.grad += self._carried.pop(segment)
+        if self._step_in_backward:
+            self._update(bucket)
+
+    def finish_backward(self) -> None:
+        if not self._on or self._held or not self._backward_open:
+            return
+        self._backward_open = False
+        unused = []
+        for bucket in self._buckets:
+            if bucket.launched:
+                continue
+            for name, parameter, view in zip(
+                bucket.names, bucket.parameters, bucket.views(bucket.grads), strict=True
+            ):
+                if self._sharded and id(parameter) not in self._fired:
+                    view.zero_()
+                    unused.append(name)
+                elif not self._sharded and parameter.grad is None:
+                    view.zero_()
+                    if parameter.requires_grad:
+                        parameter.grad = view
+                        unused.append(name)
+            self._launch(bucket)
+            self._progress(block=False)
+        self._progress(block=True)
+        self._fired.clear()
+        if unused and not self._said_unused:
+            self._said_unused = True
+            warnings.warn(
+                f"{len(unused)} parameters had no gradient on this rank and count as zero (said once): {', '.join(unused[:8])}",
+                stacklevel=2,
+            )
+        if self._scatter:
+            for bucket in self._buckets:
+                for parameter in bucket.parameters:
+                    parameter.grad = None  # partly reduced: nobody may take it for the gradient
+
+    # -- step --------------------------------------------------------------------------------------------------------
+
+    def before_step(self, optimizer: Optimizer) -> None:
+        if not self._on:
+            return
+        self.finish_backward()
+        if optimizer is not self._optimizer:
+            return
+        held = [len(group["params"]) for group in optimizer.param_groups]
+        if held != [len(parameters) for parameters in self._held_parameters]:
+            raise ConfigError(
+                "the optimizer's parameter groups have changed since setup, as finetuning callbacks do. "
+                "Set data_parallel.distributed_optimizer: false."
+            )
+        if self._step_by_bucket:
+            for bucket in self._reduced_buckets():
+                self._update(bucket)
+
+    def after_step(self, optimizer: Optimizer) -> None:
+        if not self._on or optimizer is not self._optimizer:
+            return
+        for bucket in self._reduced_buckets():
+            self._publish(bucket)
+        if not self._under_forward:
+            self.sync_parameters()
+
+    def _reduced_buckets(self) -> list[LiveBucket]:
+        """Those with fresh gradients, the same on all ranks, in the order in which forward reads them."""
+        return sorted((b for b in self._buckets if b.reduced), key=lambda b: b.order)
+
+    def _update(self, bucket: LiveBucket) -> None:
+        """The user's optimizer steps the segments of one bucket."""
+        optimizer = self._optimizer
+        assert optimizer is not None, "a sharded bucket belongs to the one optimizer"
+        groups = optimizer.param_groups
+        self._settle(bucket)
+        for index, group in enumerate(groups):
+            group["params"] = [s.parameter for s in bucket.segments if s.group == index]
+        try:
+            type(optimizer).step(optimizer)  # type: ignore[call-arg]
+        finally:
+            for group, parameters in zip(groups, self._held_parameters, strict=True):
+                group["params"] = parameters
+        for segment in bucket.segments:
+            segment.parameter.grad = None
+        self._publish(bucket)
+
+    def _settle(self, bucket: LiveBucket) -> None:
+        """The bucket's last gather is over on both sides, so that its piece may change."""
+        if bucket.gather is not None:
+            self._finish_gather(bucket)
+        if bucket.sending is not None:
+            bucket.sending.wait_sent()
+            bucket.sending = None
+
+    def _publish(self, bucket: LiveBucket) -> None:
+        bucket.reduced = False
+        self._settle(bucket)
+        if bucket.main is not None:
+            bucket.data[bucket.own].copy_(bucket.main)
+        # A weight that autograd saved before this cannot be used after it without an error.
+        torch.autograd.graph.increment_version(bucket.parameters)
+        self._incomplete.add(bucket.key)
+        self._waiting_to_gather.append(bucket)
+        if self._prefetch is None:
+            self._post_gathers(everything=True)
+
+    # -- gather ------------------------------------------------------------------------------------------------------
+
+    def _post_gathers(self, *, everything: bool = False) -> None:
+        self._waiting_to_gather.sort(key=lambda b: b.order)
+        while self._waiting_to_gather:
+            flying = len(self._incomplete) - len(self._waiting_to_gather)
+            if not everything and self._prefetch is not None and flying > self._prefetch:
+                return
+            bucket = self._waiting_to_gather.pop(0)
+            bucket.gather = bucket.sending = self.group.all_gather(
+                bucket.data, bucket.bounds, key=bucket.key, label=f"data.params{bucket.label}", priority=bucket.order
+            )
+
+    def _complete(self, parameter: nn.Parameter) -> None:
+        bucket, _ = self._home[id(parameter)] if id(parameter) in self._home else (None, None)
+        if bucket is None or bucket.key not in self._incomplete:
+            return
+        if bucket.gather is None:
+            # Another bucket than the expected one: ranks may differ in their order, and none may wait for an unposted one.
+            self._post_gathers(everything=bucket is not min(self._waiting_to_gather, key=lambda b: b.order))
+        if bucket.gather is None:
+            self._post_gathers(everything=True)
+        self._seen.setdefault(bucket.key)
+        self._finish_gather(bucket)
+        self._post_gathers()
+
+    def _finish_gather(self, bucket: LiveBucket) -> None:
+        assert bucket.gather is not None, "a bucket is posted before it is waited for"
+        bucket.gather.wait()
+        bucket.gather = None
+        self._incomplete.discard(bucket.key)
+        torch.autograd.graph.increment_version(bucket.parameters)
+
+    def sync_parameters(self) -> None:
+        if not self._on:
+            return
+        self._post_gathers(everything=True)
+        for bucket in self._buckets:
+            if bucket.gather is not None:
+                self._finish_gather(bucket)
+
+    # -- what is shared with the rest --------------------------------------------------------------------------------
+
+    def reduce_norm(self, sum_of_squares: Tensor) -> Tensor:
+        if not self._on or not self._sharded:
+            return sum_of_squares
+        return self.group.all_reduce(sum_of_squares, label="data.norm").wait()
+
+    def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any] | None:
+        if not self._on or optimizer is not self._optimizer:
+            return None
+        return state.gather(optimizer, self._buckets, self._names, self.group)
+
+    def load_optimizer_state(self, optimizer: Optimizer, state_dict: dict[str, Any]) -> bool:
+        if not self._on or optimizer is not self._optimizer:
+            return False
+        state.load(optimizer, self._buckets, self._names, state_dict)
+        return True
+
+    def refresh_main_parameters(self) -> None:
+        """fp32 main parameters follow the model's weights, which were loaded."""
+        for bucket in self._buckets:
+            if bucket.main is not None:
+                bucket.main.copy_(bucket.data[bucket.own])
+
+    def close(self) -> None:
+        if not self._on:
+            return
+        self.sync_parameters()
+        for bucket in self._buckets:
+            self._settle(bucket)
+        for hook in self._hooks:
+            hook.remove()
+        for module in self._guarded:
+            module._parameters = dict(module._parameters)
+        unflatten(self._buckets)
+        self._buckets, self._guarded, self._hooks = [], [], []
+        for group in filter(None, (self.group, self._instances)):
+            group.close()
+        self._on = False
+
