@@ -32,6 +32,11 @@ class OverlapMode:
         self.mesh = mesh
         self.timeout = timeout
 
+    @classmethod
+    def runs(cls, plan: Plan) -> bool:
+        """Whether the plan has this mode do anything."""
+        return True
+
     def parallelize(self, model: nn.Module) -> None:
         """Takes this rank's share of the model."""
 
@@ -72,6 +77,9 @@ class OverlapMode:
     def load_optimizer_state(self, optimizer: Optimizer, state: dict[str, Any]) -> bool:
         """Loads such a state; False if this mode shards none."""
         return False
+
+    def adopt_parameters(self) -> None:
+        """The model's weights were loaded anew: whatever is kept beside them follows."""
 
     def close(self) -> None:
         """Leaves the model as it was found, with its present weights."""

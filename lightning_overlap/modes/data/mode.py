@@ -38,11 +38,10 @@ if TYPE_CHECKING:
 
 
 class DataMode(OverlapMode):
-    """See the module's docstring. Inert where the data axis has one rank."""
+    """See the module's docstring."""
 
     def __init__(self, plan: Plan, config: OverlapConfig, mesh: ParallelMesh, timeout: timedelta) -> None:
         super().__init__(plan, config, mesh, timeout)
-        self._on = plan.degrees.dp > 1
         self._buckets: list[LiveBucket] = []
         self._home: dict[int, tuple[LiveBucket, Tensor]] = {}  # id of a parameter -> its bucket and its gradient's view
         self._incomplete: set[int] = set()  # keys of the buckets that are being gathered
@@ -56,8 +55,6 @@ class DataMode(OverlapMode):
         self._hooks: list[Any] = []
         self._guarded: list[nn.Module] = []
         self._held = self._backward_open = self._said_unused = False
-        if not self._on:
-            return
         own = config.data_parallel
         self._sharded = plan.choice("data_parallel.distributed_optimizer") != "off"
         self._whole = plan.choice("data_parallel.distributed_optimizer") == "whole parameters"
@@ -70,6 +67,10 @@ class DataMode(OverlapMode):
         self._wire = torch.bfloat16 if own.reduce_scatter_with_fp32_accumulation else None
         self._groups(own.num_optimizer_instances)
 
+    @classmethod
+    def runs(cls, plan: Plan) -> bool:
+        return plan.degrees.dp > 1
+
     def _groups(self, instances: int) -> None:
         ranks = self.mesh.groups("dp")
         size = len(ranks[0]) // instances
@@ -81,8 +82,6 @@ class DataMode(OverlapMode):
     # -- set-up ------------------------------------------------------------------------------------------------------
 
     def parallelize(self, model: nn.Module) -> None:
-        if not self._on:
-            return
         own = self.config.data_parallel
         kinds: dict[tuple[torch.dtype, torch.device], list[tuple[str, nn.Parameter]]] = {}
         for name, parameter in model.named_parameters():
@@ -128,8 +127,6 @@ class DataMode(OverlapMode):
             module._parameters.values()
 
     def prepare_optimizers(self, optimizers: Sequence[Optimizer]) -> None:
-        if not self._on:
-            return
         everything = [p for o in optimizers for group in o.param_groups for p in group["params"]]
         strange = [p for p in everything if p.requires_grad and id(p) not in self._home]
         if strange:
@@ -188,8 +185,6 @@ class DataMode(OverlapMode):
             self._held = before
 
     def start_backward(self) -> None:
-        if not self._on:
-            return
         self._post_gathers(everything=True)  # a forward that left out modules may have left gathers unposted
         if self._sharded and not self._fired:
             # A new window. What the last one left in the shards is there to be added to, unless it was zeroed.
@@ -295,7 +290,7 @@ class DataMode(OverlapMode):
             self._update(bucket)
 
     def finish_backward(self) -> None:
-        if not self._on or self._held or not self._backward_open:
+        if self._held or not self._backward_open:
             return
         self._backward_open = False
         unused = []
@@ -331,8 +326,6 @@ class DataMode(OverlapMode):
     # -- step --------------------------------------------------------------------------------------------------------
 
     def before_step(self, optimizer: Optimizer) -> None:
-        if not self._on:
-            return
         self.finish_backward()
         if optimizer is not self._optimizer:
             return
@@ -347,7 +340,7 @@ class DataMode(OverlapMode):
                 self._update(bucket)
 
     def after_step(self, optimizer: Optimizer) -> None:
-        if not self._on or optimizer is not self._optimizer:
+        if optimizer is not self._optimizer:
             return
         for bucket in self._reduced_buckets():
             self._publish(bucket)
@@ -429,8 +422,6 @@ class DataMode(OverlapMode):
         torch.autograd.graph.increment_version(bucket.parameters)
 
     def sync_parameters(self) -> None:
-        if not self._on:
-            return
         self._post_gathers(everything=True)
         for bucket in self._buckets:
             if bucket.gather is not None:
@@ -439,30 +430,27 @@ class DataMode(OverlapMode):
     # -- what is shared with the rest --------------------------------------------------------------------------------
 
     def reduce_norm(self, sum_of_squares: Tensor) -> Tensor:
-        if not self._on or not self._sharded:
+        if not self._sharded:
             return sum_of_squares
         return self.group.all_reduce(sum_of_squares, label="data.norm").wait()
 
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any] | None:
-        if not self._on or optimizer is not self._optimizer:
+        if optimizer is not self._optimizer:
             return None
         return state.gather(optimizer, self._buckets, self._names, self.group)
 
     def load_optimizer_state(self, optimizer: Optimizer, state_dict: dict[str, Any]) -> bool:
-        if not self._on or optimizer is not self._optimizer:
+        if optimizer is not self._optimizer:
             return False
         state.load(optimizer, self._buckets, self._names, state_dict)
         return True
 
-    def refresh_main_parameters(self) -> None:
-        """fp32 main parameters follow the model's weights, which were loaded."""
+    def adopt_parameters(self) -> None:
         for bucket in self._buckets:
             if bucket.main is not None:
                 bucket.main.copy_(bucket.data[bucket.own])
 
     def close(self) -> None:
-        if not self._on:
-            return
         self.sync_parameters()
         for bucket in self._buckets:
             self._settle(bucket)
@@ -474,5 +462,4 @@ class DataMode(OverlapMode):
         self._buckets, self._guarded, self._hooks = [], [], []
         for group in filter(None, (self.group, self._instances)):
             group.close()
-        self._on = False
 

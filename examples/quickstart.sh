@@ -1,0 +1,13 @@
+#!/usr/bin/env bash
+# The main job: train with two processes, resume, and load the checkpoint in plain Lightning.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+. examples/environment.sh
+export OMP_NUM_THREADS=1
+rm -rf runs
+run() { .venv/bin/lightning-overlap fit -c configs/base.yaml -c configs/dp.yaml "$@"; }
+run
+echo "-- resumes from the checkpoint"
+run --ckpt_path runs/last.ckpt --trainer.max_steps 130 --trainer.limit_val_batches 0
+echo "-- plain Lightning, one process, validates the checkpoint"
+.venv/bin/lightning-overlap validate -c configs/base.yaml --trainer.strategy auto --trainer.devices 1 --ckpt_path runs/last.ckpt

@@ -1,0 +1,76 @@
+"""The command ``lightning-overlap``: LightningCLI's subcommands, and ``plan``."""
+
+from __future__ import annotations
+
+import os
+import sys
+
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.cli import LightningCLI
+
+from lightning_overlap.decision import ConfigError
+from lightning_overlap.facts import Facts
+from lightning_overlap.optimization import gradient_readers
+from lightning_overlap.plan import resolve
+from lightning_overlap.strategy import OverlapStrategy
+
+
+class _PlanTrainer(Trainer):
+    """A Trainer with one more thing to do: tell what would run."""
+
+    def plan(self, model: LightningModule, ranks: int | None = None) -> None:
+        """Resolves the plan for a number of ranks and prints it; starts nothing.
+
+        Args:
+            model: the module.
+            ranks: processes in all; by default the trainer's devices times nodes.
+        """
+        if not isinstance(self.strategy, OverlapStrategy):
+            raise ConfigError(f"the trainer's strategy is {type(self.strategy).__name__}; set trainer.strategy: overlap")
+        facts = Facts(
+            world_size=ranks or self.num_devices * self.num_nodes,
+            device=self.strategy.root_device.type,
+            precision=str(self.precision),
+            gradient_clip_val=self.gradient_clip_val,  # type: ignore[arg-type]
+            automatic_optimization=model.automatic_optimization,
+            gradient_readers=gradient_readers(self, model),
+            parameters=sum(p.numel() for p in model.parameters() if p.requires_grad),
+        )
+        print(resolve(self.strategy.config, facts).explain())
+
+
+class _CLI(LightningCLI):
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        return {**LightningCLI.subcommands(), "plan": {"model"}}
+
+
+def main() -> None:
+    """Runs the command. ``plan`` takes ``--devices`` and ``--num-nodes`` as short for the trainer's."""
+    # class paths such as examples.train_gpt.GPTModule are found from the folder in which the command is given
+    sys.path.insert(0, os.getcwd())
+    arguments = sys.argv[1:]
+    if arguments[:1] == ["plan"]:
+        arguments = _ranks(arguments)
+    try:
+        _CLI(trainer_class=_PlanTrainer, subclass_mode_model=True, subclass_mode_data=True, args=arguments,
+             model_class=LightningModule, save_config_kwargs={"overwrite": True})  # fmt: skip
+    except ConfigError as error:
+        sys.exit(f"error: {error}")
+
+
+def _ranks(arguments: list[str]) -> list[str]:
+    """``--devices 8 --num-nodes 2`` as ``--ranks 16 --trainer.devices 1``: a plan needs no such machine."""
+    numbers, rest = {"--devices": 0, "--num-nodes": 1}, []
+    words = iter(word for given in arguments for word in (given.split("=", 1) if given.startswith("--") else [given]))
+    for word in words:
+        if word in numbers:
+            numbers[word] = int(next(words))
+        else:
+            rest.append(word)
+    ranks = numbers["--devices"] * numbers["--num-nodes"]
+    return [*rest, "--ranks", str(ranks)] if ranks else rest
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,68 @@
+"""What the user asks for, and the arithmetic of degrees. Standard library only."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Literal
+
+from lightning_overlap.decision import ConfigError
+from lightning_overlap.modes.context.config import ContextParallel
+from lightning_overlap.modes.data.config import DataParallel
+from lightning_overlap.modes.expert.config import ExpertParallel
+from lightning_overlap.modes.pipeline.config import PipelineParallel
+from lightning_overlap.modes.tensor.config import TensorParallel
+
+
+@dataclass(frozen=True)
+class Degrees:
+    """Ranks along each axis of the mesh, outermost first."""
+
+    pp: int = 1
+    dp: int = 1
+    ep: int = 1
+    cp: int = 1
+    tp: int = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class OverlapConfig:
+    """The five modes' configurations, and the switch over all overlaps."""
+
+    data_parallel: DataParallel = field(default_factory=DataParallel)
+    tensor_parallel: TensorParallel = field(default_factory=TensorParallel)
+    pipeline_parallel: PipelineParallel = field(default_factory=PipelineParallel)
+    context_parallel: ContextParallel = field(default_factory=ContextParallel)
+    expert_parallel: ExpertParallel = field(default_factory=ExpertParallel)
+    overlap: Literal["auto", "off"] = "auto"
+
+    def __post_init__(self) -> None:
+        if self.overlap not in ("auto", "off"):
+            raise ConfigError(f"overlap must be auto or off, got {self.overlap!r}")
+
+    def degrees(self, world_size: int) -> Degrees:
+        """Ranks along each axis.
+
+        Raises:
+            ConfigError: the degrees do not multiply to ``world_size``.
+        """
+        others = {
+            "pipeline_parallel": self.pipeline_parallel.size,
+            "expert_parallel": self.expert_parallel.size,
+            "context_parallel": self.context_parallel.size,
+            "tensor_parallel": self.tensor_parallel.size,
+        }
+        product = math.prod(others.values())
+        named = " x ".join(f"{name}={size}" for name, size in others.items() if size > 1) or "the other axes"
+        if world_size % product:
+            raise ConfigError(
+                f"{named} need a multiple of {product} ranks, and there are {world_size}: change devices, num_nodes or a size"
+            )
+        left = world_size // product
+        asked = self.data_parallel.size
+        if asked not in ("auto", left):
+            raise ConfigError(
+                f"data_parallel.size={asked} with {named} (x {product}) needs {int(asked) * product} ranks, and there are "
+                f"{world_size}: start that many, or set data_parallel.size: {left} or auto"
+            )
+        return Degrees(*[others["pipeline_parallel"], left, *list(others.values())[1:]])

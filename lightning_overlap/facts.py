@@ -1,0 +1,40 @@
+"""What this machine, torch, the backend and the run offer: the input of the plan, besides the configuration."""
+
+from __future__ import annotations
+
+import platform
+from dataclasses import dataclass, field
+
+import lightning
+import torch
+
+
+@dataclass(frozen=True)
+class OptimizerFacts:
+    """What an optimizer does, as :func:`lightning_overlap.probe.examine` found it."""
+
+    name: str
+    elementwise: bool
+    separable: bool
+    reason: str
+
+
+def versions() -> dict[str, str]:
+    """The versions that decide numbers and formats."""
+    return {"python": platform.python_version(), "torch": torch.__version__, "lightning": lightning.__version__}
+
+
+@dataclass(frozen=True)
+class Facts:
+    """Facts about a run. ``optimizers`` and ``parameters`` are None until the model is known."""
+
+    world_size: int
+    device: str = "cpu"
+    backend: str = "gloo"
+    versions: dict[str, str] = field(default_factory=versions)
+    precision: str = "32-true"
+    gradient_clip_val: float | None = None
+    automatic_optimization: bool = True
+    gradient_readers: tuple[str, ...] = ()
+    optimizers: tuple[OptimizerFacts, ...] | None = None
+    parameters: int | None = None

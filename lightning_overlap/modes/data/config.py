@@ -1,0 +1,174 @@
+"""Configuration and gates of data parallelism. Standard library only."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+from lightning_overlap.decision import ConfigError, Decision, settle
+
+if TYPE_CHECKING:
+    from lightning_overlap.config import OverlapConfig
+    from lightning_overlap.facts import Facts
+
+Switch = bool | Literal["auto"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataParallel:
+    """Data parallelism with a distributed optimizer (ZeRO stage 1 with sharded gradients' reduction)."""
+
+    size: int | Literal["auto"] = "auto"
+    """Ranks along the axis; ``auto``: those that the other axes leave."""
+    distributed_optimizer: Switch = "auto"
+    """Each rank updates its share of the parameters and keeps the optimizer's state of that share only."""
+    overlap_grad_reduce: Switch = "auto"
+    """Reduce a bucket as soon as backward has made its gradients."""
+    overlap_param_gather: Switch = "auto"
+    """Gather updated parameters under the next forward. Needs the distributed optimizer."""
+    overlap_optimizer_step: Switch = "auto"
+    """Update a bucket as soon as it is reduced, in backward. Needs that nothing looks at all the gradients first."""
+    bucket_size: int | Literal["auto"] = "auto"
+    """Elements at which a bucket closes. Smaller hides more, larger moves faster."""
+    param_gather_prefetch: int | Literal["all"] = "all"
+    """Buckets in flight ahead of the one that forward waits for."""
+    grad_reduce_dtype: Literal["fp32", "param"] = "fp32"
+    """Dtype in which gradients are kept and reduced: fp32, or the parameter's."""
+    reduce_scatter_with_fp32_accumulation: bool = False
+    """bf16 on the wire, sums in fp32. Halves the bytes of an fp32 reduction."""
+    average_in_collective: bool = True
+    """Divide by the number of ranks in the reduction; otherwise before it."""
+    check_for_nan_in_grad: bool = False
+    """Raise before a gradient that is not finite is sent, naming parameter, bucket and rank."""
+    num_optimizer_instances: int = 1
+    """Shard inside each of so many groups of ranks, and all-reduce across them."""
+    pad_buckets_for_high_nccl_busbw: bool = False
+    """Pad buckets to multiples of 2**16 elements."""
+
+    def __post_init__(self) -> None:
+        for name in ("size", "bucket_size", "param_gather_prefetch", "num_optimizer_instances"):
+            value, word = getattr(self, name), "all" if name == "param_gather_prefetch" else "auto"
+            if value == word and name != "num_optimizer_instances":
+                continue
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise ConfigError(f"data_parallel.{name} must be an integer of at least 1, got {value!r}")
+        for name in ("distributed_optimizer", "overlap_grad_reduce", "overlap_param_gather", "overlap_optimizer_step"):
+            if getattr(self, name) not in (True, False, "auto"):
+                raise ConfigError(f"data_parallel.{name} must be true, false or auto, got {getattr(self, name)!r}")
+        if self.grad_reduce_dtype not in ("fp32", "param"):
+            raise ConfigError(f"data_parallel.grad_reduce_dtype must be fp32 or param, got {self.grad_reduce_dtype!r}")
+
+
+def decide(own: DataParallel, whole: OverlapConfig, facts: Facts) -> list[Decision]:
+    """The home of this mode's gates."""
+    dp = whole.degrees(facts.world_size).dp
+    if dp == 1:
+        return [Decision("data_parallel", str(own.size), "off", "the data axis has one rank")]
+    optimizer = _optimizer(own, facts)
+    sharded = optimizer.choice != "off"
+    gradients = _gradients(sharded, facts)
+    quiet = whole.overlap == "off"
+
+    def overlap(feature: str, asked: Switch, best: str, because: str, blockers: list[tuple[bool, str]]) -> Decision:
+        if quiet:
+            return Decision(f"data_parallel.{feature}", str(asked), "off", 'overlap="off" turns every overlap off')
+        return settle(f"data_parallel.{feature}", asked, best=best, because=because, blockers=blockers)
+
+    needs_optimizer = (not sharded, "it needs the distributed optimizer; set data_parallel.distributed_optimizer: true")
+    reduce = overlap("overlap_grad_reduce", own.overlap_grad_reduce, "in backward", f"{dp} ranks", [])
+    gather = overlap(
+        "overlap_param_gather", own.overlap_param_gather, "under next forward", "updated in shards", [needs_optimizer]
+    )
+    inseparable = [f.reason for f in facts.optimizers or () if not f.separable]
+    readers = ", ".join(facts.gradient_readers)
+    step = overlap(
+        "overlap_optimizer_step",
+        own.overlap_optimizer_step,
+        "in backward",
+        "nothing looks at all the gradients before the step",
+        [
+            needs_optimizer,
+            (reduce.choice == "off", "gradients are not reduced in backward; set data_parallel.overlap_grad_reduce: true"),
+            (bool(facts.gradient_clip_val), "gradient_clip_val looks at all the gradients; train without it"),
+            (bool(readers), f"{readers} may read or change gradients; remove it"),
+            (own.check_for_nan_in_grad, "check_for_nan_in_grad must pass before any update; turn it off"),
+            (facts.precision == "16-mixed", "16-mixed may skip the step; use bf16-mixed"),
+            (bool(inseparable), "; ".join(inseparable) + "; use an optimizer such as AdamW"),
+        ],
+    )
+    if step.choice == "off" and step.asked == "auto" and not quiet and gather.choice != "off" and not inseparable:
+        step = Decision(step.feature, step.asked, "by bucket after backward", step.why)
+    return [
+        Decision("data_parallel", str(own.size), str(dp), f"{facts.world_size} ranks"),
+        optimizer,
+        gradients,
+        reduce,
+        gather,
+        step,
+        _bucket_size(own, dp, facts),
+        *_settings(own, dp, sharded, gradients.choice),
+    ]
+
+
+def _optimizer(own: DataParallel, facts: Facts) -> Decision:
+    feature = "data_parallel.distributed_optimizer"
+    if any(f.name == "LBFGS" for f in facts.optimizers or ()):
+        raise ConfigError("L-BFGS evaluates the loss inside its step, which cannot be sharded or overlapped; use AdamW or SGD")
+    whole = [f.reason for f in facts.optimizers or () if not f.elementwise]
+    return settle(
+        feature,
+        own.distributed_optimizer,
+        best="whole parameters" if whole else "elementwise shards",
+        because="; ".join(whole) or "; ".join(f.reason for f in facts.optimizers or ()) or "the optimizer is not known yet",
+        blockers=[
+            (
+                not facts.automatic_optimization,
+                "with manual optimization user code toggles and steps whole parameters; set automatic_optimization = True",
+            )
+        ],
+    )
+
+
+def _gradients(sharded: bool, facts: Facts) -> Decision:
+    feature = "data_parallel.gradients"
+    if not sharded:
+        return Decision(feature, "", "all-reduce", "every rank updates every parameter")
+    if facts.gradient_readers:
+        return Decision(
+            feature, "", "all-reduce", f"{', '.join(facts.gradient_readers)} may read gradients, so every rank gets all of them"
+        )
+    return Decision(feature, "", "reduce-scatter", "each rank needs the gradients of its shard only")
+
+
+def _bucket_size(own: DataParallel, dp: int, facts: Facts) -> Decision:
+    feature = "data_parallel.bucket_size"
+    if own.bucket_size != "auto":
+        return Decision(feature, str(own.bucket_size), str(own.bucket_size), "elements, asked for")
+    large = max(40_000_000, 1_000_000 * dp)
+    if facts.parameters is None:
+        return Decision(feature, "auto", str(large), "elements; a smaller model gets 32 buckets")
+    size = min(large, max(facts.parameters // 32, 65_536))
+    return Decision(feature, "auto", str(size), f"elements; {facts.parameters:,} in all, 32 buckets leave a short tail")
+
+
+def _settings(own: DataParallel, dp: int, sharded: bool, gradients: str) -> list[Decision]:
+    problems = []
+    if own.num_optimizer_instances > 1:
+        if not sharded:
+            problems.append("num_optimizer_instances > 1 needs the distributed optimizer")
+        if dp % own.num_optimizer_instances:
+            problems.append(f"num_optimizer_instances={own.num_optimizer_instances} must divide the {dp} data ranks")
+    if own.reduce_scatter_with_fp32_accumulation and gradients != "reduce-scatter":
+        problems.append("reduce_scatter_with_fp32_accumulation needs gradients to be reduce-scattered; set it to false")
+    if problems:
+        raise ConfigError("data_parallel: " + "; ".join(problems))
+    wire = "bf16 on the wire, fp32 sums" if own.reduce_scatter_with_fp32_accumulation else "on the wire as kept"
+    return [
+        Decision("data_parallel.grad_reduce_dtype", own.grad_reduce_dtype, own.grad_reduce_dtype, wire),
+        Decision(
+            "data_parallel.num_optimizer_instances",
+            str(own.num_optimizer_instances),
+            str(own.num_optimizer_instances),
+            f"shards over {dp // own.num_optimizer_instances} ranks",
+        ),
+    ]

@@ -1,0 +1,31 @@
+"""Configuration and gates of expert parallelism. Standard library only."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from lightning_overlap.decision import ConfigError, Decision
+
+if TYPE_CHECKING:
+    from lightning_overlap.config import OverlapConfig
+    from lightning_overlap.facts import Facts
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExpertParallel:
+    """Expert parallelism. Only ``size=1`` is possible in this version."""
+
+    size: int = 1
+    """Ranks along the axis."""
+
+    def __post_init__(self) -> None:
+        if self.size < 1:
+            raise ConfigError(f"expert_parallel.size must be at least 1, got {self.size}")
+
+
+def decide(own: ExpertParallel, whole: OverlapConfig, facts: Facts) -> list[Decision]:
+    """The home of this mode's gates."""
+    if own.size > 1:
+        raise ConfigError(f"expert_parallel.size={own.size}: expert parallelism is not in this version; set expert_parallel: 1")
+    return [Decision("expert_parallel", "1", "off", "its size is 1")]

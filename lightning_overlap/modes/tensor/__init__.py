@@ -1,0 +1,1 @@
+"""Tensor parallelism: its configuration. The mode itself is not in this version."""

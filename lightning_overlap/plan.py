@@ -1,0 +1,61 @@
+"""The resolved plan. Standard library only."""
+
+from __future__ import annotations
+
+from dataclasses import astuple, dataclass
+from typing import TYPE_CHECKING
+
+from lightning_overlap.decision import Decision
+from lightning_overlap.modes.context.config import decide as decide_context
+from lightning_overlap.modes.data.config import decide as decide_data
+from lightning_overlap.modes.expert.config import decide as decide_expert
+from lightning_overlap.modes.pipeline.config import decide as decide_pipeline
+from lightning_overlap.modes.tensor.config import decide as decide_tensor
+
+if TYPE_CHECKING:
+    from lightning_overlap.config import Degrees, OverlapConfig
+    from lightning_overlap.facts import Facts
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What runs, and why."""
+
+    degrees: Degrees
+    facts: Facts
+    decisions: tuple[Decision, ...]
+
+    def choice(self, feature: str) -> str:
+        """What runs of a feature; ``off`` where the whole mode is off."""
+        return next((d.choice for d in self.decisions if d.feature == feature), "off")
+
+    def explain(self) -> str:
+        """The plan as text: a head, then a line for each feature: what was asked, what runs, why."""
+        pp, dp, ep, cp, tp = astuple(self.degrees)
+        facts = self.facts
+        head = [
+            f"lightning_overlap: {facts.world_size} ranks on {facts.device} with {facts.backend}, {facts.precision}; "
+            f"pipeline {pp} x data {dp} x expert {ep} x context {cp} x tensor {tp}",
+        ]
+        rows = [(d.feature, d.asked, d.choice, d.why) for d in self.decisions]
+        table = [("feature", "asked", "runs", "why"), *rows]
+        widths = [max(len(row[i]) for row in table) for i in range(3)]
+        lines = ["  ".join([*(row[i].ljust(widths[i]) for i in range(3)), row[3]]) for row in table]
+        return "\n".join(head + ["  " + line for line in lines])
+
+
+def resolve(config: OverlapConfig, facts: Facts) -> Plan:
+    """Decides every feature.
+
+    Raises:
+        ConfigError: an explicit request cannot be met.
+    """
+    degrees = config.degrees(facts.world_size)
+    decisions = [
+        *decide_pipeline(config.pipeline_parallel, config, facts),
+        *decide_tensor(config.tensor_parallel, config, facts),
+        *decide_context(config.context_parallel, config, facts),
+        *decide_expert(config.expert_parallel, config, facts),
+        *decide_data(config.data_parallel, config, facts),
+    ]
+    return Plan(degrees, facts, tuple(decisions))

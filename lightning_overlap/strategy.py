@@ -1,0 +1,347 @@
+"""OverlapStrategy: Lightning's hooks, handed to each mode in turn."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+from lightning.fabric.plugins import CheckpointIO, ClusterEnvironment, TorchCheckpointIO
+from lightning.fabric.utilities.seed import pl_worker_init_function
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.accelerators import Accelerator
+from lightning.pytorch.plugins.precision import Precision
+from lightning.pytorch.strategies import DDPStrategy
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from torch import Tensor
+from torch.optim import Optimizer
+
+from lightning_overlap.config import OverlapConfig
+from lightning_overlap.decision import ConfigError
+from lightning_overlap.facts import Facts
+from lightning_overlap.mesh import ParallelMesh
+from lightning_overlap.modes import MODES
+from lightning_overlap.modes.base import OverlapMode
+from lightning_overlap.modes.context.config import ContextParallel
+from lightning_overlap.modes.data.config import DataParallel
+from lightning_overlap.modes.expert.config import ExpertParallel
+from lightning_overlap.modes.pipeline.config import PipelineParallel
+from lightning_overlap.modes.tensor.config import TensorParallel
+from lightning_overlap.optimization import Preemption, gradient_readers, held, with_overlap
+from lightning_overlap.plan import Plan, resolve
+from lightning_overlap.probe import examine
+
+
+class OverlapStrategy(DDPStrategy):
+    """Shards training over the ranks and hides the communication that it costs.
+
+    The module is not wrapped: names and ``state_dict`` keys stay. A subclass of ``DDPStrategy``, because Lightning decides
+    about samplers, ``sync_dist`` and compilation by that type.
+
+    Args:
+        data_parallel: ranks along the data axis, or :class:`DataParallel`.
+        tensor_parallel: ranks along the tensor axis, or :class:`TensorParallel`.
+        pipeline_parallel: ranks along the pipeline axis, or :class:`PipelineParallel`.
+        context_parallel: ranks along the context axis, or :class:`ContextParallel`.
+        expert_parallel: ranks along the expert axis, or :class:`ExpertParallel`.
+        overlap: ``"off"`` keeps the layout and turns every overlap off.
+        accelerator: as in ``DDPStrategy``.
+        parallel_devices: as in ``DDPStrategy``.
+        cluster_environment: as in ``DDPStrategy``.
+        checkpoint_io: as in ``DDPStrategy``.
+        precision_plugin: as in ``DDPStrategy``.
+        process_group_backend: ``"gloo"`` or ``"nccl"``; by default the device's.
+        timeout: how long a transfer may take before this rank gives up, naming it.
+        start_method: how Lightning starts processes, as in ``DDPStrategy``.
+
+    Raises:
+        ConfigError: a request that cannot be met; when the strategy is made, or before the first step.
+    """
+
+    def __init__(
+        self,
+        data_parallel: int | Literal["auto"] | DataParallel = "auto",
+        tensor_parallel: int | TensorParallel = 1,
+        pipeline_parallel: int | PipelineParallel = 1,
+        context_parallel: int | ContextParallel = 1,
+        expert_parallel: int | ExpertParallel = 1,
+        overlap: Literal["auto", "off"] = "auto",
+        accelerator: Accelerator | None = None,
+        parallel_devices: list[torch.device] | None = None,
+        cluster_environment: ClusterEnvironment | None = None,
+        checkpoint_io: CheckpointIO | None = None,
+        precision_plugin: Precision | None = None,
+        process_group_backend: str | None = None,
+        timeout: timedelta = timedelta(minutes=30),
+        start_method: Literal["popen", "spawn", "fork", "forkserver"] = "popen",
+    ) -> None:
+        super().__init__(
+            accelerator=accelerator,
+            parallel_devices=parallel_devices,
+            cluster_environment=cluster_environment,
+            checkpoint_io=checkpoint_io,
+            precision_plugin=precision_plugin,
+            process_group_backend=process_group_backend,
+            timeout=timeout,
+            start_method=start_method,
+        )
+
+        def sized(value: Any, kind: Any) -> Any:
+            return value if isinstance(value, kind) else kind(size=value)
+
+        self.config = OverlapConfig(
+            data_parallel=sized(data_parallel, DataParallel),
+            tensor_parallel=sized(tensor_parallel, TensorParallel),
+            pipeline_parallel=sized(pipeline_parallel, PipelineParallel),
+            context_parallel=sized(context_parallel, ContextParallel),
+            expert_parallel=sized(expert_parallel, ExpertParallel),
+            overlap=overlap,
+        )
+        self.modes: list[OverlapMode] = []
+        self._plan: Plan | None = None
+        self._held = False
+        self._failed = False
+        self._preemption: Preemption | None = None
+
+    @property
+    def plan(self) -> Plan:
+        """The resolved plan, from ``setup`` of a fit on."""
+        if self._plan is None:
+            raise ConfigError("the plan is resolved when fit sets up; `lightning-overlap plan` resolves one before")
+        return self._plan
+
+    # -- launch ------------------------------------------------------------------------------------------------------
+
+    @property
+    def precision_plugin(self) -> Precision:
+        return super().precision_plugin
+
+    @precision_plugin.setter
+    def precision_plugin(self, plugin: Precision | None) -> None:
+        self._precision_plugin = None if plugin is None else with_overlap(plugin, self)
+
+    def _configure_launcher(self) -> None:
+        # The first place where the number of ranks is known, and before any process is started.
+        resolve(self.config, Facts(world_size=self.num_nodes * self.num_processes))
+        super()._configure_launcher()
+
+    @property
+    def mesh(self) -> ParallelMesh:
+        """The mesh by arithmetic: Lightning asks for samplers before there are process groups."""
+        return ParallelMesh(self.config.degrees(self.num_nodes * self.num_processes), self.global_rank)
+
+    @property
+    def distributed_sampler_kwargs(self) -> dict[str, Any]:
+        return {"num_replicas": self.mesh.sizes["dp"], "rank": self.mesh.coordinates()["dp"]}
+
+    def process_dataloader(self, dataloader: object) -> object:
+        # Workers of ranks that share a batch must draw the same random numbers.
+        if int(os.environ.get("PL_SEED_WORKERS", 0)) and getattr(dataloader, "worker_init_fn", 0) is None:
+            rank = self.mesh.coordinates()["dp"]
+            dataloader.worker_init_fn = _WorkerSeed(rank)  # type: ignore[attr-defined]
+        return dataloader
+
+    # -- setup -------------------------------------------------------------------------------------------------------
+
+    def setup(self, trainer: Trainer) -> None:
+        assert self.accelerator is not None, "Lightning sets the accelerator"
+        assert isinstance(self.model, LightningModule), "Lightning connects the module"
+        self.accelerator.setup(trainer)
+        fitting = trainer.state.fn == TrainerFn.FITTING
+        self.model = self.precision_plugin.convert_module(self.model)  # type: ignore[assignment]
+        self.model_to_device()
+        self._agree()
+        self._share_states(self.model.state_dict(keep_vars=False).values())
+        if fitting:
+            self.setup_optimizers(trainer)
+            if dist.is_initialized() and self.world_size > 1:
+                self._preemption = Preemption(trainer)
+        self.setup_precision_plugin()
+
+    def setup_optimizers(self, trainer: Trainer) -> None:
+        self._close_modes()
+        super().setup_optimizers(trainer)
+        model = self.lightning_module
+        assert model is not None, "Lightning connects the module"
+        self._plan = resolve(
+            self.config,
+            Facts(
+                world_size=self.world_size,
+                device=self.root_device.type,
+                backend=dist.get_backend() if dist.is_initialized() else "none",
+                precision=str(trainer.precision),
+                gradient_clip_val=trainer.gradient_clip_val,  # type: ignore[arg-type]
+                automatic_optimization=model.automatic_optimization,
+                gradient_readers=gradient_readers(trainer, model),
+                optimizers=tuple(examine(optimizer) for optimizer in self.optimizers),
+                parameters=sum(p.numel() for p in model.parameters() if p.requires_grad),
+            ),
+        )
+        rank_zero_info(self._plan.explain())
+        self.modes = [m(self._plan, self.config, self.mesh, self._timeout) for m in MODES if m.runs(self._plan)]
+        for mode in self.modes:
+            mode.parallelize(model)
+        for mode in self.modes:
+            mode.prepare_optimizers(self.optimizers)
+
+    def _agree(self) -> None:
+        """All ranks have the same request, versions and parameters.
+
+        Raises:
+            ConfigError: on every rank, naming what differs.
+        """
+        if not dist.is_initialized() or self.world_size == 1:
+            return
+        assert self.model is not None, "Lightning connects the module"
+        mine: dict[str, str] = {"strategy arguments": repr(self.config), "versions": repr(Facts(world_size=1).versions)}
+        for name, p in self.model.named_parameters():
+            mine[f"parameter {name}"] = f"{tuple(p.shape)} {p.dtype} requires_grad={p.requires_grad}"
+        everyone: list[dict[str, str]] = [{}] * self.world_size
+        dist.all_gather_object(everyone, mine)
+        for rank, other in enumerate(everyone):
+            for what in {**everyone[0], **other}:
+                first, there = everyone[0].get(what, "absent"), other.get(what, "absent")
+                if first != there:
+                    raise ConfigError(
+                        f"ranks disagree about {what}: rank 0 has {first}, rank {rank} has {there}. "
+                        "Start the same script with the same arguments and packages on every rank."
+                    )
+
+    def _share_states(self, states: Any) -> None:
+        """Everyone gets rank 0's parameters and buffers, since a module built without a seed differs on each rank."""
+        if dist.is_initialized() and self.world_size > 1:
+            for state in states:
+                if isinstance(state, Tensor):
+                    dist.broadcast(state.data, src=0)
+
+    # -- training ----------------------------------------------------------------------------------------------------
+
+    def pre_backward(self, closure_loss: Tensor) -> None:
+        for mode in self.modes:
+            mode.start_backward()
+
+    def post_backward(self, closure_loss: Tensor) -> None:
+        if not self._held:
+            for mode in self.modes:
+                mode.finish_backward()
+
+    @contextmanager
+    def block_backward_sync(self) -> Iterator[None]:
+        before, self._held = self._held, True
+        try:
+            with held(self.modes):
+                yield
+        finally:
+            self._held = before
+
+    def reduce_boolean_decision(self, decision: bool, all: bool = True) -> bool:
+        if not dist.is_initialized() or self.world_size == 1:
+            return decision
+        # Stopping and saving are agreed by the world, whatever ``reduce`` reduces over.
+        flag = torch.tensor(int(decision), device=self.root_device)
+        dist.all_reduce(flag, dist.ReduceOp.MIN if all else dist.ReduceOp.MAX)
+        return bool(flag)
+
+    # -- weights are read --------------------------------------------------------------------------------------------
+
+    def _complete_weights(self) -> None:
+        for mode in self.modes:
+            mode.sync_parameters()
+        if self.lightning_module is not None:
+            # Running statistics are rank 0's, as DDP's broadcast_buffers makes them.
+            self._share_states(self.lightning_module.buffers())
+
+    def on_validation_start(self) -> None:
+        self._complete_weights()
+
+    def on_test_start(self) -> None:
+        self._complete_weights()
+
+    def on_predict_start(self) -> None:
+        self._complete_weights()
+
+    def on_train_end(self) -> None:
+        for mode in self.modes:
+            mode.sync_parameters()
+
+    # -- checkpoints -------------------------------------------------------------------------------------------------
+
+    @property
+    def restore_checkpoint_after_setup(self) -> bool:
+        return True
+
+    def lightning_module_state_dict(self) -> dict[str, Any]:
+        for mode in self.modes:
+            mode.sync_parameters()
+        states = super().lightning_module_state_dict()
+        if not self.modes:
+            return states
+        # Parameters are views of flat buffers, and torch.save writes a view's whole storage.
+        return {key: value.clone() if isinstance(value, Tensor) else value for key, value in states.items()}
+
+    def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
+        plain = getattr(optimizer, "optimizer", optimizer)
+        for mode in self.modes:
+            if (state := mode.optimizer_state(plain)) is not None:
+                return state
+        return super().optimizer_state(optimizer)
+
+    def load_model_state_dict(self, checkpoint: Any, strict: bool = True) -> None:
+        for mode in self.modes:
+            mode.sync_parameters()
+        super().load_model_state_dict(checkpoint, strict=strict)
+        for mode in self.modes:
+            mode.adopt_parameters()
+
+    def load_optimizer_state_dict(self, checkpoint: Any) -> None:
+        for optimizer, state in zip(self.optimizers, checkpoint["optimizer_states"], strict=False):
+            if not any(mode.load_optimizer_state(optimizer, state) for mode in self.modes):
+                optimizer.load_state_dict(state)
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any | None = None) -> None:
+        # Names hold metrics, which a rank may format otherwise; and a crash while writing leaves the last file whole.
+        filepath = self.broadcast(filepath)
+        local = type(self.checkpoint_io) is TorchCheckpointIO and "://" not in str(filepath)
+        if not local or not self.is_global_zero:
+            super().save_checkpoint(checkpoint, filepath, storage_options)
+            return
+        path = Path(filepath)
+        beside = path.with_name(f".{path.name}.writing")
+        super().save_checkpoint(checkpoint, beside, storage_options)
+        os.replace(beside, path)
+
+    # -- end ---------------------------------------------------------------------------------------------------------
+
+    def on_exception(self, exception: BaseException) -> None:
+        self._failed = True  # transfers may never complete now: nobody waits for them any more
+
+    def _close_modes(self) -> None:
+        for mode in reversed(self.modes):
+            mode.close()
+        self.modes = []
+
+    def teardown(self) -> None:
+        if self._failed:
+            self.modes = []
+        else:
+            if self._preemption is not None:
+                self._preemption.close()
+            self._close_modes()
+        self._preemption = None
+        super().teardown()
+
+
+class _WorkerSeed:
+    """Seeds a data loader's worker by the data rank. A class, since workers may be spawned and so pickle it."""
+
+    def __init__(self, rank: int) -> None:
+        self._rank = rank
+
+    def __call__(self, worker: int) -> None:
+        pl_worker_init_function(worker, self._rank)

@@ -1,0 +1,25 @@
+"""Worlds for the session."""
+
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+
+from tests.helpers.world import World
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def world() -> Iterator[Callable[[int], World]]:
+    """``world(2)`` is the same two workers throughout the session."""
+    worlds: dict[int, World] = {}
+
+    def of(size: int) -> World:
+        if size not in worlds or not all(worker.is_alive() for worker in worlds[size].workers):
+            worlds[size] = World(size)
+        return worlds[size]
+
+    yield of
+    for each in worlds.values():
+        each.close()

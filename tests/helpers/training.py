@@ -1,0 +1,111 @@
+"""A small model with every awkwardness, trained through Trainer inside a world's workers."""
+
+import hashlib
+import tempfile
+import warnings
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from lightning.pytorch import LightningModule, Trainer, seed_everything
+from lightning.pytorch.plugins.environments import TorchElasticEnvironment
+from lightning.pytorch.strategies import DDPStrategy
+from torch import nn
+from torch.utils.data import DataLoader
+
+from lightning_overlap import DataParallel, OverlapStrategy
+
+
+class Net(LightningModule):
+    """Tied weights, a frozen parameter, one that is never used, one used in every other step, attention that reads a
+    child's weight without calling it, and two groups with and without decay."""
+
+    def __init__(self, optimizer: str = "adamw") -> None:
+        super().__init__()
+        self.optimizer = optimizer
+        self.embedding = nn.Embedding(32, 16)
+        self.attention = nn.MultiheadAttention(16, 2, batch_first=True)
+        self.sometimes = nn.Linear(16, 16)
+        self.norm = nn.LayerNorm(16)
+        self.up, self.down = nn.Linear(16, 64), nn.Linear(64, 16)
+        self.unused = nn.Linear(4, 4)
+        self.frozen = nn.Parameter(torch.ones(16), requires_grad=False)
+        self.head = nn.Linear(16, 32, bias=False)
+        self.head.weight = self.embedding.weight
+        self.losses: list[float] = []
+
+    def training_step(self, batch: Any, index: int) -> torch.Tensor:
+        x = self.embedding(batch[:, :-1])
+        x = x + self.attention(x, x, x, need_weights=False)[0] * self.frozen
+        if index % 2:
+            x = self.sometimes(x)
+        x = x + self.down(self.up(self.norm(x)).relu())
+        loss = nn.functional.cross_entropy(self.head(x).flatten(0, 1).float(), batch[:, 1:].flatten())
+        self.log("loss", loss)
+        self.losses.append(loss.item())
+        return loss
+
+    def validation_step(self, batch: Any, index: int) -> None:
+        self.log("val_loss", self.head(self.embedding(batch)).float().square().mean(), sync_dist=True)
+
+    def configure_optimizers(self) -> Any:
+        decay = [p for n, p in self.named_parameters() if p.dim() >= 2 and not n.startswith("frozen")]
+        rest = [p for n, p in self.named_parameters() if p.dim() < 2 and p.requires_grad]
+        groups = [{"params": decay, "weight_decay": 0.1}, {"params": rest, "weight_decay": 0.0}]
+        made: torch.optim.Optimizer
+        if self.optimizer == "sgd":
+            made = torch.optim.SGD(groups, 0.1, momentum=0.9)
+        elif self.optimizer == "adafactor":
+            made = torch.optim.Adafactor(groups, 1e-2)
+        else:
+            made = torch.optim.AdamW(groups, 1e-2)
+        schedule = torch.optim.lr_scheduler.StepLR(made, 2, 0.9)
+        return [made], [{"scheduler": schedule, "interval": "step"}]
+
+    def loader(self) -> DataLoader:
+        data = torch.randint(0, 32, (96, 9), generator=torch.Generator().manual_seed(3))
+        return DataLoader(data, batch_size=4)  # type: ignore[arg-type]
+
+    train_dataloader = val_dataloader = loader
+
+
+def strategy(name: str, size: int, data: dict[str, Any], overlap: str) -> Any:
+    kwargs: dict[str, Any] = {"cluster_environment": TorchElasticEnvironment(), "process_group_backend": "gloo"}
+    if name == "ddp":
+        return DDPStrategy(find_unused_parameters=True, **kwargs)
+    return OverlapStrategy(DataParallel(**{"bucket_size": 500, **data}), overlap=overlap, **kwargs)  # type: ignore[arg-type]
+
+
+def train(
+    name: str = "overlap",
+    data: dict[str, Any] | None = None,
+    overlap: str = "auto",
+    optimizer: str = "adamw",
+    resume: str | None = None,
+    save: str | None = None,
+    module: type[Net] = Net,
+    **trainer: Any,
+) -> dict[str, Any]:
+    """Trains in this process as one rank of the world, and tells how it went."""
+    warnings.simplefilter("ignore")
+    size = dist.get_world_size()
+    seed_everything(5 + dist.get_rank(), verbose=False)  # ranks start with different weights; rank 0's count
+    model = module(optimizer)
+    run = Trainer(
+        strategy=strategy(name, size, data or {}, overlap), accelerator="cpu", devices=size, logger=False,
+        enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
+        default_root_dir=tempfile.gettempdir(), **{"max_steps": 6, "limit_val_batches": 2, **trainer},
+    )  # fmt: skip
+    run.fit(model, ckpt_path=resume)
+    weights = torch.cat([p.detach().flatten().float() for p in model.parameters()])
+    result = {
+        "losses": model.losses,
+        "weights": weights.tolist(),
+        "hash": hashlib.sha256(weights.numpy().tobytes()).hexdigest(),
+        "metrics": {key: float(value) for key, value in run.callback_metrics.items()},
+        "keys": list(model.state_dict()),
+        "plan": run.strategy.plan.explain() if name == "overlap" else "",
+        "step": run.global_step,
+        "type": type(model.up._parameters).__name__,
+    }
+    return result
