@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.cli import LightningCLI
 
 from lightning_overlap.decision import ConfigError
@@ -18,11 +18,12 @@ from lightning_overlap.strategy import OverlapStrategy
 class _PlanTrainer(Trainer):
     """A Trainer with one more thing to do: tell what would run."""
 
-    def plan(self, model: LightningModule, ranks: int | None = None) -> None:
+    def plan(self, model: LightningModule, datamodule: LightningDataModule | None = None, ranks: int | None = None) -> None:
         """Resolves the plan for a number of ranks and prints it; starts nothing.
 
         Args:
             model: the module.
+            datamodule: not looked at.
             ranks: processes in all; by default the trainer's devices times nodes.
         """
         if not isinstance(self.strategy, OverlapStrategy):
@@ -42,18 +43,17 @@ class _PlanTrainer(Trainer):
 class _CLI(LightningCLI):
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
-        return {**LightningCLI.subcommands(), "plan": {"model"}}
+        return {**LightningCLI.subcommands(), "plan": {"model", "datamodule"}}
 
 
 def main() -> None:
     """Runs the command. ``plan`` takes ``--devices`` and ``--num-nodes`` as short for the trainer's."""
     # class paths such as examples.train_gpt.GPTModule are found from the folder in which the command is given
     sys.path.insert(0, os.getcwd())
-    arguments = sys.argv[1:]
-    if arguments[:1] == ["plan"]:
-        arguments = _ranks(arguments)
+    if sys.argv[1:2] == ["plan"]:
+        sys.argv[1:] = _ranks(sys.argv[1:])
     try:
-        _CLI(trainer_class=_PlanTrainer, subclass_mode_model=True, subclass_mode_data=True, args=arguments,
+        _CLI(trainer_class=_PlanTrainer, subclass_mode_model=True, subclass_mode_data=True,
              model_class=LightningModule, save_config_kwargs={"overwrite": True})  # fmt: skip
     except ConfigError as error:
         sys.exit(f"error: {error}")

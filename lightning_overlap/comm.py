@@ -62,7 +62,7 @@ class Pending:
         self._arrived.set()
         self._sent = threading.Event()
         self._sent.set()
-        self._error: Exception | None = None
+        self._error: TransferError | None = None
 
     def arrived(self) -> bool:
         """Whether :meth:`wait` would return at once. Known only of transfers that a thread waits for (gloo's reduce)."""
@@ -77,14 +77,9 @@ class Pending:
         if self._finish is not None:
             start = time.perf_counter()
             self._arrived.wait()
-            peer = -1
-            try:
-                if self._error is not None:
-                    raise self._error
-                for work, peer in self._works:
-                    work.wait()
-            except RuntimeError as error:
-                raise self._group.failure(self.label, peer, error) from error
+            if self._error is not None:
+                raise self._error
+            self._group.wait_for(self.label, self._works)
             self.waited = time.perf_counter() - start
             self._group.exposed += self.waited
             self._works.clear()
@@ -97,9 +92,9 @@ class Pending:
         """Blocks until this rank's part has left its buffer, which may then be written again."""
         self._sent.wait()
         if self._error is not None:
-            raise self._group.failure(self.label, -1, self._error) from self._error
+            raise self._error
 
-    def _settle(self, error: Exception | None = None) -> None:
+    def _settle(self, error: TransferError | None = None) -> None:
         self._error = self._error or error
         self._arrived.set()
         self._sent.set()
@@ -154,10 +149,9 @@ class _Threads:
         while (item := self._reduces.get()) is not None:
             pending, works = item
             try:
-                for work, peer in works:
-                    work.wait()
-            except RuntimeError as error:
-                pending._settle(self._group.failure(pending.label, peer, error))
+                self._group.wait_for(pending.label, works)
+            except TransferError as error:
+                pending._settle(error)
             now = time.perf_counter()
             self._group.busy += now - max(pending.posted, last)
             last = now
@@ -186,11 +180,11 @@ class _Threads:
             if not flying:
                 continue
             work, peer, pending, posted = flying.pop(0)
-            error: Exception | None = None
+            error: TransferError | None = None
             try:
-                work.wait()
-            except RuntimeError as failed:
-                error = self._group.failure(pending.label, peer, failed)
+                self._group.wait_for(pending.label, [(work, self._group.ranks.index(peer))])
+            except TransferError as failed:
+                error = failed
             now = time.perf_counter()
             self._group.busy += now - max(posted, last)
             last = now
@@ -329,10 +323,20 @@ class Group:
             self._threads.close()
             self._threads = None
 
+    def wait_for(self, label: str, works: Sequence[tuple[Any, int]]) -> None:
+        """Blocks until all works are complete.
+
+        Raises:
+            TransferError: naming the transfer and the first peer that failed.
+        """
+        for work, peer in works:
+            try:
+                work.wait()
+            except RuntimeError as error:
+                raise self.failure(label, peer, error) from error
+
     def failure(self, label: str, peer: int, error: Exception) -> TransferError:
         """The error of a failed transfer: which it was, with whom, and what the backend said."""
-        if isinstance(error, TransferError):
-            return error
         others = [r for r in self.ranks if r != self.ranks[self.rank]]
         who = f"rank {self.ranks[peer] if 0 <= peer < self.size else others}"
         return TransferError(

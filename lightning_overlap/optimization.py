@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.distributed as dist
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loops.training_epoch_loop import _TrainingEpochLoop
 from lightning.pytorch.plugins.precision import Precision
@@ -112,7 +113,7 @@ class Preemption:
         self._flag: Tensor | None = None
         self._work: Any = None
         connector, loop = trainer._signal_connector, trainer.fit_loop.epoch_loop
-        connector._sigterm_notifier_fn = self._on_sigterm  # type: ignore[method-assign]
+        connector._sigterm_notifier_fn = self._on_sigterm  # type: ignore[method-assign, assignment]
         loop._broadcast_sigterm_tensor = self._check  # type: ignore[method-assign]
 
     def _on_sigterm(self, *_: Any) -> None:
@@ -120,8 +121,6 @@ class Preemption:
         self._trainer._signal_connector.received_sigterm = True
 
     def _check(self) -> None:
-        import torch.distributed as dist
-
         if self._group is None:
             # gloo, so that reading the flag never waits for the device
             self._group = dist.new_group(backend="gloo")

@@ -18,7 +18,7 @@ from lightning.pytorch.accelerators import Accelerator
 from lightning.pytorch.plugins.precision import Precision
 from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.trainer.states import TrainerFn
-from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 from torch.optim import Optimizer
 
@@ -184,7 +184,8 @@ class OverlapStrategy(DDPStrategy):
             ),
         )
         rank_zero_info(self._plan.explain())
-        self.modes = [m(self._plan, self.config, self.mesh, self._timeout) for m in MODES if m.runs(self._plan)]
+        timeout = self._timeout or timedelta(minutes=30)  # Lightning's type admits None
+        self.modes = [m(self._plan, self.config, self.mesh, timeout) for m in MODES if m.runs(self._plan)]
         for mode in self.modes:
             mode.parallelize(model)
         for mode in self.modes:

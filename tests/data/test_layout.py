@@ -1,5 +1,7 @@
 """Bucket layouts against the reference's oracles, and the properties that every layout has."""
 
+import itertools
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -83,7 +85,7 @@ def test_every_layout(parameters, bucket_size, shards, whole):
     assert [s.parameter for s in slots] == list(reversed(range(len(parameters))))
     assert [s.end - s.start for s in slots] == list(reversed(parameters))
     assert buckets[0].start == 0
-    assert all(a.end == b.start for a, b in zip(buckets, buckets[1:], strict=False))
+    assert all(a.end == b.start for a, b in itertools.pairwise(buckets))
     for bucket in buckets:
         bounds = bucket.bounds(shards, whole=whole)
         assert bounds[0] == 0
@@ -94,4 +96,4 @@ def test_every_layout(parameters, bucket_size, shards, whole):
             starts = {s.start - bucket.start for s in bucket.slots}
             assert set(bounds[1:-1]) <= starts | {0, bounds[-1]}
         else:
-            assert len({b - a for a, b in zip(bounds, bounds[1:], strict=False)}) == 1
+            assert len({b - a for a, b in itertools.pairwise(bounds)}) == 1

@@ -98,7 +98,7 @@ def train(
     )  # fmt: skip
     run.fit(model, ckpt_path=resume)
     weights = torch.cat([p.detach().flatten().float() for p in model.parameters()])
-    result = {
+    return {
         "losses": model.losses,
         "weights": weights.tolist(),
         "hash": hashlib.sha256(weights.numpy().tobytes()).hexdigest(),
@@ -108,4 +108,3 @@ def train(
         "step": run.global_step,
         "type": type(model.up._parameters).__name__,
     }
-    return result

@@ -8,12 +8,10 @@ the wait is. (DeepSpeed's ZeRO-3 intercepts the same place for parameters that a
 
 from __future__ import annotations
 
-from collections.abc import Callable, ItemsView, Sized, ValuesView
-from typing import Any, TypeVar
+from collections.abc import Callable, Sized
+from typing import Any
 
 from torch import nn
-
-T = TypeVar("T")
 
 
 class GuardedParameters(dict[str, "nn.Parameter | None"]):
@@ -35,14 +33,14 @@ class GuardedParameters(dict[str, "nn.Parameter | None"]):
         return self._checked(super().__getitem__(name))
 
     def get(self, name: str, default: Any = None) -> Any:
-        return self[name] if name in self else default
+        return self._checked(super().get(name, default))
 
-    def values(self) -> ValuesView[nn.Parameter | None]:
+    def values(self) -> Any:
         for parameter in super().values():
             self._checked(parameter)
         return super().values()
 
-    def items(self) -> ItemsView[str, nn.Parameter | None]:
+    def items(self) -> Any:
         self.values()
         return super().items()
 

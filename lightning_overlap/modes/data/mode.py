@@ -402,7 +402,7 @@ class DataMode(OverlapMode):
             )
 
     def _complete(self, parameter: nn.Parameter) -> None:
-        bucket, _ = self._home[id(parameter)] if id(parameter) in self._home else (None, None)
+        bucket, _ = self._home.get(id(parameter), (None, None))
         if bucket is None or bucket.key not in self._incomplete:
             return
         if bucket.gather is None:
