@@ -6,8 +6,9 @@ gloo: reduce-scatter and all-gather are built from point-to-point transfers, bec
 bytes that the link has to carry. Receives are posted before sends, so that both directions of a link run at once.
 Reduce and gather have a process group, that is a set of connections, each. Whatever holds back on one cannot hold up the
 other, which is what makes an order of priority safe: a gather is sent in chunks, the most urgent first, and only while
-this rank has no reduce to send. A rank never waits for a gather before it has posted the receives of all of them, so a
-chunk in flight always finds its receiver.
+this rank has no reduce to send. Gathers of an earlier step are not held back: a rank that is behind waits for them before
+it comes to the reduce that this rank waits for. A rank never waits for a gather before it has posted the receives of all
+of that step, so a chunk in flight always finds its receiver.
 
 NCCL: the native asynchronous collectives, in the order of their posting; never a host synchronisation.
 """
@@ -110,7 +111,8 @@ class _Threads:
     def __init__(self, group: Group) -> None:
         self._group = group
         self._reduces: queue.SimpleQueue[tuple[Pending, list[tuple[Any, int]]] | None] = queue.SimpleQueue()
-        self._chunks: list[tuple[int, int, Tensor, int, int, Pending]] = []
+        self._chunks: list[tuple[int, int, int, Tensor, int, int, Pending]] = []
+        self._step = 0
         self._number = itertools.count()
         self._reducing = 0
         self._closing = False
@@ -133,8 +135,16 @@ class _Threads:
         pending._sends = len(chunks)
         with self._changed:
             for tensor, peer, tag in chunks:
-                heapq.heappush(self._chunks, (priority, next(self._number), tensor, peer, tag, pending))
+                heapq.heappush(self._chunks, (self._step, priority, next(self._number), tensor, peer, tag, pending))
             self._changed.notify()
+
+    def start_step(self) -> None:
+        with self._changed:
+            self._step += 1
+            self._changed.notify()
+
+    def _may_send(self) -> bool:
+        return bool(self._chunks) and (not self._reducing or self._chunks[0][0] < self._step)
 
     def close(self) -> None:
         self._reduces.put(None)
@@ -166,11 +176,11 @@ class _Threads:
         while True:
             with self._changed:
                 # With a chunk in flight there is something to wait for below; without one, only for a change.
-                self._changed.wait_for(lambda: flying or self._closing or (self._chunks and not self._reducing))
+                self._changed.wait_for(lambda: flying or self._closing or self._may_send())
                 if self._closing and not flying and not self._chunks:
                     return
-                while self._chunks and not self._reducing and len(flying) < WINDOW:
-                    _, _, tensor, peer, tag, pending = heapq.heappop(self._chunks)
+                while self._may_send() and len(flying) < WINDOW:
+                    _, _, _, tensor, peer, tag, pending = heapq.heappop(self._chunks)
                     try:
                         work = dist.isend(tensor, peer, self._group.gathers, tag)
                     except RuntimeError as failed:  # the connection is down already
@@ -317,6 +327,11 @@ class Group:
             self._threads.send(pending, priority, chunks)
         return pending
 
+    def start_step(self) -> None:
+        """To be called before the first reduce of a step: gathers posted earlier are then sent whatever there is to reduce."""
+        if self._threads is not None:
+            self._threads.start_step()
+
     def close(self) -> None:
         """Ends the group's threads. All its transfers must have been waited for."""
         if self._threads is not None:
@@ -351,10 +366,16 @@ class Group:
             pending._works += works
 
     def _receive(self, x: Tensor, peer: int, group: Any, tag: int) -> tuple[Any, int]:
-        return dist.irecv(x, self.ranks[peer], group, tag), peer
+        return self._post(dist.irecv, x, peer, group, tag)
 
     def _send(self, x: Tensor, peer: int, group: Any, tag: int) -> tuple[Any, int]:
-        return dist.isend(x, self.ranks[peer], group, tag), peer
+        return self._post(dist.isend, x, peer, group, tag)
+
+    def _post(self, transfer: Callable[..., Any], x: Tensor, peer: int, group: Any, tag: int) -> tuple[Any, int]:
+        try:
+            return transfer(x, self.ranks[peer], group, tag), peer
+        except RuntimeError as error:  # the connection is down already
+            raise self.failure(transfer.__name__, peer, error) from error
 
     def _take(self, numel: int, dtype: torch.dtype, device: torch.device) -> Tensor:
         """A receive buffer: one that is free, since fresh memory costs a page fault for every 4 KiB."""

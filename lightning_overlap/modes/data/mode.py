@@ -199,6 +199,7 @@ class DataMode(OverlapMode):
 
     def _open_backward(self) -> None:
         self._backward_open = True
+        self.group.start_step()
         for bucket in self._buckets:
             bucket.launched = not self._sharded and not any(p.requires_grad for p in bucket.parameters)
             bucket.missing = {id(p) for p in bucket.parameters}

@@ -1,0 +1,63 @@
+import datetime
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from lightning_overlap.comm import make_group
+
+
+def transfers(bounds, wire):
+    size, rank = dist.get_world_size(), dist.get_rank()
+    group = make_group([list(range(size))], "test", datetime.timedelta(seconds=30))
+    try:
+        x = torch.arange(bounds[-1], dtype=torch.float32) * (rank + 1) / 3
+        own = group.reduce_scatter(x.clone(), bounds, key=0, label="reduce", average=True, wire=wire).wait().clone()
+        gathered = torch.full((bounds[-1],), -1.0)
+        gathered[bounds[rank] : bounds[rank + 1]] = rank
+        group.all_gather(gathered, bounds, key=1, label="gather").wait()
+        group.start_step()
+        total = group.all_reduce(torch.ones(3), label="sum").wait()
+        return own.tolist(), gathered.tolist(), total.tolist()
+    finally:
+        group.close()
+
+
+@pytest.mark.parametrize("size", [2, 4])
+@pytest.mark.parametrize("uneven", [False, True])
+@pytest.mark.parametrize("wire", [None, torch.bfloat16])
+def test_transfers(world, size, uneven, wire):
+    bounds = [0, 0, 7, 7, 12][: size + 1] if uneven else [3 * r for r in range(size + 1)]
+    results = world(size).run(transfers, bounds, wire)
+    mean = torch.arange(bounds[-1]) * (size + 1) / 2 / 3
+    tolerance = {"rtol": 1e-6, "atol": 1e-6} if wire is None else {"rtol": 4e-3, "atol": 4e-3}  # bf16 keeps 8 bits
+    owners = [r for r in range(size) for _ in range(bounds[r], bounds[r + 1])]
+    for rank, (own, gathered, total) in enumerate(results):
+        torch.testing.assert_close(torch.tensor(own), mean[bounds[rank] : bounds[rank + 1]], **tolerance)
+        assert gathered == owners
+        assert total == [size] * 3
+
+
+def lagging_rank():
+    """Rank 1 is a step ahead: it waits for a reduce of rank 0, which waits for a gather of the step before."""
+    rank = dist.get_rank()
+    group = make_group([[0, 1]], "test", datetime.timedelta(seconds=20))
+    try:
+        x, grads = torch.full((1 << 21,), float(rank)), torch.ones(8)
+        hold = group.reduce_scatter(torch.ones(8), [0, 4, 8], key=5, label="hold") if rank else None
+        gather = group.all_gather(x, [0, 1 << 20, 1 << 21], key=1, label="gather")
+        group.start_step()
+        if rank == 0:
+            gather.wait()
+            hold = group.reduce_scatter(torch.ones(8), [0, 4, 8], key=5, label="hold")
+        assert hold is not None
+        hold.wait()
+        gather.wait()
+        group.reduce_scatter(grads, [0, 4, 8], key=0, label="reduce").wait()
+        return x[0].item(), x[-1].item()
+    finally:
+        group.close()
+
+
+def test_a_rank_that_is_behind_is_not_deadlocked(world):
+    assert world(2).run(lagging_rank) == [(0.0, 1.0)] * 2
