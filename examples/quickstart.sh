@@ -4,10 +4,10 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 . examples/environment.sh
 export OMP_NUM_THREADS=1
-rm -rf runs
 run() { .venv/bin/lightning-overlap fit -c configs/base.yaml -c configs/dp.yaml "$@"; }
 run
 echo "-- resumes from the checkpoint"
 run --ckpt_path runs/last.ckpt --trainer.max_steps 130 --trainer.limit_val_batches 0
-echo "-- plain Lightning, one process, validates the checkpoint"
-.venv/bin/lightning-overlap validate -c configs/base.yaml --trainer.strategy auto --trainer.devices 1 --ckpt_path runs/last.ckpt
+echo "-- plain Lightning, one process, validates the checkpoint on the batches that the two processes shared"
+.venv/bin/lightning-overlap validate -c configs/base.yaml --trainer.strategy auto --trainer.devices 1 \
+    --trainer.limit_val_batches 20 --trainer.logger false --ckpt_path runs/last.ckpt

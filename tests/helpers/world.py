@@ -2,8 +2,10 @@
 
 import os
 import tempfile
+import time
 import traceback
 from collections.abc import Callable
+from multiprocessing.connection import wait
 from typing import Any
 
 import torch.multiprocessing as mp
@@ -37,22 +39,32 @@ class World:
             here, there = context.Pipe()
             worker = context.Process(target=_serve, args=(rank, size, store, there), daemon=True)
             worker.start()
+            there.close()
             self.pipes.append(here)
             self.workers.append(worker)
 
     def run(self, function: Callable[..., Any], *arguments: Any) -> list[Any]:
         for pipe in self.pipes:
             pipe.send((function, arguments))
-        results, errors = [], []
-        for rank, pipe in enumerate(self.pipes):
-            if not pipe.poll(self.timeout):
+        answers: dict[int, tuple[bool, Any]] = {}
+        until = time.monotonic() + self.timeout
+        while len(answers) < len(self.pipes):
+            # whoever answers first: a rank that fails leaves the others waiting for it
+            open_ = {pipe: rank for rank, pipe in enumerate(self.pipes) if rank not in answers}
+            ready = wait(open_, max(0.0, until - time.monotonic()))
+            if not ready:
                 self.close()
-                raise TimeoutError(f"rank {rank} gave no answer to {function.__name__}{arguments} in {self.timeout:.0f} s")
-            fine, result = pipe.recv()
-            (results if fine else errors).append(result)
-        if errors:
+                told = [f"rank {rank}: {result}" for rank, (fine, result) in answers.items() if not fine]
+                silent = f"ranks {list(open_.values())} gave no answer to {function.__name__}{arguments} in {self.timeout:.0f} s"
+                raise TimeoutError("\n".join([silent, *told]))
+            for pipe in ready:
+                try:
+                    answers[open_[pipe]] = pipe.recv()
+                except EOFError:
+                    answers[open_[pipe]] = (False, "the worker died")
+        if errors := [f"rank {rank}: {answers[rank][1]}" for rank in sorted(answers) if not answers[rank][0]]:
             raise AssertionError("\n".join(errors))
-        return results
+        return [answers[rank][1] for rank in range(len(self.pipes))]
 
     def close(self) -> None:
         for worker in self.workers:

@@ -215,11 +215,7 @@ class DataMode(OverlapMode):
         if not self._held and not self._backward_open:
             self._open_backward()  # loss.backward() without Lightning
         if bucket.launched and not self._held:
-            name = bucket.names[next(i for i, p in enumerate(bucket.parameters) if p is parameter)]
-            raise ConfigError(
-                f"{name} received a second gradient in one backward after its bucket had been sent. Reentrant activation "
-                "checkpoints do this to shared parameters: pass use_reentrant=False, or set data_parallel.overlap_grad_reduce: false."
-            )
+            raise self._used_twice(bucket, parameter)
         if grad is not view:
             if self._sharded and id(parameter) in self._fired:
                 view.add_(grad)
@@ -235,6 +231,14 @@ class DataMode(OverlapMode):
             if not bucket.missing:
                 self._launch(bucket)
             self._progress(block=False)
+
+    @staticmethod
+    def _used_twice(bucket: LiveBucket, parameter: nn.Parameter) -> ConfigError:
+        name = bucket.names[next(i for i, p in enumerate(bucket.parameters) if p is parameter)]
+        return ConfigError(
+            f"{name} was used again in one backward after its gradient had been sent. Reentrant activation checkpoints do "
+            "this to shared parameters: pass use_reentrant=False, or set data_parallel.overlap_grad_reduce: false."
+        )
 
     def _launch(self, bucket: LiveBucket) -> None:
         bucket.launched = True
@@ -406,6 +410,9 @@ class DataMode(OverlapMode):
         bucket, _ = self._home.get(id(parameter), (None, None))
         if bucket is None or bucket.key not in self._incomplete:
             return
+        if self._backward_open and bucket.launched:
+            # Updated in this backward: it would be the wrong weight, and peers may send it only after this backward.
+            raise self._used_twice(bucket, parameter)
         if bucket.gather is None:
             # Another bucket than the expected one: ranks may differ in their order, and none may wait for an unposted one.
             self._post_gathers(everything=bucket is not min(self._waiting_to_gather, key=lambda b: b.order))
