@@ -60,7 +60,7 @@ class World:
             for pipe in ready:
                 try:
                     answers[open_[pipe]] = pipe.recv()
-                except EOFError:
+                except (EOFError, OSError):
                     answers[open_[pipe]] = (False, "the worker died")
         if errors := [f"rank {rank}: {answers[rank][1]}" for rank in sorted(answers) if not answers[rank][0]]:
             raise AssertionError("\n".join(errors))
