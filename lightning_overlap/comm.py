@@ -216,6 +216,8 @@ class Group:
         exposed: seconds for which the main thread has blocked in waits.
         busy: seconds in which transfers were in flight, reduces and gathers added (gloo).
         sent: bytes sent by this rank.
+        keyed: whether reduce-scatters and all-gathers find each other by their key, so that ranks may post them in
+            different orders (gloo). NCCL's, and every all-reduce, are matched by the order of posting.
     """
 
     def __init__(self, ranks: Sequence[int], name: str, reduces: Any, gathers: Any) -> None:
@@ -229,6 +231,7 @@ class Group:
         self.sent = 0
         self._pool: list[Tensor] = []
         self._native = dist.get_backend(reduces) == "nccl"
+        self.keyed = not self._native
         self._threads = None if self._native or self.size == 1 else _Threads(self)
 
     def all_reduce(self, x: Tensor, *, label: str, average: bool = False) -> Pending:

@@ -85,6 +85,25 @@ def test_four_ranks_as_two_instances(world):
     torch.testing.assert_close(torch.tensor(on[0]["weights"]), torch.tensor(one[0]["weights"]), rtol=1e-4, atol=2e-5)
 
 
+class RankDependent(Net):
+    """Each rank uses another one of two layers, so that ranks see their gradients in different orders."""
+
+    def training_step(self, batch, index):
+        if self.global_rank == index % 2:
+            return super().training_step(batch, 1)
+        x = self.unused(self.embedding(batch)[..., :4])
+        return super().training_step(batch, 0) + x.square().mean()
+
+
+@pytest.mark.parametrize(
+    ("size", "data"), [(2, {}), (2, {"distributed_optimizer": False}), (4, {"num_optimizer_instances": 2})], ids=str
+)
+def test_ranks_may_see_different_orders(world, size, data):
+    on = run(world(size), RankDependent, {"data": data})
+    off = run(world(size), RankDependent, {"data": data, "overlap": "off"})
+    assert {r["hash"] for r in on} == {off[0]["hash"]}
+
+
 def test_hooks_read_whole_gradients(world):
     ours, ddp = run(world(2), ReadsGradients, {}), run(world(2), ReadsGradients, {"name": "ddp"})
     assert "all-reduce" in ours[0]["plan"]

@@ -66,6 +66,8 @@ class DataMode(OverlapMode):
         self._prefetch = None if own.param_gather_prefetch == "all" else int(own.param_gather_prefetch)
         self._wire = torch.bfloat16 if own.reduce_scatter_with_fp32_accumulation else None
         self._groups(own.num_optimizer_instances)
+        # Ranks may see gradients in different orders. What is matched by the order of posting is posted by bucket number.
+        self._any_order = self.group.keyed and self._scatter and self._instances is None
 
     @classmethod
     def runs(cls, plan: Plan) -> bool:
@@ -202,10 +204,11 @@ class DataMode(OverlapMode):
         self.group.start_step()
         for bucket in self._buckets:
             bucket.launched = not self._sharded and not any(p.requires_grad for p in bucket.parameters)
-            bucket.missing = {id(p) for p in bucket.parameters}
+            bucket.missing = set() if bucket.launched else {id(p) for p in bucket.parameters}
         # Deviations are right in any order; the order seen only decides what is sent first.
-        for place, key in enumerate(self._seen):
-            self._buckets[key].order = place
+        if self.group.keyed:
+            for place, key in enumerate(self._seen):
+                self._buckets[key].order = place
         self._seen.clear()
 
     def _on_gradient(self, parameter: nn.Parameter) -> None:
@@ -228,8 +231,11 @@ class DataMode(OverlapMode):
             return
         bucket.missing.discard(id(parameter))
         if self._in_backward:
-            if not bucket.missing:
-                self._launch(bucket)
+            for ready in [bucket] if self._any_order else self._buckets:
+                if ready.missing:
+                    break
+                if not ready.launched:
+                    self._launch(ready)
             self._progress(block=False)
 
     @staticmethod
