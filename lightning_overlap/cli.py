@@ -60,16 +60,18 @@ def main() -> None:
 
 
 def _ranks(arguments: list[str]) -> list[str]:
-    """``--devices 8 --num-nodes 2`` as ``--ranks 16 --trainer.devices 1``: a plan needs no such machine."""
-    numbers, rest = {"--devices": 0, "--num-nodes": 1}, []
+    """``--devices 8 --num-nodes 2`` as ``--ranks 16``: a plan needs no such machine."""
+    numbers, rest = {"--devices": 0, "--num-nodes": 0}, []
     words = iter(word for given in arguments for word in (given.split("=", 1) if given.startswith("--") else [given]))
     for word in words:
         if word in numbers:
             numbers[word] = int(next(words))
         else:
             rest.append(word)
-    ranks = numbers["--devices"] * numbers["--num-nodes"]
-    return [*rest, "--ranks", str(ranks)] if ranks else rest
+    devices, nodes = numbers.values()
+    if nodes and not devices:
+        sys.exit("error: --num-nodes needs --devices, the processes on each node")
+    return [*rest, "--ranks", str(devices * (nodes or 1))] if devices else rest
 
 
 if __name__ == "__main__":

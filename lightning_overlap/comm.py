@@ -323,9 +323,7 @@ class Group:
         for p in peers:
             for i, chunk in enumerate(_chunks(pieces[p])):
                 pending._works.append(self._receive(chunk, p, self.gathers, key * _MAX_CHUNKS + i))
-        chunks = [
-            (chunk, self.ranks[p], key * _MAX_CHUNKS + i) for i, chunk in enumerate(_chunks(own)) for p in peers
-        ]
+        chunks = [(chunk, self.ranks[p], key * _MAX_CHUNKS + i) for i, chunk in enumerate(_chunks(own)) for p in peers]
         if chunks:
             self._threads.send(pending, priority, chunks)
         return pending

@@ -46,5 +46,3 @@ class ParallelMesh:
     def device_mesh(self, device: str) -> DeviceMesh:
         """torch's mesh over the same axes. Collective over the world."""
         return init_device_mesh(device, tuple(self.sizes.values()), mesh_dim_names=tuple(self.sizes))
-
-

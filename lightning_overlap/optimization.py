@@ -56,9 +56,7 @@ class OverlapPrecision:
 
     strategy: OverlapStrategy
 
-    def optimizer_step(
-        self, optimizer: Any, model: LightningModule, closure: Callable[[], Any], **kwargs: Any
-    ) -> Any:
+    def optimizer_step(self, optimizer: Any, model: LightningModule, closure: Callable[[], Any], **kwargs: Any) -> Any:
         if not self.strategy.modes:
             return super().optimizer_step(optimizer, model=model, closure=closure, **kwargs)  # type: ignore[misc]
         result = closure()
@@ -109,6 +107,7 @@ class Preemption:
 
     def __init__(self, trainer: Trainer) -> None:
         self._trainer = trainer
+        self._asked = False
         self._group: Any = None
         self._flag: Tensor | None = None
         self._work: Any = None
@@ -117,8 +116,9 @@ class Preemption:
         loop._broadcast_sigterm_tensor = self._check  # type: ignore[method-assign]
 
     def _on_sigterm(self, *_: Any) -> None:
-        # Only a flag: a collective inside a signal handler meets other ranks in the middle of something else.
-        self._trainer._signal_connector.received_sigterm = True
+        # Only a flag: a collective inside a signal handler meets other ranks in the middle of something else. And one of
+        # our own, since Lightning's would stop this rank alone.
+        self._asked = True
 
     def _check(self) -> None:
         if self._group is None:
@@ -129,17 +129,17 @@ class Preemption:
             self._work.wait()
             assert self._flag is not None, "the flag is set with its transfer"
             stop = bool(self._flag.item())
-        self._flag = torch.tensor([int(self._trainer._signal_connector.received_sigterm)])
+        self._flag = torch.tensor([int(self._asked)])
         self._work = dist.all_reduce(self._flag, dist.ReduceOp.MAX, self._group, async_op=True)
         if stop:
-            self.close()
+            self._trainer._signal_connector.received_sigterm = True
             raise SIGTERMException
 
-    def close(self) -> None:
-        """Lightning's own methods come back; the last flag is taken in."""
-        if self._work is not None:
+    def close(self, *, complete: bool = True) -> None:
+        """Lightning's own methods come back; the last flag is taken in, if ``complete``."""
+        if self._work is not None and complete:
             self._work.wait()
-            self._work = None
+        self._work = None
         with contextlib.suppress(AttributeError):  # removed already
             del self._trainer._signal_connector._sigterm_notifier_fn
             del self._trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor

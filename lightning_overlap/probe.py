@@ -25,16 +25,12 @@ def examine(optimizer: Optimizer) -> OptimizerFacts:
     groups = [_only(group) for group in optimizer.param_groups if group["params"]]
     whole = [_steps(optimizer, group, pieces=False, apart=False) for group in groups]
     if not all(_alike(w, _steps(optimizer, g, pieces=True, apart=False)) for w, g in zip(whole, groups, strict=True)):
-        return OptimizerFacts(
-            name, elementwise=False, separable=False, reason=f"{name} does not update each element on its own"
-        )
+        return OptimizerFacts(name, elementwise=False, separable=False, reason=f"{name} does not update each element on its own")
     hooks = getattr(optimizer, "_optimizer_step_pre_hooks", None) or getattr(optimizer, "_optimizer_step_post_hooks", None)
     if hooks:
         return OptimizerFacts(name, elementwise=True, separable=False, reason=f"{name} has step hooks, to be called once a step")
     if not all(_alike(w, _steps(optimizer, g, pieces=True, apart=True)) for w, g in zip(whole, groups, strict=True)):
-        return OptimizerFacts(
-            name, elementwise=True, separable=False, reason=f"{name} cannot step a part of its parameters at a time"
-        )
+        return OptimizerFacts(name, elementwise=True, separable=False, reason=f"{name} cannot step a part of its parameters at a time")
     return OptimizerFacts(name, elementwise=True, separable=True, reason=f"{name} updates each element on its own")
 
 

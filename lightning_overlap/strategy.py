@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
@@ -18,7 +18,8 @@ from lightning.pytorch.accelerators import Accelerator
 from lightning.pytorch.plugins.precision import Precision
 from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.trainer.states import TrainerFn
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch import Tensor
 from torch.optim import Optimizer
 
@@ -107,6 +108,7 @@ class OverlapStrategy(DDPStrategy):
         self._plan: Plan | None = None
         self._held = False
         self._failed = False
+        self._seed: int | None = None
         self._preemption: Preemption | None = None
 
     @property
@@ -138,7 +140,9 @@ class OverlapStrategy(DDPStrategy):
 
     @property
     def distributed_sampler_kwargs(self) -> dict[str, Any]:
-        return {"num_replicas": self.mesh.sizes["dp"], "rank": self.mesh.coordinates()["dp"]}
+        # Ranks may have seeded themselves differently, and shares of different permutations would overlap.
+        seed = {} if self._seed is None else {"seed": self._seed}
+        return {"num_replicas": self.mesh.sizes["dp"], "rank": self.mesh.coordinates()["dp"], **seed}
 
     def process_dataloader(self, dataloader: object) -> object:
         # Workers of ranks that share a batch must draw the same random numbers.
@@ -157,7 +161,7 @@ class OverlapStrategy(DDPStrategy):
         self.model = self.precision_plugin.convert_module(self.model)  # type: ignore[assignment]
         self.model_to_device()
         self._agree()
-        self._share_states(self.model.state_dict(keep_vars=False).values())
+        self._share_states([*self.model.parameters(), *self.model.buffers()])
         if fitting:
             self.setup_optimizers(trainer)
             if dist.is_initialized() and self.world_size > 1:
@@ -192,7 +196,7 @@ class OverlapStrategy(DDPStrategy):
             mode.prepare_optimizers(self.optimizers)
 
     def _agree(self) -> None:
-        """All ranks have the same request, versions and parameters.
+        """All ranks have the same request, versions and parameters; samplers draw with rank 0's seed.
 
         Raises:
             ConfigError: on every rank, naming what differs.
@@ -200,6 +204,9 @@ class OverlapStrategy(DDPStrategy):
         if not dist.is_initialized() or self.world_size == 1:
             return
         assert self.model is not None, "Lightning connects the module"
+        seed = [int(os.environ.get("PL_GLOBAL_SEED", 0))]
+        dist.broadcast_object_list(seed, src=0)
+        self._seed = seed[0]
         mine: dict[str, str] = {"strategy arguments": repr(self.config), "versions": repr(Facts(world_size=1).versions)}
         for name, p in self.model.named_parameters():
             mine[f"parameter {name}"] = f"{tuple(p.shape)} {p.dtype} requires_grad={p.requires_grad}"
@@ -214,12 +221,11 @@ class OverlapStrategy(DDPStrategy):
                         "Start the same script with the same arguments and packages on every rank."
                     )
 
-    def _share_states(self, states: Any) -> None:
+    def _share_states(self, states: Iterable[Tensor]) -> None:
         """Everyone gets rank 0's parameters and buffers, since a module built without a seed differs on each rank."""
         if dist.is_initialized() and self.world_size > 1:
             for state in states:
-                if isinstance(state, Tensor):
-                    dist.broadcast(state.data, src=0)
+                dist.broadcast(state.data, src=0)
 
     # -- training ----------------------------------------------------------------------------------------------------
 
@@ -320,21 +326,22 @@ class OverlapStrategy(DDPStrategy):
     # -- end ---------------------------------------------------------------------------------------------------------
 
     def on_exception(self, exception: BaseException) -> None:
-        self._failed = True  # transfers may never complete now: nobody waits for them any more
+        # Transfers may never complete now, so nobody waits for them any more; unless all ranks stop at the same batch.
+        self._failed = not isinstance(exception, SIGTERMException)
 
     def _close_modes(self) -> None:
         for mode in reversed(self.modes):
-            mode.close()
+            mode.close(complete=not self._failed)
+        if self.modes and self._failed:
+            rank_zero_warn("training failed in the middle of a step: load a checkpoint before using the module's weights")
         self.modes = []
 
     def teardown(self) -> None:
-        if self._failed:
-            self.modes = []
-        else:
-            if self._preemption is not None:
-                self._preemption.close()
-            self._close_modes()
-        self._preemption = None
+        if self._preemption is not None:
+            self._preemption.close(complete=not self._failed)
+            self._preemption = None
+        self._close_modes()
+        self._failed = False
         super().teardown()
 
 

@@ -90,6 +90,7 @@ def test_overlap_off_keeps_the_layout():
         ({"overlap_param_gather": True, "distributed_optimizer": False}, {}, "needs the distributed optimizer"),
         ({"num_optimizer_instances": 3}, {"world_size": 4}, "must divide"),
         ({"size": 3}, {"world_size": 4}, "needs 3 ranks, and there are 4"),
+        ({}, {"precision": "16-mixed"}, "use bf16-mixed"),
         ({}, {"optimizers": (OptimizerFacts("LBFGS", False, False, ""),)}, "L-BFGS"),
     ],
 )

@@ -81,5 +81,9 @@ class OverlapMode:
     def adopt_parameters(self) -> None:
         """The model's weights were loaded anew: whatever is kept beside them follows."""
 
-    def close(self) -> None:
-        """Leaves the model as it was found, with its present weights."""
+    def close(self, *, complete: bool = True) -> None:
+        """Leaves the model as it was found, with its present weights.
+
+        Args:
+            complete: wait for what is in flight. After a failure nothing may be waited for, and weights may be partly old.
+        """

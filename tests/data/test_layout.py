@@ -35,9 +35,7 @@ def test_sharded_starts_and_ends(busbw, starts):
     buckets = lay_out([5000] * 3, bucket_size=8000, shards=2, sharded=True, high_busbw=busbw)
     assert [s.start for b in buckets for s in b.slots] == starts
     assert unpadded(buckets) == [10056, 5000]
-    assert [(b.start, b.end) for b in buckets] == (
-        [(0, 65536), (65536, 131072)] if busbw else [(0, 10112), (10112, 15232)]
-    )
+    assert [(b.start, b.end) for b in buckets] == ([(0, 65536), (65536, 131072)] if busbw else [(0, 10112), (10112, 15232)])
 
 
 LINEAR, BIAS = [9025] * 10, [9025, 95] * 10
@@ -65,9 +63,7 @@ def test_reference_bucket_sizes(parameters, bucket_size, plain, sharded, shards)
     assert list(zip(unpadded(buckets), sizes(buckets), strict=True)) == sharded
 
 
-@pytest.mark.parametrize(
-    ("bucket_size", "expected"), [(None, [9025, 81729]), (20000, [9025, 27201, 27201, 27201])]
-)
+@pytest.mark.parametrize(("bucket_size", "expected"), [(None, [9025, 81729]), (20000, [9025, 27201, 27201, 27201])])
 def test_a_shared_embedding_is_alone(bucket_size, expected):
     buckets = lay_out(LINEAR, bucket_size=bucket_size, shards=2, sharded=True, isolated={9})
     assert unpadded(buckets) == expected

@@ -64,7 +64,8 @@ class Net(LightningModule):
 
     def loader(self) -> DataLoader:
         data = torch.randint(0, 32, (96, 9), generator=torch.Generator().manual_seed(3))
-        return DataLoader(data, batch_size=4)  # type: ignore[arg-type]
+        # One batch over all ranks is the same whatever their number.
+        return DataLoader(data, batch_size=8 // dist.get_world_size())  # type: ignore[arg-type]
 
     train_dataloader = val_dataloader = loader
 
@@ -89,7 +90,8 @@ def train(
     """Trains in this process as one rank of the world, and tells how it went."""
     warnings.simplefilter("ignore")
     size = dist.get_world_size()
-    seed_everything(5 + dist.get_rank(), verbose=False)  # ranks start with different weights; rank 0's count
+    # Ranks start with different weights and seeds; rank 0's count. (DDP's samplers would draw overlapping shares.)
+    seed_everything(5 if name == "ddp" else 5 + dist.get_rank(), verbose=False)
     model = module(optimizer)
     run = Trainer(
         strategy=strategy(name, size, data or {}, overlap), accelerator="cpu", devices=size, logger=False,

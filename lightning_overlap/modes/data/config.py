@@ -64,6 +64,8 @@ def decide(own: DataParallel, whole: OverlapConfig, facts: Facts) -> list[Decisi
     dp = whole.degrees(facts.world_size).dp
     if dp == 1:
         return [Decision("data_parallel", str(own.size), "off", "the data axis has one rank")]
+    if facts.precision == "16-mixed":
+        raise ConfigError("precision 16-mixed scales the loss, which is not in this version; use bf16-mixed")
     optimizer = _optimizer(own, facts)
     sharded = optimizer.choice != "off"
     gradients = _gradients(sharded, facts)
@@ -76,9 +78,7 @@ def decide(own: DataParallel, whole: OverlapConfig, facts: Facts) -> list[Decisi
 
     needs_optimizer = (not sharded, "it needs the distributed optimizer; set data_parallel.distributed_optimizer: true")
     reduce = overlap("overlap_grad_reduce", own.overlap_grad_reduce, "in backward", f"{dp} ranks", [])
-    gather = overlap(
-        "overlap_param_gather", own.overlap_param_gather, "under next forward", "updated in shards", [needs_optimizer]
-    )
+    gather = overlap("overlap_param_gather", own.overlap_param_gather, "under next forward", "updated in shards", [needs_optimizer])
     inseparable = [f.reason for f in facts.optimizers or () if not f.separable]
     readers = ", ".join(facts.gradient_readers)
     step = overlap(
@@ -92,7 +92,6 @@ def decide(own: DataParallel, whole: OverlapConfig, facts: Facts) -> list[Decisi
             (bool(facts.gradient_clip_val), "gradient_clip_val looks at all the gradients; train without it"),
             (bool(readers), f"{readers} may read or change gradients; remove it"),
             (own.check_for_nan_in_grad, "check_for_nan_in_grad must pass before any update; turn it off"),
-            (facts.precision == "16-mixed", "16-mixed may skip the step; use bf16-mixed"),
             (bool(inseparable), "; ".join(inseparable) + "; use an optimizer such as AdamW"),
         ],
     )

@@ -17,9 +17,7 @@ from torch import nn
 class GuardedParameters(dict[str, "nn.Parameter | None"]):
     """``module._parameters`` that calls ``complete(parameter)`` before it gives one away, while ``incomplete`` is not empty."""
 
-    def __init__(
-        self, plain: dict[str, nn.Parameter | None], incomplete: Sized, complete: Callable[[nn.Parameter], None]
-    ) -> None:
+    def __init__(self, plain: dict[str, nn.Parameter | None], incomplete: Sized, complete: Callable[[nn.Parameter], None]) -> None:
         super().__init__(plain)
         self._incomplete = incomplete
         self._complete = complete

@@ -190,9 +190,7 @@ class DataMode(OverlapMode):
         self._post_gathers(everything=True)  # a forward that left out modules may have left gathers unposted
         if self._sharded and not self._fired:
             # A new window. What the last one left in the shards is there to be added to, unless it was zeroed.
-            self._carried = {
-                s: s.parameter.grad.clone() for b in self._buckets for s in b.segments if s.parameter.grad is not None
-            }
+            self._carried = {s: s.parameter.grad.clone() for b in self._buckets for s in b.segments if s.parameter.grad is not None}
             for bucket in self._buckets:
                 for parameter in bucket.parameters:
                     parameter.grad = None
@@ -308,9 +306,7 @@ class DataMode(OverlapMode):
         for bucket in self._buckets:
             if bucket.launched:
                 continue
-            for name, parameter, view in zip(
-                bucket.names, bucket.parameters, bucket.views(bucket.grads), strict=True
-            ):
+            for name, parameter, view in zip(bucket.names, bucket.parameters, bucket.views(bucket.grads), strict=True):
                 if self._sharded and id(parameter) not in self._fired:
                     view.zero_()
                     unused.append(name)
@@ -464,10 +460,12 @@ class DataMode(OverlapMode):
             if bucket.main is not None:
                 bucket.main.copy_(bucket.data[bucket.own])
 
-    def close(self) -> None:
-        self.sync_parameters()
-        for bucket in self._buckets:
-            self._settle(bucket)
+    def close(self, *, complete: bool = True) -> None:
+        if complete:
+            self.sync_parameters()
+            for bucket in self._buckets:
+                self._settle(bucket)
+        self._incomplete.clear()
         for hook in self._hooks:
             hook.remove()
         for module in self._guarded:
@@ -475,5 +473,5 @@ class DataMode(OverlapMode):
         unflatten(self._buckets)
         self._buckets, self._guarded, self._hooks = [], [], []
         for group in filter(None, (self.group, self._instances)):
-            group.close()
-
+            if complete:
+                group.close()

@@ -38,9 +38,7 @@ def _pieces(bucket: LiveBucket, segment: Segment) -> list[tuple[str, torch.Size,
     return found
 
 
-def gather(
-    optimizer: Optimizer, buckets: Sequence[LiveBucket], names: Sequence[Sequence[str | None]], group: Group
-) -> dict[str, Any]:
+def gather(optimizer: Optimizer, buckets: Sequence[LiveBucket], names: Sequence[Sequence[str | None]], group: Group) -> dict[str, Any]:
     """The unsharded optimizer's ``state_dict()`` on the group's first rank; the others get one without states."""
     first = group.rank == 0
     whole: dict[str, dict[str, Any]] = {}
@@ -120,9 +118,7 @@ def load(
             _load_segment(optimizer, bucket, segment, by_name)
 
 
-def _load_segment(
-    optimizer: Optimizer, bucket: LiveBucket, segment: Segment, by_name: dict[str, dict[str, Any]]
-) -> None:
+def _load_segment(optimizer: Optimizer, bucket: LiveBucket, segment: Segment, by_name: dict[str, dict[str, Any]]) -> None:
     flat = segment.parameter.detach().view(-1)
     if bucket.main is not None:
         flat.copy_(bucket.data[segment.start : segment.end])  # where the checkpoint has no main parameters
