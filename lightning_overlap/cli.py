@@ -1,13 +1,17 @@
-"""The command ``lightning-overlap``: LightningCLI's subcommands, and ``plan``."""
+"""The command ``lightning-overlap``: LightningCLI's subcommands, ``plan`` and ``bench``."""
 
 from __future__ import annotations
 
 import os
 import sys
+from json import dumps
+from pathlib import Path
+from typing import Any
 
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.cli import LightningCLI
 
+from lightning_overlap.bench.measure import measure
 from lightning_overlap.decision import ConfigError
 from lightning_overlap.facts import Facts
 from lightning_overlap.optimization import gradient_readers
@@ -15,8 +19,17 @@ from lightning_overlap.plan import resolve
 from lightning_overlap.strategy import OverlapStrategy
 
 
-class _PlanTrainer(Trainer):
-    """A Trainer with one more thing to do: tell what would run."""
+class _Trainer(Trainer):
+    """A Trainer with two more things to do: tell what would run, and measure it."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._given = kwargs
+
+    def _overlap(self) -> OverlapStrategy:
+        if not isinstance(self.strategy, OverlapStrategy):
+            raise ConfigError(f"the trainer's strategy is {type(self.strategy).__name__}; set trainer.strategy: overlap")
+        return self.strategy
 
     def plan(self, model: LightningModule, datamodule: LightningDataModule | None = None, ranks: int | None = None) -> None:
         """Resolves the plan for a number of ranks and prints it; starts nothing.
@@ -26,24 +39,52 @@ class _PlanTrainer(Trainer):
             datamodule: not looked at.
             ranks: processes in all; by default the trainer's devices times nodes.
         """
-        if not isinstance(self.strategy, OverlapStrategy):
-            raise ConfigError(f"the trainer's strategy is {type(self.strategy).__name__}; set trainer.strategy: overlap")
+        strategy = self._overlap()
         facts = Facts(
             world_size=ranks or self.num_devices * self.num_nodes,
-            device=self.strategy.root_device.type,
+            device=strategy.root_device.type,
             precision=str(self.precision),
             gradient_clip_val=self.gradient_clip_val,  # type: ignore[arg-type]
             automatic_optimization=model.automatic_optimization,
             gradient_readers=gradient_readers(self, model),
             parameters=sum(p.numel() for p in model.parameters() if p.requires_grad),
         )
-        print(resolve(self.strategy.config, facts).explain())
+        print(resolve(strategy.config, facts).explain())
+
+    def bench(
+        self,
+        model: LightningModule,
+        datamodule: LightningDataModule | None = None,
+        steps: int = 10,
+        warmup: int = 3,
+        repeats: int = 3,
+        peers: bool = False,
+        json: str | None = None,
+    ) -> None:
+        """Measures what overlap buys: overlapped, plain, compute alone, communication alone, and peers.
+
+        Args:
+            model: the module.
+            datamodule: its data.
+            steps: timed steps of a run.
+            warmup: steps before them.
+            repeats: runs of each; the medians count.
+            peers: also Lightning's DDP and ModelParallel strategies.
+            json: a file for all the figures.
+        """
+        measured = measure(
+            model, datamodule, self._overlap(), self._given, steps=steps, warmup=warmup, repeats=repeats, with_peers=peers
+        )
+        if self.is_global_zero:
+            print(measured.table())
+            if json is not None:
+                Path(json).write_text(dumps(measured.as_dict(), indent=1))
 
 
 class _CLI(LightningCLI):
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
-        return {**LightningCLI.subcommands(), "plan": {"model", "datamodule"}}
+        return {**LightningCLI.subcommands(), "plan": {"model", "datamodule"}, "bench": {"model", "datamodule"}}
 
 
 def main() -> None:
@@ -53,7 +94,7 @@ def main() -> None:
     if sys.argv[1:2] == ["plan"]:
         sys.argv[1:] = _ranks(sys.argv[1:])
     try:
-        _CLI(trainer_class=_PlanTrainer, subclass_mode_model=True, subclass_mode_data=True,
+        _CLI(trainer_class=_Trainer, subclass_mode_model=True, subclass_mode_data=True,
              model_class=LightningModule, save_config_kwargs={"overwrite": True})  # fmt: skip
     except ConfigError as error:
         sys.exit(f"error: {error}")

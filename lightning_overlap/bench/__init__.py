@@ -1,0 +1,1 @@
+"""What overlap buys, measured on the user's own module."""

@@ -1,0 +1,187 @@
+"""Times the user's own training step: overlapped, plain, compute alone, communication alone, and under peers.
+
+Every figure is a run of the same module, from the same weights, on the same data, through Trainer. The runs are
+interleaved, so that a machine that drifts favours none.
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+import statistics
+import time
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer, seed_everything
+from lightning.pytorch.strategies import Strategy
+
+from lightning_overlap.bench.peers import peers as all_peers
+from lightning_overlap.bench.skip import Skipped, groups_of, skip_transfers
+from lightning_overlap.config import OverlapConfig
+from lightning_overlap.strategy import OverlapStrategy
+
+
+@dataclass
+class Row:
+    """Seconds a step under one strategy: one figure for each repeat."""
+
+    name: str
+    seconds: list[float] = field(default_factory=list)
+    exposed: list[float] = field(default_factory=list)
+    """Seconds a step in which this rank did nothing but wait for a transfer (overlapped and plain)."""
+
+    @property
+    def median(self) -> float:
+        return statistics.median(self.seconds)
+
+    @property
+    def spread(self) -> float:
+        """(slowest - fastest) / median."""
+        return (max(self.seconds) - min(self.seconds)) / self.median
+
+
+@dataclass
+class Measured:
+    """All rows of one benchmark."""
+
+    rows: list[Row]
+    ranks: int
+    steps: int
+    doubts: list[str]
+
+    def row(self, name: str) -> Row:
+        return next(row for row in self.rows if row.name == name)
+
+    @property
+    def limit(self) -> float:
+        """What no schedule can beat: the longer of compute alone and communication alone, in seconds."""
+        return max(self.row("compute").median, self.row("communication").median)
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return {**asdict(self), "limit": self.limit, "medians": {row.name: row.median for row in self.rows}}
+
+    def table(self) -> str:
+        """The table as text; times in milliseconds."""
+        lines = [f"{'':34}{'ms a step':>10}{'spread':>8}{'exposed':>9}{'x limit':>9}{'overlapped is':>15}"]
+        ours = self.row("overlapped").median
+        for row in self.rows:
+            exposed = f"{statistics.median(row.exposed) * 1e3:.0f}" if row.exposed else ""
+            gain = "" if row.name in ("overlapped", "compute", "communication") else f"{row.median / ours:.2f} x"
+            lines.append(f"{row.name:34}{row.median * 1e3:10.0f}{row.spread:8.0%}{exposed:>9}{row.median / self.limit:9.2f}{gain:>15}")
+        lines.append(f"{'limit = max(compute, communication)':34}{self.limit * 1e3:9.0f}")
+        runs = f"{self.ranks} ranks, medians of {len(self.rows[0].seconds)} runs of {self.steps} steps"
+        lines.append(f"efficiency {self.limit / ours:.0%}; {runs}")
+        return "\n".join(lines + [f"doubtful: {doubt}" for doubt in self.doubts])
+
+
+class _Clock(Callback):
+    """Times the steps after ``warmup``; with ``skip``, without transfers, which are then replayed and timed too."""
+
+    def __init__(self, warmup: int, steps: int, *, skip: bool = False) -> None:
+        self.warmup, self.steps, self.skip = warmup, steps, skip
+        self.seconds = self.exposed = self.communication = 0.0
+        self._skipped: list[Skipped] = []
+        self._groups: list[Any] = []
+
+    def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
+        for mode in trainer.strategy.modes if self.skip else ():  # type: ignore[attr-defined]
+            self._skipped += skip_transfers(mode)
+
+    def on_train_batch_start(self, trainer: Trainer, module: LightningModule, batch: Any, batch_idx: int) -> None:
+        for stand_in in self._skipped:
+            stand_in.calls.clear()
+        if batch_idx == self.warmup:
+            self._meet(trainer)
+            self._groups = [g for mode in getattr(trainer.strategy, "modes", ()) for g in groups_of(mode).values()]
+            self.exposed = -sum(g.exposed for g in self._groups)
+            self.seconds = -time.perf_counter()
+
+    def on_train_end(self, trainer: Trainer, module: LightningModule) -> None:
+        self._meet(trainer)
+        self.seconds = (self.seconds + time.perf_counter()) / self.steps
+        self.exposed = (self.exposed + sum(g.exposed for g in self._groups)) / self.steps
+        if self._skipped:
+            self._meet(trainer)
+            start = time.perf_counter()
+            for _ in range(self.steps):
+                for stand_in in self._skipped:
+                    stand_in.replay()
+            self._meet(trainer)
+            self.communication = (time.perf_counter() - start) / self.steps
+
+    @staticmethod
+    def _meet(trainer: Trainer) -> None:
+        """All work of all ranks is done."""
+        for mode in getattr(trainer.strategy, "modes", ()):
+            mode.sync_parameters()
+        if trainer.strategy.root_device.type == "cuda":
+            torch.cuda.synchronize()
+        trainer.strategy.barrier()
+
+
+def measure(
+    model: LightningModule,
+    datamodule: LightningDataModule | None,
+    strategy: OverlapStrategy,
+    trainer: dict[str, Any],
+    *,
+    steps: int,
+    warmup: int,
+    repeats: int,
+    with_peers: bool,
+) -> Measured:
+    """Runs everything, ``repeats`` times.
+
+    Args:
+        model: the module; it is copied and stays as it is.
+        datamodule: its data, where the module has none of its own.
+        strategy: the configuration to measure; the object itself does not train.
+        trainer: the user's arguments of Trainer; callbacks, loggers and validation are left out.
+        steps: timed steps of a run.
+        warmup: steps before them.
+        repeats: runs of each.
+        with_peers: measure the peers too.
+    """
+    seed = int(os.environ.get("PL_GLOBAL_SEED", 0))
+
+    def run(made: Strategy, module: LightningModule, *, skip: bool = False) -> _Clock:
+        clock = _Clock(warmup, steps, skip=skip)
+        seed_everything(seed, workers=True, verbose=False)
+        quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
+        length = {"max_steps": warmup + steps, "max_epochs": -1, "limit_val_batches": 0, "num_sanity_val_steps": 0}
+        Trainer(**{**trainer, **quiet, **length, "strategy": made, "callbacks": [clock]}).fit(module, datamodule=datamodule)
+        return clock
+
+    def ours(config: OverlapConfig) -> OverlapStrategy:
+        return OverlapStrategy(
+            **{f.name: getattr(config, f.name) for f in fields(config)},
+            process_group_backend=strategy._process_group_backend,
+        )
+
+    off = OverlapConfig(**{**{f.name: getattr(strategy.config, f.name) for f in fields(OverlapConfig)}, "overlap": "off"})
+    rows = {name: Row(name) for name in ("overlapped", "plain", "compute", "communication")}
+    others = all_peers("nccl" if strategy.root_device.type == "cuda" else "gloo", strategy.world_size) if with_peers else {}
+    rows |= {name: Row(name) for name in others}
+    for _ in range(repeats):
+        for name, config in (("overlapped", strategy.config), ("plain", off)):
+            clock = run(ours(config), copy.deepcopy(model))
+            rows[name].seconds.append(clock.seconds)
+            rows[name].exposed.append(clock.exposed)
+        clock = run(ours(strategy.config), copy.deepcopy(model), skip=True)
+        rows["compute"].seconds.append(clock.seconds)
+        rows["communication"].seconds.append(clock.communication)
+        for name, (make, prepare) in others.items():
+            rows[name].seconds.append(run(make(), prepare(copy.deepcopy(model))).seconds)
+    return Measured(list(rows.values()), strategy.world_size, steps, _doubts(list(rows.values()), strategy.num_processes))
+
+
+def _doubts(rows: list[Row], here: int) -> list[str]:
+    """Why the figures may not be trusted."""
+    doubts = [f"{row.name} differs by {row.spread:.0%} between runs" for row in rows if row.spread > 0.1]
+    cores = len(os.sched_getaffinity(0))
+    if here * torch.get_num_threads() > cores:
+        doubts.append(f"{here} ranks x {torch.get_num_threads()} threads share {cores} cores: set OMP_NUM_THREADS lower")
+    return doubts

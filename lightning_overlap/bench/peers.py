@@ -1,0 +1,49 @@
+"""What else can train the same module, with the settings that suit it best."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+from lightning.pytorch import LightningModule
+from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, Strategy
+from torch import nn
+from torch.distributed.fsdp import fully_shard
+
+
+def peers(backend: str, ranks: int) -> dict[str, tuple[Callable[[], Strategy], Callable[[LightningModule], LightningModule]]]:
+    """By name: a maker of the strategy, and what has to be done to the module first.
+
+    Args:
+        backend: of the process group, the same for all.
+        ranks: in all.
+    """
+
+    def ddp(megabytes: int) -> Callable[[], Strategy]:
+        return lambda: DDPStrategy(bucket_cap_mb=megabytes, gradient_as_bucket_view=True, process_group_backend=backend)
+
+    def fsdp2() -> Strategy:
+        return ModelParallelStrategy(data_parallel_size=ranks, tensor_parallel_size=1, process_group_backend=backend)
+
+    return {
+        "Lightning DDP, 4 MB buckets": (ddp(4), lambda module: module),
+        "Lightning DDP, 25 MB buckets": (ddp(25), lambda module: module),
+        "Lightning ModelParallel (FSDP2)": (fsdp2, _shard_blocks),
+    }
+
+
+def _shard_blocks(module: LightningModule) -> LightningModule:
+    """A module whose ``configure_model`` shards each block and the rest, and keeps weights gathered until backward has used them."""
+
+    def configure_model(self: Any) -> None:
+        mesh = self.device_mesh["data_parallel"]
+        lists = [m for m in self.modules() if isinstance(m, nn.ModuleList)]
+        for block in max(lists, key=len, default=()):
+            fully_shard(block, mesh=mesh, reshard_after_forward=False)
+        for child in self.children():
+            fully_shard(child, mesh=mesh, reshard_after_forward=False)
+
+    sharded = copy.copy(module)
+    sharded.__class__ = type(type(module).__name__, (type(module),), {"configure_model": configure_model})
+    return sharded
