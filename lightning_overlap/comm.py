@@ -22,7 +22,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -33,6 +33,7 @@ CHUNK_BYTES = 1 << 20
 WINDOW = 2
 """Chunks in flight on the gather connections: one on the link and one ready behind it."""
 _MAX_CHUNKS = 1 << 14
+T = TypeVar("T")
 
 
 class TransferError(RuntimeError):
@@ -334,10 +335,14 @@ class Group:
             self._threads.start_step()
 
     def close(self) -> None:
-        """Ends the group's threads. All its transfers must have been waited for."""
+        """Ends the group's threads and connections. All its transfers must have been waited for."""
         if self._threads is not None:
             self._threads.close()
             self._threads = None
+        for group in (self.reduces, self.gathers):
+            if group is not None:
+                dist.destroy_process_group(group)
+        self.reduces = self.gathers = None
 
     def wait_for(self, label: str, works: Sequence[tuple[Any, int]]) -> None:
         """Blocks until all works are complete.
@@ -392,12 +397,21 @@ def _chunks(x: Tensor) -> Sequence[Tensor]:
     return x.split(step) if x.numel() else ()
 
 
-def make_group(rank_sets: Sequence[Sequence[int]], name: str, timeout: timedelta) -> Group:
+def make_group(rank_sets: Sequence[Sequence[int]], name: str, timeout: timedelta, backend: str | None = None) -> Group:
     """The group of this rank among disjoint ``rank_sets``. Collective over the world: all ranks name the same sets."""
     mine: Group | None = None
     for ranks in rank_sets:
-        pair = [dist.new_group(ranks, timeout=timeout) for _ in ("reduces", "gathers")] if len(ranks) > 1 else [None, None]
+        pair: list[Any] = [None, None]
+        if len(ranks) > 1:
+            pair = [dist.new_group(ranks, timeout=timeout, backend=backend) for _ in ("reduces", "gathers")]
         if dist.get_rank() in ranks:
             mine = Group(ranks, name, *pair)
     assert mine is not None, f"rank {dist.get_rank()} is in none of {rank_sets}"
     return mine
+
+
+def all_gather_objects(mine: T) -> list[T]:
+    """Every rank's object, by rank. Collective over the world, blocking."""
+    everyone: list[T] = [mine] * dist.get_world_size()
+    dist.all_gather_object(everyone, mine)
+    return everyone

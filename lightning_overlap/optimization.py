@@ -3,26 +3,27 @@
 from __future__ import annotations
 
 import contextlib
+import signal
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.distributed as dist
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loops.training_epoch_loop import _TrainingEpochLoop
 from lightning.pytorch.plugins.precision import Precision
 from lightning.pytorch.trainer.connectors.signal_connector import _SignalConnector
 from lightning.pytorch.utilities.exceptions import SIGTERMException
-from torch import Tensor
 from torch.optim import Optimizer
 
 if TYPE_CHECKING:
+    from lightning_overlap.comm import Group, Pending
     from lightning_overlap.modes.base import OverlapMode
     from lightning_overlap.strategy import OverlapStrategy
 
 PRIVATE_NAMES: tuple[tuple[type, str, str], ...] = (
     (_TrainingEpochLoop, "_broadcast_sigterm_tensor", "a blocking broadcast before every batch, replaced"),
     (_SignalConnector, "_sigterm_notifier_fn", "a broadcast inside the signal handler, replaced"),
+    (_SignalConnector, "_slurm_sigusr_handler_fn", "a checkpoint inside the signal handler, put off to the next batch"),
     (Precision, "_after_closure", "on_before_optimizer_step and clipping, called between backward and step"),
 )
 for _owner, _name, _use in PRIVATE_NAMES:
@@ -100,49 +101,58 @@ def with_overlap(plugin: Precision, strategy: OverlapStrategy) -> Precision:
 
 
 class Preemption:
-    """SIGTERM on any rank stops all ranks at the same batch, and no batch waits for it.
+    """Signals act on all ranks at the same batch, and no batch waits for them.
 
-    Each batch posts an all-reduce of "asked to stop" and reads the one that the batch before it has posted.
+    Each batch posts a sum of "has this rank been asked to stop, to requeue?" and reads the one that the batch before it has
+    posted. Lightning's handlers run collectives inside the signal handler, where other ranks are in the middle of something else.
+
+    Args:
+        trainer: whose methods are replaced until :meth:`close`.
+        group: all ranks, on the CPU, so that reading the sum never waits for a device.
     """
 
-    def __init__(self, trainer: Trainer) -> None:
+    def __init__(self, trainer: Trainer, group: Group) -> None:
         self._trainer = trainer
-        self._asked = False
-        self._group: Any = None
-        self._flag: Tensor | None = None
-        self._work: Any = None
+        self._group = group
+        self._asked = [0, 0]  # to stop (SIGTERM), to requeue (SLURM's signal)
+        self._pending: Pending | None = None
         connector, loop = trainer._signal_connector, trainer.fit_loop.epoch_loop
-        connector._sigterm_notifier_fn = self._on_sigterm  # type: ignore[method-assign, assignment]
-        loop._broadcast_sigterm_tensor = self._check  # type: ignore[method-assign]
+        self._requeue = connector._slurm_sigusr_handler_fn
+        connector._sigterm_notifier_fn = lambda *_: self._ask(0)  # type: ignore[method-assign]
+        connector._slurm_sigusr_handler_fn = lambda *_: self._ask(1)  # type: ignore[method-assign]
+        loop._broadcast_sigterm_tensor = self._before_batch  # type: ignore[method-assign]
 
-    def _on_sigterm(self, *_: Any) -> None:
-        # Only a flag: a collective inside a signal handler meets other ranks in the middle of something else. And one of
-        # our own, since Lightning's would stop this rank alone.
-        self._asked = True
+    def _ask(self, what: int) -> None:
+        self._asked[what] = 1
 
-    def _check(self) -> None:
-        if self._group is None:
-            # gloo, so that reading the flag never waits for the device
-            self._group = dist.new_group(backend="gloo")
-        stop = False
-        if self._work is not None:
-            self._work.wait()
-            assert self._flag is not None, "the flag is set with its transfer"
-            stop = bool(self._flag.item())
-        self._flag = torch.tensor([int(self._asked)])
-        self._work = dist.all_reduce(self._flag, dist.ReduceOp.MAX, self._group, async_op=True)
+    def _before_batch(self) -> None:
+        before, self._pending = self._pending, self._group.all_reduce(torch.tensor(self._asked), label="signals")
+        if before is not None:
+            self._act(before)
+
+    def _act(self, pending: Pending) -> None:
+        stop, requeue = pending.wait().tolist()
+        if requeue and self._requeue is not None:
+            self._requeue(signal.SIGUSR1, None)  # type: ignore[arg-type]
+            self._requeue = None  # type: ignore[assignment]
         if stop:
             self._trainer._signal_connector.received_sigterm = True
             raise SIGTERMException
 
+    def finish(self) -> None:
+        """After the last batch: what was asked since then is agreed and done."""
+        for _ in range(2):  # takes in the last batch's sum, then a last one
+            self._before_batch()
+
     def close(self, *, complete: bool = True) -> None:
-        """Lightning's own methods come back; the last flag is taken in, if ``complete``."""
-        if self._work is not None and complete:
-            self._work.wait()
-        self._work = None
-        with contextlib.suppress(AttributeError):  # removed already
-            del self._trainer._signal_connector._sigterm_notifier_fn
-            del self._trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor
+        """Lightning's own methods come back; the last sum is taken in, if ``complete``."""
+        if complete:
+            if self._pending is not None:
+                self._pending.wait()
+            self._group.close()
+        del self._trainer._signal_connector._sigterm_notifier_fn
+        del self._trainer._signal_connector._slurm_sigusr_handler_fn
+        del self._trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor
 
 
 @contextlib.contextmanager

@@ -12,6 +12,7 @@ from typing import Any, Literal
 import torch
 import torch.distributed as dist
 from lightning.fabric.plugins import CheckpointIO, ClusterEnvironment, TorchCheckpointIO
+from lightning.fabric.utilities.data import sized_len
 from lightning.fabric.utilities.seed import pl_worker_init_function
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.accelerators import Accelerator
@@ -23,6 +24,7 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch import Tensor
 from torch.optim import Optimizer
 
+from lightning_overlap.comm import all_gather_objects, make_group
 from lightning_overlap.config import OverlapConfig
 from lightning_overlap.decision import ConfigError
 from lightning_overlap.facts import Facts
@@ -118,6 +120,10 @@ class OverlapStrategy(DDPStrategy):
             raise ConfigError("the plan is resolved when fit sets up; `lightning-overlap plan` resolves one before")
         return self._plan
 
+    @property
+    def _time_limit(self) -> timedelta:
+        return self._timeout or timedelta(minutes=30)  # Lightning's type admits None
+
     # -- launch ------------------------------------------------------------------------------------------------------
 
     @property
@@ -145,6 +151,19 @@ class OverlapStrategy(DDPStrategy):
         return {"num_replicas": self.mesh.sizes["dp"], "rank": self.mesh.coordinates()["dp"], **seed}
 
     def process_dataloader(self, dataloader: object) -> object:
+        """Seeds the workers, and has all ranks know of one that has nothing to read.
+
+        Raises:
+            ConfigError: on every rank, if some have no batch.
+        """
+        if dist.is_initialized() and self.world_size > 1:
+            counts = all_gather_objects(sized_len(dataloader))
+            module = self.lightning_module
+            if 0 in counts and any(counts) and not (module and module.allow_zero_length_dataloader_with_multiple_devices):
+                empty = [rank for rank, count in enumerate(counts) if count == 0]
+                raise ConfigError(
+                    f"ranks {empty} have no batch to read, and others have: use fewer ranks or a smaller batch, or leave drop_last off"
+                )
         # Workers of ranks that share a batch must draw the same random numbers.
         if int(os.environ.get("PL_SEED_WORKERS", 0)) and getattr(dataloader, "worker_init_fn", 0) is None:
             rank = self.mesh.coordinates()["dp"]
@@ -165,7 +184,8 @@ class OverlapStrategy(DDPStrategy):
         if fitting:
             self.setup_optimizers(trainer)
             if dist.is_initialized() and self.world_size > 1:
-                self._preemption = Preemption(trainer)
+                everyone = make_group([range(self.world_size)], "world", self._time_limit, backend="gloo")
+                self._preemption = Preemption(trainer, everyone)
         self.setup_precision_plugin()
 
     def setup_optimizers(self, trainer: Trainer) -> None:
@@ -188,8 +208,7 @@ class OverlapStrategy(DDPStrategy):
             ),
         )
         rank_zero_info(self._plan.explain())
-        timeout = self._timeout or timedelta(minutes=30)  # Lightning's type admits None
-        self.modes = [m(self._plan, self.config, self.mesh, timeout) for m in MODES if m.runs(self._plan)]
+        self.modes = [m(self._plan, self.config, self.mesh, self._time_limit) for m in MODES if m.runs(self._plan)]
         for mode in self.modes:
             mode.parallelize(model)
         for mode in self.modes:
@@ -210,8 +229,7 @@ class OverlapStrategy(DDPStrategy):
         mine: dict[str, str] = {"strategy arguments": repr(self.config), "versions": repr(Facts(world_size=1).versions)}
         for name, p in self.model.named_parameters():
             mine[f"parameter {name}"] = f"{tuple(p.shape)} {p.dtype} requires_grad={p.requires_grad}"
-        everyone: list[dict[str, str]] = [{}] * self.world_size
-        dist.all_gather_object(everyone, mine)
+        everyone = all_gather_objects(mine)
         for rank, other in enumerate(everyone):
             for what in {**everyone[0], **other}:
                 first, there = everyone[0].get(what, "absent"), other.get(what, "absent")
@@ -273,9 +291,26 @@ class OverlapStrategy(DDPStrategy):
     def on_predict_start(self) -> None:
         self._complete_weights()
 
+    def on_train_start(self) -> None:
+        """Every batch is a meeting of all ranks.
+
+        Raises:
+            ConfigError: on every rank, if ranks have different numbers of batches.
+        """
+        if self.world_size > 1:
+            assert self.lightning_module is not None, "Lightning connects the module"
+            counts = all_gather_objects(self.lightning_module.trainer.num_training_batches)
+            if len(set(counts)) > 1:
+                raise ConfigError(
+                    f"ranks have different numbers of training batches, {counts} by rank, and would wait for each other. Deal the "
+                    f"data out evenly (Lightning's sampler does, drop_last=True helps), or set limit_train_batches={min(counts)}."
+                )
+
     def on_train_end(self) -> None:
         for mode in self.modes:
             mode.sync_parameters()
+        if self._preemption is not None:
+            self._preemption.finish()
 
     # -- checkpoints -------------------------------------------------------------------------------------------------
 

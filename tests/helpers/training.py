@@ -70,8 +70,8 @@ class Net(LightningModule):
     train_dataloader = val_dataloader = loader
 
 
-def strategy(name: str, size: int, data: dict[str, Any], overlap: str) -> Any:
-    kwargs: dict[str, Any] = {"cluster_environment": TorchElasticEnvironment(), "process_group_backend": "gloo"}
+def strategy(name: str, data: dict[str, Any], overlap: str, kwargs: dict[str, Any]) -> Any:
+    kwargs = {"cluster_environment": TorchElasticEnvironment(), "process_group_backend": "gloo", **kwargs}
     if name == "ddp":
         return DDPStrategy(find_unused_parameters=True, **kwargs)
     return OverlapStrategy(DataParallel(**{"bucket_size": 500, **data}), overlap=overlap, **kwargs)  # type: ignore[arg-type]
@@ -85,6 +85,7 @@ def train(
     resume: str | None = None,
     save: str | None = None,
     module: type[Net] = Net,
+    strategy_kwargs: dict[str, Any] | None = None,
     **trainer: Any,
 ) -> dict[str, Any]:
     """Trains in this process as one rank of the world, and tells how it went."""
@@ -93,11 +94,10 @@ def train(
     # Ranks start with different weights and seeds; rank 0's count. (DDP's samplers would draw overlapping shares.)
     seed_everything(5 if name == "ddp" else 5 + dist.get_rank(), verbose=False)
     model = module(optimizer)
-    run = Trainer(
-        strategy=strategy(name, size, data or {}, overlap), accelerator="cpu", devices=size, logger=False,
-        enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
-        default_root_dir=tempfile.gettempdir(), **{"max_steps": 6, "limit_val_batches": 2, **trainer},
-    )  # fmt: skip
+    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
+    length = {"max_steps": 6, "limit_val_batches": 2, "default_root_dir": tempfile.gettempdir()}
+    made = strategy(name, data or {}, overlap, strategy_kwargs or {})
+    run = Trainer(**{"accelerator": "cpu", "devices": size, "strategy": made, **quiet, **length, **trainer})  # type: ignore[arg-type]
     run.fit(model, ckpt_path=resume)
     weights = torch.cat([p.detach().flatten().float() for p in model.parameters()])
     return {

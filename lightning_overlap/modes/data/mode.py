@@ -51,6 +51,8 @@ class DataMode(OverlapMode):
         self._seen: dict[int, None] = {}  # keys of the buckets in the order in which this forward reads them
         self._fired: set[int] = set()  # ids of the parameters with a gradient in this accumulation window
         self._carried: dict[Segment, Tensor] = {}
+        self._frozen: list[tuple[str, nn.Parameter]] = []
+        self._lengths: dict[Optimizer, list[int]] = {}
         self._optimizer: Optimizer | None = None
         self._hooks: list[Any] = []
         self._guarded: list[nn.Module] = []
@@ -89,6 +91,8 @@ class DataMode(OverlapMode):
         for name, parameter in model.named_parameters():
             if parameter.requires_grad:
                 kinds.setdefault((parameter.dtype, parameter.device), []).append((name, parameter))
+            else:
+                self._frozen.append((name, parameter))
         for (dtype, _), named in kinds.items():
             layout = lay_out(
                 [p.numel() for _, p in named],
@@ -136,6 +140,7 @@ class DataMode(OverlapMode):
                 f"{len(strange)} parameters of the optimizer are not parameters of the module at setup. Create parameters in "
                 "__init__ or configure_model, and give the optimizer only those of self.parameters()."
             )
+        self._lengths = {o: _lengths(o) for o in optimizers}
         if not self._sharded or not optimizers:
             return
         (self._optimizer,) = optimizers
@@ -149,6 +154,7 @@ class DataMode(OverlapMode):
         for group, parameters in zip(self._optimizer.param_groups, held, strict=True):
             group["params"] = parameters
         self._held_parameters = held
+        self._lengths = {self._optimizer: _lengths(self._optimizer)}
 
     def _segment(self, bucket: LiveBucket, group_of: dict[int, int]) -> None:
         """Cuts this rank's piece of a bucket where the optimizer's group changes (at every parameter, if they stay whole)."""
@@ -198,6 +204,7 @@ class DataMode(OverlapMode):
             self._open_backward()
 
     def _open_backward(self) -> None:
+        self._refuse_changes()
         self._backward_open = True
         self.group.start_step()
         for bucket in self._buckets:
@@ -208,6 +215,19 @@ class DataMode(OverlapMode):
             for place, key in enumerate(self._seen):
                 self._buckets[key].order = place
         self._seen.clear()
+
+    def _refuse_changes(self) -> None:
+        thawed = [name for name, parameter in self._frozen if parameter.requires_grad]
+        if thawed:
+            raise ConfigError(
+                f"{thawed[0]} ({len(thawed)} in all) was frozen at setup and is trained now, and is in no bucket. Freeze and unfreeze "
+                "between fits; or leave it trainable and give its group a learning rate of 0 until then."
+            )
+        if any(_lengths(optimizer) != lengths for optimizer, lengths in self._lengths.items()):
+            raise ConfigError(
+                "the optimizer's parameter groups have changed since setup, as finetuning callbacks do, and what came in is in no "
+                "bucket. Give the optimizer all parameters in configure_optimizers."
+            )
 
     def _on_gradient(self, parameter: nn.Parameter) -> None:
         bucket, view = self._home[id(parameter)]
@@ -336,12 +356,6 @@ class DataMode(OverlapMode):
         self.finish_backward()
         if optimizer is not self._optimizer:
             return
-        held = [len(group["params"]) for group in optimizer.param_groups]
-        if held != [len(parameters) for parameters in self._held_parameters]:
-            raise ConfigError(
-                "the optimizer's parameter groups have changed since setup, as finetuning callbacks do. "
-                "Set data_parallel.distributed_optimizer: false."
-            )
         if self._step_by_bucket:
             for bucket in self._reduced_buckets():
                 self._update(bucket)
@@ -475,3 +489,7 @@ class DataMode(OverlapMode):
         for group in filter(None, (self.group, self._instances)):
             if complete:
                 group.close()
+
+
+def _lengths(optimizer: Optimizer) -> list[int]:
+    return [len(group["params"]) for group in optimizer.param_groups]
