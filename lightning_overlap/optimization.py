@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,7 +13,6 @@ from lightning.pytorch.loops.training_epoch_loop import _TrainingEpochLoop
 from lightning.pytorch.plugins.precision import Precision
 from lightning.pytorch.trainer.connectors.signal_connector import _SignalConnector
 from lightning.pytorch.utilities.exceptions import SIGTERMException
-from torch.optim import Optimizer
 
 if TYPE_CHECKING:
     from lightning_overlap.comm import Group, Pending
@@ -48,56 +47,16 @@ def gradient_readers(trainer: Trainer, module: LightningModule) -> tuple[str, ..
     return tuple(found)
 
 
-class OverlapPrecision:
-    """Mixed into the precision plugin: the step, and clipping by norm, where gradients are sharded.
+def adapt_precision(plugin: Precision, strategy: OverlapStrategy) -> None:
+    """Clipping looks at what is stepped: a shard of the gradients, whose norm is summed over the ranks."""
 
-    Lightning runs backward inside ``optimizer.step``, so that gradients would be finished too late to be handed over.
-    Here the closure runs first; hooks, clipping and the step follow.
-    """
-
-    strategy: OverlapStrategy
-
-    def optimizer_step(self, optimizer: Any, model: LightningModule, closure: Callable[[], Any], **kwargs: Any) -> Any:
-        if not self.strategy.modes:
-            return super().optimizer_step(optimizer, model=model, closure=closure, **kwargs)  # type: ignore[misc]
-        result = closure()
-        plain: Optimizer = getattr(optimizer, "optimizer", optimizer)
-        self._after_closure(model, optimizer)  # type: ignore[attr-defined]
-        for mode in self.strategy.modes:
-            mode.before_step(plain)
-        optimizer.step(**kwargs)
-        for mode in self.strategy.modes:
-            mode.after_step(plain)
-        return result
-
-    def clip_grad_by_norm(self, optimizer: Optimizer, clip_val: int | float) -> None:
-        if not self.strategy.modes:
-            super().clip_grad_by_norm(optimizer, clip_val)  # type: ignore[misc]
-            return
-        grads = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-        squares = torch.zeros((), device=self.strategy.root_device)
-        if grads:
-            squares += torch.stack([g.float().norm() ** 2 for g in grads]).sum()
-        for mode in self.strategy.modes:
-            squares = mode.reduce_norm(squares)
-        # As torch.nn.utils.clip_grad_norm_: a tensor, so that nothing waits for the device.
-        scale = (clip_val / (squares.sqrt() + 1e-6)).clamp(max=1.0)
-        for grad in grads:
-            grad.mul_(scale)
+    plugin.main_params = strategy.stepped_parameters  # type: ignore[method-assign, assignment]
+    plugin.clip_grad_by_norm = strategy.clip_gradients_by_norm  # type: ignore[method-assign]
 
 
-_mixed: dict[type, type] = {}
-
-
-def with_overlap(plugin: Precision, strategy: OverlapStrategy) -> Precision:
-    """The plugin with :class:`OverlapPrecision` mixed in. It keeps its name, under which its state is saved."""
-    if not isinstance(plugin, OverlapPrecision):
-        stock = type(plugin)
-        if stock not in _mixed:
-            _mixed[stock] = type(stock.__name__, (OverlapPrecision, stock), {"__qualname__": stock.__qualname__})
-        plugin.__class__ = _mixed[stock]
-    plugin.strategy = strategy  # type: ignore[attr-defined]
-    return plugin
+def after_closure(plugin: Precision, model: LightningModule, optimizer: Any) -> None:
+    """``on_before_optimizer_step`` and clipping."""
+    plugin._after_closure(model, optimizer)
 
 
 class Preemption:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
@@ -36,7 +36,7 @@ from lightning_overlap.modes.data.config import DataParallel
 from lightning_overlap.modes.expert.config import ExpertParallel
 from lightning_overlap.modes.pipeline.config import PipelineParallel
 from lightning_overlap.modes.tensor.config import TensorParallel
-from lightning_overlap.optimization import Preemption, gradient_readers, held, with_overlap
+from lightning_overlap.optimization import Preemption, adapt_precision, after_closure, gradient_readers, held
 from lightning_overlap.plan import Plan, resolve
 from lightning_overlap.probe import examine
 
@@ -108,7 +108,6 @@ class OverlapStrategy(DDPStrategy):
         )
         self.modes: list[OverlapMode] = []
         self._plan: Plan | None = None
-        self._held = False
         self._failed = False
         self._seed: int | None = None
         self._preemption: Preemption | None = None
@@ -132,7 +131,9 @@ class OverlapStrategy(DDPStrategy):
 
     @precision_plugin.setter
     def precision_plugin(self, plugin: Precision | None) -> None:
-        self._precision_plugin = None if plugin is None else with_overlap(plugin, self)
+        self._precision_plugin = plugin
+        if plugin is not None:
+            adapt_precision(plugin, self)
 
     def _configure_launcher(self) -> None:
         # The first place where the number of ranks is known, and before any process is started.
@@ -189,8 +190,9 @@ class OverlapStrategy(DDPStrategy):
         self.setup_precision_plugin()
 
     def setup_optimizers(self, trainer: Trainer) -> None:
-        self._close_modes()
         super().setup_optimizers(trainer)
+        earlier = self._states_of_earlier_fits()
+        self._close_modes()
         model = self.lightning_module
         assert model is not None, "Lightning connects the module"
         self._plan = resolve(
@@ -213,6 +215,19 @@ class OverlapStrategy(DDPStrategy):
             mode.parallelize(model)
         for mode in self.modes:
             mode.prepare_optimizers(self.optimizers)
+        for optimizer, state in earlier:
+            if not any(mode.load_optimizer_state(optimizer, state) for mode in self.modes):
+                optimizer.load_state_dict(state)
+
+    def _states_of_earlier_fits(self) -> list[tuple[Optimizer, dict[str, Any]]]:
+        """A module may give the same optimizer object in each fit; what it held is in the shards of the last one."""
+        found = []
+        for optimizer in self.optimizers:
+            for mode in self.modes:
+                if (state := mode.optimizer_state(optimizer)) is not None:
+                    found.append((optimizer, self.broadcast(state)))
+                    optimizer.state.clear()
+        return found
 
     def _agree(self) -> None:
         """All ranks have the same request, versions and parameters; samplers draw with rank 0's seed.
@@ -247,23 +262,57 @@ class OverlapStrategy(DDPStrategy):
 
     # -- training ----------------------------------------------------------------------------------------------------
 
-    def pre_backward(self, closure_loss: Tensor) -> None:
+    def training_step(self, *args: Any, **kwargs: Any) -> Any:
+        for mode in self.modes:
+            mode.start_forward()
+        return super().training_step(*args, **kwargs)
+
+    def backward(self, closure_loss: Tensor, optimizer: Optimizer | None, *args: Any, **kwargs: Any) -> Tensor:
+        """As ``Strategy.backward``, but for the modes' part, which is over before ``on_after_backward`` is called."""
+        assert self.lightning_module is not None, "Lightning connects the module"
         for mode in self.modes:
             mode.start_backward()
+        loss = self.precision_plugin.pre_backward(closure_loss, self.lightning_module)
+        self.precision_plugin.backward(loss, self.lightning_module, optimizer, *args, **kwargs)
+        for mode in self.modes:
+            mode.finish_backward()
+        return self.precision_plugin.post_backward(loss, self.lightning_module)
 
-    def post_backward(self, closure_loss: Tensor) -> None:
-        if not self._held:
-            for mode in self.modes:
-                mode.finish_backward()
+    def optimizer_step(self, optimizer: Optimizer, closure: Callable[[], Any], model: Any = None, **kwargs: Any) -> Any:
+        """Lightning runs backward inside ``optimizer.step``. Here it runs first, then hooks and clipping, then the step."""
+        if not self.modes:
+            return super().optimizer_step(optimizer, closure, model, **kwargs)
+        result = closure()
+        assert self.lightning_module is not None, "Lightning connects the module"
+        after_closure(self.precision_plugin, self.lightning_module, optimizer)
+        optimizer.step(**kwargs)
+        return result
+
+    def stepped_parameters(self, optimizer: Optimizer) -> Iterable[Tensor]:
+        """The parameters that a step updates on this rank: shards with the gradients of shards, or the user's."""
+        plain = getattr(optimizer, "optimizer", optimizer)
+        for mode in self.modes:
+            if (parameters := mode.stepped_parameters(plain)) is not None:
+                return parameters
+        return [parameter for group in plain.param_groups for parameter in group["params"]]
+
+    def clip_gradients_by_norm(self, optimizer: Optimizer, clip_val: float) -> None:
+        """Clips by the norm over all ranks' shards."""
+        grads = [p.grad for p in self.stepped_parameters(optimizer) if p.grad is not None]
+        squares = torch.zeros((), device=self.root_device)
+        if grads:
+            squares += torch.stack([g.float().norm() ** 2 for g in grads]).sum()
+        for mode in self.modes:
+            squares = mode.reduce_norm(squares)
+        # As torch.nn.utils.clip_grad_norm_: a tensor, so that nothing waits for the device.
+        scale = (clip_val / (squares.sqrt() + 1e-6)).clamp(max=1.0)
+        for grad in grads:
+            grad.mul_(scale)
 
     @contextmanager
     def block_backward_sync(self) -> Iterator[None]:
-        before, self._held = self._held, True
-        try:
-            with held(self.modes):
-                yield
-        finally:
-            self._held = before
+        with held(self.modes):
+            yield
 
     def reduce_boolean_decision(self, decision: bool, all: bool = True) -> bool:
         if not dist.is_initialized() or self.world_size == 1:
@@ -365,17 +414,19 @@ class OverlapStrategy(DDPStrategy):
         self._failed = not isinstance(exception, SIGTERMException)
 
     def _close_modes(self) -> None:
-        for mode in reversed(self.modes):
-            mode.close(complete=not self._failed)
-        if self.modes and self._failed:
-            rank_zero_warn("training failed in the middle of a step: load a checkpoint before using the module's weights")
+        for mode in self.modes:
+            mode.close()
         self.modes = []
 
     def teardown(self) -> None:
         if self._preemption is not None:
             self._preemption.close(complete=not self._failed)
             self._preemption = None
-        self._close_modes()
+        for mode in reversed(self.modes):
+            mode.release(complete=not self._failed)
+        if self._failed and self.modes:
+            rank_zero_warn("training failed in the middle of a step: load a checkpoint before using the module's weights")
+            self.modes = []  # nobody waits for their transfers
         self._failed = False
         super().teardown()
 

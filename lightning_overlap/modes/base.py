@@ -41,7 +41,7 @@ class OverlapMode:
         """Takes this rank's share of the model."""
 
     def prepare_optimizers(self, optimizers: Sequence[Optimizer]) -> None:
-        """Repoints the user's optimizers to what this rank updates."""
+        """Prepares what this rank updates. The user's ``param_groups`` stay as they are, but for the time of a step."""
 
     def shard_batch(self, batch: Any) -> Any:
         """This rank's share of a batch."""
@@ -51,17 +51,18 @@ class OverlapMode:
         """Backwards in this context only accumulate: all but the last of an accumulation window."""
         return nullcontext()
 
+    def start_forward(self) -> None:
+        """Before each training step of the user's."""
+
     def start_backward(self) -> None:
         """Before each backward."""
 
     def finish_backward(self) -> None:
         """After each backward: gradients are complete then, unless they are held."""
 
-    def before_step(self, optimizer: Optimizer) -> None:
-        """Before ``optimizer.step()``. A gradient that is used up here is set to None, so that the step leaves it out."""
-
-    def after_step(self, optimizer: Optimizer) -> None:
-        """After ``optimizer.step()``."""
+    def stepped_parameters(self, optimizer: Optimizer) -> list[nn.Parameter] | None:
+        """What is stepped, with its gradients, in the place of the optimizer's parameters; None if nothing stands in for them."""
+        return None
 
     def reduce_norm(self, sum_of_squares: Tensor) -> Tensor:
         """The sum over the ranks that hold different parts of the gradients."""
@@ -81,9 +82,12 @@ class OverlapMode:
     def adopt_parameters(self) -> None:
         """The model's weights were loaded anew: whatever is kept beside them follows."""
 
-    def close(self, *, complete: bool = True) -> None:
-        """Leaves the model as it was found, with its present weights.
+    def release(self, *, complete: bool = True) -> None:
+        """Leaves the model as it was found, with its present weights. The optimizer's state can still be asked for.
 
         Args:
             complete: wait for what is in flight. After a failure nothing may be waited for, and weights may be partly old.
         """
+
+    def close(self) -> None:
+        """Gives back threads and connections, after :meth:`release`."""

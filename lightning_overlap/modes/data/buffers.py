@@ -48,9 +48,13 @@ class LiveBucket:
     """fp32 main parameters of this rank's piece, where the parameters are not fp32."""
     missing: set[int] = field(default_factory=set)
     """ids of the parameters without a gradient in this backward."""
+    places: list[int] = field(default_factory=list)
+    """Addresses of the parameters."""
     launched: bool = False
     reduced: bool = False
     """Gradients are reduced and not used yet."""
+    taken: bool = False
+    """The segments have their gradients."""
     gather: Pending | None = None
     sending: Pending | None = None
 
@@ -102,13 +106,18 @@ def flatten(
         for parameter, view in zip(live.parameters, live.views(live.data), strict=True):
             view.copy_(parameter.data)
             parameter.data = view
+            live.places.append(parameter.data_ptr())
         buckets.append(live)
     return buckets
 
 
 def unflatten(buckets: Sequence[LiveBucket]) -> None:
-    """Gives each parameter a storage of its own again."""
+    """Gives parameters and segments a storage of their own again, and the flat buffers free."""
     for bucket in buckets:
         for parameter in bucket.parameters:
             parameter.data = parameter.data.clone()
             parameter.grad = None
+            parameter.grad_dtype = parameter.dtype
+        for segment in bucket.segments:
+            segment.parameter.data = segment.parameter.data.clone()
+        bucket.data = bucket.grads = bucket.data[:0]

@@ -45,3 +45,20 @@ class GuardedParameters(dict[str, "nn.Parameter | None"]):
     def __reduce__(self) -> Any:
         # A copy or a pickle of the module is an ordinary module.
         return dict, (dict(self.items()),)
+
+
+class CompleteBefore:
+    """A forward pre-hook that completes all of a module's parameters. Copies and pickles of the module do without."""
+
+    def __init__(self, parameters: GuardedParameters) -> None:
+        self._parameters = parameters
+
+    def __call__(self, module: nn.Module, args: Any) -> None:
+        self._parameters.values()
+
+    def __reduce__(self) -> Any:
+        return CompleteBefore, (GuardedParameters({}, (), _nothing),)
+
+
+def _nothing(parameter: nn.Parameter) -> None:
+    """What completes nothing."""

@@ -28,13 +28,17 @@ from lightning_overlap.decision import ConfigError
 from lightning_overlap.modes.base import OverlapMode
 from lightning_overlap.modes.data import state
 from lightning_overlap.modes.data.buffers import LiveBucket, Segment, flatten, unflatten
-from lightning_overlap.modes.data.guard import GuardedParameters
+from lightning_overlap.modes.data.guard import CompleteBefore, GuardedParameters
 from lightning_overlap.modes.data.layout import lay_out
 
 if TYPE_CHECKING:
     from lightning_overlap.config import OverlapConfig
     from lightning_overlap.mesh import ParallelMesh
     from lightning_overlap.plan import Plan
+
+
+HALF = (torch.bfloat16, torch.float16)
+"""Dtypes of parameters that are updated as fp32 main parameters."""
 
 
 class DataMode(OverlapMode):
@@ -49,14 +53,14 @@ class DataMode(OverlapMode):
         self._crossing: deque[tuple[LiveBucket, Pending]] = deque()
         self._waiting_to_gather: list[LiveBucket] = []
         self._seen: dict[int, None] = {}  # keys of the buckets in the order in which this forward reads them
-        self._fired: set[int] = set()  # ids of the parameters with a gradient in this accumulation window
-        self._carried: dict[Segment, Tensor] = {}
         self._frozen: list[tuple[str, nn.Parameter]] = []
         self._lengths: dict[Optimizer, list[int]] = {}
         self._optimizer: Optimizer | None = None
         self._hooks: list[Any] = []
         self._guarded: list[nn.Module] = []
-        self._held = self._backward_open = self._said_unused = False
+        self._users: list[list[nn.Parameter]] = []  # the user's param_groups, while the shards stand in their place
+        self._held = self._announced = self._backward_open = self._in_forward = False
+        self._stepping = self._said_unused = self._released = False
         own = config.data_parallel
         self._sharded = plan.choice("data_parallel.distributed_optimizer") != "off"
         self._whole = plan.choice("data_parallel.distributed_optimizer") == "whole parameters"
@@ -105,7 +109,7 @@ class DataMode(OverlapMode):
                 named,
                 layout,
                 # Without a distributed optimizer the gradients are the user's, in the parameters' dtype.
-                grad_dtype=torch.float32 if self._sharded and own.grad_reduce_dtype == "fp32" else dtype,
+                grad_dtype=torch.float32 if self._sharded and own.grad_reduce_dtype == "fp32" and dtype in HALF else dtype,
                 shards=self.group.size,
                 rank=self.group.rank,
                 whole=self._whole,
@@ -114,6 +118,7 @@ class DataMode(OverlapMode):
         for bucket in self._buckets:
             for parameter, view in zip(bucket.parameters, bucket.views(bucket.grads), strict=True):
                 self._home[id(parameter)] = (bucket, view)
+                parameter.grad_dtype = view.dtype  # autograd sums in it, and hooks read gradients in it
                 self._hooks.append(parameter.register_post_accumulate_grad_hook(self._on_gradient))
         if self._sharded:
             self._guard(model)
@@ -122,15 +127,11 @@ class DataMode(OverlapMode):
         for module in model.modules():
             own = [p for p in module._parameters.values() if p is not None and id(p) in self._home]
             if own:
-                # Modules such as nn.LSTM keep their weights in lists of their own, past the guard.
-                self._hooks.append(module.register_forward_pre_hook(self._before_forward))
                 guarded = GuardedParameters(module._parameters, self._incomplete, self._complete)
                 module._parameters = guarded  # type: ignore[assignment]
                 self._guarded.append(module)
-
-    def _before_forward(self, module: nn.Module, _: Any) -> None:
-        if self._incomplete:
-            module._parameters.values()
+                if isinstance(module, nn.RNNBase):  # reads its weights from a list of its own, past the guard
+                    self._hooks.append(module.register_forward_pre_hook(CompleteBefore(guarded)))
 
     def prepare_optimizers(self, optimizers: Sequence[Optimizer]) -> None:
         everything = [p for o in optimizers for group in o.param_groups for p in group["params"]]
@@ -140,26 +141,29 @@ class DataMode(OverlapMode):
                 f"{len(strange)} parameters of the optimizer are not parameters of the module at setup. Create parameters in "
                 "__init__ or configure_model, and give the optimizer only those of self.parameters()."
             )
-        self._lengths = {o: _lengths(o) for o in optimizers}
+        for optimizer in optimizers:
+            self._lengths[optimizer] = _lengths(optimizer)
+            self._hooks += [optimizer.register_step_pre_hook(self._before_step), optimizer.register_step_post_hook(self._after_step)]
         if not self._sharded or not optimizers:
             return
         (self._optimizer,) = optimizers
+        given = self._optimizer.state_dict() if self._optimizer.state else None
         group_of = {id(p): g for g, group in enumerate(self._optimizer.param_groups) for p in group["params"]}
         self._names = state.original_names(self._optimizer, self._buckets)
-        held: list[list[nn.Parameter]] = [[] for _ in self._optimizer.param_groups]
+        self._shards: list[list[nn.Parameter]] = [[] for _ in self._optimizer.param_groups]
         for bucket in self._buckets:
             self._segment(bucket, group_of)
             for segment in bucket.segments:
-                held[segment.group].append(segment.parameter)
-        for group, parameters in zip(self._optimizer.param_groups, held, strict=True):
-            group["params"] = parameters
-        self._held_parameters = held
-        self._lengths = {self._optimizer: _lengths(self._optimizer)}
+                self._shards[segment.group].append(segment.parameter)
+        if given is not None:
+            self._optimizer.state.clear()
+            state.load(self._optimizer, self._buckets, self._names, given)
+        self._hooks.append(self._optimizer.register_state_dict_pre_hook(_refuse_state_dict))
 
     def _segment(self, bucket: LiveBucket, group_of: dict[int, int]) -> None:
         """Cuts this rank's piece of a bucket where the optimizer's group changes (at every parameter, if they stay whole)."""
         own = bucket.own
-        if bucket.data.dtype != torch.float32:
+        if bucket.data.dtype in HALF:
             bucket.main = bucket.data[own].float()
         runs: list[tuple[int, int, int, nn.Parameter]] = []  # group, start, end, first parameter
         for slot, parameter in zip(bucket.layout.slots, bucket.parameters, strict=True):
@@ -192,19 +196,18 @@ class DataMode(OverlapMode):
         finally:
             self._held = before
 
+    def start_forward(self) -> None:
+        self._in_forward = True
+
     def start_backward(self) -> None:
+        self._announced = True
         self._post_gathers(everything=True)  # a forward that left out modules may have left gathers unposted
-        if self._sharded and not self._fired:
-            # A new window. What the last one left in the shards is there to be added to, unless it was zeroed.
-            self._carried = {s: s.parameter.grad.clone() for b in self._buckets for s in b.segments if s.parameter.grad is not None}
-            for bucket in self._buckets:
-                for parameter in bucket.parameters:
-                    parameter.grad = None
         if not self._held:
             self._open_backward()
 
     def _open_backward(self) -> None:
         self._refuse_changes()
+        self._bring_back()
         self._backward_open = True
         self.group.start_step()
         for bucket in self._buckets:
@@ -229,7 +232,21 @@ class DataMode(OverlapMode):
                 "bucket. Give the optimizer all parameters in configure_optimizers."
             )
 
+    def _bring_back(self) -> None:
+        """Weights that the user has put elsewhere (``p.data = ...``) come back into their bucket."""
+        for bucket in self._buckets:
+            for index, (parameter, place) in enumerate(zip(bucket.parameters, bucket.places, strict=True)):
+                if parameter.data_ptr() != place:
+                    self._settle(bucket)
+                    view = bucket.views(bucket.data)[index]
+                    view.copy_(parameter.data)
+                    parameter.data = view
+                    if bucket.main is not None:
+                        bucket.main.copy_(bucket.data[bucket.own])
+
     def _on_gradient(self, parameter: nn.Parameter) -> None:
+        if self._sharded and not self._announced:
+            return  # a backward of the user's own, in validation say: its gradients are no training step's
         bucket, view = self._home[id(parameter)]
         grad = parameter.grad
         assert grad is not None, "the hook runs after the gradient is accumulated"
@@ -238,13 +255,8 @@ class DataMode(OverlapMode):
         if bucket.launched and not self._held:
             raise self._used_twice(bucket, parameter)
         if grad is not view:
-            if self._sharded and id(parameter) in self._fired:
-                view.add_(grad)
-            else:
-                view.copy_(grad)
-            # p.grad must have the dtype of p, so gradients of another dtype live in the buffer alone.
-            parameter.grad = view if view.dtype == parameter.dtype else None
-        self._fired.add(id(parameter))
+            view.copy_(grad.to_dense() if grad.is_sparse else grad)
+            parameter.grad = view
         if self._held:
             return
         bucket.missing.discard(id(parameter))
@@ -309,16 +321,15 @@ class DataMode(OverlapMode):
             self._reduced(bucket)
 
     def _reduced(self, bucket: LiveBucket) -> None:
-        bucket.reduced = self._sharded
-        for segment in bucket.segments:
-            grad = bucket.grads[segment.start : segment.end]
-            segment.parameter.grad = grad.to(segment.parameter.dtype).view(segment.parameter.shape)
-            if segment in self._carried:
-                segment.parameter.grad += self._carried.pop(segment)
+        bucket.reduced, bucket.taken = self._sharded, False
         if self._step_in_backward:
             self._update(bucket)
 
     def finish_backward(self) -> None:
+        self._announced = self._in_forward = False
+        if self._held:
+            for bucket in self._buckets:
+                self._settle_sends(bucket)
         if self._held or not self._backward_open:
             return
         self._backward_open = False
@@ -327,10 +338,7 @@ class DataMode(OverlapMode):
             if bucket.launched:
                 continue
             for name, parameter, view in zip(bucket.names, bucket.parameters, bucket.views(bucket.grads), strict=True):
-                if self._sharded and id(parameter) not in self._fired:
-                    view.zero_()
-                    unused.append(name)
-                elif not self._sharded and parameter.grad is None:
+                if parameter.grad is None:
                     view.zero_()
                     if parameter.requires_grad:
                         parameter.grad = view
@@ -338,7 +346,6 @@ class DataMode(OverlapMode):
             self._launch(bucket)
             self._progress(block=False)
         self._progress(block=True)
-        self._fired.clear()
         if unused and not self._said_unused:
             self._said_unused = True
             warnings.warn(
@@ -352,21 +359,68 @@ class DataMode(OverlapMode):
 
     # -- step --------------------------------------------------------------------------------------------------------
 
-    def before_step(self, optimizer: Optimizer) -> None:
-        self.finish_backward()
+    def stepped_parameters(self, optimizer: Optimizer) -> list[nn.Parameter] | None:
         if optimizer is not self._optimizer:
-            return
-        if self._step_by_bucket:
-            for bucket in self._reduced_buckets():
-                self._update(bucket)
+            return None
+        for bucket in self._reduced_buckets():
+            self._take_gradients(bucket)
+        return [parameter for group in self._shards for parameter in group]
 
-    def after_step(self, optimizer: Optimizer) -> None:
-        if optimizer is not self._optimizer:
+    def _take_gradients(self, bucket: LiveBucket) -> None:
+        """The segments get their part of the reduced gradients, once."""
+        if bucket.taken:
             return
+        bucket.taken = True
+        if not self._scatter:
+            # Everyone has the whole gradients, and the user's hooks may have put others in their place, or none.
+            if all(parameter.grad is None for parameter in bucket.parameters):
+                bucket.reduced = False
+                return
+            for parameter, view in zip(bucket.parameters, bucket.views(bucket.grads), strict=True):
+                if parameter.grad is None:
+                    view.zero_()
+                elif parameter.grad is not view:
+                    view.copy_(parameter.grad)
+        for segment in bucket.segments:
+            grad = bucket.grads[segment.start : segment.end]
+            segment.parameter.grad = grad.to(segment.parameter.dtype).view(segment.parameter.shape)
+
+    def _before_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Before ``optimizer.step()``, whoever calls it: the shards take the places of the user's parameters."""
+        if self._stepping:
+            return None
+        result = None
+        closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
+        if closure is not None:
+            # It runs backward, which must be over before the shards can be stepped.
+            with torch.enable_grad():
+                loss = closure()
+            result = (args[0], lambda: loss), {key: value for key, value in kwargs.items() if key != "closure"}
+        self.finish_backward()
+        if optimizer is self._optimizer:
+            for bucket in self._reduced_buckets():
+                self._take_gradients(bucket)
+                if self._step_by_bucket and bucket.reduced:
+                    self._update(bucket)
+            for bucket in self._reduced_buckets():
+                self._settle(bucket)
+            self._users = [group["params"] for group in optimizer.param_groups]
+            self._put(self._shards)
+        return result
+
+    def _after_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if optimizer is not self._optimizer or self._stepping:
+            return
+        self._put(self._users)
         for bucket in self._reduced_buckets():
             self._publish(bucket)
         if not self._under_forward:
             self.sync_parameters()
+
+    def _put(self, parameters: Sequence[list[nn.Parameter]]) -> None:
+        assert self._optimizer is not None, "shards belong to the one optimizer"
+        for group, mine in zip(self._optimizer.param_groups, parameters, strict=True):
+            group["params"] = mine
 
     def _reduced_buckets(self) -> list[LiveBucket]:
         """Those with fresh gradients, the same on all ranks, in the order in which forward reads them."""
@@ -376,29 +430,34 @@ class DataMode(OverlapMode):
         """The user's optimizer steps the segments of one bucket."""
         optimizer = self._optimizer
         assert optimizer is not None, "a sharded bucket belongs to the one optimizer"
-        groups = optimizer.param_groups
+        self._take_gradients(bucket)
         self._settle(bucket)
-        for index, group in enumerate(groups):
-            group["params"] = [s.parameter for s in bucket.segments if s.group == index]
+        users = [group["params"] for group in optimizer.param_groups]
+        self._put([[s.parameter for s in bucket.segments if s.group == index] for index in range(len(users))])
+        self._stepping = True
         try:
             type(optimizer).step(optimizer)  # type: ignore[call-arg]
         finally:
-            for group, parameters in zip(groups, self._held_parameters, strict=True):
-                group["params"] = parameters
-        for segment in bucket.segments:
-            segment.parameter.grad = None
+            self._stepping = False
+            self._put(users)
         self._publish(bucket)
 
     def _settle(self, bucket: LiveBucket) -> None:
         """The bucket's last gather is over on both sides, so that its piece may change."""
         if bucket.gather is not None:
             self._finish_gather(bucket)
+        self._settle_sends(bucket)
+
+    @staticmethod
+    def _settle_sends(bucket: LiveBucket) -> None:
         if bucket.sending is not None:
             bucket.sending.wait_sent()
             bucket.sending = None
 
     def _publish(self, bucket: LiveBucket) -> None:
-        bucket.reduced = False
+        bucket.reduced = bucket.taken = False
+        for segment in bucket.segments:
+            segment.parameter.grad = None
         self._settle(bucket)
         if bucket.main is not None:
             bucket.data[bucket.own].copy_(bucket.main)
@@ -436,6 +495,8 @@ class DataMode(OverlapMode):
             self._post_gathers(everything=True)
         self._seen.setdefault(bucket.key)
         self._finish_gather(bucket)
+        if not self._in_forward:
+            self._settle_sends(bucket)  # between steps the reader may be a writer
         self._post_gathers()
 
     def _finish_gather(self, bucket: LiveBucket) -> None:
@@ -448,8 +509,7 @@ class DataMode(OverlapMode):
     def sync_parameters(self) -> None:
         self._post_gathers(everything=True)
         for bucket in self._buckets:
-            if bucket.gather is not None:
-                self._finish_gather(bucket)
+            self._settle(bucket)
 
     # -- what is shared with the rest --------------------------------------------------------------------------------
 
@@ -471,24 +531,31 @@ class DataMode(OverlapMode):
 
     def adopt_parameters(self) -> None:
         for bucket in self._buckets:
-            if bucket.main is not None:
+            if bucket.main is not None and not self._released:
                 bucket.main.copy_(bucket.data[bucket.own])
 
-    def close(self, *, complete: bool = True) -> None:
+    def release(self, *, complete: bool = True) -> None:
         if complete:
             self.sync_parameters()
-            for bucket in self._buckets:
-                self._settle(bucket)
         self._incomplete.clear()
         for hook in self._hooks:
             hook.remove()
         for module in self._guarded:
             module._parameters = dict(module._parameters)
         unflatten(self._buckets)
-        self._buckets, self._guarded, self._hooks = [], [], []
+        self._guarded, self._hooks, self._home = [], [], {}
+        self._released = True
+
+    def close(self) -> None:
         for group in filter(None, (self.group, self._instances)):
-            if complete:
-                group.close()
+            group.close()
+
+
+def _refuse_state_dict(optimizer: Optimizer) -> None:
+    raise ConfigError(
+        "the optimizer's state is sharded over the ranks; trainer.save_checkpoint() saves the whole of it, and "
+        "trainer.strategy.optimizer_state(optimizer), called on every rank, gives it to the first"
+    )
 
 
 def _lengths(optimizer: Optimizer) -> list[int]:

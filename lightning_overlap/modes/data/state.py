@@ -137,5 +137,6 @@ def _load_segment(optimizer: Optimizer, bucket: LiveBucket, segment: Segment, by
                 state[key].view(-1)[start:end] = part
             else:
                 state[key] = part.clone() if isinstance(part, Tensor) else part
+    optimizer.state.pop(segment.parameter, None)  # a checkpoint without state is a fresh start
     if state:
         optimizer.state[segment.parameter] = state
