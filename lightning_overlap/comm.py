@@ -20,6 +20,7 @@ import itertools
 import queue
 import threading
 import time
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -60,10 +61,9 @@ class Pending:
         self._result: Tensor | None = None
         self._works: list[tuple[Any, int]] = []  # waited for by the thread that calls wait()
         self._sends = 0  # chunks that the sending thread has still to send
+        self._lent: Tensor | None = None  # what they are sent from, free after the last one
         self._arrived = threading.Event()  # set by the waiting thread, where there is one
         self._arrived.set()
-        self._sent = threading.Event()
-        self._sent.set()
         self._error: TransferError | None = None
 
     def arrived(self) -> bool:
@@ -90,16 +90,9 @@ class Pending:
         assert self._result is not None, "the finish of a transfer gives its result"
         return self._result
 
-    def wait_sent(self) -> None:
-        """Blocks until this rank's part has left its buffer, which may then be written again."""
-        self._sent.wait()
-        if self._error is not None:
-            raise self._error
-
     def _settle(self, error: TransferError | None = None) -> None:
         self._error = self._error or error
         self._arrived.set()
-        self._sent.set()
 
 
 class _Threads:
@@ -132,7 +125,6 @@ class _Threads:
         self._reduces.put((pending, works))
 
     def send(self, pending: Pending, priority: int, chunks: list[tuple[Tensor, int, int]]) -> None:
-        pending._sent.clear()
         pending._sends = len(chunks)
         with self._changed:
             for tensor, peer, tag in chunks:
@@ -200,8 +192,10 @@ class _Threads:
             self._group.busy += now - max(posted, last)
             last = now
             pending._sends -= 1
-            if error is not None or pending._sends == 0:
+            if error is not None:
                 pending._settle(error)
+            elif pending._sends == 0 and pending._lent is not None:
+                self._group.give_back(pending._lent)
 
 
 class Group:
@@ -230,7 +224,7 @@ class Group:
         self.gathers = gathers
         self.exposed = self.busy = 0.0
         self.sent = 0
-        self._pool: list[Tensor] = []
+        self._free: dict[torch.dtype, list[Tensor]] = defaultdict(list)
         self._native = dist.get_backend(reduces) == "nccl"
         self.keyed = not self._native
         self._threads = None if self._native or self.size == 1 else _Threads(self)
@@ -285,7 +279,8 @@ class Group:
                 total.add_(buffer[: own.numel()])
             if average:
                 total.div_(self.size)
-            self._pool.extend(incoming.values())
+            for buffer in incoming.values():
+                self.give_back(buffer)
             outgoing.clear()
             return own if total is own else own.copy_(total)
 
@@ -324,7 +319,11 @@ class Group:
         for p in peers:
             for i, chunk in enumerate(_chunks(pieces[p])):
                 pending._works.append(self._receive(chunk, p, self.gathers, key * _MAX_CHUNKS + i))
-        chunks = [(chunk, self.ranks[p], key * _MAX_CHUNKS + i) for i, chunk in enumerate(_chunks(own)) for p in peers]
+        # Sent from a copy: the weights may be updated or written by the user before the last peer has them.
+        lent = self._take(own.numel(), own.dtype, own.device)
+        copied = lent[: own.numel()].copy_(own)
+        pending._lent = lent
+        chunks = [(chunk, self.ranks[p], key * _MAX_CHUNKS + i) for i, chunk in enumerate(_chunks(copied)) for p in peers]
         if chunks:
             self._threads.send(pending, priority, chunks)
         return pending
@@ -384,11 +383,16 @@ class Group:
             raise self.failure(transfer.__name__, peer, error) from error
 
     def _take(self, numel: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-        """A receive buffer: one that is free, since fresh memory costs a page fault for every 4 KiB."""
-        for i, buffer in enumerate(self._pool):
-            if buffer.numel() >= numel and buffer.dtype == dtype:
-                return self._pool.pop(i)
+        """A buffer that is free, since fresh memory costs a page fault for every 4 KiB."""
+        free = self._free[dtype]
+        for i, buffer in enumerate(free):
+            if buffer.numel() >= numel:
+                return free.pop(i)
         return torch.empty(numel, dtype=dtype, device=device)
+
+    def give_back(self, buffer: Tensor) -> None:
+        """The buffer is free again."""
+        self._free[buffer.dtype].append(buffer)
 
 
 def _chunks(x: Tensor) -> Sequence[Tensor]:

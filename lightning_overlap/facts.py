@@ -14,6 +14,7 @@ class OptimizerFacts:
     """What an optimizer does, as :func:`lightning_overlap.probe.examine` found it."""
 
     name: str
+    independent: bool
     elementwise: bool
     separable: bool
     reason: str
@@ -36,5 +37,6 @@ class Facts:
     gradient_clip_val: float | None = None
     automatic_optimization: bool = True
     gradient_readers: tuple[str, ...] = ()
+    unfreezers: tuple[str, ...] = ()
     optimizers: tuple[OptimizerFacts, ...] | None = None
     parameters: int | None = None

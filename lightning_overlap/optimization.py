@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import BaseFinetuning
 from lightning.pytorch.loops.training_epoch_loop import _TrainingEpochLoop
 from lightning.pytorch.plugins.precision import Precision
 from lightning.pytorch.trainer.connectors.signal_connector import _SignalConnector
@@ -45,6 +46,11 @@ def gradient_readers(trainer: Trainer, module: LightningModule) -> tuple[str, ..
             if getattr(type(owner), hook, None) is not getattr(base, hook, None):
                 found.append(f"{type(owner).__name__}.{hook}")
     return tuple(found)
+
+
+def unfreezers(trainer: Trainer) -> tuple[str, ...]:
+    """Callbacks that give the optimizer more parameters while training."""
+    return tuple(type(c).__name__ for c in trainer.callbacks if isinstance(c, BaseFinetuning))  # type: ignore[attr-defined]
 
 
 def adapt_precision(plugin: Precision, strategy: OverlapStrategy) -> None:

@@ -36,7 +36,7 @@ from lightning_overlap.modes.data.config import DataParallel
 from lightning_overlap.modes.expert.config import ExpertParallel
 from lightning_overlap.modes.pipeline.config import PipelineParallel
 from lightning_overlap.modes.tensor.config import TensorParallel
-from lightning_overlap.optimization import Preemption, adapt_precision, after_closure, gradient_readers, held
+from lightning_overlap.optimization import Preemption, adapt_precision, after_closure, gradient_readers, held, unfreezers
 from lightning_overlap.plan import Plan, resolve
 from lightning_overlap.probe import examine
 
@@ -205,6 +205,7 @@ class OverlapStrategy(DDPStrategy):
                 gradient_clip_val=trainer.gradient_clip_val,  # type: ignore[arg-type]
                 automatic_optimization=model.automatic_optimization,
                 gradient_readers=gradient_readers(trainer, model),
+                unfreezers=unfreezers(trainer),
                 optimizers=tuple(examine(optimizer) for optimizer in self.optimizers),
                 parameters=sum(p.numel() for p in model.parameters() if p.requires_grad),
             ),
@@ -261,11 +262,6 @@ class OverlapStrategy(DDPStrategy):
                 dist.broadcast(state.data, src=0)
 
     # -- training ----------------------------------------------------------------------------------------------------
-
-    def training_step(self, *args: Any, **kwargs: Any) -> Any:
-        for mode in self.modes:
-            mode.start_forward()
-        return super().training_step(*args, **kwargs)
 
     def backward(self, closure_loss: Tensor, optimizer: Optimizer | None, *args: Any, **kwargs: Any) -> Tensor:
         """As ``Strategy.backward``, but for the modes' part, which is over before ``on_after_backward`` is called."""

@@ -41,8 +41,9 @@ def choices(config=None, **facts):
     return {d.feature.removeprefix("data_parallel."): d.choice for d in plan.decisions}
 
 
-ADAM = OptimizerFacts("AdamW", True, True, "AdamW updates each element on its own")
-MUON = OptimizerFacts("Muon", False, False, "Muon does not update each element on its own")
+ADAM = OptimizerFacts("AdamW", True, True, True, "AdamW updates each element on its own")
+NORM = OptimizerFacts("Norm", False, False, False, "Norm looks at all parameters at once")
+MUON = OptimizerFacts("Muon", True, False, False, "Muon does not update each element on its own")
 
 
 def test_everything_overlaps_by_default():
@@ -91,7 +92,9 @@ def test_overlap_off_keeps_the_layout():
         ({"num_optimizer_instances": 3}, {"world_size": 4}, "must divide"),
         ({"size": 3}, {"world_size": 4}, "needs 3 ranks, and there are 4"),
         ({}, {"precision": "16-mixed"}, "use bf16-mixed"),
-        ({}, {"optimizers": (OptimizerFacts("LBFGS", False, False, ""),)}, "L-BFGS"),
+        ({"distributed_optimizer": True}, {"unfreezers": ("BackboneFinetuning",)}, "BackboneFinetuning brings in parameters"),
+        ({"distributed_optimizer": True}, {"optimizers": (NORM,)}, "looks at all parameters at once"),
+        ({}, {"optimizers": (OptimizerFacts("LBFGS", False, False, False, ""),)}, "L-BFGS"),
     ],
 )
 def test_explicit_requests_are_not_dropped(data, facts, words):

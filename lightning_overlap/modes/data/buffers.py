@@ -56,7 +56,6 @@ class LiveBucket:
     taken: bool = False
     """The segments have their gradients."""
     gather: Pending | None = None
-    sending: Pending | None = None
 
     @property
     def own(self) -> slice:

@@ -114,6 +114,7 @@ def _optimizer(own: DataParallel, facts: Facts) -> Decision:
     if any(f.name == "LBFGS" for f in facts.optimizers or ()):
         raise ConfigError("L-BFGS evaluates the loss inside its step, which cannot be sharded or overlapped; use AdamW or SGD")
     whole = [f.reason for f in facts.optimizers or () if not f.elementwise]
+    coupled = [f.reason for f in facts.optimizers or () if not f.independent]
     return settle(
         feature,
         own.distributed_optimizer,
@@ -123,7 +124,9 @@ def _optimizer(own: DataParallel, facts: Facts) -> Decision:
             (
                 not facts.automatic_optimization,
                 "with manual optimization user code toggles and steps whole parameters; set automatic_optimization = True",
-            )
+            ),
+            (bool(coupled), f"{'; '.join(coupled)}; use an optimizer such as AdamW"),
+            (bool(facts.unfreezers), f"{', '.join(facts.unfreezers)} brings in parameters while training; remove it"),
         ],
     )
 

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import Variable
 from torch.optim import Optimizer
 
 from lightning_overlap.comm import Group, Pending, make_group
@@ -59,7 +60,7 @@ class DataMode(OverlapMode):
         self._hooks: list[Any] = []
         self._guarded: list[nn.Module] = []
         self._users: list[list[nn.Parameter]] = []  # the user's param_groups, while the shards stand in their place
-        self._held = self._announced = self._backward_open = self._in_forward = False
+        self._held = self._announced = self._backward_open = False
         self._stepping = self._said_unused = self._released = False
         own = config.data_parallel
         self._sharded = plan.choice("data_parallel.distributed_optimizer") != "off"
@@ -93,7 +94,7 @@ class DataMode(OverlapMode):
         own = self.config.data_parallel
         kinds: dict[tuple[torch.dtype, torch.device], list[tuple[str, nn.Parameter]]] = {}
         for name, parameter in model.named_parameters():
-            if parameter.requires_grad:
+            if parameter.requires_grad or self.plan.facts.unfreezers:
                 kinds.setdefault((parameter.dtype, parameter.device), []).append((name, parameter))
             else:
                 self._frozen.append((name, parameter))
@@ -196,9 +197,6 @@ class DataMode(OverlapMode):
         finally:
             self._held = before
 
-    def start_forward(self) -> None:
-        self._in_forward = True
-
     def start_backward(self) -> None:
         self._announced = True
         self._post_gathers(everything=True)  # a forward that left out modules may have left gathers unposted
@@ -226,6 +224,8 @@ class DataMode(OverlapMode):
                 f"{thawed[0]} ({len(thawed)} in all) was frozen at setup and is trained now, and is in no bucket. Freeze and unfreeze "
                 "between fits; or leave it trainable and give its group a learning rate of 0 until then."
             )
+        if not self._sharded and all(id(p) in self._home for o in self._lengths for group in o.param_groups for p in group["params"]):
+            return
         if any(_lengths(optimizer) != lengths for optimizer, lengths in self._lengths.items()):
             raise ConfigError(
                 "the optimizer's parameter groups have changed since setup, as finetuning callbacks do, and what came in is in no "
@@ -237,7 +237,7 @@ class DataMode(OverlapMode):
         for bucket in self._buckets:
             for index, (parameter, place) in enumerate(zip(bucket.parameters, bucket.places, strict=True)):
                 if parameter.data_ptr() != place:
-                    self._settle(bucket)
+                    self._finish_gather(bucket)
                     view = bucket.views(bucket.data)[index]
                     view.copy_(parameter.data)
                     parameter.data = view
@@ -252,6 +252,7 @@ class DataMode(OverlapMode):
         assert grad is not None, "the hook runs after the gradient is accumulated"
         if not self._held and not self._backward_open:
             self._open_backward()  # loss.backward() without Lightning
+            Variable._execution_engine.queue_callback(self.finish_backward)  # type: ignore[attr-defined]
         if bucket.launched and not self._held:
             raise self._used_twice(bucket, parameter)
         if grad is not view:
@@ -326,10 +327,7 @@ class DataMode(OverlapMode):
             self._update(bucket)
 
     def finish_backward(self) -> None:
-        self._announced = self._in_forward = False
-        if self._held:
-            for bucket in self._buckets:
-                self._settle_sends(bucket)
+        self._announced = False
         if self._held or not self._backward_open:
             return
         self._backward_open = False
@@ -396,14 +394,13 @@ class DataMode(OverlapMode):
             with torch.enable_grad():
                 loss = closure()
             result = (args[0], lambda: loss), {key: value for key, value in kwargs.items() if key != "closure"}
-        self.finish_backward()
         if optimizer is self._optimizer:
             for bucket in self._reduced_buckets():
                 self._take_gradients(bucket)
                 if self._step_by_bucket and bucket.reduced:
                     self._update(bucket)
             for bucket in self._reduced_buckets():
-                self._settle(bucket)
+                self._finish_gather(bucket)
             self._users = [group["params"] for group in optimizer.param_groups]
             self._put(self._shards)
         return result
@@ -431,7 +428,7 @@ class DataMode(OverlapMode):
         optimizer = self._optimizer
         assert optimizer is not None, "a sharded bucket belongs to the one optimizer"
         self._take_gradients(bucket)
-        self._settle(bucket)
+        self._finish_gather(bucket)
         users = [group["params"] for group in optimizer.param_groups]
         self._put([[s.parameter for s in bucket.segments if s.group == index] for index in range(len(users))])
         self._stepping = True
@@ -442,23 +439,11 @@ class DataMode(OverlapMode):
             self._put(users)
         self._publish(bucket)
 
-    def _settle(self, bucket: LiveBucket) -> None:
-        """The bucket's last gather is over on both sides, so that its piece may change."""
-        if bucket.gather is not None:
-            self._finish_gather(bucket)
-        self._settle_sends(bucket)
-
-    @staticmethod
-    def _settle_sends(bucket: LiveBucket) -> None:
-        if bucket.sending is not None:
-            bucket.sending.wait_sent()
-            bucket.sending = None
-
     def _publish(self, bucket: LiveBucket) -> None:
         bucket.reduced = bucket.taken = False
         for segment in bucket.segments:
             segment.parameter.grad = None
-        self._settle(bucket)
+        self._finish_gather(bucket)
         if bucket.main is not None:
             bucket.data[bucket.own].copy_(bucket.main)
         # A weight that autograd saved before this cannot be used after it without an error.
@@ -477,7 +462,7 @@ class DataMode(OverlapMode):
             if not everything and self._prefetch is not None and flying > self._prefetch:
                 return
             bucket = self._waiting_to_gather.pop(0)
-            bucket.gather = bucket.sending = self.group.all_gather(
+            bucket.gather = self.group.all_gather(
                 bucket.data, bucket.bounds, key=bucket.key, label=f"data.params{bucket.label}", priority=bucket.order
             )
 
@@ -495,12 +480,11 @@ class DataMode(OverlapMode):
             self._post_gathers(everything=True)
         self._seen.setdefault(bucket.key)
         self._finish_gather(bucket)
-        if not self._in_forward:
-            self._settle_sends(bucket)  # between steps the reader may be a writer
         self._post_gathers()
 
     def _finish_gather(self, bucket: LiveBucket) -> None:
-        assert bucket.gather is not None, "a bucket is posted before it is waited for"
+        if bucket.gather is None:
+            return
         bucket.gather.wait()
         bucket.gather = None
         self._incomplete.discard(bucket.key)
@@ -509,7 +493,7 @@ class DataMode(OverlapMode):
     def sync_parameters(self) -> None:
         self._post_gathers(everything=True)
         for bucket in self._buckets:
-            self._settle(bucket)
+            self._finish_gather(bucket)
 
     # -- what is shared with the rest --------------------------------------------------------------------------------
 
