@@ -14,7 +14,7 @@ from lightning.pytorch.cli import LightningCLI
 from lightning_overlap.bench.measure import measure
 from lightning_overlap.decision import ConfigError
 from lightning_overlap.facts import Facts
-from lightning_overlap.optimization import gradient_readers, unfreezers
+from lightning_overlap.optimization import gradient_readers, is_compiled, unfreezers
 from lightning_overlap.plan import resolve
 from lightning_overlap.strategy import OverlapStrategy
 
@@ -48,6 +48,7 @@ class _Trainer(Trainer):
             automatic_optimization=model.automatic_optimization,
             gradient_readers=gradient_readers(self, model),
             unfreezers=unfreezers(self),
+            compiled=is_compiled(model),
             parameters=sum(p.numel() for p in model.parameters() if p.requires_grad),
         )
         print(resolve(strategy.config, facts).explain())

@@ -38,5 +38,6 @@ class Facts:
     automatic_optimization: bool = True
     gradient_readers: tuple[str, ...] = ()
     unfreezers: tuple[str, ...] = ()
+    compiled: bool = False
     optimizers: tuple[OptimizerFacts, ...] | None = None
     parameters: int | None = None

@@ -14,6 +14,7 @@ from lightning.pytorch.loops.training_epoch_loop import _TrainingEpochLoop
 from lightning.pytorch.plugins.precision import Precision
 from lightning.pytorch.trainer.connectors.signal_connector import _SignalConnector
 from lightning.pytorch.utilities.exceptions import SIGTERMException
+from torch._dynamo import OptimizedModule
 
 if TYPE_CHECKING:
     from lightning_overlap.comm import Group, Pending
@@ -51,6 +52,14 @@ def gradient_readers(trainer: Trainer, module: LightningModule) -> tuple[str, ..
 def unfreezers(trainer: Trainer) -> tuple[str, ...]:
     """Callbacks that give the optimizer more parameters while training."""
     return tuple(type(c).__name__ for c in trainer.callbacks if isinstance(c, BaseFinetuning))  # type: ignore[attr-defined]
+
+
+def is_compiled(module: LightningModule) -> bool:
+    """Whether ``torch.compile`` was used on the module or in it."""
+    # Lightning sets it on the instance when it takes a compiled module apart.
+    return getattr(module, "_compiler_ctx", None) is not None or any(
+        isinstance(m, OptimizedModule) or m._compiled_call_impl is not None for m in module.modules()
+    )
 
 
 def adapt_precision(plugin: Precision, strategy: OverlapStrategy) -> None:

@@ -36,9 +36,10 @@ from lightning_overlap.modes.data.config import DataParallel
 from lightning_overlap.modes.expert.config import ExpertParallel
 from lightning_overlap.modes.pipeline.config import PipelineParallel
 from lightning_overlap.modes.tensor.config import TensorParallel
-from lightning_overlap.optimization import Preemption, adapt_precision, after_closure, gradient_readers, held, unfreezers
+from lightning_overlap.optimization import Preemption, adapt_precision, after_closure, gradient_readers, held, is_compiled, unfreezers
 from lightning_overlap.plan import Plan, resolve
 from lightning_overlap.probe import examine
+from lightning_overlap.shared_state import SharedBuffers, share
 
 
 class OverlapStrategy(DDPStrategy):
@@ -111,6 +112,7 @@ class OverlapStrategy(DDPStrategy):
         self._failed = False
         self._seed: int | None = None
         self._preemption: Preemption | None = None
+        self._buffers: SharedBuffers | None = None
 
     @property
     def plan(self) -> Plan:
@@ -181,12 +183,13 @@ class OverlapStrategy(DDPStrategy):
         self.model = self.precision_plugin.convert_module(self.model)  # type: ignore[assignment]
         self.model_to_device()
         self._agree()
-        self._share_states([*self.model.parameters(), *self.model.buffers()])
+        share([*self.model.parameters(), *self.model.buffers()])
         if fitting:
             self.setup_optimizers(trainer)
             if dist.is_initialized() and self.world_size > 1:
                 everyone = make_group([range(self.world_size)], "world", self._time_limit, backend="gloo")
                 self._preemption = Preemption(trainer, everyone)
+                self._buffers = SharedBuffers(self.model)
         self.setup_precision_plugin()
 
     def setup_optimizers(self, trainer: Trainer) -> None:
@@ -206,6 +209,7 @@ class OverlapStrategy(DDPStrategy):
                 automatic_optimization=model.automatic_optimization,
                 gradient_readers=gradient_readers(trainer, model),
                 unfreezers=unfreezers(trainer),
+                compiled=is_compiled(model),
                 optimizers=tuple(examine(optimizer) for optimizer in self.optimizers),
                 parameters=sum(p.numel() for p in model.parameters() if p.requires_grad),
             ),
@@ -255,13 +259,14 @@ class OverlapStrategy(DDPStrategy):
                         "Start the same script with the same arguments and packages on every rank."
                     )
 
-    def _share_states(self, states: Iterable[Tensor]) -> None:
-        """Everyone gets rank 0's parameters and buffers, since a module built without a seed differs on each rank."""
-        if dist.is_initialized() and self.world_size > 1:
-            for state in states:
-                dist.broadcast(state.data, src=0)
-
     # -- training ----------------------------------------------------------------------------------------------------
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Any:
+        if self._buffers is not None:
+            self._buffers.before_forward()
+        for mode in self.modes:
+            mode.start_forward()
+        return super().training_step(*args, **kwargs)
 
     def backward(self, closure_loss: Tensor, optimizer: Optimizer | None, *args: Any, **kwargs: Any) -> Tensor:
         """As ``Strategy.backward``, but for the modes' part, which is over before ``on_after_backward`` is called."""
@@ -325,7 +330,7 @@ class OverlapStrategy(DDPStrategy):
             mode.sync_parameters()
         if self.lightning_module is not None:
             # Running statistics are rank 0's, as DDP's broadcast_buffers makes them.
-            self._share_states(self.lightning_module.buffers())
+            share(self.lightning_module.buffers())
 
     def on_validation_start(self) -> None:
         self._complete_weights()
@@ -417,7 +422,7 @@ class OverlapStrategy(DDPStrategy):
     def teardown(self) -> None:
         if self._preemption is not None:
             self._preemption.close(complete=not self._failed)
-            self._preemption = None
+            self._preemption = self._buffers = None
         for mode in reversed(self.modes):
             mode.release(complete=not self._failed)
         if self._failed and self.modes:

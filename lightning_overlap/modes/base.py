@@ -51,6 +51,9 @@ class OverlapMode:
         """Backwards in this context only accumulate: all but the last of an accumulation window."""
         return nullcontext()
 
+    def start_forward(self) -> None:
+        """Before each training step of the user's."""
+
     def start_backward(self) -> None:
         """Before each backward."""
 

@@ -86,6 +86,7 @@ def train(
     save: str | None = None,
     module: type[Net] = Net,
     strategy_kwargs: dict[str, Any] | None = None,
+    made: list[Trainer] | None = None,
     **trainer: Any,
 ) -> dict[str, Any]:
     """Trains in this process as one rank of the world, and tells how it went."""
@@ -96,8 +97,10 @@ def train(
     model = module(optimizer)
     quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
     length = {"max_steps": 6, "limit_val_batches": 2, "default_root_dir": tempfile.gettempdir()}
-    made = strategy(name, data or {}, overlap, strategy_kwargs or {})
-    run = Trainer(**{"accelerator": "cpu", "devices": size, "strategy": made, **quiet, **length, **trainer})  # type: ignore[arg-type]
+    plan = strategy(name, data or {}, overlap, strategy_kwargs or {})
+    run = Trainer(**{"accelerator": "cpu", "devices": size, "strategy": plan, **quiet, **length, **trainer})  # type: ignore[arg-type]
+    if made is not None:
+        made.append(run)
     run.fit(model, ckpt_path=resume)
     weights = torch.cat([p.detach().flatten().float() for p in model.parameters()])
     return {

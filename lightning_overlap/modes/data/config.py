@@ -79,6 +79,9 @@ def decide(own: DataParallel, whole: OverlapConfig, facts: Facts) -> list[Decisi
     needs_optimizer = (not sharded, "it needs the distributed optimizer; set data_parallel.distributed_optimizer: true")
     reduce = overlap("overlap_grad_reduce", own.overlap_grad_reduce, "in backward", f"{dp} ranks", [])
     gather = overlap("overlap_param_gather", own.overlap_param_gather, "under next forward", "updated in shards", [needs_optimizer])
+    if facts.compiled and gather.choice != "off":
+        why = "compiled code reads weights where nothing can wait for them, so all are waited for before it"
+        gather = Decision(gather.feature, gather.asked, "until next forward", why)
     inseparable = [f.reason for f in facts.optimizers or () if not f.separable]
     readers = ", ".join(facts.gradient_readers)
     step = overlap(

@@ -12,6 +12,7 @@ from collections.abc import Callable, Sized
 from typing import Any
 
 from torch import nn
+from torch.compiler import is_compiling
 
 
 class GuardedParameters(dict[str, "nn.Parameter | None"]):
@@ -23,7 +24,7 @@ class GuardedParameters(dict[str, "nn.Parameter | None"]):
         self._complete = complete
 
     def _checked(self, parameter: nn.Parameter | None) -> nn.Parameter | None:
-        if self._incomplete and parameter is not None:
+        if parameter is not None and not is_compiling() and self._incomplete:
             self._complete(parameter)
         return parameter
 
@@ -34,6 +35,8 @@ class GuardedParameters(dict[str, "nn.Parameter | None"]):
         return self._checked(super().get(name, default))
 
     def values(self) -> Any:
+        if is_compiling():  # what was compiled begins with complete weights
+            return super().values()
         for parameter in super().values():
             self._checked(parameter)
         return super().values()

@@ -67,7 +67,7 @@ class DataMode(OverlapMode):
         self._whole = plan.choice("data_parallel.distributed_optimizer") == "whole parameters"
         self._scatter = plan.choice("data_parallel.gradients") == "reduce-scatter"
         self._in_backward = plan.choice("data_parallel.overlap_grad_reduce") == "in backward"
-        self._under_forward = plan.choice("data_parallel.overlap_param_gather") == "under next forward"
+        self._gathering = plan.choice("data_parallel.overlap_param_gather")
         self._step_in_backward = plan.choice("data_parallel.overlap_optimizer_step") == "in backward"
         self._step_by_bucket = plan.choice("data_parallel.overlap_optimizer_step") != "off"
         self._prefetch = None if own.param_gather_prefetch == "all" else int(own.param_gather_prefetch)
@@ -120,7 +120,10 @@ class DataMode(OverlapMode):
             for parameter, view in zip(bucket.parameters, bucket.views(bucket.grads), strict=True):
                 self._home[id(parameter)] = (bucket, view)
                 parameter.grad_dtype = view.dtype  # autograd sums in it, and hooks read gradients in it
+                trained = parameter.requires_grad
+                parameter.requires_grad_()  # torch takes no hook on one that is frozen yet
                 self._hooks.append(parameter.register_post_accumulate_grad_hook(self._on_gradient))
+                parameter.requires_grad_(trained)
         if self._sharded:
             self._guard(model)
 
@@ -196,6 +199,10 @@ class DataMode(OverlapMode):
             yield
         finally:
             self._held = before
+
+    def start_forward(self) -> None:
+        if self._gathering != "under next forward":
+            self.sync_parameters()
 
     def start_backward(self) -> None:
         self._announced = True
@@ -411,7 +418,7 @@ class DataMode(OverlapMode):
         self._put(self._users)
         for bucket in self._reduced_buckets():
             self._publish(bucket)
-        if not self._under_forward:
+        if self._gathering == "off":
             self.sync_parameters()
 
     def _put(self, parameters: Sequence[list[nn.Parameter]]) -> None:

@@ -1,0 +1,269 @@
+"""What users do in modules and callbacks works as under DDP: the same weights."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+import torch.distributed as dist
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import BaseFinetuning
+from torch import nn
+
+from lightning_overlap import ConfigError, OverlapStrategy
+from tests.helpers.training import Net, train
+
+
+class Plain(Net):
+    """All parameters are used in each step, so that DDP, which skips what nobody used, has the same to do."""
+
+    def __init__(self, optimizer="sgd"):
+        super().__init__(optimizer)
+        del self.unused, self.sometimes
+        self.sometimes = nn.Identity()
+
+
+class HalvesGradients(Plain):
+    def on_after_backward(self):
+        for p in self.parameters():
+            if p.grad is not None:
+                p.grad *= 0.5
+
+
+class ReplacesGradients(Plain):
+    def on_before_optimizer_step(self, optimizer):
+        for p in self.parameters():
+            if p.grad is not None:
+                p.grad = p.grad.sign()
+
+
+class ClipsByItself(Plain):
+    def configure_gradient_clipping(self, optimizer, gradient_clip_val=None, gradient_clip_algorithm=None):
+        torch.nn.utils.clip_grad_norm_([p for group in optimizer.param_groups for p in group["params"]], 0.1)
+
+
+class StepsByItself(Plain):
+    def optimizer_step(self, epoch, index, optimizer, closure):
+        closure()
+        optimizer.optimizer.step()
+
+
+class StepsWithAClosure(Plain):
+    def optimizer_step(self, epoch, index, optimizer, closure):
+        optimizer.optimizer.step(closure=closure)
+
+
+class NeverZeroes(Plain):
+    def optimizer_zero_grad(self, *_):
+        pass
+
+    def on_after_backward(self): ...
+
+
+class PutsWeightsElsewhere(Plain):
+    def on_train_batch_end(self, *_):
+        for p in self.up.parameters():
+            p.data = p.data * 0.9
+
+
+class WritesWeights(Plain):
+    def on_train_batch_end(self, *_):
+        with torch.no_grad():
+            for p in self.parameters():
+                p.mul_(0.9)
+
+    def on_train_batch_start(self, *_):
+        self.down.weight.data.clamp_(-0.2, 0.2)
+
+
+class BackwardInValidation(Plain):
+    def validation_step(self, batch, index):
+        with torch.enable_grad(), torch.inference_mode(False):
+            x = self.embedding(batch.clone())
+            self.up(x).sum().backward()
+
+
+class BackwardOnTheSide(Plain):
+    def training_step(self, batch, index):
+        self.up(torch.ones(1, 16)).sum().backward()
+        return super().training_step(batch, index)
+
+
+class CopiesItself(Plain):
+    def on_train_batch_start(self, *_):
+        twin = copy.deepcopy(self.up)
+        assert type(twin._parameters) is dict
+        assert twin.weight.equal(self.up.weight)
+        pickle.dumps(self.attention)
+
+
+class Codebook(Plain):
+    """A buffer that each rank writes from its own data and uses in training."""
+
+    def __init__(self, optimizer="sgd"):
+        super().__init__(optimizer)
+        self.register_buffer("mean", torch.zeros(16))
+
+    def training_step(self, batch, index):
+        x = self.embedding(batch)
+        loss = super().training_step(batch, index) + (self.up(x - self.mean)).square().mean()
+        self.mean.mul_(0.5).add_(x.detach().mean((0, 1)), alpha=0.5)
+        return loss
+
+
+class Sparse(Plain):
+    def __init__(self, optimizer="sgd"):
+        super().__init__(optimizer)
+        self.extra = nn.Embedding(32, 16, sparse=True)
+
+    def training_step(self, batch, index):
+        return super().training_step(batch, index) + self.extra(batch).square().mean()
+
+    def configure_optimizers(self):
+        return torch.optim.SGD([p for p in self.parameters() if p.requires_grad], 0.1)
+
+
+class Recurrent(Plain):
+    def __init__(self, optimizer="sgd"):
+        super().__init__(optimizer)
+        self.rnn = nn.LSTM(16, 16, batch_first=True)
+
+    def training_step(self, batch, index):
+        return super().training_step(batch, index) + self.rnn(self.embedding(batch))[0].square().mean()
+
+
+class CompiledBlock(Plain):
+    def configure_model(self):
+        if not hasattr(self, "compiled"):
+            self.compiled = torch.compile(nn.Linear(16, 16), backend="eager")
+
+    def training_step(self, batch, index):
+        return super().training_step(batch, index) + self.compiled(self.embedding(batch)).square().mean()
+
+
+class Double(Plain):
+    def __init__(self, optimizer="sgd"):
+        super().__init__(optimizer)
+        self.double()
+
+
+class Thaws(BaseFinetuning):
+    def freeze_before_training(self, module):
+        self.freeze(module.down)
+
+    def finetune_function(self, module, epoch, optimizer):
+        if epoch == 1:
+            self.unfreeze_and_add_param_group(module.down, optimizer, lr=0.1)
+
+
+class Finetuned(Plain):
+    def configure_callbacks(self):
+        return [Thaws()]
+
+    def configure_optimizers(self):
+        return torch.optim.SGD([p for p in self.parameters() if p.requires_grad], 0.1)
+
+
+@pytest.mark.parametrize(
+    ("module", "trainer"),
+    [
+        (HalvesGradients, {}),
+        (HalvesGradients, {"accumulate_grad_batches": 2}),
+        (ReplacesGradients, {}),
+        (ClipsByItself, {}),
+        (StepsByItself, {}),
+        (StepsWithAClosure, {}),
+        (NeverZeroes, {}),
+        (PutsWeightsElsewhere, {}),
+        (WritesWeights, {}),
+        (BackwardInValidation, {"val_check_interval": 2}),
+        (BackwardOnTheSide, {}),
+        (CopiesItself, {}),
+        (Codebook, {}),
+        (Sparse, {}),
+        (Recurrent, {}),
+        (CompiledBlock, {}),
+        (Double, {}),
+    ],
+    ids=lambda value: value.__name__ if isinstance(value, type) else str(value),
+)
+def test_as_under_ddp(world, module, trainer):
+    ours = world(2).run(trained, module, {"name": "overlap", **trainer})
+    ddp = world(2).run(trained, module, {"name": "ddp", **trainer})
+    assert ours[0]["hash"] == ours[1]["hash"], "the same weights on every rank"
+    # The same sums in another order.
+    torch.testing.assert_close(torch.tensor(ours[0]["weights"]), torch.tensor(ddp[0]["weights"]), rtol=1e-4, atol=2e-5)
+
+
+def trained(module, kwargs):
+    return train(module=module, optimizer="sgd", **kwargs)
+
+
+def test_what_a_callback_unfreezes_is_reduced(world):
+    # Compared with one process: DDP does not reduce what was frozen when it wrapped the module.
+    epochs = {"max_epochs": 2, "max_steps": -1, "limit_train_batches": 3}
+    ours, one = (world(size).run(trained, Finetuned, epochs) for size in (2, 1))
+    assert ours[0]["hash"] == ours[1]["hash"]
+    assert "Thaws brings in parameters while training" in ours[0]["plan"]
+    torch.testing.assert_close(torch.tensor(ours[0]["weights"]), torch.tensor(one[0]["weights"]), rtol=1e-4, atol=2e-5)
+
+
+class Reuses(Plain):
+    """The same optimizer object in each fit."""
+
+    def __init__(self, optimizer="sgd"):
+        super().__init__(optimizer)
+        self.made = torch.optim.SGD([p for p in self.parameters() if p.requires_grad], 0.1, momentum=0.9)
+
+    def configure_optimizers(self):
+        return self.made
+
+
+def fitted_twice(name, path):
+    """Weights after two fits by one Trainer; and after a checkpoint that was saved between fits was loaded by a third."""
+    torch.manual_seed(1)
+    module = Reuses()
+    first = train(module=lambda _: module, name=name, made=(trainer := []), max_steps=3)
+    trainer[0].save_checkpoint(path)
+    trainer[0].fit_loop.epoch_loop.max_steps = 6
+    trainer[0].fit(module)
+    twice = torch.cat([p.detach().flatten() for p in module.parameters()])
+    resumed = train(module=lambda _: Reuses(), name=name, resume=path, max_steps=6)
+    assert type(module.up._parameters) is dict
+    assert first["step"] == 3
+    return twice.tolist(), resumed["weights"], torch.load(path, weights_only=True)["optimizer_states"][0]["state"]
+
+
+def test_fit_again_and_save_after_fit(world, tmp_path):
+    ours = world(2).run(fitted_twice, "overlap", tmp_path / "overlap.ckpt")
+    ddp = world(2).run(fitted_twice, "ddp", tmp_path / "ddp.ckpt")
+    close = {"rtol": 1e-4, "atol": 2e-5}
+    torch.testing.assert_close(torch.tensor(ours[0][0]), torch.tensor(ddp[0][0]), **close)
+    torch.testing.assert_close(torch.tensor(ours[0][1]), torch.tensor(ddp[0][1]), **close)
+    assert ours[0][2].keys() == ddp[0][2].keys()
+    for key, value in ddp[0][2].items():
+        torch.testing.assert_close(ours[0][2][key]["momentum_buffer"], value["momentum_buffer"], **close)
+
+
+class AsksForTheState(Callback):
+    def on_train_batch_end(self, trainer, *_):
+        trainer.optimizers[0].state_dict()
+
+
+def test_the_state_of_a_shard_is_not_taken_for_the_whole(world):
+    for message in world(2).run(ask_for_the_state):
+        assert "sharded over the ranks; trainer.save_checkpoint()" in message
+
+
+def ask_for_the_state():
+    with pytest.raises(ConfigError) as caught:
+        train(module=Plain, callbacks=[AsksForTheState()])
+    return str(caught.value)
+
+
+def test_a_trainer_can_be_sent_to_other_processes():
+    trainer = Trainer(strategy=OverlapStrategy(start_method="spawn"), accelerator="cpu", devices=2, logger=False)
+    trainer.strategy.connect(LightningModule())
+    again = pickle.loads(pickle.dumps(trainer.strategy))
+    assert again.precision_plugin.main_params.__self__ is again
+    assert not dist.is_initialized()
