@@ -419,3 +419,10 @@ def all_gather_objects(mine: T) -> list[T]:
     everyone: list[T] = [mine] * dist.get_world_size()
     dist.all_gather_object(everyone, mine)
     return everyone
+
+
+def broadcast_object(mine: T) -> T:
+    """Rank 0's object. Collective over the world, blocking."""
+    held = [mine]
+    dist.broadcast_object_list(held, src=0)
+    return held[0]

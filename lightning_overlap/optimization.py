@@ -15,6 +15,7 @@ from lightning.pytorch.plugins.precision import Precision
 from lightning.pytorch.trainer.connectors.signal_connector import _SignalConnector
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch._dynamo import OptimizedModule
+from torch.jit import ScriptModule
 
 if TYPE_CHECKING:
     from lightning_overlap.comm import Group, Pending
@@ -34,7 +35,13 @@ for _owner, _name, _use in PRIVATE_NAMES:
             "lightning_overlap supports lightning>=2.6,<2.7: install one of these."
         )
 
-GRADIENT_HOOKS = ("on_after_backward", "on_before_optimizer_step", "configure_gradient_clipping", "optimizer_step")
+GRADIENT_HOOKS = (
+    "on_after_backward",
+    "on_before_optimizer_step",
+    "configure_gradient_clipping",
+    "optimizer_step",
+    "optimizer_zero_grad",
+)
 
 
 def gradient_readers(trainer: Trainer, module: LightningModule) -> tuple[str, ...]:
@@ -55,10 +62,10 @@ def unfreezers(trainer: Trainer) -> tuple[str, ...]:
 
 
 def is_compiled(module: LightningModule) -> bool:
-    """Whether ``torch.compile`` was used on the module or in it."""
+    """Whether code that runs past Python is in the module: ``torch.compile``, or TorchScript."""
     # Lightning sets it on the instance when it takes a compiled module apart.
     return getattr(module, "_compiler_ctx", None) is not None or any(
-        isinstance(m, OptimizedModule) or m._compiled_call_impl is not None for m in module.modules()
+        isinstance(m, OptimizedModule | ScriptModule) or m._compiled_call_impl is not None for m in module.modules()
     )
 
 

@@ -51,7 +51,7 @@ def examine(optimizer: Optimizer) -> OptimizerFacts:
 def _only(group: dict[str, Any]) -> dict[str, Any]:
     """A group's hyperparameters; a schedule that warms up from zero would hide what a step does."""
     kept = {key: copy.deepcopy(value) for key, value in group.items() if key not in ("params", "param_names")}
-    if "lr" in kept and not float(kept["lr"]):
+    if kept.get("lr") is not None and not float(kept["lr"]):
         kept["lr"] = 1e-2
     return kept
 

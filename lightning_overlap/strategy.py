@@ -24,7 +24,7 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lightning_overlap.comm import all_gather_objects, make_group
+from lightning_overlap.comm import all_gather_objects, broadcast_object, make_group
 from lightning_overlap.config import OverlapConfig
 from lightning_overlap.decision import ConfigError
 from lightning_overlap.facts import Facts
@@ -181,6 +181,8 @@ class OverlapStrategy(DDPStrategy):
         self.accelerator.setup(trainer)
         fitting = trainer.state.fn == TrainerFn.FITTING
         self.model = self.precision_plugin.convert_module(self.model)  # type: ignore[assignment]
+        if fitting and self._layer_sync is not None:
+            self.model = self._layer_sync.apply(self.model)
         self.model_to_device()
         self._agree()
         share([*self.model.parameters(), *self.model.buffers()])
@@ -194,8 +196,6 @@ class OverlapStrategy(DDPStrategy):
 
     def setup_optimizers(self, trainer: Trainer) -> None:
         super().setup_optimizers(trainer)
-        earlier = self._states_of_earlier_fits()
-        self._close_modes()
         model = self.lightning_module
         assert model is not None, "Lightning connects the module"
         self._plan = resolve(
@@ -215,24 +215,16 @@ class OverlapStrategy(DDPStrategy):
             ),
         )
         rank_zero_info(self._plan.explain())
-        self.modes = [m(self._plan, self.config, self.mesh, self._time_limit) for m in MODES if m.runs(self._plan)]
+        earlier, self.modes = (
+            self.modes,
+            [m(self._plan, self.config, self.mesh, self._time_limit) for m in MODES if m.runs(self._plan)],
+        )
         for mode in self.modes:
             mode.parallelize(model)
         for mode in self.modes:
             mode.prepare_optimizers(self.optimizers)
-        for optimizer, state in earlier:
-            if not any(mode.load_optimizer_state(optimizer, state) for mode in self.modes):
-                optimizer.load_state_dict(state)
-
-    def _states_of_earlier_fits(self) -> list[tuple[Optimizer, dict[str, Any]]]:
-        """A module may give the same optimizer object in each fit; what it held is in the shards of the last one."""
-        found = []
-        for optimizer in self.optimizers:
-            for mode in self.modes:
-                if (state := mode.optimizer_state(optimizer)) is not None:
-                    found.append((optimizer, self.broadcast(state)))
-                    optimizer.state.clear()
-        return found
+        for mode in earlier:  # an optimizer that is used again has got its state from them
+            mode.close()
 
     def _agree(self) -> None:
         """All ranks have the same request, versions and parameters; samplers draw with rank 0's seed.
@@ -243,9 +235,7 @@ class OverlapStrategy(DDPStrategy):
         if not dist.is_initialized() or self.world_size == 1:
             return
         assert self.model is not None, "Lightning connects the module"
-        seed = [int(os.environ.get("PL_GLOBAL_SEED", 0))]
-        dist.broadcast_object_list(seed, src=0)
-        self._seed = seed[0]
+        self._seed = broadcast_object(int(os.environ.get("PL_GLOBAL_SEED", 0)))
         mine: dict[str, str] = {"strategy arguments": repr(self.config), "versions": repr(Facts(world_size=1).versions)}
         for name, p in self.model.named_parameters():
             mine[f"parameter {name}"] = f"{tuple(p.shape)} {p.dtype} requires_grad={p.requires_grad}"
@@ -364,10 +354,6 @@ class OverlapStrategy(DDPStrategy):
 
     # -- checkpoints -------------------------------------------------------------------------------------------------
 
-    @property
-    def restore_checkpoint_after_setup(self) -> bool:
-        return True
-
     def lightning_module_state_dict(self) -> dict[str, Any]:
         for mode in self.modes:
             mode.sync_parameters()
@@ -413,11 +399,6 @@ class OverlapStrategy(DDPStrategy):
     def on_exception(self, exception: BaseException) -> None:
         # Transfers may never complete now, so nobody waits for them any more; unless all ranks stop at the same batch.
         self._failed = not isinstance(exception, SIGTERMException)
-
-    def _close_modes(self) -> None:
-        for mode in self.modes:
-            mode.close()
-        self.modes = []
 
     def teardown(self) -> None:
         if self._preemption is not None:

@@ -57,8 +57,6 @@ class NeverZeroes(Plain):
     def optimizer_zero_grad(self, *_):
         pass
 
-    def on_after_backward(self): ...
-
 
 class PutsWeightsElsewhere(Plain):
     def on_train_batch_end(self, *_):

@@ -114,8 +114,8 @@ def decide(own: DataParallel, whole: OverlapConfig, facts: Facts) -> list[Decisi
 
 def _optimizer(own: DataParallel, facts: Facts) -> Decision:
     feature = "data_parallel.distributed_optimizer"
-    if any(f.name == "LBFGS" for f in facts.optimizers or ()):
-        raise ConfigError("L-BFGS evaluates the loss inside its step, which cannot be sharded or overlapped; use AdamW or SGD")
+    if any(f.name == "LBFGS" for f in facts.optimizers or ()) and facts.automatic_optimization:
+        raise ConfigError("L-BFGS evaluates the loss inside its step, where nothing overlaps; use AdamW, or manual optimization")
     whole = [f.reason for f in facts.optimizers or () if not f.elementwise]
     coupled = [f.reason for f in facts.optimizers or () if not f.independent]
     return settle(

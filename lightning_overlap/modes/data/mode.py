@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.autograd import Variable
 from torch.optim import Optimizer
 
-from lightning_overlap.comm import Group, Pending, make_group
+from lightning_overlap.comm import Group, Pending, broadcast_object, make_group
 from lightning_overlap.decision import ConfigError
 from lightning_overlap.modes.base import OverlapMode
 from lightning_overlap.modes.data import state
@@ -40,6 +40,8 @@ if TYPE_CHECKING:
 
 HALF = (torch.bfloat16, torch.float16)
 """Dtypes of parameters that are updated as fp32 main parameters."""
+OWNER = "_lightning_overlap_owner"
+"""Attribute of an optimizer: the mode that holds its state in shards."""
 
 
 class DataMode(OverlapMode):
@@ -59,6 +61,7 @@ class DataMode(OverlapMode):
         self._optimizer: Optimizer | None = None
         self._hooks: list[Any] = []
         self._guarded: list[nn.Module] = []
+        self._claims: list[Any] = []  # hooks of the optimizer; they outlive the fit
         self._users: list[list[nn.Parameter]] = []  # the user's param_groups, while the shards stand in their place
         self._held = self._announced = self._backward_open = False
         self._stepping = self._said_unused = self._released = False
@@ -145,24 +148,45 @@ class DataMode(OverlapMode):
                 f"{len(strange)} parameters of the optimizer are not parameters of the module at setup. Create parameters in "
                 "__init__ or configure_model, and give the optimizer only those of self.parameters()."
             )
-        for optimizer in optimizers:
-            self._lengths[optimizer] = _lengths(optimizer)
-            self._hooks += [optimizer.register_step_pre_hook(self._before_step), optimizer.register_step_post_hook(self._after_step)]
-        if not self._sharded or not optimizers:
-            return
-        (self._optimizer,) = optimizers
-        given = self._optimizer.state_dict() if self._optimizer.state else None
-        group_of = {id(p): g for g, group in enumerate(self._optimizer.param_groups) for p in group["params"]}
-        self._names = state.original_names(self._optimizer, self._buckets)
-        self._shards: list[list[nn.Parameter]] = [[] for _ in self._optimizer.param_groups]
+        self._lengths = {optimizer: _lengths(optimizer) for optimizer in optimizers}
+        if self._sharded and optimizers:
+            (optimizer,) = optimizers
+            self._shard(optimizer)
+
+    def _shard(self, optimizer: Optimizer) -> None:
+        owner = getattr(optimizer, OWNER, None)  # of an earlier fit, when the module gives the same object again
+        if owner is not None:
+            given = owner.optimizer_state(optimizer)
+            owner.disown()
+            given = broadcast_object(given)
+        else:
+            given = optimizer.state_dict() if optimizer.state else None
+        setattr(optimizer, OWNER, self)
+        self._optimizer = optimizer
+        group_of = {id(p): g for g, group in enumerate(optimizer.param_groups) for p in group["params"]}
+        self._names = state.original_names(optimizer, self._buckets)
+        self._shards: list[list[nn.Parameter]] = [[] for _ in optimizer.param_groups]
         for bucket in self._buckets:
             self._segment(bucket, group_of)
             for segment in bucket.segments:
                 self._shards[segment.group].append(segment.parameter)
         if given is not None:
+            optimizer.state.clear()
+            state.load(optimizer, self._buckets, self._names, given)
+        self._claims = [
+            optimizer.register_step_pre_hook(self._before_step),
+            optimizer.register_step_post_hook(self._after_step),
+            optimizer.register_state_dict_pre_hook(self._before_state_dict),
+        ]
+
+    def disown(self) -> None:
+        """The optimizer is somebody else's now."""
+        for claim in self._claims:
+            claim.remove()
+        if self._optimizer is not None:
+            delattr(self._optimizer, OWNER)
             self._optimizer.state.clear()
-            state.load(self._optimizer, self._buckets, self._names, given)
-        self._hooks.append(self._optimizer.register_state_dict_pre_hook(_refuse_state_dict))
+            self._optimizer = None
 
     def _segment(self, bucket: LiveBucket, group_of: dict[int, int]) -> None:
         """Cuts this rank's piece of a bucket where the optimizer's group changes (at every parameter, if they stay whole)."""
@@ -235,8 +259,8 @@ class DataMode(OverlapMode):
             return
         if any(_lengths(optimizer) != lengths for optimizer, lengths in self._lengths.items()):
             raise ConfigError(
-                "the optimizer's parameter groups have changed since setup, as finetuning callbacks do, and what came in is in no "
-                "bucket. Give the optimizer all parameters in configure_optimizers."
+                "the optimizer's parameter groups have changed since setup, and what came in has no shard of the optimizer's "
+                "state. Give the optimizer all parameters in configure_optimizers."
             )
 
     def _bring_back(self) -> None:
@@ -394,6 +418,8 @@ class DataMode(OverlapMode):
         """Before ``optimizer.step()``, whoever calls it: the shards take the places of the user's parameters."""
         if self._stepping:
             return None
+        if self._released:
+            raise ConfigError("after fit the optimizer's state is in the ranks' shards: make a new optimizer to step by hand")
         result = None
         closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
         if closure is not None:
@@ -401,25 +427,30 @@ class DataMode(OverlapMode):
             with torch.enable_grad():
                 loss = closure()
             result = (args[0], lambda: loss), {key: value for key, value in kwargs.items() if key != "closure"}
-        if optimizer is self._optimizer:
-            for bucket in self._reduced_buckets():
-                self._take_gradients(bucket)
-                if self._step_by_bucket and bucket.reduced:
-                    self._update(bucket)
-            for bucket in self._reduced_buckets():
-                self._finish_gather(bucket)
-            self._users = [group["params"] for group in optimizer.param_groups]
-            self._put(self._shards)
+        for bucket in self._reduced_buckets():
+            self._take_gradients(bucket)
+            if self._step_by_bucket and bucket.reduced:
+                self._update(bucket)
+        for bucket in self._reduced_buckets():
+            self._finish_gather(bucket)
+        self._users = [group["params"] for group in optimizer.param_groups]
+        self._put(self._shards)
         return result
 
     def _after_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if optimizer is not self._optimizer or self._stepping:
+        if self._stepping:
             return
         self._put(self._users)
         for bucket in self._reduced_buckets():
             self._publish(bucket)
         if self._gathering == "off":
             self.sync_parameters()
+
+    def _before_state_dict(self, optimizer: Optimizer) -> None:
+        raise ConfigError(
+            "the optimizer's state is sharded over the ranks; trainer.save_checkpoint() saves the whole of it, and "
+            "trainer.strategy.optimizer_state(optimizer), called on every rank, gives it to the first"
+        )
 
     def _put(self, parameters: Sequence[list[nn.Parameter]]) -> None:
         assert self._optimizer is not None, "shards belong to the one optimizer"
@@ -540,13 +571,6 @@ class DataMode(OverlapMode):
     def close(self) -> None:
         for group in filter(None, (self.group, self._instances)):
             group.close()
-
-
-def _refuse_state_dict(optimizer: Optimizer) -> None:
-    raise ConfigError(
-        "the optimizer's state is sharded over the ranks; trainer.save_checkpoint() saves the whole of it, and "
-        "trainer.strategy.optimizer_state(optimizer), called on every rank, gives it to the first"
-    )
 
 
 def _lengths(optimizer: Optimizer) -> list[int]:
