@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
-from lightning.fabric.plugins import CheckpointIO, ClusterEnvironment
+from lightning.fabric.plugins import CheckpointIO, ClusterEnvironment, TorchCheckpointIO
 from lightning.fabric.utilities.data import sized_len
 from lightning.fabric.utilities.seed import pl_worker_init_function
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.accelerators import Accelerator
-from lightning.pytorch.plugins.io import AsyncCheckpointIO
 from lightning.pytorch.plugins.precision import Precision
 from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.trainer.states import TrainerFn
@@ -25,7 +24,6 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lightning_overlap.checkpoint import DIRECTORY, AtomicCheckpointIO, Directory, is_directory, save_directory, snapshot
 from lightning_overlap.comm import all_gather_objects, broadcast_object, make_group
 from lightning_overlap.config import OverlapConfig
 from lightning_overlap.decision import ConfigError
@@ -39,7 +37,6 @@ from lightning_overlap.modes.expert.config import ExpertParallel
 from lightning_overlap.modes.pipeline.config import PipelineParallel
 from lightning_overlap.modes.tensor.config import TensorParallel
 from lightning_overlap.optimization import Preemption, adapt_precision, after_closure, gradient_readers, held, is_compiled, unfreezers
-from lightning_overlap.piece import Piece
 from lightning_overlap.plan import Plan, resolve
 from lightning_overlap.probe import examine
 from lightning_overlap.shared_state import SharedBuffers, share
@@ -64,9 +61,6 @@ class OverlapStrategy(DDPStrategy):
         checkpoint_io: as in ``DDPStrategy``.
         precision_plugin: as in ``DDPStrategy``.
         process_group_backend: ``"gloo"`` or ``"nccl"``; by default the device's.
-        state_dict_type: ``"full"``: a checkpoint is one file in Lightning's format, which plain DDP and one process load too;
-            ``"sharded"``: a directory, written by all ranks, which any number of ranks can load. Either is loaded by either.
-        async_save: training goes on while a checkpoint is written, from a copy in host memory.
         timeout: how long a transfer may take before this rank gives up, naming it.
         start_method: how Lightning starts processes, as in ``DDPStrategy``.
 
@@ -88,8 +82,6 @@ class OverlapStrategy(DDPStrategy):
         checkpoint_io: CheckpointIO | None = None,
         precision_plugin: Precision | None = None,
         process_group_backend: str | None = None,
-        state_dict_type: Literal["full", "sharded"] = "full",
-        async_save: bool = False,
         timeout: timedelta = timedelta(minutes=30),
         start_method: Literal["popen", "spawn", "fork", "forkserver"] = "popen",
     ) -> None:
@@ -115,13 +107,6 @@ class OverlapStrategy(DDPStrategy):
             expert_parallel=sized(expert_parallel, ExpertParallel),
             overlap=overlap,
         )
-        if state_dict_type not in ("full", "sharded"):
-            raise ConfigError(f"state_dict_type must be full or sharded, got {state_dict_type!r}")
-        self._sharded_checkpoints = state_dict_type == "sharded"
-        self._async_save = async_save
-        self._saver: ThreadPoolExecutor | None = None
-        self._saving: Future[None] | None = None
-        self._saving_group: Any = None
         self.modes: list[OverlapMode] = []
         self._plan: Plan | None = None
         self._failed = False
@@ -369,144 +354,45 @@ class OverlapStrategy(DDPStrategy):
 
     # -- checkpoints -------------------------------------------------------------------------------------------------
 
-    @property
-    def checkpoint_io(self) -> CheckpointIO:
-        if self._checkpoint_io is None:
-            self._checkpoint_io = AsyncCheckpointIO() if self._async_save else AtomicCheckpointIO()
-        if isinstance(self._checkpoint_io, AsyncCheckpointIO) and self._checkpoint_io.checkpoint_io is None:
-            self._checkpoint_io.checkpoint_io = AtomicCheckpointIO()
-        return self._checkpoint_io
-
-    @checkpoint_io.setter
-    def checkpoint_io(self, io: CheckpointIO | None) -> None:
-        self._checkpoint_io = io
-
     def lightning_module_state_dict(self) -> dict[str, Any]:
         for mode in self.modes:
             mode.sync_parameters()
         states = super().lightning_module_state_dict()
-        if not self.modes or self._sharded_checkpoints or self._async_save:
-            return states  # written at once, or copied by whoever writes later
+        if not self.modes:
+            return states
         # Parameters are views of flat buffers, and torch.save writes a view's whole storage.
         return {key: value.clone() if isinstance(value, Tensor) else value for key, value in states.items()}
 
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
         plain = getattr(optimizer, "optimizer", optimizer)
-        if self._sharded_checkpoints:
-            return {"state": self._shares(plain), "param_groups": self._named_groups(plain)}
         for mode in self.modes:
             if (state := mode.optimizer_state(plain)) is not None:
                 return state
         return super().optimizer_state(optimizer)
 
-    def _shares(self, optimizer: Optimizer, stored: Mapping[str, Mapping[str, Any]] | None = None) -> dict[str, dict[str, Any]]:
-        for mode in self.modes:
-            if (shares := mode.optimizer_shares(optimizer, stored)) is not None:
-                return shares
-        names = self._parameter_names()
-        if stored is not None:
-            for group in optimizer.param_groups:
-                for parameter in group["params"]:
-                    optimizer.state[parameter] = {
-                        key: torch.zeros(value.shape, dtype=value.dtype) if hasattr(value, "dtype") else value
-                        for key, value in stored.get(names[id(parameter)], {}).items()
-                    }
-        return {names[id(parameter)]: state for parameter, state in optimizer.state.items()}
-
-    def _parameter_names(self) -> dict[int, str]:
-        assert self.lightning_module is not None, "Lightning connects the module"
-        return {id(parameter): name for name, parameter in self.lightning_module.named_parameters()}
-
-    def _named_groups(self, optimizer: Optimizer) -> list[dict[str, Any]]:
-        names = self._parameter_names()
-        return [{**group, "params": [names[id(p)] for p in group["params"]]} for group in optimizer.param_groups]
-
-    def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
-        """Loads a file, or of a directory what is no tensor: its tensors go straight to where they belong.
-
-        Raises:
-            ConfigError: the checkpoint is not complete, or holds pickled code.
-        """
-        self._finish_save()
-        if not is_directory(checkpoint_path):
-            return super().load_checkpoint(checkpoint_path, weights_only=weights_only is not False)
-        directory = Directory(checkpoint_path)
-        return {**directory.meta, "state_dict": {}, DIRECTORY: directory}
-
     def load_model_state_dict(self, checkpoint: Any, strict: bool = True) -> None:
         for mode in self.modes:
             mode.sync_parameters()
-        if DIRECTORY in checkpoint:
-            assert self.lightning_module is not None, "Lightning connects the module"
-            directory: Directory = checkpoint[DIRECTORY]
-            states, stored = self.lightning_module.state_dict(), directory.below("model")
-            missing = [name for name in stored if name not in states] if strict else []
-            if missing:
-                raise ConfigError(f"{directory.path} has parameters that this module has not: {', '.join(missing[:5])}")
-            wanted = {name: value for name, value in states.items() if strict or name in stored}
-            directory.load({f"model.{name}": value for name, value in wanted.items() if isinstance(value, Tensor)})
-        else:
-            super().load_model_state_dict(checkpoint, strict=strict)
+        super().load_model_state_dict(checkpoint, strict=strict)
         for mode in self.modes:
             mode.adopt_parameters()
 
     def load_optimizer_state_dict(self, checkpoint: Any) -> None:
-        if DIRECTORY in checkpoint:
-            self._load_shares(checkpoint[DIRECTORY], checkpoint["optimizer_states"])
-            return
         for optimizer, state in zip(self.optimizers, checkpoint["optimizer_states"], strict=False):
             if not any(mode.load_optimizer_state(optimizer, state) for mode in self.modes):
                 optimizer.load_state_dict(state)
 
-    def _load_shares(self, directory: Directory, saved: list[Any]) -> None:
-        tensors = {}
-        for number, (optimizer, groups) in enumerate(zip(self.optimizers, saved, strict=False)):
-            names = [group["params"] for group in self._named_groups(optimizer)]
-            if [group["params"] for group in groups] != names:
-                raise ConfigError(
-                    f"{directory.path}: optimizer {number} has other parameter groups; resume with the one that was saved"
-                )
-            for group, values in zip(optimizer.param_groups, groups, strict=True):
-                group.update({key: value for key, value in values.items() if key != "params"})
-            stored: dict[str, dict[str, Any]] = {}
-            for path, value in directory.below(f"optimizer_{number}.state").items():
-                name, _, key = path.rpartition(".")
-                stored.setdefault(name, {})[key] = value
-            for name, state in self._shares(optimizer, stored).items():
-                for key, value in state.items():
-                    if isinstance(value, Tensor | Piece):
-                        tensors[f"optimizer_{number}.state.{name}.{key}"] = value
-        directory.load(tensors)
-
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any | None = None) -> None:
-        filepath = self.broadcast(filepath)  # names hold metrics, which a rank may format otherwise
-        if not self._sharded_checkpoints:
+        # Names hold metrics, which a rank may format otherwise; and a crash while writing leaves the last file whole.
+        filepath = self.broadcast(filepath)
+        local = type(self.checkpoint_io) is TorchCheckpointIO and "://" not in str(filepath)
+        if not local or not self.is_global_zero:
             super().save_checkpoint(checkpoint, filepath, storage_options)
             return
-        self._finish_save()
-        meta = dict(checkpoint)
-        tensors: dict[str, Any] = {"model": meta.pop("state_dict")}
-        for number, state in enumerate(meta.get("optimizer_states", ())):
-            tensors[f"optimizer_{number}"] = {"state": state["state"]}
-        if "optimizer_states" in meta:
-            meta["optimizer_states"] = [state["param_groups"] for state in meta["optimizer_states"]]
-        if self._saving_group is None and self.world_size > 1:
-            self._saving_group = dist.new_group(backend="gloo", timeout=self._time_limit)
-        if not self._async_save:
-            save_directory(tensors, meta, filepath, self._saving_group)
-            return
-        self._saver = self._saver or ThreadPoolExecutor(1, "save")
-        self._saving = self._saver.submit(save_directory, snapshot(tensors), meta, filepath, self._saving_group)
-
-    def _finish_save(self) -> None:
-        """The save in the background is over.
-
-        Raises:
-            Exception: whatever went wrong in it.
-        """
-        saving, self._saving = self._saving, None
-        if saving is not None:
-            saving.result()
+        path = Path(filepath)
+        beside = path.with_name(f".{path.name}.writing")
+        super().save_checkpoint(checkpoint, beside, storage_options)
+        os.replace(beside, path)
 
     # -- end ---------------------------------------------------------------------------------------------------------
 
@@ -524,7 +410,6 @@ class OverlapStrategy(DDPStrategy):
             rank_zero_warn("training failed in the middle of a step: load a checkpoint before using the module's weights")
             self.modes = []  # nobody waits for their transfers
         self._failed = False
-        self._finish_save()
         super().teardown()
 
 

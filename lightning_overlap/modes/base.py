@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
@@ -73,17 +73,6 @@ class OverlapMode:
 
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any] | None:
         """The state for a checkpoint, as the unsharded optimizer's ``state_dict()``; None if this mode shards none."""
-        return None
-
-    def optimizer_shares(
-        self, optimizer: Optimizer, stored: Mapping[str, Mapping[str, Any]] | None = None
-    ) -> dict[str, dict[str, Any]] | None:
-        """This rank's states by parameter name: tensors, ``Piece`` of tensors, plain values; None if this mode shards none.
-
-        Args:
-            optimizer: whose states.
-            stored: what a checkpoint holds for each parameter. States are then made for it, to be loaded in place.
-        """
         return None
 
     def load_optimizer_state(self, optimizer: Optimizer, state: dict[str, Any]) -> bool:

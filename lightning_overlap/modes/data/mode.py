@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import warnings
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
@@ -544,15 +544,6 @@ class DataMode(OverlapMode):
         if optimizer is not self._optimizer:
             return None
         return state.gather(optimizer, self._buckets, self._names, self.group)
-
-    def optimizer_shares(
-        self, optimizer: Optimizer, stored: Mapping[str, Mapping[str, Any]] | None = None
-    ) -> dict[str, dict[str, Any]] | None:
-        if optimizer is not self._optimizer:
-            return None
-        if stored is not None:
-            self.adopt_parameters()  # where the checkpoint has no main parameters
-        return state.shares(optimizer, self._buckets, stored)
 
     def load_optimizer_state(self, optimizer: Optimizer, state_dict: dict[str, Any]) -> bool:
         if optimizer is not self._optimizer:

@@ -7,7 +7,7 @@ of ranks. fp32 main parameters travel with it under ``MAIN``, which other optimi
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -17,7 +17,6 @@ from torch.optim import Optimizer
 
 from lightning_overlap.comm import Group
 from lightning_overlap.modes.data.buffers import LiveBucket, Segment
-from lightning_overlap.piece import Piece
 
 MAIN = "fp32_main_parameter"
 
@@ -86,7 +85,7 @@ def _state(optimizer: Optimizer, bucket: LiveBucket, segment: Segment) -> dict[s
 
 
 def _cut(value: Any, segment: Segment, start: int, end: int) -> Any:
-    if _as_parameter(value, segment):
+    if isinstance(value, Tensor) and value.shape == segment.parameter.shape and value.dim() > 0:
         return _Flat(value.detach().reshape(-1)[start:end].cpu().clone())
     return value.detach().cpu().clone() if isinstance(value, Tensor) else value
 
@@ -141,49 +140,3 @@ def _load_segment(optimizer: Optimizer, bucket: LiveBucket, segment: Segment, by
     optimizer.state.pop(segment.parameter, None)  # a checkpoint without state is a fresh start
     if state:
         optimizer.state[segment.parameter] = state
-
-
-def shares(
-    optimizer: Optimizer, buckets: Sequence[LiveBucket], stored: Mapping[str, Mapping[str, Any]] | None = None
-) -> dict[str, dict[str, Any]]:
-    """This rank's states, by the parameter's name: a :class:`Piece` where a state has the parameter's shape.
-
-    Args:
-        optimizer: whose states.
-        buckets: all buckets.
-        stored: what a checkpoint holds for each parameter: things with ``shape`` and ``dtype`` for tensors, and plain values.
-            States are then made for it, to be loaded in place.
-    """
-    found: dict[str, dict[str, Any]] = {}
-    for bucket in buckets:
-        for segment in bucket.segments:
-            if stored is not None:
-                optimizer.state[segment.parameter] = _made(bucket, segment, stored)
-            values = _state(optimizer, bucket, segment)
-            for name, shape, start, end, offset in _pieces(bucket, segment):
-                if stored is not None:
-                    values = {key: value for key, value in values.items() if key in stored.get(name, {})}
-                found[name] = {
-                    key: Piece(value.detach().view(-1)[start:end], shape, offset) if _as_parameter(value, segment) else value
-                    for key, value in values.items()
-                }
-    return found
-
-
-def _as_parameter(value: Any, segment: Segment) -> bool:
-    return isinstance(value, Tensor) and value.shape == segment.parameter.shape and value.dim() > 0
-
-
-def _made(bucket: LiveBucket, segment: Segment, stored: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    state: dict[str, Any] = {}
-    for name, shape, *_ in _pieces(bucket, segment):
-        for key, value in stored.get(name, {}).items():
-            if key == MAIN or key in state:
-                continue
-            if not hasattr(value, "dtype"):
-                state[key] = value
-            elif value.shape == shape and value.shape:
-                state[key] = torch.zeros_like(segment.parameter, dtype=value.dtype)
-            else:
-                state[key] = torch.zeros(value.shape, dtype=value.dtype)
-    return state
