@@ -333,11 +333,16 @@ class Group:
         if self._threads is not None:
             self._threads.start_step()
 
-    def close(self) -> None:
-        """Ends the group's threads and connections. All its transfers must have been waited for."""
+    def rest(self) -> None:
+        """Ends the group's threads and frees its buffers. All its transfers must have been waited for."""
         if self._threads is not None:
             self._threads.close()
             self._threads = None
+        self._free.clear()
+
+    def close(self) -> None:
+        """As :meth:`rest`, and ends its connections."""
+        self.rest()
         for group in (self.reduces, self.gathers):
             if group is not None:
                 dist.destroy_process_group(group)

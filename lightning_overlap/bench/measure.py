@@ -7,6 +7,7 @@ interleaved, so that a machine that drifts favours none.
 from __future__ import annotations
 
 import copy
+import gc
 import os
 import statistics
 import time
@@ -153,6 +154,10 @@ def measure(
         quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
         length = {"max_steps": warmup + steps, "max_epochs": -1, "limit_val_batches": 0, "num_sanity_val_steps": 0}
         Trainer(**{**trainer, **quiet, **length, "strategy": made, "callbacks": [clock]}).fit(module, datamodule=datamodule)
+        for mode in getattr(made, "modes", ()):
+            mode.close()
+        del made, module
+        gc.collect()  # a trainer, its module and its strategy refer to each other
         return clock
 
     def ours(config: OverlapConfig) -> OverlapStrategy:

@@ -565,6 +565,9 @@ class DataMode(OverlapMode):
         for module in self._guarded:
             module._parameters = dict(module._parameters)
         unflatten(self._buckets)
+        if complete:
+            for group in filter(None, (self.group, self._instances)):
+                group.rest()
         self._guarded, self._hooks, self._home = [], [], {}
         self._released = True
 
