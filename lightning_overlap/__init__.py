@@ -9,6 +9,7 @@ from lightning_overlap.modes.data.config import DataParallel
 from lightning_overlap.modes.expert.config import ExpertParallel
 from lightning_overlap.modes.pipeline.config import PipelineParallel
 from lightning_overlap.modes.tensor.config import TensorParallel
+from lightning_overlap.profiling.callback import OverlapProfiler
 from lightning_overlap.strategy import OverlapStrategy
 
 __version__ = "0.1.0"
@@ -18,6 +19,7 @@ __all__ = [
     "DataParallel",
     "ExpertParallel",
     "OverlapConfig",
+    "OverlapProfiler",
     "OverlapStrategy",
     "PipelineParallel",
     "TensorParallel",

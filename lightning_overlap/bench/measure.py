@@ -19,8 +19,9 @@ from lightning.pytorch import Callback, LightningDataModule, LightningModule, Tr
 from lightning.pytorch.strategies import Strategy
 
 from lightning_overlap.bench.peers import peers as all_peers
-from lightning_overlap.bench.skip import Skipped, groups_of, skip_transfers
+from lightning_overlap.bench.skip import Skipped, skip_transfers
 from lightning_overlap.config import OverlapConfig
+from lightning_overlap.profiling.callback import groups_of
 from lightning_overlap.strategy import OverlapStrategy
 
 

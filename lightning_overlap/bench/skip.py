@@ -9,6 +9,7 @@ from torch import Tensor
 
 from lightning_overlap.comm import Group, Pending
 from lightning_overlap.modes.base import OverlapMode
+from lightning_overlap.profiling.callback import groups_of
 
 
 class Skipped:
@@ -48,11 +49,6 @@ class Skipped:
 
     def _done(self, x: Tensor, label: str) -> Pending:
         return Pending(self._group, label, 0, lambda: x)
-
-
-def groups_of(mode: OverlapMode) -> dict[str, Group]:
-    """The groups of a mode, by attribute."""
-    return {name: value for name, value in vars(mode).items() if isinstance(value, Group)}
 
 
 def skip_transfers(mode: OverlapMode) -> list[Skipped]:
