@@ -2,6 +2,7 @@
 
 from lightning.pytorch.strategies import StrategyRegistry
 
+from lightning_overlap.checkpoint import CheckpointError
 from lightning_overlap.config import OverlapConfig
 from lightning_overlap.decision import ConfigError
 from lightning_overlap.modes.context.config import ContextParallel
@@ -14,6 +15,7 @@ from lightning_overlap.strategy import OverlapStrategy
 
 __version__ = "0.1.0"
 __all__ = [
+    "CheckpointError",
     "ConfigError",
     "ContextParallel",
     "DataParallel",

@@ -6,12 +6,13 @@ import os
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
-from lightning.fabric.plugins import CheckpointIO, ClusterEnvironment, TorchCheckpointIO
+from lightning.fabric.plugins import CheckpointIO, ClusterEnvironment
 from lightning.fabric.utilities.data import sized_len
 from lightning.fabric.utilities.seed import pl_worker_init_function
 from lightning.pytorch import LightningModule, Trainer
@@ -24,6 +25,7 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch import Tensor
 from torch.optim import Optimizer
 
+from lightning_overlap.checkpoint import AtomicCheckpointIO, Saves, compact, in_place, is_local, load_file
 from lightning_overlap.comm import all_gather_objects, broadcast_object, make_group
 from lightning_overlap.config import OverlapConfig
 from lightning_overlap.decision import ConfigError
@@ -39,6 +41,7 @@ from lightning_overlap.modes.tensor.config import TensorParallel
 from lightning_overlap.optimization import Preemption, adapt_precision, after_closure, gradient_readers, held, is_compiled, unfreezers
 from lightning_overlap.plan import Plan, resolve
 from lightning_overlap.probe import examine
+from lightning_overlap.sharded_checkpoint import Folders, SavedOptimizer, describe, is_folder, names_of
 from lightning_overlap.shared_state import SharedBuffers, share
 
 
@@ -55,6 +58,9 @@ class OverlapStrategy(DDPStrategy):
         context_parallel: ranks along the context axis, or :class:`ContextParallel`.
         expert_parallel: ranks along the expert axis, or :class:`ExpertParallel`.
         overlap: ``"off"`` keeps the layout and turns every overlap off.
+        state_dict_type: ``"full"``: a checkpoint is one file in Lightning's format, which loads anywhere. ``"sharded"``: a folder
+            that all ranks write their share of, and that loads into any number of ranks. Either loads, whatever is saved.
+        async_save: write checkpoints while training goes on; at the price of a copy of the state, in the CPU's memory.
         accelerator: as in ``DDPStrategy``.
         parallel_devices: as in ``DDPStrategy``.
         cluster_environment: as in ``DDPStrategy``.
@@ -76,6 +82,8 @@ class OverlapStrategy(DDPStrategy):
         context_parallel: int | ContextParallel = 1,
         expert_parallel: int | ExpertParallel = 1,
         overlap: Literal["auto", "off"] = "auto",
+        state_dict_type: Literal["full", "sharded"] = "full",
+        async_save: bool = False,
         accelerator: Accelerator | None = None,
         parallel_devices: list[torch.device] | None = None,
         cluster_environment: ClusterEnvironment | None = None,
@@ -107,6 +115,13 @@ class OverlapStrategy(DDPStrategy):
             expert_parallel=sized(expert_parallel, ExpertParallel),
             overlap=overlap,
         )
+        if state_dict_type not in ("full", "sharded"):
+            raise ConfigError(f"state_dict_type={state_dict_type!r}: it is 'full' or 'sharded'")
+        self._state_dict_type = state_dict_type
+        self._async_save = async_save
+        self._saves = Saves()
+        self._folders = Folders(self._time_limit)
+        self._training = False
         self.modes: list[OverlapMode] = []
         self._plan: Plan | None = None
         self._failed = False
@@ -236,7 +251,8 @@ class OverlapStrategy(DDPStrategy):
             return
         assert self.model is not None, "Lightning connects the module"
         self._seed = broadcast_object(int(os.environ.get("PL_GLOBAL_SEED", 0)))
-        mine: dict[str, str] = {"strategy arguments": repr(self.config), "versions": repr(Facts(world_size=1).versions)}
+        arguments = repr((self.config, self._state_dict_type, self._async_save))
+        mine: dict[str, str] = {"strategy arguments": arguments, "versions": repr(Facts(world_size=1).versions)}
         for name, p in self.model.named_parameters():
             mine[f"parameter {name}"] = f"{tuple(p.shape)} {p.dtype} requires_grad={p.requires_grad}"
         everyone = all_gather_objects(mine)
@@ -346,29 +362,54 @@ class OverlapStrategy(DDPStrategy):
                     f"data out evenly (Lightning's sampler does, drop_last=True helps), or set limit_train_batches={min(counts)}."
                 )
 
+        self._training = True
+
     def on_train_end(self) -> None:
+        self._training = False
         for mode in self.modes:
             mode.sync_parameters()
         if self._preemption is not None:
             self._preemption.finish()
+        self._saves.wait()
 
     # -- checkpoints -------------------------------------------------------------------------------------------------
+
+    @property
+    def checkpoint_io(self) -> CheckpointIO:
+        if self._checkpoint_io is None:
+            self._checkpoint_io = AtomicCheckpointIO()
+        elif isinstance(getattr(type(self._checkpoint_io), "checkpoint_io", None), property):
+            # A plugin that wraps another one, which takes it only where the user gave it none.
+            self._checkpoint_io.checkpoint_io = AtomicCheckpointIO()  # type: ignore[attr-defined]
+        return self._checkpoint_io
+
+    @checkpoint_io.setter
+    def checkpoint_io(self, io: CheckpointIO) -> None:
+        self._checkpoint_io = io
 
     def lightning_module_state_dict(self) -> dict[str, Any]:
         for mode in self.modes:
             mode.sync_parameters()
-        states = super().lightning_module_state_dict()
-        if not self.modes:
-            return states
-        # Parameters are views of flat buffers, and torch.save writes a view's whole storage.
-        return {key: value.clone() if isinstance(value, Tensor) else value for key, value in states.items()}
+        return super().lightning_module_state_dict()
 
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
         plain = getattr(optimizer, "optimizer", optimizer)
+        if self._state_dict_type == "sharded":
+            return describe(plain, self._optimizer_shards(plain), self._parameter_names())
         for mode in self.modes:
             if (state := mode.optimizer_state(plain)) is not None:
                 return state
         return super().optimizer_state(optimizer)
+
+    def _optimizer_shards(self, optimizer: Optimizer, saved: Any = None) -> dict[str, dict[str, Any]] | None:
+        for mode in self.modes:
+            if (shards := mode.optimizer_shards(optimizer, saved)) is not None:
+                return shards
+        return None
+
+    def _parameter_names(self) -> dict[int, str]:
+        assert self.lightning_module is not None, "Lightning connects the module"
+        return names_of(self.lightning_module)
 
     def load_model_state_dict(self, checkpoint: Any, strict: bool = True) -> None:
         for mode in self.modes:
@@ -379,20 +420,49 @@ class OverlapStrategy(DDPStrategy):
 
     def load_optimizer_state_dict(self, checkpoint: Any) -> None:
         for optimizer, state in zip(self.optimizers, checkpoint["optimizer_states"], strict=False):
-            if not any(mode.load_optimizer_state(optimizer, state) for mode in self.modes):
+            if isinstance(state, SavedOptimizer):
+                self._folders.load_optimizer(state, optimizer, self._parameter_names(), partial(self._optimizer_shards, optimizer))
+            elif not any(mode.load_optimizer_state(optimizer, state) for mode in self.modes):
                 optimizer.load_state_dict(state)
+        for mode in self.modes:
+            mode.adopt_parameters()
 
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any | None = None) -> None:
-        # Names hold metrics, which a rank may format otherwise; and a crash while writing leaves the last file whole.
-        filepath = self.broadcast(filepath)
-        local = type(self.checkpoint_io) is TorchCheckpointIO and "://" not in str(filepath)
-        if not local or not self.is_global_zero:
-            super().save_checkpoint(checkpoint, filepath, storage_options)
-            return
-        path = Path(filepath)
-        beside = path.with_name(f".{path.name}.writing")
-        super().save_checkpoint(checkpoint, beside, storage_options)
-        os.replace(beside, path)
+        """As ``Strategy.save_checkpoint``; what fails on one rank is an error on all. With ``async_save``, at the next save."""
+        filepath = self.broadcast(filepath)  # names hold metrics, which a rank may format otherwise
+        background = self._async_save and self._training
+
+        def prepare() -> Callable[[], None]:
+            if self._state_dict_type == "sharded":
+                return self._folders.save(checkpoint, Path(filepath), copy=background)
+            if not self.is_global_zero:
+                return lambda: None
+            ready = compact(checkpoint, copy=background)
+            return partial(self.checkpoint_io.save_checkpoint, ready, filepath, storage_options=storage_options)
+
+        self._saves.run(prepare, filepath, background=background)
+
+    def remove_checkpoint(self, filepath: Any) -> None:
+        # ModelCheckpoint removes the last one as soon as the next is being saved.
+        self._saves.then(partial(super().remove_checkpoint, filepath))
+
+    def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
+        """As ``Strategy.load_checkpoint``, from one file or from a folder, by whichever number of ranks it was written.
+
+        Raises:
+            CheckpointError: it is not complete, or holds objects whose loading may run code, and ``weights_only`` is not False.
+        """
+        self._saves.wait()
+        safe = weights_only is not False
+        path = self.broadcast(checkpoint_path)
+        if is_local(path):
+            path = in_place(Path(path))
+            if is_folder(path):
+                for mode in self.modes:
+                    mode.sync_parameters()
+                assert self.lightning_module is not None, "Lightning connects the module"
+                return self._folders.load(path, self.lightning_module.state_dict(), weights_only=safe)
+        return load_file(self.checkpoint_io, path, weights_only=safe)
 
     # -- end ---------------------------------------------------------------------------------------------------------
 
@@ -409,7 +479,8 @@ class OverlapStrategy(DDPStrategy):
         if self._failed and self.modes:
             rank_zero_warn("training failed in the middle of a step: load a checkpoint before using the module's weights")
             self.modes = []  # nobody waits for their transfers
-        self._failed = False
+        self._failed = self._training = False
+        self._saves.close()
         super().teardown()
 
 

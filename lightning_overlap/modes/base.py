@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
@@ -79,8 +79,22 @@ class OverlapMode:
         """Loads such a state; False if this mode shards none."""
         return False
 
+    def optimizer_shards(
+        self, optimizer: Optimizer, saved: Mapping[str, Mapping[str, Any]] | None = None
+    ) -> dict[str, dict[str, Any]] | None:
+        """This rank's part of the state by parameter and key, nothing copied; None if this mode shards none.
+
+        What has its parameter's shape is a :class:`~lightning_overlap.shards.Run` of it. Communicates nothing.
+
+        Args:
+            optimizer: whose state it is.
+            saved: to load: a state by parameter and key, whose tensors may be on the meta device. Room is made for one like it
+                first, and what is returned is to be written into.
+        """
+        return None
+
     def adopt_parameters(self) -> None:
-        """The model's weights were loaded anew: whatever is kept beside them follows."""
+        """Weights or optimizer state were loaded anew: whatever is kept beside the weights follows them."""
 
     def release(self, *, complete: bool = True) -> None:
         """Leaves the model as it was found, with its present weights. The optimizer's state can still be asked for.

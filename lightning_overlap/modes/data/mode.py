@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import warnings
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
@@ -549,12 +549,22 @@ class DataMode(OverlapMode):
         if optimizer is not self._optimizer:
             return False
         state.load(optimizer, self._buckets, self._names, state_dict)
+        self.adopt_parameters()
         return True
+
+    def optimizer_shards(
+        self, optimizer: Optimizer, saved: Mapping[str, Mapping[str, Any]] | None = None
+    ) -> dict[str, dict[str, Any]] | None:
+        if optimizer is not self._optimizer:
+            return None
+        return state.shards(optimizer, self._buckets, saved)
 
     def adopt_parameters(self) -> None:
         for bucket in self._buckets:
             if bucket.main is not None and not self._released:
-                bucket.main.copy_(bucket.data[bucket.own])
+                # A main parameter that does not round to its weight is of another time: plain training keeps it, and trains on.
+                weights = bucket.data[bucket.own]
+                bucket.main.copy_(torch.where(bucket.main.to(weights.dtype) == weights, bucket.main, weights.float()))
 
     def release(self, *, complete: bool = True) -> None:
         if complete:

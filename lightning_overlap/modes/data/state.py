@@ -7,7 +7,7 @@ of ranks. fp32 main parameters travel with it under ``MAIN``, which other optimi
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from torch.optim import Optimizer
 
 from lightning_overlap.comm import Group
 from lightning_overlap.modes.data.buffers import LiveBucket, Segment
+from lightning_overlap.shards import Run
 
 MAIN = "fp32_main_parameter"
 
@@ -38,26 +39,89 @@ def _pieces(bucket: LiveBucket, segment: Segment) -> list[tuple[str, torch.Size,
     return found
 
 
+def shards(
+    optimizer: Optimizer, buckets: Sequence[LiveBucket], saved: Mapping[str, Mapping[str, Any]] | None = None
+) -> dict[str, dict[str, Any]]:
+    """This rank's part of the state by parameter and key: a :class:`Run` of what has the parameter's shape, the rest as it is.
+
+    Args:
+        optimizer: whose state it is.
+        buckets: that hold its shards.
+        saved: a state by parameter and key. Room is made for one like it first, and what is no tensor is taken from it.
+    """
+    if saved is not None:
+        shaped = _shaped(buckets, saved)
+        for bucket in buckets:
+            for segment in bucket.segments:
+                _make_room(optimizer, bucket, segment, saved, shaped)
+    found: dict[str, dict[str, Any]] = {}
+    for bucket in buckets:
+        for segment in bucket.segments:
+            state = dict(optimizer.state.get(segment.parameter, {}))
+            if bucket.main is not None:
+                state[MAIN] = segment.parameter
+            for name, shape, start, end, offset in _pieces(bucket, segment):
+                found[name] = {}
+                for key, value in state.items():
+                    if isinstance(value, Tensor):
+                        value = value.detach()
+                        if value.shape == segment.parameter.shape and value.dim() > 0:
+                            value = Run(shape, offset, value.reshape(-1)[start:end])
+                    found[name][key] = value
+    return found
+
+
+def _shaped(buckets: Sequence[LiveBucket], saved: Mapping[str, Mapping[str, Any]]) -> set[str]:
+    """The keys of values that have their parameter's shape; known from parameters with dimensions, since a count has none."""
+    shapes = {name: parameter.shape for bucket in buckets for name, parameter in zip(bucket.names, bucket.parameters, strict=True)}
+    return {
+        key
+        for name, state in saved.items()
+        for key, value in state.items()
+        if isinstance(value, Tensor) and value.dim() > 0 and value.shape == shapes.get(name)
+    }
+
+
+def _make_room(
+    optimizer: Optimizer, bucket: LiveBucket, segment: Segment, saved: Mapping[str, Mapping[str, Any]], shaped: set[str]
+) -> None:
+    parameter, group = segment.parameter.detach(), optimizer.param_groups[segment.group]
+    if bucket.main is not None:
+        parameter.view(-1).copy_(bucket.data[segment.start : segment.end])  # where the checkpoint has no main parameters
+    state: dict[str, Any] = {}
+    for name, shape, *_ in _pieces(bucket, segment):
+        for key, value in saved.get(name, {}).items():
+            if key == MAIN:
+                continue
+            if not isinstance(value, Tensor):
+                state[key] = value
+            elif key in shaped and value.shape == shape:
+                state.setdefault(key, torch.zeros_like(parameter, dtype=value.dtype))
+            else:
+                # torch leaves its count of steps on the CPU, unless a kernel reads it.
+                on_cpu = key == "step" and not group.get("capturable") and not group.get("fused")
+                state[key] = torch.empty_like(value, device="cpu" if on_cpu else parameter.device)
+    optimizer.state.pop(segment.parameter, None)  # a checkpoint without state is a fresh start
+    if state:
+        optimizer.state[segment.parameter] = state
+
+
 def gather(optimizer: Optimizer, buckets: Sequence[LiveBucket], names: Sequence[Sequence[str | None]], group: Group) -> dict[str, Any]:
     """The unsharded optimizer's ``state_dict()`` on the group's first rank; the others get one without states."""
     first = group.rank == 0
     whole: dict[str, dict[str, Any]] = {}
     for bucket in buckets:
-        mine = [
-            (name, shape, offset, {key: _cut(value, s, start, end) for key, value in _state(optimizer, bucket, s).items()})
-            for s in bucket.segments
-            for name, shape, start, end, offset in _pieces(bucket, s)
-        ]
+        mine = {name: {key: _own(value) for key, value in values.items()} for name, values in shards(optimizer, [bucket]).items()}
         parts: list[Any] | None = [None] * group.size if first else None
         dist.gather_object(mine, parts, dst=group.ranks[0], group=group.reduces)
-        for name, shape, offset, values in (piece for part in parts or () for piece in part):
+        for name, values in (item for part in parts or () for item in part.items()):
             state = whole.setdefault(name, {})
             for key, value in values.items():
-                if not isinstance(value, _Flat):
+                if isinstance(value, Run):
+                    target = state.setdefault(key, torch.zeros(value.shape, dtype=value.flat.dtype))
+                    value.of(target).copy_(value.flat)
+                else:
                     state[key] = value
-                    continue
-                target = state.setdefault(key, torch.zeros(shape, dtype=value.tensor.dtype))
-                target.view(-1)[offset : offset + value.tensor.numel()] = value.tensor
     numbered = [name for part in names for name in part]
     start, groups = 0, []
     for part, group_values in zip(names, optimizer.param_groups, strict=True):
@@ -65,29 +129,15 @@ def gather(optimizer: Optimizer, buckets: Sequence[LiveBucket], names: Sequence[
         groups.append({**values, "params": list(range(start, start + len(part)))})
         start += len(part)
     return {
-        "state": {i: whole[name] for i, name in enumerate(numbered) if name is not None and name in whole},
+        "state": {i: whole[name] for i, name in enumerate(numbered) if name is not None and whole.get(name)},
         "param_groups": groups,
     }
 
 
-class _Flat:
-    """A part of a state tensor that has its parameter's shape, to be told from one that has not (a count of steps)."""
-
-    def __init__(self, tensor: Tensor) -> None:
-        self.tensor = tensor
-
-
-def _state(optimizer: Optimizer, bucket: LiveBucket, segment: Segment) -> dict[str, Any]:
-    state = dict(optimizer.state.get(segment.parameter, {}))
-    if bucket.main is not None and state:
-        state[MAIN] = segment.parameter.detach()
-    return state
-
-
-def _cut(value: Any, segment: Segment, start: int, end: int) -> Any:
-    if isinstance(value, Tensor) and value.shape == segment.parameter.shape and value.dim() > 0:
-        return _Flat(value.detach().reshape(-1)[start:end].cpu().clone())
-    return value.detach().cpu().clone() if isinstance(value, Tensor) else value
+def _own(value: Any) -> Any:
+    if isinstance(value, Run):
+        return value.copy()
+    return value.to("cpu", copy=True) if isinstance(value, Tensor) else value
 
 
 def load(
@@ -113,30 +163,10 @@ def load(
         for name, number in zip(part, values["params"], strict=True):
             if name is not None:
                 by_name[name] = state_dict["state"].get(number, {})
-    for bucket in buckets:
-        for segment in bucket.segments:
-            _load_segment(optimizer, bucket, segment, by_name)
-
-
-def _load_segment(optimizer: Optimizer, bucket: LiveBucket, segment: Segment, by_name: dict[str, dict[str, Any]]) -> None:
-    flat = segment.parameter.detach().view(-1)
-    if bucket.main is not None:
-        flat.copy_(bucket.data[segment.start : segment.end])  # where the checkpoint has no main parameters
-    state: dict[str, Any] = {}
-    for name, shape, start, end, offset in _pieces(bucket, segment):
-        for key, value in by_name.get(name, {}).items():
-            part = value
-            if isinstance(value, Tensor) and value.shape == shape and value.dim() > 0:
-                part = value.reshape(-1)[offset : offset + end - start].to(flat.device)
-                if key == MAIN:
-                    if bucket.main is not None:
-                        flat[start:end] = part
-                    continue
-                if key not in state:
-                    state[key] = torch.zeros_like(segment.parameter, dtype=value.dtype)
-                state[key].view(-1)[start:end] = part
-            else:
-                state[key] = part.clone() if isinstance(part, Tensor) else part
-    optimizer.state.pop(segment.parameter, None)  # a checkpoint without state is a fresh start
-    if state:
-        optimizer.state[segment.parameter] = state
+    for name, state in shards(optimizer, buckets, by_name).items():
+        for key, target in state.items():
+            value = by_name.get(name, {}).get(key)
+            if isinstance(target, Run) and isinstance(value, Tensor):
+                target.flat.copy_(target.of(value))
+            elif isinstance(target, Tensor) and isinstance(value, Tensor):
+                target.copy_(value)

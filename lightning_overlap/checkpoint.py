@@ -1,0 +1,220 @@
+"""Checkpoints on disk: written beside and moved into place, in the background if asked, and read without running their code."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import re
+import shutil
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from copy import copy as shallow_copy
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.fabric.plugins import CheckpointIO, TorchCheckpointIO
+from lightning.pytorch.utilities import rank_zero_warn
+from torch import Tensor
+
+from lightning_overlap.comm import all_gather_objects
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint cannot be written or read."""
+
+
+# -- places ------------------------------------------------------------------------------------------------------------
+
+
+def is_local(path: str | Path) -> bool:
+    """Whether it is a path of this machine's file system, and no address."""
+    return "://" not in str(path)
+
+
+def beside(path: Path, what: str = "writing") -> Path:
+    """Where a checkpoint is while it is written, or ``replaced``."""
+    return path.with_name(f".{path.name}.{what}")
+
+
+def remove(path: Path) -> None:
+    """Removes a file or a folder, if there is one."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def put_in_place(path: Path) -> None:
+    """Moves what was written beside ``path`` there."""
+    new, old = beside(path), beside(path, "replaced")
+    if path.exists() and (path.is_dir() or new.is_dir()):
+        # No call replaces a folder. A crash between these two leaves the old one aside, where in_place finds it.
+        remove(old)
+        os.rename(path, old)
+    os.replace(new, path)
+    remove(old)
+
+
+def in_place(path: Path) -> Path:
+    """Where the last good checkpoint of this name is."""
+    old = beside(path, "replaced")
+    return old if old.exists() and not path.exists() else path
+
+
+# -- one file ----------------------------------------------------------------------------------------------------------
+
+
+class AtomicCheckpointIO(TorchCheckpointIO):
+    """Lightning's own, but a local file is streamed beside and moved into place: a crash leaves the last good one."""
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
+        if storage_options is not None or not is_local(path):
+            super().save_checkpoint(checkpoint, path, storage_options)
+            return
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with beside(path).open("wb") as file:
+            torch.save(checkpoint, file)
+            file.flush()
+            os.fsync(file.fileno())
+        put_in_place(path)
+
+
+def compact(checkpoint: Any, *, copy: bool) -> Any:
+    """The same with tensors of their own on the CPU, if ``copy``; without, only where a tensor is a view of a larger storage.
+
+    torch.save writes a view's whole storage. What is tied stays tied.
+    """
+    made: dict[Any, Tensor] = {}
+
+    def own(value: Any) -> Any:
+        if isinstance(value, dict):
+            new = shallow_copy(value)  # a state_dict has attributes beside its items
+            new.update({key: own(item) for key, item in value.items()})
+            return new
+        if type(value) in (list, tuple):
+            return type(value)(own(item) for item in value)
+        return own_tensor(value) if isinstance(value, Tensor) else value
+
+    def own_tensor(tensor: Tensor) -> Tensor:
+        if tensor.layout != torch.strided or not (copy or tensor.untyped_storage().nbytes() > tensor.nbytes):
+            return tensor
+        key = (tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride()) if tensor.numel() else id(tensor)
+        if key not in made:
+            made[key] = tensor.detach().to("cpu", copy=True) if copy else tensor.detach().clone()
+        return made[key]
+
+    return own(checkpoint)
+
+
+def load_trusting(weights_only: bool, path: Any, load: Callable[[], Any]) -> Any:
+    """What ``load`` gives.
+
+    Raises:
+        CheckpointError: it holds objects whose loading may run code, and ``weights_only``.
+    """
+    try:
+        return load()
+    except pickle.UnpicklingError as error:
+        if not weights_only:
+            raise
+        found = re.search(r"GLOBAL (\S+)", str(error))
+        what = found.group(1).rstrip(",") if found else str(error).splitlines()[0]
+        raise CheckpointError(
+            f"{path} holds more than tensors and plain values: {what}. Loading that may run code of whoever wrote the file. "
+            "If you trust it, pass weights_only=False (trainer.fit(..., ckpt_path=..., weights_only=False))."
+        ) from error
+
+
+def load_file(checkpoint_io: CheckpointIO, path: Any, *, weights_only: bool) -> dict[str, Any]:
+    """A checkpoint that is one file."""
+    return load_trusting(weights_only, path, lambda: checkpoint_io.load_checkpoint(path, weights_only=weights_only))
+
+
+# -- when --------------------------------------------------------------------------------------------------------------
+
+
+class Saves:
+    """Saves, and what follows on them, in order: at once, or on a thread. What fails on one rank is an error on all."""
+
+    def __init__(self) -> None:
+        self._thread: ThreadPoolExecutor | None = None
+        self._running: list[Future[None]] = []
+        self._path: Any = None
+
+    def run(self, prepare: Callable[[], Callable[[], None]], path: Any, *, background: bool) -> None:
+        """Collective, and waits for what runs before.
+
+        Args:
+            prepare: takes what is to be saved, and gives what writes it.
+            path: for the error.
+            background: write while training goes on.
+
+        Raises:
+            CheckpointError: on every rank, if preparing, an earlier save, or writing at once has failed on one.
+        """
+        self.wait()
+        self._path = path
+        writes: list[Callable[[], None]] = []
+        self._agree(_outcome(lambda: writes.append(prepare())))
+        if background:
+            self._submit(writes[0])
+        else:
+            self._agree(_outcome(writes[0]))
+
+    def then(self, do: Callable[[], None]) -> None:
+        """After the save that is running, and only if it succeeds: what is removed may be the last good checkpoint."""
+        if self._running:
+            self._submit(do)
+        else:
+            do()
+
+    def wait(self) -> None:
+        """Until nothing runs. Collective.
+
+        Raises:
+            CheckpointError: on every rank, if what ran has failed on one.
+        """
+        if self._running:  # on all ranks or on none, whatever followed
+            self._agree(self._finish())
+
+    def close(self) -> None:
+        """Waits without the other ranks, which may be gone; an error is told."""
+        error = self._finish()
+        if error is not None:
+            rank_zero_warn(f"the checkpoint {self._path} was not written: {error!r}")
+
+    def _submit(self, do: Callable[[], None]) -> None:
+        if self._thread is None:
+            self._thread = ThreadPoolExecutor(1, "checkpoint")
+        before = self._running[-1] if self._running else None
+
+        def in_order() -> None:
+            if before is not None and before.exception() is not None:
+                return
+            do()
+
+        self._running.append(self._thread.submit(in_order))
+
+    def _finish(self) -> BaseException | None:
+        running, self._running = self._running, []
+        errors = [future.exception() for future in running]
+        if self._thread is not None:
+            self._thread.shutdown()
+            self._thread = None
+        return next((error for error in errors if error is not None), None)
+
+    def _agree(self, error: BaseException | None) -> None:
+        everyone = all_gather_objects(None if error is None else f"{type(error).__name__}: {error}")
+        failed = [f"rank {rank}: {text}" for rank, text in enumerate(everyone) if text is not None]
+        if failed:
+            raise CheckpointError(f"the checkpoint {self._path} was not written. {failed[0]}") from error
+
+
+def _outcome(do: Callable[[], None]) -> BaseException | None:
+    try:
+        do()
+    except Exception as error:
+        return error
+    return None

@@ -1,0 +1,399 @@
+"""Sharded checkpoints: a folder in the format of torch.distributed.checkpoint (DCP), laid out as Lightning's FSDP does.
+
+``model.*`` and ``optimizer_<i>.state.<parameter>.<key>`` are DCP's, tensors only, in the shapes of the model whatever the number
+of ranks. All else is in ``meta.pt``, and optimizers name their parameters there. No rank writes or holds more than its share.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import pickle
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
+from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
+from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata, MetadataIndex, StorageMeta
+from torch.distributed.checkpoint.planner import SavePlan
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import save
+from torch.distributed.checkpoint.utils import find_tensor_shard
+from torch.optim import Optimizer
+
+from lightning_overlap.checkpoint import CheckpointError, beside, is_local, load_trusting, put_in_place, remove
+from lightning_overlap.comm import all_gather_objects
+from lightning_overlap.shards import Run
+
+INDEX, META = ".metadata", "meta.pt"
+State = dict[str, dict[str, Any]]
+"""An optimizer's state, or a rank's part of it, by parameter and key."""
+
+
+def is_folder(path: Path) -> bool:
+    """Whether ``path`` is a sharded checkpoint, or would be one.
+
+    Raises:
+        CheckpointError: it is a folder without an index.
+    """
+    if not path.is_dir():
+        return False
+    missing = [name for name in (INDEX, META) if not (path / name).is_file()]
+    if missing:
+        raise CheckpointError(f"{path} is no complete checkpoint: it has no {' and no '.join(missing)}")
+    return True
+
+
+# -- what is saved -----------------------------------------------------------------------------------------------------
+
+
+def names_of(module: nn.Module) -> dict[int, str]:
+    """Names of the parameters, by id."""
+    return {id(parameter): name for name, parameter in module.named_parameters()}
+
+
+def describe(optimizer: Optimizer, shards: State | None, names: Mapping[int, str]) -> dict[str, Any]:
+    """This rank's part of the state, and the groups with the names of their parameters.
+
+    Args:
+        optimizer: the user's.
+        shards: the part, if a mode shards the state; else every rank has all of it, and gets a part dealt out.
+        names: of the parameters.
+    """
+    groups = [
+        {**group, "params": _names(group["params"], names, group_number)} for group_number, group in enumerate(optimizer.param_groups)
+    ]
+    if shards is None:
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        everything = {name: (p, optimizer.state.get(p)) for name, p in zip(_all_names(groups), parameters, strict=True)}
+        mine = deal({name: p.numel() for name, (p, _) in everything.items()})
+        shards = {name: dict(state) for name, (_, state) in everything.items() if state and name in mine}
+    return {"state": shards, "param_groups": groups}
+
+
+def _names(parameters: Iterable[Tensor], names: Mapping[int, str], group: int) -> list[str]:
+    # One that is not the module's (one process may have such) goes by its place.
+    return [names.get(id(p), f"group {group}, parameter {place}") for place, p in enumerate(parameters)]
+
+
+def _all_names(groups: Iterable[Mapping[str, Any]]) -> list[str]:
+    return [name for group in groups for name in group["params"]]
+
+
+def deal(sizes: Mapping[str, int]) -> set[str]:
+    """What this rank saves of that which all ranks have: the largest first, each to the rank that has least."""
+    load = [0] * dist.get_world_size()
+    mine = set()
+    for name in sorted(sizes, key=lambda name: -sizes[name]):
+        rank = load.index(min(load))
+        load[rank] += max(sizes[name], 1)
+        if rank == dist.get_rank():
+            mine.add(name)
+    return mine
+
+
+# -- folders -----------------------------------------------------------------------------------------------------------
+
+
+class Folders:
+    """Writes and reads the folders.
+
+    Args:
+        timeout: how long a rank waits for the others.
+    """
+
+    def __init__(self, timeout: timedelta) -> None:
+        self._timeout = timeout
+        self._made: dist.ProcessGroup | None = None
+
+    @property
+    def _group(self) -> dist.ProcessGroup:
+        """Its own, so that a save in the background meets nothing of training's, and on the CPU. Made collectively."""
+        if self._made is None:
+            self._made = dist.new_group(backend="gloo", timeout=self._timeout)
+        assert self._made is not None, "a group of all ranks is this rank's too"
+        return self._made
+
+    def save(self, checkpoint: dict[str, Any], path: Path, *, copy: bool) -> Callable[[], None]:
+        """What writes the folder, on every rank; on a thread as well, if ``copy``. Collective.
+
+        Args:
+            checkpoint: Lightning's, with optimizers as :func:`describe` gives them.
+            path: the folder.
+            copy: tensors are copied, so that training may go on.
+        """
+        if not is_local(path):
+            raise CheckpointError(f"{path}: sharded checkpoints need a file system that all ranks share")
+        checkpoint = dict(checkpoint)
+        model, optimizers = checkpoint.pop("state_dict"), checkpoint.pop("optimizer_states", None)
+        mine = deal({name: value.numel() for name, value in model.items() if isinstance(value, Tensor)})
+        shares: dict[str, Any] = {"model": {name: model[name] for name in mine}}
+        checkpoint["state_dict"] = {name: value for name, value in model.items() if not isinstance(value, Tensor)}
+        if optimizers is not None:
+            checkpoint["optimizer_states"] = self._gather_values(optimizers)
+            for number, optimizer in enumerate(optimizers):
+                shares[f"optimizer_{number}"] = {
+                    "state": {
+                        name: {key: value for key, value in state.items() if isinstance(value, Tensor | Run)}
+                        for name, state in optimizer["state"].items()
+                    }
+                }
+        if copy:
+            shares = _copied(shares)
+        meta = io.BytesIO()
+        if dist.get_rank() == 0:
+            torch.save(checkpoint, meta)
+        writer, group = _Writer(path, meta.getvalue()), self._group
+
+        def write() -> None:
+            with _plain_errors(f"writing {path}"):
+                save(shares, storage_writer=writer, planner=_SavePlanner(flatten_sharded_tensors=False), process_group=group)
+
+        return write
+
+    @staticmethod
+    def _gather_values(optimizers: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """The groups, and of the states what is no tensor, from all ranks."""
+        found = [{"state": {}, "param_groups": optimizer["param_groups"]} for optimizer in optimizers]
+        mine = [
+            {
+                name: values
+                for name, state in optimizer["state"].items()
+                if (values := {key: value for key, value in state.items() if not isinstance(value, Tensor | Run)})
+            }
+            for optimizer in optimizers
+        ]
+        for share in all_gather_objects(mine):
+            for optimizer, state in zip(found, share, strict=True):
+                for name, values in state.items():
+                    optimizer["state"].setdefault(name, {}).update(values)
+        return found
+
+    def load(self, path: Path, own: Mapping[str, Any], *, weights_only: bool) -> dict[str, Any]:
+        """Lightning's checkpoint. Collective.
+
+        Weights that the module has in the same shape are read into it. Optimizers are left on disk, as :class:`SavedOptimizer`.
+
+        Args:
+            path: the folder.
+            own: the module's ``state_dict()``.
+            weights_only: refuse objects whose loading may run code.
+        """
+        reader = _Reader(path)
+        checkpoint: dict[str, Any] = load_trusting(
+            weights_only, path / META, lambda: torch.load(path / META, map_location="cpu", weights_only=weights_only)
+        )
+        model: dict[str, Tensor] = {}
+        for fqn, entry in reader.under("model."):
+            name = fqn.removeprefix("model.")
+            there = own.get(name)
+            fits = isinstance(there, Tensor) and there.shape == entry.shape
+            model[name] = there.detach() if fits else torch.empty_like(entry, device="cpu")  # type: ignore[union-attr]
+        self._read(reader, {f"model.{name}": tensor for name, tensor in model.items()})
+        checkpoint["state_dict"] = {**model, **checkpoint.get("state_dict", {})}
+        if "optimizer_states" in checkpoint:
+            checkpoint["optimizer_states"] = [
+                SavedOptimizer(reader, f"optimizer_{number}.state.", **values)
+                for number, values in enumerate(checkpoint["optimizer_states"])
+            ]
+        return checkpoint
+
+    def load_optimizer(
+        self, saved: SavedOptimizer, optimizer: Optimizer, names: Mapping[int, str], room: Callable[[State], State | None]
+    ) -> None:
+        """Loads into an optimizer. Collective.
+
+        Args:
+            saved: from :meth:`load`.
+            optimizer: the user's.
+            names: of the parameters.
+            room: makes room for such a state and gives this rank's part of it, to be read into; None if no mode shards it.
+        """
+        groups = [_names(group["params"], names, number) for number, group in enumerate(optimizer.param_groups)]
+        _same_parameters([group["params"] for group in saved.param_groups], groups, saved.reader.path)
+        state, places = saved.entries()
+        shards = room(state)
+        whole: State = {}
+        if shards is None:
+            whole = {
+                name: {key: torch.empty_like(v, device="cpu") if isinstance(v, Tensor) else v for key, v in values.items()}
+                for name, values in state.items()
+            }
+        targets = {
+            places[name, key]: target
+            for name, values in (whole if shards is None else shards).items()
+            for key, target in values.items()
+            if (name, key) in places
+        }
+        self._read(saved.reader, targets)
+        if shards is None:
+            # torch's own way puts each value where its kernels want it.
+            numbers = {name: number for number, name in enumerate(_all_names({"params": group} for group in groups))}
+            by_number = {numbers[name]: values for name, values in whole.items()}
+            saved_groups = [
+                {**group, "params": [numbers[name] for name in own]} for group, own in zip(saved.param_groups, groups, strict=True)
+            ]
+            optimizer.load_state_dict({"state": by_number, "param_groups": saved_groups})
+        else:
+            for group, values in zip(optimizer.param_groups, saved.param_groups, strict=True):
+                group.update({key: value for key, value in values.items() if key not in ("params", "param_names")})
+
+    def _read(self, reader: _Reader, targets: dict[str, Any]) -> None:
+        with _plain_errors(f"reading {reader.path}"):
+            load(targets, storage_reader=reader, planner=_LoadPlanner(), process_group=self._group)
+
+
+def _same_parameters(saved: list[list[str]], own: list[list[str]], path: Any) -> None:
+    there = {name: number for number, group in enumerate(saved) for name in group}
+    here = {name: number for number, group in enumerate(own) for name in group}
+    if there == here and len(saved) == len(own):
+        return
+    differ = sorted(name for name in {**there, **here} if there.get(name) != here.get(name))
+    raise CheckpointError(
+        f"the optimizer in {path} has {len(saved)} parameter groups of {[len(g) for g in saved]} parameters, this one has "
+        f"{len(own)} of {[len(g) for g in own]}. Absent or in another group are: {', '.join(differ[:8]) or 'none'}"
+    )
+
+
+def _copied(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _copied(item) for key, item in value.items()}
+    return value.copy() if isinstance(value, Run) else value.detach().to("cpu", copy=True)
+
+
+@contextmanager
+def _plain_errors(doing: str) -> Iterator[None]:
+    """DCP's error, which has all ranks' and is no Exception, as one with a sentence."""
+    try:
+        yield
+    except CheckpointException as error:
+        rank, (cause, _) = min(error.failures.items())
+        raise CheckpointError(f"{doing} failed on rank {rank}: {type(cause).__name__}: {cause}") from cause
+
+
+# -- DCP's parts -------------------------------------------------------------------------------------------------------
+
+
+class _SavePlanner(DefaultSavePlanner):
+    def lookup_object(self, index: MetadataIndex) -> Any:
+        return find_tensor_shard(self.state_dict[index.fqn], index)  # torch's own asks for tensors, which a Run is not
+
+
+class _LoadPlanner(DefaultLoadPlanner):
+    def set_up_planner(self, state_dict: dict[str, Any], metadata: Metadata | None = None, is_coordinator: bool = False) -> None:
+        # torch's own drops what is no tensor, and flattens what is flat here.
+        self.flatten_state_dict = False
+        self.state_dict, self.metadata, self.is_coordinator = state_dict, metadata, is_coordinator
+
+    def lookup_tensor(self, index: MetadataIndex) -> Tensor:
+        return find_tensor_shard(self.state_dict[index.fqn], index)
+
+
+class _Writer(FileSystemWriter):
+    """Writes beside; the coordinator moves the folder into place once all ranks have written."""
+
+    def __init__(self, path: Path, meta: bytes) -> None:
+        super().__init__(beside(path))
+        self._place = path
+        self._meta = meta
+
+    def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
+        return plan
+
+    def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
+        """On the coordinator, before any rank writes."""
+        remove(Path(self.path))
+        Path(self.path).mkdir(parents=True)
+        return super().prepare_global_plan(plans)
+
+    def storage_meta(self) -> StorageMeta:
+        return StorageMeta(checkpoint_id=str(self._place), save_id=self.save_id)
+
+    def finish(self, metadata: Metadata, results: Any) -> None:
+        with (Path(self.path) / META).open("wb") as file:
+            file.write(self._meta)
+            file.flush()
+            os.fsync(file.fileno())
+        super().finish(metadata, results)
+        put_in_place(self._place)
+
+
+_DCP = "torch.distributed.checkpoint"
+_HARMLESS = {
+    *((f"{_DCP}.metadata", name) for name in ("Metadata", "MetadataIndex", "StorageMeta", "TensorProperties", "_MEM_FORMAT_ENCODING")),
+    *((f"{_DCP}.metadata", f"{name}StorageMetadata") for name in ("Tensor", "Chunk", "Bytes")),
+    (f"{_DCP}.filesystem", "_StorageInfo"),
+    ("torch", "Size"),
+    ("torch.serialization", "_get_layout"),
+    ("pathlib", "PosixPath"),
+    ("pathlib._local", "PosixPath"),
+}
+
+
+class _IndexUnpickler(pickle.Unpickler):
+    """DCP's index is a pickle: nothing but its own classes is looked up."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) in _HARMLESS or (module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)):
+            return super().find_class(module, name)
+        raise pickle.UnpicklingError(f"it names {module}.{name}")
+
+
+class _Reader(FileSystemReader):
+    """Reads the index once, and trusts it with nothing.
+
+    Raises:
+        CheckpointError: the index is no index, or has more than tensors.
+    """
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path)
+        try:
+            with (path / INDEX).open("rb") as file:
+                self.index: Metadata = _IndexUnpickler(file).load()
+        except (pickle.UnpicklingError, EOFError, AttributeError, TypeError, ValueError) as error:
+            raise CheckpointError(
+                f"{path / INDEX} is no index of a checkpoint, and may be code of whoever wrote it: {error}"
+            ) from error
+        if not isinstance(self.index, Metadata):
+            raise CheckpointError(f"{path / INDEX} is no index of a checkpoint: it holds a {type(self.index).__name__}")
+        for fqn, entry in self.index.state_dict_metadata.items():
+            if isinstance(entry, BytesStorageMetadata):
+                raise CheckpointError(f"{path} holds a pickled object, {fqn}, which torch would load with the code in it")
+
+    def read_metadata(self) -> Metadata:  # type: ignore[override]  # with kwargs torch would look for an index of each rank
+        return self.index
+
+    def under(self, prefix: str) -> Iterator[tuple[str, Tensor]]:
+        """Names that begin so, and tensors of their shapes on the meta device."""
+        for fqn, entry in self.index.state_dict_metadata.items():
+            if fqn.startswith(prefix):
+                yield fqn, torch.empty(entry.size, dtype=entry.properties.dtype, device="meta")  # type: ignore[union-attr]
+
+
+@dataclass
+class SavedOptimizer:
+    """An optimizer's state on disk. ``state`` has what is no tensor."""
+
+    reader: _Reader
+    prefix: str
+    state: State
+    param_groups: list[dict[str, Any]]
+
+    def entries(self) -> tuple[State, dict[tuple[str, str], str]]:
+        """The state with tensors on the meta device, and each tensor's name in the folder."""
+        state = {name: dict(values) for name, values in self.state.items()}
+        places = {}
+        for fqn, entry in self.reader.under(self.prefix):
+            name, key = self.reader.index.planner_data[fqn][-2:]
+            state.setdefault(name, {})[key] = entry
+            places[name, key] = fqn
+        return state, places

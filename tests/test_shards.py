@@ -1,0 +1,43 @@
+"""Boxes tile a run."""
+
+import itertools
+import math
+
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.distributed.checkpoint.metadata import MetadataIndex
+
+from lightning_overlap.shards import Run, boxes
+
+
+@st.composite
+def runs(draw):
+    shape = tuple(draw(st.lists(st.integers(1, 5), max_size=4)))
+    start = draw(st.integers(0, math.prod(shape)))
+    return shape, start, draw(st.integers(start, math.prod(shape)))
+
+
+@settings(deadline=None)
+@given(runs())
+def test_boxes_tile_the_run_in_order(run):
+    shape, start, end = run
+    numbers = torch.arange(math.prod(shape)).view(shape)
+    tiles = boxes(shape, start, end)
+    found = [numbers[tuple(slice(o, o + s) for o, s in zip(offsets, sizes, strict=True))] for offsets, sizes in tiles]
+    assert list(itertools.chain.from_iterable(tile.flatten().tolist() for tile in found)) == list(range(start, end))
+    assert len(tiles) <= max(1, 2 * len(shape) - 1)
+
+
+@settings(deadline=None)
+@given(runs())
+def test_a_run_gives_its_boxes_as_views(run):
+    shape, start, end = run
+    numbers = torch.arange(math.prod(shape)).view(shape)
+    mine = Run(numbers.shape, start, numbers.view(-1)[start:end])
+    for item in mine.__create_write_items__("x", mine):
+        box = mine.__get_tensor_shard__(MetadataIndex("x", item.index.offset))
+        chunk = item.tensor_data.chunk
+        there = numbers[tuple(slice(o, o + s) for o, s in zip(chunk.offsets, chunk.sizes, strict=True))]
+        assert box.equal(there)
+        assert box.data_ptr() == there.data_ptr()

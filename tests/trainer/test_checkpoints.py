@@ -1,0 +1,405 @@
+"""Checkpoints through Trainer: resumed training is uninterrupted training, and a crash leaves the last good one."""
+
+import os
+import pickle
+from pathlib import Path
+from unittest import mock
+
+import pytest
+import torch
+import torch.distributed as dist
+from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
+from lightning.pytorch.plugins.io import AsyncCheckpointIO
+
+import lightning_overlap.sharded_checkpoint as folders
+from lightning_overlap import CheckpointError
+from lightning_overlap.checkpoint import beside
+from tests.helpers.training import Net, strategy, train
+
+SHARDED = {"state_dict_type": "sharded"}
+LENGTH = {"max_epochs": 2, "max_steps": -1, "limit_train_batches": 3, "limit_val_batches": 0}
+
+
+class Plain(Net):
+    """All parameters are used in each step, so that DDP has the same to do; one has no dimensions, one a dimension of one."""
+
+    def __init__(self, optimizer="adamw"):
+        super().__init__(optimizer)
+        del self.unused, self.sometimes
+        self.sometimes = torch.nn.Identity()
+        self.scale = torch.nn.Parameter(torch.tensor(1.0))
+        self.shift = torch.nn.Parameter(torch.zeros(1))
+        self.save_hyperparameters()
+
+    def training_step(self, batch, index):
+        return super().training_step(batch, index) * self.scale + self.shift.square().sum()
+
+    def configure_optimizers(self):
+        if self.optimizer == "plain sgd":
+            return torch.optim.SGD([p for p in self.parameters() if p.requires_grad], 0.1)
+        return super().configure_optimizers()
+
+
+class Save(Callback):
+    """After the first epoch, or a step."""
+
+    def __init__(self, path, step=None):
+        self.path, self.step = path, step
+
+    def on_train_epoch_end(self, trainer, module):
+        if self.step is None and trainer.current_epoch == 0:
+            trainer.save_checkpoint(self.path)
+
+    def on_train_batch_end(self, trainer, *_):
+        if trainer.global_step == self.step:
+            trainer.save_checkpoint(self.path)
+
+
+def run(module, setting, path=None, step=None):
+    callbacks = [Save(path, step)] if path else []
+    name = "ddp" if setting.get("name") == "ddp" else "overlap"
+    kwargs = {} if name == "ddp" else setting.get("strategy_kwargs", {})
+    return train(module=module, **{**LENGTH, **setting, "callbacks": callbacks, "strategy_kwargs": kwargs})
+
+
+def close(ours, theirs):
+    torch.testing.assert_close(torch.tensor(ours), torch.tensor(theirs), rtol=1e-4, atol=2e-5)
+
+
+WHOLE: dict = {}
+
+
+def uninterrupted(world, size, setting):
+    key = (size, repr(sorted(setting.items())))
+    if key not in WHOLE:
+        WHOLE[key] = world(size).run(run, Plain, setting)
+    return WHOLE[key]
+
+
+@pytest.mark.parametrize(
+    ("setting", "background"),
+    [
+        ({}, False),
+        ({}, True),
+        ({"precision": "bf16-true"}, False),
+        ({"optimizer": "plain sgd", "precision": "bf16-true"}, False),
+        ({"optimizer": "sgd"}, False),
+        ({"optimizer": "adafactor"}, False),
+        ({"data": {"distributed_optimizer": False}}, False),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("kind", ["full", "sharded"])
+def test_a_resumed_run_is_the_uninterrupted_one(world, tmp_path, setting, background, kind):
+    path = tmp_path / "half.ckpt"
+    kwargs = {"strategy_kwargs": {"state_dict_type": kind, "async_save": background}}
+    whole = uninterrupted(world, 2, setting)
+    saving = world(2).run(run, Plain, {**setting, **kwargs}, path)
+    assert saving[0]["hash"] == whole[0]["hash"]
+    assert path.is_dir() == (kind == "sharded")
+    assert os.listdir(tmp_path) == ["half.ckpt"]
+    resumed = world(2).run(run, Plain, {**setting, "resume": str(path)})
+    assert resumed[0]["step"] == 6
+    assert {r["hash"] for r in resumed} == {whole[0]["hash"]}
+
+
+@pytest.mark.parametrize(("saved", "loaded"), [(4, 2), (2, 1), (1, 2)])
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+def test_a_folder_loads_into_another_number_of_ranks(world, tmp_path, saved, loaded, optimizer):
+    # The attention's key bias has a gradient of zero but for rounding, which Adam would make a step of: so its losses.
+    path = tmp_path / "half.ckpt"
+    setting = {"optimizer": optimizer}
+    whole = world(saved).run(run, Plain, {**setting, "strategy_kwargs": SHARDED}, path)
+    resumed = world(loaded).run(run, Plain, {**setting, "resume": str(path), "strategy_kwargs": SHARDED})
+    close(mean_losses(resumed), mean_losses(whole)[3:])
+    if optimizer == "sgd":
+        close(resumed[0]["weights"], whole[0]["weights"])
+
+
+def mean_losses(ranks):
+    return torch.tensor([rank["losses"] for rank in ranks]).mean(0).tolist()
+
+
+@pytest.mark.parametrize(("first", "second"), [("ddp", "sharded"), ("sharded", "full"), ("full", "ddp")])
+def test_formats_follow_each_other(world, tmp_path, first, second):
+    """Saved in one, resumed and saved in another: the same optimizer state as never interrupted, number for number."""
+    setting = {"optimizer": "sgd"}
+    kinds = {"ddp": {"name": "ddp"}, "full": {}, "sharded": {"strategy_kwargs": SHARDED}}
+    half, end, whole = tmp_path / "half.ckpt", tmp_path / "end.ckpt", tmp_path / "whole.ckpt"
+    world(2).run(run, Plain, {**setting, **kinds[first]}, half)
+    world(2).run(run, Plain, {**setting, **kinds[second], "resume": str(half)}, end, 5)
+    world(2).run(run, Plain, {**setting, **kinds["ddp"]}, whole, 5)
+    ours, theirs = flat(end), flat(whole)
+    assert ours.keys() == theirs.keys()
+    for name, value in theirs.items():
+        torch.testing.assert_close(ours[name], value, rtol=1e-4, atol=2e-5)
+
+
+def flat(path):
+    """Weights and momenta by name, from either kind."""
+    if path.is_dir():
+        from lightning.fabric.utilities.load import _load_distributed_checkpoint
+
+        saved = _load_distributed_checkpoint(path)  # what Lightning's `consolidate_checkpoint` reads with
+        state = saved["optimizer_0"]["state"]
+        return {**saved["model"], **{f"{name}.{key}": v for name, values in state.items() for key, v in values.items()}}
+    saved = torch.load(path, weights_only=True)
+    names = [n for n, p in Plain().named_parameters() if p.dim() >= 2] + [
+        n for n, p in Plain().named_parameters() if p.dim() < 2 and n != "frozen"
+    ]
+    state = saved["optimizer_states"][0]["state"]
+    return {**saved["state_dict"], **{f"{names[i]}.{key}": v for i, values in state.items() for key, v in values.items()}}
+
+
+def test_each_rank_writes_its_share(world, tmp_path):
+    path = tmp_path / "half.ckpt"
+    world(2).run(run, Plain, {"strategy_kwargs": SHARDED}, path)
+    index = folders._Reader(path).index
+    owners, sizes = {place.fqn: set() for place in index.storage_data}, dict.fromkeys(os.listdir(path), 0)
+    for place, where in index.storage_data.items():
+        owners[place.fqn].add(where.relative_path)
+        chunks = index.state_dict_metadata[place.fqn].chunks
+        sizes[where.relative_path] += sum(chunk.sizes.numel() for chunk in chunks if chunk.offsets == place.offset)
+    shares = [sizes["__0_0.distcp"], sizes["__1_0.distcp"]]
+    assert max(shares) < 1.2 * min(shares), shares
+    assert any(len(files) == 2 for files in owners.values()), "a parameter that two ranks share is in both of their files"
+    assert torch.load(path / "meta.pt", weights_only=True)["optimizer_states"][0]["param_groups"][1]["params"][0] == "scale"
+
+
+def evaluated(path):
+    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
+    trainer = Trainer(accelerator="cpu", devices=dist.get_world_size(), strategy=strategy("overlap", {}, "auto", {}), **quiet)
+    return trainer.validate(Plain(), ckpt_path=str(path), verbose=False)
+
+
+def test_a_folder_is_validated(world, tmp_path):
+    path = tmp_path / "half.ckpt"
+    world(2).run(run, Plain, {"strategy_kwargs": SHARDED, "max_epochs": 1}, path)
+    one, two = world(1).run(evaluated, path)[0], world(2).run(evaluated, path)[0]
+    assert one[0]["val_loss"] == pytest.approx(two[0]["val_loss"], rel=1e-4)
+
+
+class Trusted:
+    """An object of the user's in a checkpoint."""
+
+
+class KeepsAnObject(Plain):
+    def on_save_checkpoint(self, checkpoint):
+        checkpoint["mine"] = Trusted()
+
+
+class Executes:
+    def __reduce__(self):
+        return (os.system, ("touch executed",))
+
+
+def failing(setting, folder=None):
+    if folder is not None:
+        os.chdir(folder)
+    with pytest.raises(CheckpointError) as caught:
+        run(Plain, setting)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("kind", ["full", "sharded"])
+def test_objects_are_refused_unless_trusted(world, tmp_path, kind):
+    path = tmp_path / "half.ckpt"
+    world(2).run(run, KeepsAnObject, {"strategy_kwargs": {"state_dict_type": kind}, "max_epochs": 1}, path)
+    for message in world(2).run(failing, {"resume": str(path)}):
+        assert "test_checkpoints.Trusted" in message
+        assert "weights_only=False" in message
+    assert world(2).run(trusting, str(path))[0] == 6
+
+
+def trusting(path):
+    fit = Trainer.fit
+    with mock.patch.object(Trainer, "fit", lambda *args, **kwargs: fit(*args, weights_only=False, **kwargs)):
+        return run(Plain, {"resume": path})["step"]
+
+
+def test_code_is_not_run(world, tmp_path):
+    torch.save({"state_dict": {}, "loops": Executes()}, tmp_path / "file.ckpt")
+    path = tmp_path / "folder.ckpt"
+    world(1).run(run, Plain, {"strategy_kwargs": SHARDED, "max_epochs": 1}, path)
+    said = [world(1).run(failing, {"resume": str(tmp_path / "file.ckpt")}, tmp_path)[0]]
+    index = (path / ".metadata").read_bytes()
+    (path / ".metadata").write_bytes(pickle.dumps(Executes()))
+    said += world(1).run(failing, {"resume": str(path)}, tmp_path)
+    (path / ".metadata").write_bytes(index)
+    torch.save({"loops": Executes()}, path / "meta.pt")
+    said += world(1).run(failing, {"resume": str(path)}, tmp_path)
+    assert all("system" in message for message in said), said
+    assert not list(tmp_path.rglob("executed"))
+
+
+def test_incomplete_folders_and_other_models_are_told(world, tmp_path):
+    path = tmp_path / "half.ckpt"
+    world(1).run(run, Plain, {"strategy_kwargs": SHARDED, "max_epochs": 1}, path)
+    assert "in another group are: down.weight" in world(1).run(other_groups, path)[0]
+    (path / "__0_0.distcp").unlink()
+    assert "FileNotFoundError" in world(1).run(failing, {"resume": str(path)})[0]
+    (path / ".metadata").unlink()
+    assert "no complete checkpoint: it has no .metadata" in world(1).run(failing, {"resume": str(path)})[0]
+
+
+class WithoutDown(Plain):
+    def configure_optimizers(self):
+        (made,), _ = super().configure_optimizers()
+        made.param_groups[0]["params"] = [p for p in made.param_groups[0]["params"] if p is not self.down.weight]
+        return made
+
+
+def other_groups(path):
+    with pytest.raises(CheckpointError) as caught:
+        run(WithoutDown, {"resume": str(path)})
+    return str(caught.value)
+
+
+def crash(folder, background, kind):
+    """Two saves to the same place; the last rank that writes fails in the second."""
+    last = dist.get_world_size() - 1 if kind == "sharded" else 0
+    path, saved = folder / "last.ckpt", []
+
+    class Twice(Callback):
+        def on_train_batch_end(self, trainer, *_):
+            if trainer.global_step in (2, 4):
+                trainer.strategy._saves.wait()
+                where = "lightning_overlap.sharded_checkpoint._Writer.write_data" if kind == "sharded" else "os.fsync"
+                breaks = trainer.global_step == 4 and dist.get_rank() == last
+                with mock.patch(where, side_effect=OSError("disk full")) if breaks else mock.patch("os.sync"):
+                    trainer.save_checkpoint(path)
+                    if background:
+                        trainer.strategy._saves.wait()
+                saved.append(trainer.global_step)
+
+    with pytest.raises(CheckpointError) as caught:
+        train(module=Plain, callbacks=[Twice()], strategy_kwargs={"state_dict_type": kind, "async_save": background}, **LENGTH)
+    return saved, str(caught.value)
+
+
+@pytest.mark.parametrize("background", [False, True])
+@pytest.mark.parametrize("kind", ["full", "sharded"])
+def test_a_crash_leaves_the_last_good_one(world, tmp_path, kind, background):
+    told = world(2).run(crash, tmp_path, background, kind)
+    assert told[0] == told[1], "the same error on every rank"
+    assert told[0][0] == [2]
+    assert "disk full" in told[0][1]
+    path = tmp_path / "last.ckpt"
+    assert beside(path).exists(), "what the crash left"
+    resumed = world(2).run(run, Plain, {"resume": str(path), "strategy_kwargs": {"state_dict_type": kind}}, path)
+    assert resumed[0]["step"] == 6
+    # The folder's name was free for a moment, and that is where it crashed.
+    os.rename(path, beside(path, "replaced"))
+    assert world(2).run(run, Plain, {"resume": str(path)})[0]["step"] == 6
+    world(2).run(run, Plain, {"strategy_kwargs": {"state_dict_type": kind}}, path)
+    assert os.listdir(tmp_path) == ["last.ckpt"], "the next save cleans up"
+
+
+class StopsInTime(Plain):
+    def training_step(self, batch, index):
+        loss = super().training_step(batch, index)
+        self.log("falling", -float(self.global_step))
+        return loss
+
+
+def managed(folder, kwargs, **length):
+    """What a user has: a ModelCheckpoint that keeps the best and the last, and removes others."""
+    saving = ModelCheckpoint(folder, "{step}", monitor="falling", save_top_k=1, save_last=True, every_n_train_steps=1)
+    stopping = EarlyStopping("falling", patience=50, check_on_train_epoch_end=True)
+    kwargs = {"enable_checkpointing": True, "callbacks": [saving, stopping], "strategy_kwargs": kwargs}
+    train(module=StopsInTime, **kwargs, **{**LENGTH, **length})
+    fitted = train(module=StopsInTime, resume=saving.best_model_path, **LENGTH)
+    return Path(saving.best_model_path).name, fitted["step"]
+
+
+@pytest.mark.parametrize("background", [False, True])
+@pytest.mark.parametrize("kind", ["full", "sharded"])
+def test_model_checkpoint_keeps_one(world, tmp_path, kind, background):
+    best, step = world(2).run(managed, tmp_path, {"state_dict_type": kind, "async_save": background})[0]
+    assert step == 6
+    assert sorted(os.listdir(tmp_path)) == sorted([best, "last.ckpt"])
+    assert all((tmp_path / name).is_dir() == (kind == "sharded") for name in (best, "last.ckpt"))
+
+
+def full_disk(folder, kind):
+    """In the background, the third checkpoint and later ones cannot be moved into place, and nobody asks."""
+    replace = os.replace
+
+    def full(source, target):
+        if "step=3" in str(target):
+            raise OSError("disk full")
+        replace(source, target)
+
+    with mock.patch("os.replace", full), pytest.raises(CheckpointError) as caught:
+        managed(folder, {"state_dict_type": kind, "async_save": True}, limit_train_batches=3, max_epochs=1)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("kind", ["full", "sharded"])
+def test_what_fails_in_the_background_is_told_and_removes_nothing(world, tmp_path, kind):
+    told = world(2).run(full_disk, tmp_path, kind)
+    assert "disk full" in told[0] == told[1]
+    assert (tmp_path / "step=2.ckpt").exists(), "not removed, since the one that was to replace it is not there"
+    assert world(2).run(run, Plain, {"resume": str(tmp_path / "step=2.ckpt")})[0]["step"] == 6
+
+
+class TwoOptimizers(Plain):
+    """By hand; the second optimizer's state has what is no tensor."""
+
+    def __init__(self, optimizer="adamw"):
+        super().__init__(optimizer)
+        self.automatic_optimization = False
+
+    def configure_optimizers(self):
+        first = [*self.embedding.parameters(), *self.attention.parameters()]
+        second = [*self.up.parameters(), *self.down.parameters(), *self.norm.parameters()]
+        return [torch.optim.SGD(first, 0.1, momentum=0.9), torch.optim.AdamW(second, 1e-2)]
+
+    def training_step(self, batch, index):
+        loss = super().training_step(batch, index)
+        for optimizer in self.optimizers():
+            optimizer.zero_grad()
+        self.manual_backward(loss)
+        for optimizer in self.optimizers():
+            optimizer.step()
+            for state in optimizer.optimizer.state.values():
+                state["steps"] = state.get("steps", 0) + 1
+        return loss
+
+
+def by_hand(path, resume):
+    made = []
+    setting = {"strategy_kwargs": SHARDED, "resume": resume}
+    result = train(module=TwoOptimizers, made=made, **{**LENGTH, "max_steps": -1}, **setting, callbacks=[Save(path)] if path else [])
+    counts = {state["steps"] for optimizer in made[0].optimizers for state in optimizer.state.values()}
+    return result["hash"], counts
+
+
+def test_two_optimizers_by_hand(world, tmp_path):
+    path = tmp_path / "half.ckpt"
+    whole = world(2).run(by_hand, path, None)
+    assert world(2).run(by_hand, None, str(path)) == whole
+    assert whole[0][1] == {6}
+
+
+class Watching(AsyncCheckpointIO):
+    """Lightning's plugin around ours."""
+
+
+def wrapped(path):
+    return run(Plain, {"strategy_kwargs": {"checkpoint_io": Watching()}}, path)["hash"]
+
+
+def test_lightnings_plugin_wraps_ours(world, tmp_path):
+    path = tmp_path / "half.ckpt"
+    whole = uninterrupted(world, 2, {})
+    assert world(2).run(wrapped, path)[0] == whole[0]["hash"]
+    assert world(2).run(run, Plain, {"resume": str(path)})[0]["hash"] == whole[0]["hash"]
+
+
+def test_a_view_is_not_written_with_its_buffer(world, tmp_path):
+    path = tmp_path / "half.ckpt"
+    world(2).run(run, Plain, {"optimizer": "plain sgd", "max_epochs": 1}, path)
+    numbers = sum(p.numel() for p in Plain().parameters())
+    assert path.stat().st_size < 4 * numbers * 1.5 + 20_000
