@@ -188,12 +188,11 @@ class Saves:
     def _submit(self, do: Callable[[], None]) -> None:
         if self._thread is None:
             self._thread = ThreadPoolExecutor(1, "checkpoint")
-        before = self._running[-1] if self._running else None
+        before = tuple(self._running)
 
         def in_order() -> None:
-            if before is not None and before.exception() is not None:
-                return
-            do()
+            if all(done.exception() is None for done in before):
+                do()
 
         self._running.append(self._thread.submit(in_order))
 

@@ -132,6 +132,7 @@ class Folders:
         """
         if not is_local(path):
             raise CheckpointError(f"{path}: sharded checkpoints need a file system that all ranks share")
+        group = self._group  # before anything that may fail on one rank only
         checkpoint = dict(checkpoint)
         model, optimizers = checkpoint.pop("state_dict"), checkpoint.pop("optimizer_states", None)
         mine = deal({name: value.numel() for name, value in model.items() if isinstance(value, Tensor)})
@@ -151,7 +152,7 @@ class Folders:
         meta = io.BytesIO()
         if dist.get_rank() == 0:
             torch.save(checkpoint, meta)
-        writer, group = _Writer(path, meta.getvalue()), self._group
+        writer = _Writer(path, meta.getvalue())
 
         def write() -> None:
             with _plain_errors(f"writing {path}"):

@@ -411,6 +411,8 @@ class OverlapStrategy(DDPStrategy):
         assert self.lightning_module is not None, "Lightning connects the module"
         return names_of(self.lightning_module)
 
+    # Checkpoints are loaded before setup, Lightning's default: after it, Lightning would forget the user's weights_only.
+
     def load_model_state_dict(self, checkpoint: Any, strict: bool = True) -> None:
         for mode in self.modes:
             mode.sync_parameters()
@@ -434,6 +436,8 @@ class OverlapStrategy(DDPStrategy):
 
         def prepare() -> Callable[[], None]:
             if self._state_dict_type == "sharded":
+                if storage_options is not None:
+                    raise TypeError("storage_options are for a CheckpointIO, which writes no sharded checkpoint")
                 return self._folders.save(checkpoint, Path(filepath), copy=background)
             if not self.is_global_zero:
                 return lambda: None

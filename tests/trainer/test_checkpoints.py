@@ -14,7 +14,7 @@ from lightning.pytorch.plugins.io import AsyncCheckpointIO
 
 import lightning_overlap.sharded_checkpoint as folders
 from lightning_overlap import CheckpointError
-from lightning_overlap.checkpoint import beside
+from lightning_overlap.checkpoint import Saves, beside
 from tests.helpers.training import Net, strategy, train
 
 SHARDED = {"state_dict_type": "sharded"}
@@ -342,6 +342,47 @@ def test_what_fails_in_the_background_is_told_and_removes_nothing(world, tmp_pat
     assert "disk full" in told[0] == told[1]
     assert (tmp_path / "step=2.ckpt").exists(), "not removed, since the one that was to replace it is not there"
     assert world(2).run(run, Plain, {"resume": str(tmp_path / "step=2.ckpt")})[0]["step"] == 6
+
+
+def test_what_follows_a_failed_save_does_not_happen():
+    saves, happened = Saves(), []
+
+    def fail():
+        raise OSError
+
+    saves._submit(fail)
+    saves.then(lambda: happened.append(1))
+    saves.then(lambda: happened.append(2))
+    assert isinstance(saves._finish(), OSError)
+    saves.then(lambda: happened.append(3))
+    assert happened == [3]
+
+
+def test_instances_hold_the_same_state_and_save_it_once(world, tmp_path):
+    path = tmp_path / "half.ckpt"
+    setting = {"optimizer": "sgd", "data": {"num_optimizer_instances": 2}}
+    whole = world(4).run(run, Plain, {**setting, "strategy_kwargs": SHARDED}, path)
+    resumed = world(4).run(run, Plain, {**setting, "resume": str(path)})
+    assert resumed[0]["hash"] == whole[0]["hash"]
+
+
+class WeightsOnly(Save):
+    def on_train_epoch_end(self, trainer, module):
+        trainer.save_checkpoint(self.path, weights_only=True)
+
+
+def weights_only(path):
+    train(module=Plain, callbacks=[WeightsOnly(path)], strategy_kwargs=SHARDED, **{**LENGTH, "max_epochs": 1})
+    return evaluated(path)
+
+
+def test_weights_only(world, tmp_path):
+    world(2).run(weights_only, tmp_path / "weights.ckpt")
+    assert {name.split(".")[0] for name in flat_index(tmp_path / "weights.ckpt")} == {"model"}
+
+
+def flat_index(path):
+    return folders._Reader(path).index.state_dict_metadata
 
 
 class TwoOptimizers(Plain):
