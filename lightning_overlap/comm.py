@@ -328,6 +328,13 @@ class Group:
             self._threads.send(pending, priority, chunks)
         return pending
 
+    def share_object(self, mine: T) -> T:
+        """The first member's object. Blocking."""
+        held = [mine]
+        if self.size > 1:
+            dist.broadcast_object_list(held, src=self.ranks[0], group=self.reduces)
+        return held[0]
+
     def start_step(self) -> None:
         """To be called before the first reduce of a step: gathers posted earlier are then sent whatever there is to reduce."""
         if self._threads is not None:

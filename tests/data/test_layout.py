@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lightning_overlap.modes.data.layout import bucket_multiple, lay_out, pad
+from lightning_overlap.modes.data.layout import bucket_multiple, lateness, lay_out, pad
 
 
 def sizes(buckets):
@@ -93,3 +93,21 @@ def test_every_layout(parameters, bucket_size, shards, whole):
             assert set(bounds[1:-1]) <= starts | {0, bounds[-1]}
         else:
             assert len({b - a for a, b in itertools.pairwise(bounds)}) == 1
+
+
+def test_lateness_of_layouts():
+    sizes = [100] * 8
+    buckets = lay_out(sizes, bucket_size=200, sharded=False)
+    backward, scattered = [7, 6, 5, 4, 3, 2, 1, 0], [7, 5, 3, 1, 6, 4, 2, 0]
+    # As laid out: buckets are there after 2, 4, 6 and 8 of 8 gradients.
+    assert lateness(buckets, sizes, backward) == pytest.approx((2 + 4 + 6 + 8) / 4 / 8)
+    # Scattered: 7 and 6 are there after the 5th, and so on.
+    assert lateness(buckets, sizes, scattered) == pytest.approx((5 + 6 + 7 + 8) / 4 / 8)
+
+
+@given(st.permutations(range(12)))
+def test_following_the_order_seen_is_never_later(order):
+    sizes = [100 + i for i in range(12)]
+    seen = [sizes[i] for i in reversed(order)]
+    then = lateness(lay_out(seen, bucket_size=250, sharded=False), seen, range(11, -1, -1))
+    assert then <= lateness(lay_out(sizes, bucket_size=250, sharded=False), sizes, order) + 0.1

@@ -2,10 +2,13 @@
 
 import os
 import signal
+from unittest import mock
 
 import pytest
 import torch
+from torch import nn
 
+from lightning_overlap.modes.data import mode
 from tests.helpers.training import Net, train
 
 
@@ -116,6 +119,56 @@ def test_four_ranks_as_two_instances(world):
     one = run(world(4), Net, {"optimizer": "sgd"})
     # Another order of summing over four ranks.
     torch.testing.assert_close(torch.tensor(on[0]["weights"]), torch.tensor(one[0]["weights"]), rtol=1e-4, atol=2e-5)
+
+
+class Scattered(Plain):
+    """Layers are registered in another order than they run in."""
+
+    def __init__(self, optimizer="adamw"):
+        super().__init__(optimizer)
+        self.layers = nn.ModuleList(nn.Linear(16, 16) for _ in range(40))
+
+    def training_step(self, batch, index):
+        x = self.embedding(batch)
+        for i in range(40):
+            x = x + 0.1 * self.layers[i * 7 % 40](x).relu()
+        return super().training_step(batch, index) + x.square().mean()
+
+
+@pytest.mark.parametrize(
+    ("size", "setting"),
+    [
+        (2, {}),
+        (2, {"precision": "bf16-true"}),
+        (2, {"optimizer": "adafactor"}),
+        (2, {"accumulate_grad_batches": 2}),
+        (2, {"data": {"distributed_optimizer": False}}),
+        (4, {"data": {"num_optimizer_instances": 2}}),
+    ],
+    ids=str,
+)
+def test_buckets_follow_a_scattered_order(world, size, setting, recwarn):
+    on = world(size).run(relaid, setting)
+    off = world(size).run(relaid, {**setting, "overlap": "off"})
+    kept = world(size).run(relaid, {**setting, "keep": True})
+    assert on[0][1] == off[0][1] == 1, "laid out again, once"
+    assert kept[0][1] == 0
+    assert {r[0]["hash"] for r in on} == {off[0][0]["hash"]}
+    if size == 2 and setting.get("optimizer") != "adafactor":
+        # Two summands have one sum, whoever adds them.
+        assert on[0][0]["hash"] == kept[0][0]["hash"], "the optimizer's state has moved along"
+    torch.testing.assert_close(torch.tensor(on[0][0]["weights"]), torch.tensor(kept[0][0]["weights"]), rtol=1e-2, atol=1e-2)
+
+
+def relaid(setting):
+    setting = dict(setting)
+    worth = 2.0 if setting.pop("keep", False) else mode.WORTH_IT
+    with (
+        mock.patch.object(mode, "WORTH_IT", worth),
+        mock.patch.object(mode.DataMode, "_build", autospec=True, side_effect=mode.DataMode._build) as built,
+    ):
+        result = train(module=Scattered, **setting)
+    return result, built.call_count - 1
 
 
 class RankDependent(Net):

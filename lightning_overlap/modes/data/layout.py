@@ -102,3 +102,19 @@ def lay_out(
             close()
     close()
     return tuple(buckets)
+
+
+def lateness(layout: Sequence[Bucket], sizes: Sequence[int], order: Sequence[int]) -> float:
+    """How late buckets can be sent, from 0 to 1: the part of all gradients that is there when a bucket's last one is.
+
+    Args:
+        layout: the buckets.
+        sizes: elements of each parameter.
+        order: the parameters in the order of their gradients.
+    """
+    there, total = {}, 0
+    for parameter in order:
+        total += sizes[parameter]
+        there[parameter] = total
+    ready = sum(sum(sizes[s.parameter] for s in b.slots) * max(there[s.parameter] for s in b.slots) for b in layout)
+    return ready / total**2 if total else 0.0

@@ -24,13 +24,13 @@ from torch import Tensor, nn
 from torch.autograd import Variable
 from torch.optim import Optimizer
 
-from lightning_overlap.comm import Group, Pending, broadcast_object, make_group
+from lightning_overlap.comm import Group, Pending, make_group
 from lightning_overlap.decision import ConfigError
 from lightning_overlap.modes.base import OverlapMode
 from lightning_overlap.modes.data import state
 from lightning_overlap.modes.data.buffers import LiveBucket, Segment, flatten, unflatten
 from lightning_overlap.modes.data.guard import CompleteBefore, GuardedParameters
-from lightning_overlap.modes.data.layout import lay_out
+from lightning_overlap.modes.data.layout import Bucket, lateness, lay_out
 
 if TYPE_CHECKING:
     from lightning_overlap.config import OverlapConfig
@@ -40,6 +40,8 @@ if TYPE_CHECKING:
 
 HALF = (torch.bfloat16, torch.float16)
 """Dtypes of parameters that are updated as fp32 main parameters."""
+WORTH_IT = 0.1
+"""Buckets are laid out again if they can then be sent, on average, so much of a backward earlier."""
 OWNER = "_lightning_overlap_owner"
 """Attribute of an optimizer: the mode that holds its state in shards."""
 
@@ -61,10 +63,13 @@ class DataMode(OverlapMode):
         self._optimizer: Optimizer | None = None
         self._hooks: list[Any] = []
         self._guarded: list[nn.Module] = []
+        self._shards: list[list[nn.Parameter]] = []  # segments by the optimizer's group
+        self._kinds: list[list[tuple[str, nn.Parameter]]] = []  # parameters that can share a buffer
+        self._fired: dict[int, None] | None = {}  # ids of parameters in the order of their first gradients
         self._claims: list[Any] = []  # hooks of the optimizer; they outlive the fit
         self._users: list[list[nn.Parameter]] = []  # the user's param_groups, while the shards stand in their place
         self._held = self._announced = self._backward_open = False
-        self._stepping = self._said_unused = self._released = False
+        self._stepping = self._said_unused = self._released = self._seen_backward = False
         own = config.data_parallel
         self._sharded = plan.choice("data_parallel.distributed_optimizer") != "off"
         self._whole = plan.choice("data_parallel.distributed_optimizer") == "whole parameters"
@@ -94,26 +99,42 @@ class DataMode(OverlapMode):
     # -- set-up ------------------------------------------------------------------------------------------------------
 
     def parallelize(self, model: nn.Module) -> None:
-        own = self.config.data_parallel
         kinds: dict[tuple[torch.dtype, torch.device], list[tuple[str, nn.Parameter]]] = {}
         for name, parameter in model.named_parameters():
             if parameter.requires_grad or self.plan.facts.unfreezers:
                 kinds.setdefault((parameter.dtype, parameter.device), []).append((name, parameter))
             else:
                 self._frozen.append((name, parameter))
-        for (dtype, _), named in kinds.items():
-            layout = lay_out(
-                [p.numel() for _, p in named],
-                bucket_size=int(self.plan.choice("data_parallel.bucket_size")),
-                shards=self.group.size,
-                sharded=self._sharded,
-                high_busbw=own.pad_buckets_for_high_nccl_busbw,
-            )
+        self._kinds = list(kinds.values())
+        self._build()
+        for bucket in self._buckets:
+            for parameter in bucket.parameters:
+                trained = parameter.requires_grad
+                parameter.requires_grad_()  # torch takes no hook on one that is frozen yet
+                self._hooks.append(parameter.register_post_accumulate_grad_hook(self._on_gradient))
+                parameter.requires_grad_(trained)
+        if self._sharded:
+            self._guard(model)
+
+    def _lay_out(self, named: Sequence[tuple[str, nn.Parameter]]) -> tuple[Bucket, ...]:
+        return lay_out(
+            [p.numel() for _, p in named],
+            bucket_size=int(self.plan.choice("data_parallel.bucket_size")),
+            shards=self.group.size,
+            sharded=self._sharded,
+            high_busbw=self.config.data_parallel.pad_buckets_for_high_nccl_busbw,
+        )
+
+    def _build(self) -> None:
+        """Buckets for the parameters, each kind in the order of its list, from the last to the first."""
+        fp32 = self._sharded and self.config.data_parallel.grad_reduce_dtype == "fp32"
+        for named in self._kinds:
+            dtype = named[0][1].dtype
             self._buckets += flatten(
                 named,
-                layout,
+                self._lay_out(named),
                 # Without a distributed optimizer the gradients are the user's, in the parameters' dtype.
-                grad_dtype=torch.float32 if self._sharded and own.grad_reduce_dtype == "fp32" and dtype in HALF else dtype,
+                grad_dtype=torch.float32 if fp32 and dtype in HALF else dtype,
                 shards=self.group.size,
                 rank=self.group.rank,
                 whole=self._whole,
@@ -123,12 +144,37 @@ class DataMode(OverlapMode):
             for parameter, view in zip(bucket.parameters, bucket.views(bucket.grads), strict=True):
                 self._home[id(parameter)] = (bucket, view)
                 parameter.grad_dtype = view.dtype  # autograd sums in it, and hooks read gradients in it
-                trained = parameter.requires_grad
-                parameter.requires_grad_()  # torch takes no hook on one that is frozen yet
-                self._hooks.append(parameter.register_post_accumulate_grad_hook(self._on_gradient))
-                parameter.requires_grad_(trained)
-        if self._sharded:
-            self._guard(model)
+
+    def _follow_the_order_seen(self, fired: Sequence[int]) -> None:
+        """Where the first backward's order scatters the buckets badly, they are laid out by it, once.
+
+        The first rank's order counts for all. Weights, gradients and the optimizer's state move along.
+        """
+        place = {parameter: i for i, parameter in enumerate(fired)}
+        orders = [sorted(range(len(named)), key=lambda i: place.get(id(named[i][1]), len(place))) for named in self._kinds]
+        for group in filter(None, (self._instances, self.group)):
+            orders = group.share_object(orders)
+        kinds = [[named[i] for i in reversed(order)] for named, order in zip(self._kinds, orders, strict=True)]
+        gains = [
+            self._lateness(named, order) - self._lateness(kind, range(len(kind) - 1, -1, -1))
+            for named, order, kind in zip(self._kinds, orders, kinds, strict=True)
+        ]
+        if max(gains, default=0.0) < WORTH_IT:
+            return
+        self.sync_parameters()
+        old, grads = self._buckets, [(p, p.grad) for b in self._buckets for p in b.parameters if p.grad is not None]
+        self._kinds, self._buckets, self._home = kinds, [], {}
+        self._build()
+        if self._optimizer is not None:
+            self._cut(self._optimizer)
+            state.move(self._optimizer, old, self._buckets, self.group)
+        for parameter, grad in grads:
+            view = self._home[id(parameter)][1]
+            parameter.grad = view.copy_(grad)
+        warnings.warn("buckets are laid out again, by the order of the gradients that was seen (said once)", stacklevel=2)
+
+    def _lateness(self, named: Sequence[tuple[str, nn.Parameter]], order: Sequence[int]) -> float:
+        return lateness(self._lay_out(named), [p.numel() for _, p in named], order)
 
     def _guard(self, model: nn.Module) -> None:
         for module in model.modules():
@@ -158,18 +204,13 @@ class DataMode(OverlapMode):
         if owner is not None:
             given = owner.optimizer_state(optimizer)
             owner.disown()
-            given = broadcast_object(given)
+            given = self.group.share_object(given)
         else:
             given = optimizer.state_dict() if optimizer.state else None
         setattr(optimizer, OWNER, self)
         self._optimizer = optimizer
-        group_of = {id(p): g for g, group in enumerate(optimizer.param_groups) for p in group["params"]}
         self._names = state.original_names(optimizer, self._buckets)
-        self._shards: list[list[nn.Parameter]] = [[] for _ in optimizer.param_groups]
-        for bucket in self._buckets:
-            self._segment(bucket, group_of)
-            for segment in bucket.segments:
-                self._shards[segment.group].append(segment.parameter)
+        self._cut(optimizer)
         if given is not None:
             optimizer.state.clear()
             state.load(optimizer, self._buckets, self._names, given)
@@ -178,6 +219,14 @@ class DataMode(OverlapMode):
             optimizer.register_step_post_hook(self._after_step),
             optimizer.register_state_dict_pre_hook(self._before_state_dict),
         ]
+
+    def _cut(self, optimizer: Optimizer) -> None:
+        group_of = {id(p): g for g, group in enumerate(optimizer.param_groups) for p in group["params"]}
+        self._shards = [[] for _ in optimizer.param_groups]
+        for bucket in self._buckets:
+            self._segment(bucket, group_of)
+            for segment in bucket.segments:
+                self._shards[segment.group].append(segment.parameter)
 
     def disown(self) -> None:
         """The optimizer is somebody else's now."""
@@ -225,6 +274,9 @@ class DataMode(OverlapMode):
             self._held = before
 
     def start_forward(self) -> None:
+        if self._fired and not self._held and self._seen_backward:
+            fired, self._fired = self._fired, None
+            self._follow_the_order_seen(list(fired))
         if self._gathering != "under next forward":
             self.sync_parameters()
 
@@ -284,6 +336,8 @@ class DataMode(OverlapMode):
         if not self._held and not self._backward_open:
             self._open_backward()  # loss.backward() without Lightning
             Variable._execution_engine.queue_callback(self.finish_backward)  # type: ignore[attr-defined]
+        if self._fired is not None:
+            self._fired.setdefault(id(parameter))
         if bucket.launched and not self._held:
             raise self._used_twice(bucket, parameter)
         if grad is not view:
@@ -361,7 +415,7 @@ class DataMode(OverlapMode):
         self._announced = False
         if self._held or not self._backward_open:
             return
-        self._backward_open = False
+        self._backward_open, self._seen_backward = False, True
         unused = []
         for bucket in self._buckets:
             if bucket.launched:

@@ -170,3 +170,35 @@ def load(
                 target.flat.copy_(target.of(value))
             elif isinstance(target, Tensor) and isinstance(value, Tensor):
                 target.copy_(value)
+
+
+def move(optimizer: Optimizer, old: Sequence[LiveBucket], new: Sequence[LiveBucket], group: Group) -> None:
+    """The state follows the parameters from one layout's shards to another's. Collective; holds one parameter's state at a time."""
+    mine = shards(optimizer, old)
+    everyone: list[Any] = [None] * group.size
+    dist.all_gather_object(everyone, {name: {k: _outline(v) for k, v in s.items()} for name, s in mine.items()}, group.reduces)
+    saved: dict[str, dict[str, Any]] = {}
+    for outlines in everyone:
+        for name, outline in outlines.items():
+            saved.setdefault(name, {}).update(outline)
+    optimizer.state.clear()
+    here = shards(optimizer, new, saved)
+    for name, outline in saved.items():
+        for key, value in outline.items():
+            target = here.get(name, {}).get(key)
+            if isinstance(value, Tensor) and value.is_meta:
+                whole = torch.zeros(value.shape, dtype=value.dtype, device=new[0].data.device)
+                if name in mine:
+                    mine[name][key].of(whole).copy_(mine[name][key].flat)
+                group.all_reduce(whole, label=f"data.move[{name}.{key}]").wait()
+                if target is not None:
+                    target.flat.copy_(target.of(whole))
+            elif isinstance(target, Tensor):
+                target.copy_(value)
+
+
+def _outline(value: Any) -> Any:
+    """What tells the others of a state: not the elements of a run."""
+    if isinstance(value, Run):
+        return torch.empty(value.shape, dtype=value.flat.dtype, device="meta")
+    return value.cpu() if isinstance(value, Tensor) else value
