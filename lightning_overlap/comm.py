@@ -335,6 +335,21 @@ class Group:
             dist.broadcast_object_list(held, src=self.ranks[0], group=self.reduces)
         return held[0]
 
+    def all_gather_objects(self, mine: T) -> list[T]:
+        """Every member's object, by rank in the group. Blocking."""
+        everyone: list[T] = [mine] * self.size
+        if self.size > 1:
+            dist.all_gather_object(everyone, mine, self.reduces)
+        return everyone
+
+    def gather_objects(self, mine: T) -> list[T]:
+        """Every member's object on the first one, by rank in the group; nothing on the others. Blocking."""
+        everyone: list[Any] | None = [None] * self.size if self.rank == 0 else None
+        if self.size == 1:
+            return [mine]
+        dist.gather_object(mine, everyone, dst=self.ranks[0], group=self.reduces)
+        return everyone or []
+
     def start_step(self) -> None:
         """To be called before the first reduce of a step: gathers posted earlier are then sent whatever there is to reduce."""
         if self._threads is not None:
@@ -424,6 +439,24 @@ def make_group(rank_sets: Sequence[Sequence[int]], name: str, timeout: timedelta
             mine = Group(ranks, name, *pair)
     assert mine is not None, f"rank {dist.get_rank()} is in none of {rank_sets}"
     return mine
+
+
+def world_size() -> int:
+    """Ranks that have met; 1 before there are process groups."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def backend() -> str:
+    """Of the world: ``gloo``, ``nccl``; ``none`` before there are process groups."""
+    return str(dist.get_backend()) if dist.is_initialized() else "none"
+
+
+def agree(flag: bool, device: torch.device, *, by_all: bool) -> bool:
+    """Whether all ranks say so, or any. Collective over the world, blocking."""
+    said = torch.tensor(int(flag), device=device)
+    if world_size() > 1:
+        dist.all_reduce(said, dist.ReduceOp.MIN if by_all else dist.ReduceOp.MAX)
+    return bool(said)
 
 
 def all_gather_objects(mine: T) -> list[T]:

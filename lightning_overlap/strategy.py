@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-import torch.distributed as dist
 from lightning.fabric.plugins import CheckpointIO, ClusterEnvironment
 from lightning.fabric.utilities.data import sized_len
 from lightning.fabric.utilities.seed import pl_worker_init_function
@@ -26,7 +25,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_overlap.checkpoint import AtomicCheckpointIO, Saves, compact, in_place, is_local, load_file
-from lightning_overlap.comm import all_gather_objects, broadcast_object, make_group
+from lightning_overlap.comm import agree, all_gather_objects, backend, broadcast_object, make_group, world_size
 from lightning_overlap.config import OverlapConfig
 from lightning_overlap.decision import ConfigError
 from lightning_overlap.facts import Facts
@@ -174,7 +173,7 @@ class OverlapStrategy(DDPStrategy):
         Raises:
             ConfigError: on every rank, if some have no batch.
         """
-        if dist.is_initialized() and self.world_size > 1:
+        if world_size() > 1:
             counts = all_gather_objects(sized_len(dataloader))
             module = self.lightning_module
             if 0 in counts and any(counts) and not (module and module.allow_zero_length_dataloader_with_multiple_devices):
@@ -203,7 +202,7 @@ class OverlapStrategy(DDPStrategy):
         share([*self.model.parameters(), *self.model.buffers()])
         if fitting:
             self.setup_optimizers(trainer)
-            if dist.is_initialized() and self.world_size > 1:
+            if world_size() > 1:
                 everyone = make_group([range(self.world_size)], "world", self._time_limit, backend="gloo")
                 self._preemption = Preemption(trainer, everyone)
                 self._buffers = SharedBuffers(self.model)
@@ -218,7 +217,7 @@ class OverlapStrategy(DDPStrategy):
             Facts(
                 world_size=self.world_size,
                 device=self.root_device.type,
-                backend=dist.get_backend() if dist.is_initialized() else "none",
+                backend=backend(),
                 precision=str(trainer.precision),
                 gradient_clip_val=trainer.gradient_clip_val,  # type: ignore[arg-type]
                 automatic_optimization=model.automatic_optimization,
@@ -247,7 +246,7 @@ class OverlapStrategy(DDPStrategy):
         Raises:
             ConfigError: on every rank, naming what differs.
         """
-        if not dist.is_initialized() or self.world_size == 1:
+        if world_size() == 1:
             return
         assert self.model is not None, "Lightning connects the module"
         self._seed = broadcast_object(int(os.environ.get("PL_GLOBAL_SEED", 0)))
@@ -322,12 +321,8 @@ class OverlapStrategy(DDPStrategy):
             yield
 
     def reduce_boolean_decision(self, decision: bool, all: bool = True) -> bool:
-        if not dist.is_initialized() or self.world_size == 1:
-            return decision
         # Stopping and saving are agreed by the world, whatever ``reduce`` reduces over.
-        flag = torch.tensor(int(decision), device=self.root_device)
-        dist.all_reduce(flag, dist.ReduceOp.MIN if all else dist.ReduceOp.MAX)
-        return bool(flag)
+        return agree(decision, self.root_device, by_all=all)
 
     # -- weights are read --------------------------------------------------------------------------------------------
 

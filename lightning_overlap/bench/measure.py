@@ -86,7 +86,7 @@ class _Clock(Callback):
         self.warmup, self.steps, self.skip = warmup, steps, skip
         self.seconds = self.exposed = self.communication = 0.0
         self._skipped: list[Skipped] = []
-        self._groups: list[Any] = []
+        self._first = (0.0, 0.0)
 
     def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
         for mode in trainer.strategy.modes if self.skip else ():  # type: ignore[attr-defined]
@@ -95,16 +95,18 @@ class _Clock(Callback):
     def on_train_batch_start(self, trainer: Trainer, module: LightningModule, batch: Any, batch_idx: int) -> None:
         for stand_in in self._skipped:
             stand_in.calls.clear()
-        if batch_idx == self.warmup:
-            self._meet(trainer)
-            self._groups = [g for mode in getattr(trainer.strategy, "modes", ()) for g in groups_of(mode).values()]
-            self.exposed = -sum(g.exposed for g in self._groups)
-            self.seconds = -time.perf_counter()
+        # From the start of a step to that of a later one, in full swing: what is in flight at either is alike.
+        if batch_idx in (self.warmup, self.warmup + self.steps):
+            if trainer.strategy.root_device.type == "cuda":
+                torch.cuda.synchronize()
+            groups = [g for mode in getattr(trainer.strategy, "modes", ()) for g in groups_of(mode).values()]
+            now, exposed = time.perf_counter(), sum(g.exposed for g in groups)
+            if batch_idx == self.warmup:
+                self._first = now, exposed
+            else:
+                self.seconds, self.exposed = (now - self._first[0]) / self.steps, (exposed - self._first[1]) / self.steps
 
     def on_train_end(self, trainer: Trainer, module: LightningModule) -> None:
-        self._meet(trainer)
-        self.seconds = (self.seconds + time.perf_counter()) / self.steps
-        self.exposed = (self.exposed + sum(g.exposed for g in self._groups)) / self.steps
         if self._skipped:
             self._meet(trainer)
             start = time.perf_counter()
@@ -153,7 +155,7 @@ def measure(
         clock = _Clock(warmup, steps, skip=skip)
         seed_everything(seed, workers=True, verbose=False)
         quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
-        length = {"max_steps": warmup + steps, "max_epochs": -1, "limit_val_batches": 0, "num_sanity_val_steps": 0}
+        length = {"max_steps": warmup + steps + 1, "max_epochs": -1, "limit_val_batches": 0, "num_sanity_val_steps": 0}
         Trainer(**{**trainer, **quiet, **length, "strategy": made, "callbacks": [clock]}).fit(module, datamodule=datamodule)
         for mode in getattr(made, "modes", ()):
             mode.close()

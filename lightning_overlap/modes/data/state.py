@@ -11,7 +11,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.optim import Optimizer
 
@@ -108,13 +107,10 @@ def _make_room(
 
 def gather(optimizer: Optimizer, buckets: Sequence[LiveBucket], names: Sequence[Sequence[str | None]], group: Group) -> dict[str, Any]:
     """The unsharded optimizer's ``state_dict()`` on the group's first rank; the others get one without states."""
-    first = group.rank == 0
     whole: dict[str, dict[str, Any]] = {}
     for bucket in buckets:
         mine = {name: {key: _own(value) for key, value in values.items()} for name, values in shards(optimizer, [bucket]).items()}
-        parts: list[Any] | None = [None] * group.size if first else None
-        dist.gather_object(mine, parts, dst=group.ranks[0], group=group.reduces)
-        for name, values in (item for part in parts or () for item in part.items()):
+        for name, values in (item for part in group.gather_objects(mine) for item in part.items()):
             state = whole.setdefault(name, {})
             for key, value in values.items():
                 if isinstance(value, Run):
@@ -175,10 +171,8 @@ def load(
 def move(optimizer: Optimizer, old: Sequence[LiveBucket], new: Sequence[LiveBucket], group: Group) -> None:
     """The state follows the parameters from one layout's shards to another's. Collective; holds one parameter's state at a time."""
     mine = shards(optimizer, old)
-    everyone: list[Any] = [None] * group.size
-    dist.all_gather_object(everyone, {name: {k: _outline(v) for k, v in s.items()} for name, s in mine.items()}, group.reduces)
     saved: dict[str, dict[str, Any]] = {}
-    for outlines in everyone:
+    for outlines in group.all_gather_objects({name: {k: _outline(v) for k, v in s.items()} for name, s in mine.items()}):
         for name, outline in outlines.items():
             saved.setdefault(name, {}).update(outline)
     optimizer.state.clear()
