@@ -74,11 +74,15 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             return
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
-        with beside(path).open("wb") as file:
-            torch.save(checkpoint, file)
-            file.flush()
-            os.fsync(file.fileno())
-        put_in_place(path)
+        try:
+            with beside(path).open("wb") as file:
+                torch.save(checkpoint, file)
+                file.flush()
+                os.fsync(file.fileno())
+            put_in_place(path)
+        except BaseException:
+            remove(beside(path))  # of a full disk, say, which it would keep full
+            raise
 
 
 def compact(checkpoint: Any, *, copy: bool) -> Any:

@@ -43,6 +43,7 @@ class _Trainer(Trainer):
         facts = Facts(
             world_size=ranks or self.num_devices * self.num_nodes,
             device=strategy.root_device.type,
+            backend="nccl" if strategy.root_device.type == "cuda" else "gloo",
             precision=str(self.precision),
             gradient_clip_val=self.gradient_clip_val,  # type: ignore[arg-type]
             automatic_optimization=model.automatic_optimization,

@@ -172,14 +172,17 @@ class _Threads:
                 self._changed.wait_for(lambda: flying or self._closing or self._may_send())
                 if self._closing and not flying and not self._chunks:
                     return
-                while self._may_send() and len(flying) < WINDOW:
-                    _, _, _, tensor, peer, tag, pending = heapq.heappop(self._chunks)
-                    try:
-                        work = dist.isend(tensor, peer, self._group.gathers, tag)
-                    except RuntimeError as failed:  # the connection is down already
-                        pending._settle(self._group.failure(pending.label, -1, failed))
-                    else:
-                        flying.append((work, peer, pending, time.perf_counter()))
+                chosen: list[tuple[int, int, int, Tensor, int, int, Pending]] = []
+                while self._may_send() and len(flying) + len(chosen) < WINDOW:
+                    chosen.append(heapq.heappop(self._chunks))
+            # Out of the lock, under which the main thread posts: a send copies its bytes before it returns.
+            for _, _, _, tensor, peer, tag, pending in chosen:
+                try:
+                    work = dist.isend(tensor, peer, self._group.gathers, tag)
+                except RuntimeError as failed:  # the connection is down already
+                    pending._settle(self._group.failure(pending.label, -1, failed))
+                else:
+                    flying.append((work, peer, pending, time.perf_counter()))
             if not flying:
                 continue
             work, peer, pending, posted = flying.pop(0)

@@ -6,14 +6,12 @@ import math
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-
 if TYPE_CHECKING:
     from lightning_overlap.config import Degrees
 
 
 class ParallelMesh:
-    """Arithmetic over the mesh; needs no process group until :meth:`device_mesh`.
+    """Arithmetic over the mesh; needs no process group.
 
     Args:
         degrees: ranks along each axis.
@@ -38,11 +36,3 @@ class ParallelMesh:
             place = self.coordinates(rank)
             sets.setdefault(tuple(place[a] for a in self.sizes if a not in axes), []).append(rank)
         return list(sets.values())
-
-    def ranks(self, *axes: str) -> list[int]:
-        """This rank's set along ``axes``."""
-        return next(ranks for ranks in self.groups(*axes) if self.rank in ranks)
-
-    def device_mesh(self, device: str) -> DeviceMesh:
-        """torch's mesh over the same axes. Collective over the world."""
-        return init_device_mesh(device, tuple(self.sizes.values()), mesh_dim_names=tuple(self.sizes))

@@ -41,6 +41,7 @@ GRADIENT_HOOKS = (
     "configure_gradient_clipping",
     "optimizer_step",
     "optimizer_zero_grad",
+    "on_before_zero_grad",
 )
 
 
@@ -48,10 +49,10 @@ def gradient_readers(trainer: Trainer, module: LightningModule) -> tuple[str, ..
     """The user's hooks that run between backward and the optimizer's step, where gradients are read or changed."""
     found = []
     for owner, base in ((module, LightningModule), *((c, Callback) for c in trainer.callbacks)):  # type: ignore[attr-defined]
-        if type(owner).__module__.startswith("lightning.pytorch."):
-            continue  # Lightning's own callbacks go through the optimizer, whose parameters are the shards
+        own = type(owner).__module__.startswith("lightning.pytorch.")  # Lightning's own hooks look at no gradients
         for hook in GRADIENT_HOOKS:
-            if getattr(type(owner), hook, None) is not getattr(base, hook, None):
+            # LambdaCallback has its hooks on the instance.
+            if hook in vars(owner) or (not own and getattr(type(owner), hook, None) is not getattr(base, hook, None)):
                 found.append(f"{type(owner).__name__}.{hook}")
     return tuple(found)
 

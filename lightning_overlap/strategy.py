@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import fields
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -212,22 +213,22 @@ class OverlapStrategy(DDPStrategy):
         super().setup_optimizers(trainer)
         model = self.lightning_module
         assert model is not None, "Lightning connects the module"
-        self._plan = resolve(
-            self.config,
-            Facts(
-                world_size=self.world_size,
-                device=self.root_device.type,
-                backend=backend(),
-                precision=str(trainer.precision),
-                gradient_clip_val=trainer.gradient_clip_val,  # type: ignore[arg-type]
-                automatic_optimization=model.automatic_optimization,
-                gradient_readers=gradient_readers(trainer, model),
-                unfreezers=unfreezers(trainer),
-                compiled=is_compiled(model),
-                optimizers=tuple(examine(optimizer) for optimizer in self.optimizers),
-                parameters=sum(p.numel() for p in model.parameters() if p.requires_grad),
-            ),
+        facts = Facts(
+            world_size=self.world_size,
+            device=self.root_device.type,
+            backend=backend(),
+            precision=str(trainer.precision),
+            gradient_clip_val=trainer.gradient_clip_val,  # type: ignore[arg-type]
+            automatic_optimization=model.automatic_optimization,
+            gradient_readers=gradient_readers(trainer, model),
+            unfreezers=unfreezers(trainer),
+            compiled=is_compiled(model),
+            optimizers=tuple(examine(optimizer) for optimizer in self.optimizers),
+            parameters=sum(p.numel() for p in model.parameters() if p.requires_grad),
         )
+        # What the plan is made from (callbacks, clipping, optimizers) may differ between ranks, and plans that differ hang.
+        self._same_everywhere({field.name: repr(getattr(facts, field.name)) for field in fields(facts)})
+        self._plan = resolve(self.config, facts)
         rank_zero_info(self._plan.explain())
         earlier, self.modes = (
             self.modes,
@@ -241,11 +242,7 @@ class OverlapStrategy(DDPStrategy):
             mode.close()
 
     def _agree(self) -> None:
-        """All ranks have the same request, versions and parameters; samplers draw with rank 0's seed.
-
-        Raises:
-            ConfigError: on every rank, naming what differs.
-        """
+        """All ranks have the same request, versions and parameters; samplers draw with rank 0's seed."""
         if world_size() == 1:
             return
         assert self.model is not None, "Lightning connects the module"
@@ -254,7 +251,16 @@ class OverlapStrategy(DDPStrategy):
         mine: dict[str, str] = {"strategy arguments": arguments, "versions": repr(Facts(world_size=1).versions)}
         for name, p in self.model.named_parameters():
             mine[f"parameter {name}"] = f"{tuple(p.shape)} {p.dtype} requires_grad={p.requires_grad}"
-        everyone = all_gather_objects(mine)
+        self._same_everywhere(mine)
+
+    @staticmethod
+    def _same_everywhere(mine: dict[str, str]) -> None:
+        """Compares what ranks say of themselves.
+
+        Raises:
+            ConfigError: on every rank, naming what differs.
+        """
+        everyone = all_gather_objects(mine) if world_size() > 1 else [mine]
         for rank, other in enumerate(everyone):
             for what in {**everyone[0], **other}:
                 first, there = everyone[0].get(what, "absent"), other.get(what, "absent")
@@ -385,6 +391,8 @@ class OverlapStrategy(DDPStrategy):
     def lightning_module_state_dict(self) -> dict[str, Any]:
         for mode in self.modes:
             mode.sync_parameters()
+        if self._state_dict_type == "sharded" and self.lightning_module is not None:
+            share(self.lightning_module.buffers())  # every rank writes a part of them
         return super().lightning_module_state_dict()
 
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:

@@ -21,6 +21,7 @@ from lightning.pytorch.strategies import Strategy
 from lightning_overlap.bench.peers import peers as all_peers
 from lightning_overlap.bench.skip import Skipped, skip_transfers
 from lightning_overlap.config import OverlapConfig
+from lightning_overlap.decision import ConfigError
 from lightning_overlap.profiling.callback import groups_of
 from lightning_overlap.strategy import OverlapStrategy
 
@@ -87,27 +88,35 @@ class _Clock(Callback):
         self.seconds = self.exposed = self.communication = 0.0
         self._skipped: list[Skipped] = []
         self._first = (0.0, 0.0)
+        self._step = -1
 
     def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
         for mode in trainer.strategy.modes if self.skip else ():  # type: ignore[attr-defined]
             self._skipped += skip_transfers(mode)
 
     def on_train_batch_start(self, trainer: Trainer, module: LightningModule, batch: Any, batch_idx: int) -> None:
+        if trainer.global_step == self._step:
+            return  # another batch of the same accumulation window
+        self._step = trainer.global_step
         for stand_in in self._skipped:
             stand_in.calls.clear()
         # From the start of a step to that of a later one, in full swing: what is in flight at either is alike.
-        if batch_idx in (self.warmup, self.warmup + self.steps):
+        if self._step in (self.warmup, self.warmup + self.steps):
             if trainer.strategy.root_device.type == "cuda":
                 torch.cuda.synchronize()
             groups = [g for mode in getattr(trainer.strategy, "modes", ()) for g in groups_of(mode).values()]
             now, exposed = time.perf_counter(), sum(g.exposed for g in groups)
-            if batch_idx == self.warmup:
+            if self._step == self.warmup:
                 self._first = now, exposed
             else:
                 self.seconds, self.exposed = (now - self._first[0]) / self.steps, (exposed - self._first[1]) / self.steps
 
     def on_train_end(self, trainer: Trainer, module: LightningModule) -> None:
+        if not self.seconds:
+            raise ConfigError(f"the data ended before {self.warmup} + {self.steps} + 1 steps: ask for fewer --steps")
         if self._skipped:
+            for stand_in in self._skipped:
+                stand_in.stop()  # what follows belongs to no step
             self._meet(trainer)
             start = time.perf_counter()
             for _ in range(self.steps):
@@ -171,7 +180,9 @@ def measure(
 
     off = OverlapConfig(**{**{f.name: getattr(strategy.config, f.name) for f in fields(OverlapConfig)}, "overlap": "off"})
     rows = {name: Row(name) for name in ("overlapped", "plain", "compute", "communication")}
-    others = all_peers("nccl" if strategy.root_device.type == "cuda" else "gloo", strategy.world_size) if with_peers else {}
+    backend = strategy._process_group_backend or ("nccl" if strategy.root_device.type == "cuda" else "gloo")
+    others = all_peers(backend, strategy.world_size) if with_peers else {}
+    refused: dict[str, str] = {}
     rows |= {name: Row(name) for name in others}
     for _ in range(repeats):
         for name, config in (("overlapped", strategy.config), ("plain", off)):
@@ -182,8 +193,14 @@ def measure(
         rows["compute"].seconds.append(clock.seconds)
         rows["communication"].seconds.append(clock.communication)
         for name, (make, prepare) in others.items():
-            rows[name].seconds.append(run(make(), prepare(copy.deepcopy(model))).seconds)
-    return Measured(list(rows.values()), strategy.world_size, steps, _doubts(list(rows.values()), strategy.num_processes))
+            if name in refused:
+                continue
+            try:
+                rows[name].seconds.append(run(make(), prepare(copy.deepcopy(model))).seconds)
+            except Exception as error:  # a peer that cannot train this module costs no figures
+                refused[name] = f"{name} is left out: {error}"
+    measured = [row for row in rows.values() if row.name not in refused]
+    return Measured(measured, strategy.world_size, steps, [*refused.values(), *_doubts(measured, strategy.num_processes)])
 
 
 def _doubts(rows: list[Row], here: int) -> list[str]:

@@ -11,6 +11,8 @@ from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, Str
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 
+from lightning_overlap.decision import ConfigError
+
 
 def peers(backend: str, ranks: int) -> dict[str, tuple[Callable[[], Strategy], Callable[[LightningModule], LightningModule]]]:
     """By name: a maker of the strategy, and what has to be done to the module first.
@@ -36,7 +38,11 @@ def peers(backend: str, ranks: int) -> dict[str, tuple[Callable[[], Strategy], C
 def _shard_blocks(module: LightningModule) -> LightningModule:
     """A module whose ``configure_model`` shards each block and the rest, and keeps weights gathered until backward has used them."""
 
+    if any(True for _ in module.parameters(recurse=False)):
+        raise ConfigError("parameters of the LightningModule itself would be in no sharded part")
+
     def configure_model(self: Any) -> None:
+        type(module).configure_model(self)
         mesh = self.device_mesh["data_parallel"]
         lists = [m for m in self.modules() if isinstance(m, nn.ModuleList)]
         for block in max(lists, key=len, default=()):

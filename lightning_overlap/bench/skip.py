@@ -22,9 +22,14 @@ class Skipped:
     def __init__(self, group: Group) -> None:
         self._group = group
         self.calls: list[Callable[[], Pending | None]] = []
+        self._kept: list[Callable[[], Pending | None]] = []
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._group, name)
+
+    def stop(self) -> None:
+        """Keeps no more calls."""
+        self._kept, self.calls = self.calls, []
 
     def start_step(self) -> None:
         self.calls.append(self._group.start_step)
@@ -42,8 +47,8 @@ class Skipped:
         return self._done(x, how["label"])
 
     def replay(self) -> None:
-        """Makes the kept transfers, all posted at once, and waits for them."""
-        for pending in [call() for call in self.calls]:
+        """Makes the transfers that were kept until :meth:`stop`, all posted at once, and waits for them."""
+        for pending in [call() for call in self._kept]:
             if pending is not None:
                 pending.wait()
 

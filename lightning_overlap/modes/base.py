@@ -43,10 +43,6 @@ class OverlapMode:
     def prepare_optimizers(self, optimizers: Sequence[Optimizer]) -> None:
         """Prepares what this rank updates. The user's ``param_groups`` stay as they are, but for the time of a step."""
 
-    def shard_batch(self, batch: Any) -> Any:
-        """This rank's share of a batch."""
-        return batch
-
     def hold_gradient_sync(self) -> AbstractContextManager[None]:
         """Backwards in this context only accumulate: all but the last of an accumulation window."""
         return nullcontext()

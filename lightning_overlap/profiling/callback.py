@@ -20,7 +20,7 @@ class OverlapProfiler(Callback):
     """Logs how much of this rank's communication was exposed, every ``log_every_n_steps``, and tells it at the end.
 
     ``overlap/exposed_ms``: milliseconds a step in which training waited for a transfer. ``overlap/hidden_percent``: the part of
-    the time with transfers in flight that it did not wait for (gloo only: NCCL's time is the device's).
+    the time with reduces or sends in flight that it did not wait for (gloo only: NCCL's time is the device's).
     """
 
     def __init__(self) -> None:

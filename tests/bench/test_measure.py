@@ -16,7 +16,7 @@ def bench():
     warnings.simplefilter("ignore")
     trainer = {"accelerator": "cpu", "devices": dist.get_world_size(), "plugins": [TorchElasticEnvironment()]}
     strategy = OverlapStrategy(DataParallel(bucket_size=500), cluster_environment=TorchElasticEnvironment())
-    strategy.parallel_devices = ["cpu"] * dist.get_world_size()
+    strategy.parallel_devices = [torch.device("cpu")] * dist.get_world_size()
     model = Net()
     del model.unused
     before = [p.detach().clone() for p in model.parameters()]
@@ -63,5 +63,6 @@ def test_what_is_skipped_is_made_by_a_replay(verb):
     result = getattr(stand_in, verb)(x, [0, 2, 4], label="a", key=0).wait()
     assert result.tolist() == ([0, 1] if verb == "reduce_scatter" else [0, 1, 2, 3])
     assert group.made == []
+    stand_in.stop()
     stand_in.replay()
     assert group.made == ["a"]

@@ -5,8 +5,7 @@ import torch
 from lightning.pytorch import Callback
 from torch import nn
 
-from tests.helpers.training import train
-from tests.trainer.test_unchanged_code import Plain
+from tests.helpers.training import Plain, train
 
 
 class Large(Plain):

@@ -70,6 +70,15 @@ class Net(LightningModule):
     train_dataloader = val_dataloader = loader
 
 
+class Plain(Net):
+    """All parameters are used in each step, so that DDP, which skips what nobody used, has the same to do."""
+
+    def __init__(self, optimizer: str = "adamw") -> None:
+        super().__init__(optimizer)
+        del self.unused
+        self.sometimes = nn.Identity()  # type: ignore[assignment]
+
+
 def strategy(name: str, data: dict[str, Any], overlap: str, kwargs: dict[str, Any]) -> Any:
     kwargs = {"cluster_environment": TorchElasticEnvironment(), "process_group_backend": "gloo", **kwargs}
     if name == "ddp":

@@ -6,22 +6,13 @@ from unittest import mock
 
 import pytest
 import torch
+import torch.distributed as dist
+from lightning.pytorch import Callback
 from torch import nn
 
+from lightning_overlap import ConfigError
 from lightning_overlap.modes.data import mode
-from tests.helpers.training import Net, train
-
-
-class Plain(Net):
-    """All parameters are used in each step, so that DDP, which skips what nobody used, has the same to do."""
-
-    def __init__(self, optimizer="adamw"):
-        super().__init__(optimizer)
-        del self.unused, self.sometimes
-
-    def training_step(self, batch, index):
-        self.sometimes = lambda x: x
-        return super().training_step(batch, index)
+from tests.helpers.training import Net, Plain, train
 
 
 class ReadsGradients(Plain):
@@ -182,7 +173,14 @@ class RankDependent(Net):
 
 
 @pytest.mark.parametrize(
-    ("size", "data"), [(2, {}), (2, {"distributed_optimizer": False}), (4, {"num_optimizer_instances": 2})], ids=str
+    ("size", "data"),
+    [
+        (2, {}),
+        (2, {"param_gather_prefetch": 1}),
+        (2, {"distributed_optimizer": False}),
+        (4, {"num_optimizer_instances": 2}),
+    ],
+    ids=str,
 )
 def test_ranks_may_see_different_orders(world, size, data):
     on = run(world(size), RankDependent, {"data": data})
@@ -235,13 +233,27 @@ def test_ranks_that_disagree_are_told(world):
 
 
 def disagree():
-    import torch.distributed as dist
-
     try:
         train(data={"bucket_size": 500 + dist.get_rank()})
     except ValueError as error:
         return str(error)
     return ""
+
+
+class LooksAtGradients(Callback):
+    def on_after_backward(self, trainer, module): ...
+
+
+def test_ranks_whose_callbacks_differ_are_told(world):
+    messages = world(2).run(differ)
+    assert messages[0] == messages[1]
+    assert "ranks disagree about gradient_readers: rank 0 has ('LooksAtGradients.on_after_backward',)" in messages[0]
+
+
+def differ():
+    with pytest.raises(ConfigError) as caught:
+        train(callbacks=[LooksAtGradients()] if dist.get_rank() == 0 else [])
+    return str(caught.value)
 
 
 class Manual(Plain):

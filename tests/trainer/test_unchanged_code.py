@@ -11,16 +11,7 @@ from lightning.pytorch.callbacks import BaseFinetuning
 from torch import nn
 
 from lightning_overlap import ConfigError, OverlapStrategy
-from tests.helpers.training import Net, train
-
-
-class Plain(Net):
-    """All parameters are used in each step, so that DDP, which skips what nobody used, has the same to do."""
-
-    def __init__(self, optimizer="sgd"):
-        super().__init__(optimizer)
-        del self.unused, self.sometimes
-        self.sometimes = nn.Identity()
+from tests.helpers.training import Plain, train
 
 
 class HalvesGradients(Plain):

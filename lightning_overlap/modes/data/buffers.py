@@ -119,4 +119,5 @@ def unflatten(buckets: Sequence[LiveBucket]) -> None:
             parameter.grad_dtype = parameter.dtype
         for segment in bucket.segments:
             segment.parameter.data = segment.parameter.data.clone()
-        bucket.data = bucket.grads = bucket.data[:0]
+        bucket.data = bucket.grads = bucket.data.new_empty(0)
+        bucket.main = None if bucket.main is None else bucket.main.new_empty(0)

@@ -164,6 +164,7 @@ class DataMode(OverlapMode):
         self.sync_parameters()
         old, grads = self._buckets, [(p, p.grad) for b in self._buckets for p in b.parameters if p.grad is not None]
         self._kinds, self._buckets, self._home = kinds, [], {}
+        self._seen.clear()
         self._build()
         if self._optimizer is not None:
             self._cut(self._optimizer)
@@ -214,6 +215,7 @@ class DataMode(OverlapMode):
         if given is not None:
             optimizer.state.clear()
             state.load(optimizer, self._buckets, self._names, given)
+            self.adopt_parameters()
         self._claims = [
             optimizer.register_step_pre_hook(self._before_step),
             optimizer.register_step_post_hook(self._after_step),
@@ -274,7 +276,7 @@ class DataMode(OverlapMode):
             self._held = before
 
     def start_forward(self) -> None:
-        if self._fired and not self._held and self._seen_backward:
+        if self._fired is not None and not self._held and self._seen_backward:
             fired, self._fired = self._fired, None
             self._follow_the_order_seen(list(fired))
         if self._gathering != "under next forward":
@@ -294,8 +296,9 @@ class DataMode(OverlapMode):
         for bucket in self._buckets:
             bucket.launched = not self._sharded and not any(p.requires_grad for p in bucket.parameters)
             bucket.missing = set() if bucket.launched else {id(p) for p in bucket.parameters}
-        # Deviations are right in any order; the order seen only decides what is sent first.
-        if self.group.keyed:
+        # The order seen decides what is sent first. With a bound on what is in flight all ranks must post in one order: two that
+        # wait for different buckets would each have left the other's unposted.
+        if self.group.keyed and self._prefetch is None:
             for place, key in enumerate(self._seen):
                 self._buckets[key].order = place
         self._seen.clear()
@@ -324,8 +327,7 @@ class DataMode(OverlapMode):
                     view = bucket.views(bucket.data)[index]
                     view.copy_(parameter.data)
                     parameter.data = view
-                    if bucket.main is not None:
-                        bucket.main.copy_(bucket.data[bucket.own])
+                    self._adopt(bucket)
 
     def _on_gradient(self, parameter: nn.Parameter) -> None:
         if self._sharded and not self._announced:
@@ -426,6 +428,8 @@ class DataMode(OverlapMode):
                     if parameter.requires_grad:
                         parameter.grad = view
                         unused.append(name)
+                elif parameter.grad is not view:  # of a backward of the user's own
+                    parameter.grad = view.copy_(parameter.grad)
             self._launch(bucket)
             self._progress(block=False)
         self._progress(block=True)
@@ -566,7 +570,7 @@ class DataMode(OverlapMode):
             # Updated in this backward: it would be the wrong weight, and peers may send it only after this backward.
             raise self._used_twice(bucket, parameter)
         if bucket.gather is None:
-            # Another bucket than the expected one: ranks may differ in their order, and none may wait for an unposted one.
+            # Another bucket than the one that all ranks post next: then all are posted, since peers may wait for any.
             self._post_gathers(everything=bucket is not min(self._waiting_to_gather, key=lambda b: b.order))
         if bucket.gather is None:
             self._post_gathers(everything=True)
@@ -615,10 +619,13 @@ class DataMode(OverlapMode):
 
     def adopt_parameters(self) -> None:
         for bucket in self._buckets:
-            if bucket.main is not None and not self._released:
-                # A main parameter that does not round to its weight is of another time: plain training keeps it, and trains on.
-                weights = bucket.data[bucket.own]
-                bucket.main.copy_(torch.where(bucket.main.to(weights.dtype) == weights, bucket.main, weights.float()))
+            self._adopt(bucket)
+
+    def _adopt(self, bucket: LiveBucket) -> None:
+        """A main parameter that does not round to its weight is of another time: the weight counts."""
+        if bucket.main is not None and not self._released:
+            weights = bucket.data[bucket.own]
+            bucket.main.copy_(torch.where(bucket.main.to(weights.dtype) == weights, bucket.main, weights.float()))
 
     def release(self, *, complete: bool = True) -> None:
         if complete:

@@ -1,0 +1,38 @@
+"""The command: plans of the configurations in configs/, word by word, and what is refused."""
+
+import sys
+from pathlib import Path
+
+import pytest
+
+from lightning_overlap.cli import main
+
+HERE = Path(__file__).parent
+
+
+def plan(monkeypatch, capsys, *arguments):
+    monkeypatch.chdir(HERE.parent)
+    monkeypatch.setattr(sys, "argv", ["lightning-overlap", "plan", *arguments])
+    main()
+    return capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["base", "dp", "gpt15m"])
+def test_plans_of_the_configurations(monkeypatch, capsys, name):
+    overlay = [] if name == "base" else ["-c", f"configs/{name}.yaml"]
+    told = plan(monkeypatch, capsys, "-c", "configs/base.yaml", *overlay, "--devices", "8", "--num-nodes", "2")
+    assert told == (HERE / "golden" / f"plan_{name}.txt").read_text()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--num-nodes", "2"], "--num-nodes needs --devices"),
+        (["--trainer.strategy", "ddp"], "set trainer.strategy: overlap"),
+        (["-c", "configs/dp.yaml", "--trainer.strategy.init_args.data_parallel.size", "3", "--devices", "4"], "needs 3 ranks"),
+    ],
+)
+def test_what_cannot_be_is_told(monkeypatch, capsys, arguments, words):
+    with pytest.raises(SystemExit) as caught:
+        plan(monkeypatch, capsys, "-c", "configs/base.yaml", *arguments)
+    assert words in str(caught.value)
