@@ -35,6 +35,8 @@ WINDOW = 2
 """Chunks in flight on the gather connections: one on the link and one ready behind it."""
 _MAX_CHUNKS = 1 << 14
 T = TypeVar("T")
+_Transfer = tuple[Callable[..., Any], Tensor, int, Any, int]
+"""What to call, a tensor, the peer's rank in the group, the process group, a tag."""
 
 
 class TransferError(RuntimeError):
@@ -59,10 +61,10 @@ class Pending:
         self._group = group
         self._finish: Callable[[], Tensor] | None = finish
         self._result: Tensor | None = None
-        self._works: list[tuple[Any, int]] = []  # waited for by the thread that calls wait()
+        self._works: list[tuple[Any, int]] = []  # waited for by the waiting thread, or by the one that calls wait()
         self._sends = 0  # chunks that the sending thread has still to send
         self._lent: Tensor | None = None  # what they are sent from, free after the last one
-        self._arrived = threading.Event()  # set by the waiting thread, where there is one
+        self._arrived = threading.Event()  # set by the thread that has waited for a reduce or posted a gather
         self._arrived.set()
         self._error: TransferError | None = None
 
@@ -96,15 +98,18 @@ class Pending:
 
 
 class _Threads:
-    """The waiting of a gloo group, given to two threads: one waits for reduces, one sends the chunks of gathers.
+    """What would block in a gloo group, given to three threads: one posts, one waits for reduces, one sends chunks of gathers.
 
-    gloo's point-to-point transfers can be waited for once and not polled, so somebody has to stand and wait. The threads
-    hold Python's lock for microseconds; all arithmetic stays on the main thread.
+    Posting copies what is sent to the socket, and stands behind gloo's own thread while that reads from the same
+    connection: about a millisecond a bucket, which the main thread has better use for. Point-to-point transfers can be
+    waited for once and not polled, so somebody has to stand and wait. The threads hold Python's lock for microseconds; all
+    arithmetic stays on the main thread.
     """
 
     def __init__(self, group: Group) -> None:
         self._group = group
-        self._reduces: queue.SimpleQueue[tuple[Pending, list[tuple[Any, int]]] | None] = queue.SimpleQueue()
+        self._posts: queue.SimpleQueue[tuple[Pending, list[_Transfer], bool] | None] = queue.SimpleQueue()
+        self._reduces: queue.SimpleQueue[Pending | None] = queue.SimpleQueue()
         self._chunks: list[tuple[int, int, int, Tensor, int, int, Pending]] = []
         self._step = 0
         self._number = itertools.count()
@@ -113,16 +118,18 @@ class _Threads:
         self._changed = threading.Condition()
         self._members = [
             threading.Thread(target=target, name=f"{group.name}.{target.__name__}", daemon=True)
-            for target in (self._wait_for_reduces, self._send_chunks)
+            for target in (self._post, self._wait_for_reduces, self._send_chunks)
         ]
         for thread in self._members:
             thread.start()
 
-    def wait_for(self, pending: Pending, works: list[tuple[Any, int]]) -> None:
+    def post(self, pending: Pending, transfers: list[_Transfer], *, reduce: bool) -> None:
+        """Posts them in the order of the calls. A reduce is then waited for; a gather is by whoever needs it."""
         pending._arrived.clear()
-        with self._changed:
-            self._reducing += 1
-        self._reduces.put((pending, works))
+        if reduce:
+            with self._changed:
+                self._reducing += 1
+        self._posts.put((pending, transfers, reduce))
 
     def send(self, pending: Pending, priority: int, chunks: list[tuple[Tensor, int, int]]) -> None:
         pending._sends = len(chunks)
@@ -140,21 +147,35 @@ class _Threads:
         return bool(self._chunks) and (not self._reducing or self._chunks[0][0] < self._step)
 
     def close(self) -> None:
-        self._reduces.put(None)
+        self._posts.put(None)
         with self._changed:
             self._closing = True
             self._changed.notify()
         for thread in self._members:
             thread.join()
 
-    def _wait_for_reduces(self) -> None:
-        last = 0.0
-        while (item := self._reduces.get()) is not None:
-            pending, works = item
+    def _post(self) -> None:
+        while (item := self._posts.get()) is not None:
+            pending, transfers, reduce = item
             try:
-                self._group.wait_for(pending.label, works)
+                for transfer in transfers:
+                    pending._works.append(self._group.post(pending.label, *transfer))
             except TransferError as error:
                 pending._settle(error)
+            if reduce:
+                self._reduces.put(pending)
+            else:
+                pending._settle()
+        self._reduces.put(None)
+
+    def _wait_for_reduces(self) -> None:
+        last = 0.0
+        while (pending := self._reduces.get()) is not None:
+            try:
+                self._group.wait_for(pending.label, pending._works)
+            except TransferError as error:
+                pending._settle(error)
+            pending._works.clear()
             now = time.perf_counter()
             self._group.busy += now - max(pending.posted, last)
             last = now
@@ -164,7 +185,7 @@ class _Threads:
                 self._changed.notify()
 
     def _send_chunks(self) -> None:
-        flying: list[tuple[Any, int, Pending, float]] = []
+        flying: list[tuple[tuple[Any, int], Pending, float]] = []
         last = 0.0
         while True:
             with self._changed:
@@ -178,17 +199,17 @@ class _Threads:
             # Out of the lock, under which the main thread posts: a send copies its bytes before it returns.
             for _, _, _, tensor, peer, tag, pending in chosen:
                 try:
-                    work = dist.isend(tensor, peer, self._group.gathers, tag)
-                except RuntimeError as failed:  # the connection is down already
-                    pending._settle(self._group.failure(pending.label, -1, failed))
+                    work = self._group.post(pending.label, dist.isend, tensor, peer, self._group.gathers, tag)
+                except TransferError as failed:
+                    pending._settle(failed)
                 else:
-                    flying.append((work, peer, pending, time.perf_counter()))
+                    flying.append((work, pending, time.perf_counter()))
             if not flying:
                 continue
-            work, peer, pending, posted = flying.pop(0)
+            work, pending, posted = flying.pop(0)
             error: TransferError | None = None
             try:
-                self._group.wait_for(pending.label, [(work, self._group.ranks.index(peer))])
+                self._group.wait_for(pending.label, [work])
             except TransferError as failed:
                 error = failed
             now = time.perf_counter()
@@ -238,7 +259,9 @@ class Group:
         pending = Pending(self, label, 2 * x.nbytes, lambda: x.div_(self.size) if scale else x)
         if self.size > 1:
             op = dist.ReduceOp.AVG if average and self._native else dist.ReduceOp.SUM
-            self._wait_for(pending, [(dist.all_reduce(x, op, self.reduces, async_op=True), -1)])
+            # By this thread, as all blocking collectives: they find each other by the order of posting.
+            pending._works.append((dist.all_reduce(x, op, self.reduces, async_op=True), -1))
+            self._post_reduce(pending, [])
             self.sent += pending.nbytes
         return pending
 
@@ -288,9 +311,11 @@ class Group:
             return own if total is own else own.copy_(total)
 
         pending = Pending(self, label, nbytes, fold)
-        works = [self._receive(incoming[p][: own.numel()], p, self.reduces, key) for p in outgoing if own.numel()]
-        works += [self._send(piece, p, self.reduces, key) for p, piece in outgoing.items() if piece.numel()]
-        self._wait_for(pending, works)
+        transfers: list[_Transfer] = []
+        if own.numel():
+            transfers += [(dist.irecv, incoming[p][: own.numel()], p, self.reduces, key) for p in outgoing]
+        transfers += [(dist.isend, piece, p, self.reduces, key) for p, piece in outgoing.items() if piece.numel()]
+        self._post_reduce(pending, transfers)
         return pending
 
     def all_gather(self, x: Tensor, bounds: Sequence[int], *, key: int, label: str, priority: int = 0) -> Pending:
@@ -319,14 +344,15 @@ class Group:
                     pending._works.append((work, source))
             return pending
         peers = [(self.rank + i) % self.size for i in range(1, self.size)]
-        for p in peers:
-            for i, chunk in enumerate(_chunks(pieces[p])):
-                pending._works.append(self._receive(chunk, p, self.gathers, key * _MAX_CHUNKS + i))
+        receives: list[_Transfer] = [
+            (dist.irecv, chunk, p, self.gathers, key * _MAX_CHUNKS + i) for p in peers for i, chunk in enumerate(_chunks(pieces[p]))
+        ]
+        self._threads.post(pending, receives, reduce=False)
         # Sent from a copy: the weights may be updated or written by the user before the last peer has them.
         lent = self._take(own.numel(), own.dtype, own.device)
         copied = lent[: own.numel()].copy_(own)
         pending._lent = lent
-        chunks = [(chunk, self.ranks[p], key * _MAX_CHUNKS + i) for i, chunk in enumerate(_chunks(copied)) for p in peers]
+        chunks = [(chunk, p, key * _MAX_CHUNKS + i) for i, chunk in enumerate(_chunks(copied)) for p in peers]
         if chunks:
             self._threads.send(pending, priority, chunks)
         return pending
@@ -394,23 +420,22 @@ class Group:
             "The peer has ended or cannot be reached; see its log. Resume from the last checkpoint."
         )
 
-    def _wait_for(self, pending: Pending, works: list[tuple[Any, int]]) -> None:
-        if self._threads is not None:
-            self._threads.wait_for(pending, works)
-        else:
-            pending._works += works
+    def post(self, label: str, transfer: Callable[..., Any], x: Tensor, peer: int, group: Any, tag: int) -> tuple[Any, int]:
+        """Starts one transfer with a peer (its rank in the group; -1: with all) and gives what :meth:`wait_for` takes.
 
-    def _receive(self, x: Tensor, peer: int, group: Any, tag: int) -> tuple[Any, int]:
-        return self._post(dist.irecv, x, peer, group, tag)
-
-    def _send(self, x: Tensor, peer: int, group: Any, tag: int) -> tuple[Any, int]:
-        return self._post(dist.isend, x, peer, group, tag)
-
-    def _post(self, transfer: Callable[..., Any], x: Tensor, peer: int, group: Any, tag: int) -> tuple[Any, int]:
+        Raises:
+            TransferError: the connection is down already.
+        """
         try:
             return transfer(x, self.ranks[peer], group, tag), peer
-        except RuntimeError as error:  # the connection is down already
-            raise self.failure(transfer.__name__, peer, error) from error
+        except RuntimeError as error:
+            raise self.failure(label, peer, error) from error
+
+    def _post_reduce(self, pending: Pending, transfers: list[_Transfer]) -> None:
+        if self._threads is not None:
+            self._threads.post(pending, transfers, reduce=True)
+        else:
+            pending._works += [self.post(pending.label, *transfer) for transfer in transfers]
 
     def _take(self, numel: int, dtype: torch.dtype, device: torch.device) -> Tensor:
         """A buffer that is free, since fresh memory costs a page fault for every 4 KiB."""
