@@ -13,8 +13,7 @@ from lightning.pytorch.cli import LightningCLI
 
 from lightning_overlap.bench.measure import measure
 from lightning_overlap.decision import ConfigError
-from lightning_overlap.facts import Facts
-from lightning_overlap.optimization import gradient_readers, is_compiled, unfreezers
+from lightning_overlap.optimization import facts_of
 from lightning_overlap.plan import resolve
 from lightning_overlap.strategy import OverlapStrategy
 
@@ -40,17 +39,12 @@ class _Trainer(Trainer):
             ranks: processes in all; by default the trainer's devices times nodes.
         """
         strategy = self._overlap()
-        facts = Facts(
+        facts = facts_of(
+            self,
+            model,
             world_size=ranks or self.num_devices * self.num_nodes,
             device=strategy.root_device.type,
             backend="nccl" if strategy.root_device.type == "cuda" else "gloo",
-            precision=str(self.precision),
-            gradient_clip_val=self.gradient_clip_val,  # type: ignore[arg-type]
-            automatic_optimization=model.automatic_optimization,
-            gradient_readers=gradient_readers(self, model),
-            unfreezers=unfreezers(self),
-            compiled=is_compiled(model),
-            parameters=sum(p.numel() for p in model.parameters() if p.requires_grad),
         )
         print(resolve(strategy.config, facts).explain())
 

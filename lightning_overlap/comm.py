@@ -229,7 +229,7 @@ class Group:
         ranks: global ranks of the members, in the order of their rank in the group.
         name: names the group in errors.
         reduces: the process group of reduces, and of everything that is not a gather.
-        gathers: the process group of gathers.
+        gathers: the process group of gathers; None for a group that only all-reduces, which needs no threads.
 
     Attributes:
         exposed: seconds for which the main thread has blocked in waits.
@@ -251,7 +251,7 @@ class Group:
         self._free: dict[torch.dtype, list[Tensor]] = defaultdict(list)
         self._native = dist.get_backend(reduces) == "nccl"
         self.keyed = not self._native
-        self._threads = None if self._native or self.size == 1 else _Threads(self)
+        self._threads = None if self._native or self.size == 1 or gathers is None else _Threads(self)
 
     def all_reduce(self, x: Tensor, *, label: str, average: bool = False) -> Pending:
         """Sums ``x`` over the group, in place; the mean of the ranks if ``average``."""
@@ -456,13 +456,15 @@ def _chunks(x: Tensor) -> Sequence[Tensor]:
     return x.split(step) if x.numel() else ()
 
 
-def make_group(rank_sets: Sequence[Sequence[int]], name: str, timeout: timedelta, backend: str | None = None) -> Group:
+def make_group(
+    rank_sets: Sequence[Sequence[int]], name: str, timeout: timedelta, backend: str | None = None, *, gathers: bool = True
+) -> Group:
     """The group of this rank among disjoint ``rank_sets``. Collective over the world: all ranks name the same sets."""
     mine: Group | None = None
     for ranks in rank_sets:
         pair: list[Any] = [None, None]
         if len(ranks) > 1:
-            pair = [dist.new_group(ranks, timeout=timeout, backend=backend) for _ in ("reduces", "gathers")]
+            pair = [dist.new_group(ranks, timeout=timeout, backend=backend) if wanted else None for wanted in (True, gathers)]
         if dist.get_rank() in ranks:
             mine = Group(ranks, name, *pair)
     assert mine is not None, f"rank {dist.get_rank()} is in none of {rank_sets}"

@@ -17,6 +17,8 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch._dynamo import OptimizedModule
 from torch.jit import ScriptModule
 
+from lightning_overlap.facts import Facts
+
 if TYPE_CHECKING:
     from lightning_overlap.comm import Group, Pending
     from lightning_overlap.modes.base import OverlapMode
@@ -80,6 +82,20 @@ def adapt_precision(plugin: Precision, strategy: OverlapStrategy) -> None:
 def after_closure(plugin: Precision, model: LightningModule, optimizer: Any) -> None:
     """``on_before_optimizer_step`` and clipping."""
     plugin._after_closure(model, optimizer)
+
+
+def facts_of(trainer: Trainer, module: LightningModule, **known: Any) -> Facts:
+    """The facts of a run; ``known`` are those that the caller has (ranks, device, backend, optimizers)."""
+    return Facts(
+        precision=str(trainer.precision),
+        gradient_clip_val=trainer.gradient_clip_val,  # type: ignore[arg-type]
+        automatic_optimization=module.automatic_optimization,
+        gradient_readers=gradient_readers(trainer, module),
+        unfreezers=unfreezers(trainer),
+        compiled=is_compiled(module),
+        parameters=sum(p.numel() for p in module.parameters() if p.requires_grad),
+        **known,
+    )
 
 
 class Preemption:

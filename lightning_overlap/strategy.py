@@ -38,7 +38,7 @@ from lightning_overlap.modes.data.config import DataParallel
 from lightning_overlap.modes.expert.config import ExpertParallel
 from lightning_overlap.modes.pipeline.config import PipelineParallel
 from lightning_overlap.modes.tensor.config import TensorParallel
-from lightning_overlap.optimization import Preemption, adapt_precision, after_closure, gradient_readers, held, is_compiled, unfreezers
+from lightning_overlap.optimization import Preemption, adapt_precision, after_closure, facts_of, held
 from lightning_overlap.plan import Plan, resolve
 from lightning_overlap.probe import examine
 from lightning_overlap.sharded_checkpoint import Folders, SavedOptimizer, describe, is_folder, names_of
@@ -204,7 +204,7 @@ class OverlapStrategy(DDPStrategy):
         if fitting:
             self.setup_optimizers(trainer)
             if world_size() > 1:
-                everyone = make_group([range(self.world_size)], "world", self._time_limit, backend="gloo")
+                everyone = make_group([range(self.world_size)], "world", self._time_limit, backend="gloo", gathers=False)
                 self._preemption = Preemption(trainer, everyone)
                 self._buffers = SharedBuffers(self.model)
         self.setup_precision_plugin()
@@ -213,27 +213,20 @@ class OverlapStrategy(DDPStrategy):
         super().setup_optimizers(trainer)
         model = self.lightning_module
         assert model is not None, "Lightning connects the module"
-        facts = Facts(
+        facts = facts_of(
+            trainer,
+            model,
             world_size=self.world_size,
             device=self.root_device.type,
             backend=backend(),
-            precision=str(trainer.precision),
-            gradient_clip_val=trainer.gradient_clip_val,  # type: ignore[arg-type]
-            automatic_optimization=model.automatic_optimization,
-            gradient_readers=gradient_readers(trainer, model),
-            unfreezers=unfreezers(trainer),
-            compiled=is_compiled(model),
             optimizers=tuple(examine(optimizer) for optimizer in self.optimizers),
-            parameters=sum(p.numel() for p in model.parameters() if p.requires_grad),
         )
         # What the plan is made from (callbacks, clipping, optimizers) may differ between ranks, and plans that differ hang.
         self._same_everywhere({field.name: repr(getattr(facts, field.name)) for field in fields(facts)})
         self._plan = resolve(self.config, facts)
         rank_zero_info(self._plan.explain())
-        earlier, self.modes = (
-            self.modes,
-            [m(self._plan, self.config, self.mesh, self._time_limit) for m in MODES if m.runs(self._plan)],
-        )
+        earlier = self.modes
+        self.modes = [m(self._plan, self.config, self.mesh, self._time_limit) for m in MODES if m.runs(self._plan)]
         for mode in self.modes:
             mode.parallelize(model)
         for mode in self.modes:
