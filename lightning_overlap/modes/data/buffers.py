@@ -11,6 +11,9 @@ from torch import Tensor, nn
 from lightning_overlap.comm import Pending
 from lightning_overlap.modes.data.layout import Bucket
 
+HALF = (torch.bfloat16, torch.float16)
+"""Dtypes of parameters that are updated as fp32 main parameters."""
+
 
 @dataclass(eq=False)
 class Segment:

@@ -27,10 +27,11 @@ from torch.optim import Optimizer
 from lightning_overlap.comm import Group, Pending, make_group
 from lightning_overlap.decision import ConfigError
 from lightning_overlap.modes.base import OverlapMode
-from lightning_overlap.modes.data import state
-from lightning_overlap.modes.data.buffers import LiveBucket, Segment, flatten, unflatten
+from lightning_overlap.modes.data.buffers import HALF, LiveBucket, flatten, unflatten
+from lightning_overlap.modes.data.gathers import Gathers
 from lightning_overlap.modes.data.guard import CompleteBefore, GuardedParameters
 from lightning_overlap.modes.data.layout import Bucket, lateness, lay_out
+from lightning_overlap.modes.data.optimizer import ShardedOptimizer
 
 if TYPE_CHECKING:
     from lightning_overlap.config import OverlapConfig
@@ -38,12 +39,8 @@ if TYPE_CHECKING:
     from lightning_overlap.plan import Plan
 
 
-HALF = (torch.bfloat16, torch.float16)
-"""Dtypes of parameters that are updated as fp32 main parameters."""
 WORTH_IT = 0.1
 """Buckets are laid out again if they can then be sent, on average, so much of a backward earlier."""
-OWNER = "_lightning_overlap_owner"
-"""Attribute of an optimizer: the mode that holds its state in shards."""
 
 
 class DataMode(OverlapMode):
@@ -53,23 +50,17 @@ class DataMode(OverlapMode):
         super().__init__(plan, config, mesh, timeout)
         self._buckets: list[LiveBucket] = []
         self._home: dict[int, tuple[LiveBucket, Tensor]] = {}  # id of a parameter -> its bucket and its gradient's view
-        self._incomplete: set[int] = set()  # keys of the buckets that are being gathered
         self._reducing: deque[tuple[LiveBucket, Pending]] = deque()
         self._crossing: deque[tuple[LiveBucket, Pending]] = deque()
-        self._waiting_to_gather: list[LiveBucket] = []
-        self._seen: dict[int, None] = {}  # keys of the buckets in the order in which this forward reads them
         self._frozen: list[tuple[str, nn.Parameter]] = []
         self._lengths: dict[Optimizer, list[int]] = {}
-        self._optimizer: Optimizer | None = None
+        self._optimizer: ShardedOptimizer | None = None
         self._hooks: list[Any] = []
         self._guarded: list[nn.Module] = []
-        self._shards: list[list[nn.Parameter]] = []  # segments by the optimizer's group
         self._kinds: list[list[tuple[str, nn.Parameter]]] = []  # parameters that can share a buffer
         self._fired: dict[int, None] | None = {}  # ids of parameters in the order of their first gradients
-        self._claims: list[Any] = []  # hooks of the optimizer; they outlive the fit
-        self._users: list[list[nn.Parameter]] = []  # the user's param_groups, while the shards stand in their place
         self._held = self._announced = self._backward_open = False
-        self._stepping = self._said_unused = self._released = self._seen_backward = False
+        self._said_unused = self._seen_backward = False
         own = config.data_parallel
         self._sharded = plan.choice("data_parallel.distributed_optimizer") != "off"
         self._whole = plan.choice("data_parallel.distributed_optimizer") == "whole parameters"
@@ -78,9 +69,10 @@ class DataMode(OverlapMode):
         self._gathering = plan.choice("data_parallel.overlap_param_gather")
         self._step_in_backward = plan.choice("data_parallel.overlap_optimizer_step") == "in backward"
         self._step_by_bucket = plan.choice("data_parallel.overlap_optimizer_step") != "off"
-        self._prefetch = None if own.param_gather_prefetch == "all" else int(own.param_gather_prefetch)
         self._wire = torch.bfloat16 if own.reduce_scatter_with_fp32_accumulation else None
         self._groups(own.num_optimizer_instances)
+        prefetch = None if own.param_gather_prefetch == "all" else int(own.param_gather_prefetch)
+        self._gathers = Gathers(self._buckets, self.group, prefetch)
         # Ranks may see gradients in different orders. What is matched by the order of posting is posted by bucket number.
         self._any_order = self.group.keyed and self._scatter and self._instances is None
 
@@ -162,13 +154,13 @@ class DataMode(OverlapMode):
         if max(gains, default=0.0) < WORTH_IT:
             return
         self.sync_parameters()
-        old, grads = self._buckets, [(p, p.grad) for b in self._buckets for p in b.parameters if p.grad is not None]
-        self._kinds, self._buckets, self._home = kinds, [], {}
-        self._seen.clear()
+        old, grads = list(self._buckets), [(p, p.grad) for b in self._buckets for p in b.parameters if p.grad is not None]
+        self._kinds, self._home = kinds, {}
+        self._buckets.clear()
+        self._gathers.forget_order_seen()
         self._build()
         if self._optimizer is not None:
-            self._cut(self._optimizer)
-            state.move(self._optimizer, old, self._buckets, self.group)
+            self._optimizer.move(old)
         for parameter, grad in grads:
             view = self._home[id(parameter)][1]
             parameter.grad = view.copy_(grad)
@@ -181,7 +173,7 @@ class DataMode(OverlapMode):
         for module in model.modules():
             own = [p for p in module._parameters.values() if p is not None and id(p) in self._home]
             if own:
-                guarded = GuardedParameters(module._parameters, self._incomplete, self._complete)
+                guarded = GuardedParameters(module._parameters, self._gathers.incomplete, self._complete)
                 module._parameters = guarded  # type: ignore[assignment]
                 self._guarded.append(module)
                 if isinstance(module, nn.RNNBase):  # reads its weights from a list of its own, past the guard
@@ -198,72 +190,16 @@ class DataMode(OverlapMode):
         self._lengths = {optimizer: _lengths(optimizer) for optimizer in optimizers}
         if self._sharded and optimizers:
             (optimizer,) = optimizers
-            self._shard(optimizer)
-
-    def _shard(self, optimizer: Optimizer) -> None:
-        owner = getattr(optimizer, OWNER, None)  # of an earlier fit, when the module gives the same object again
-        if owner is not None:
-            given = owner.optimizer_state(optimizer)
-            owner.disown()
-            given = self.group.share_object(given)
-        else:
-            given = optimizer.state_dict() if optimizer.state else None
-        setattr(optimizer, OWNER, self)
-        self._optimizer = optimizer
-        self._names = state.original_names(optimizer, self._buckets)
-        self._cut(optimizer)
-        if given is not None:
-            optimizer.state.clear()
-            state.load(optimizer, self._buckets, self._names, given)
-            self.adopt_parameters()
-        self._claims = [
-            optimizer.register_step_pre_hook(self._before_step),
-            optimizer.register_step_post_hook(self._after_step),
-            optimizer.register_state_dict_pre_hook(self._before_state_dict),
-        ]
-
-    def _cut(self, optimizer: Optimizer) -> None:
-        group_of = {id(p): g for g, group in enumerate(optimizer.param_groups) for p in group["params"]}
-        self._shards = [[] for _ in optimizer.param_groups]
-        for bucket in self._buckets:
-            self._segment(bucket, group_of)
-            for segment in bucket.segments:
-                self._shards[segment.group].append(segment.parameter)
-
-    def disown(self) -> None:
-        """The optimizer is somebody else's now."""
-        for claim in self._claims:
-            claim.remove()
-        if self._optimizer is not None:
-            delattr(self._optimizer, OWNER)
-            self._optimizer.state.clear()
-            self._optimizer = None
-
-    def _segment(self, bucket: LiveBucket, group_of: dict[int, int]) -> None:
-        """Cuts this rank's piece of a bucket where the optimizer's group changes (at every parameter, if they stay whole)."""
-        own = bucket.own
-        if bucket.data.dtype in HALF:
-            bucket.main = bucket.data[own].float()
-        runs: list[tuple[int, int, int, nn.Parameter]] = []  # group, start, end, first parameter
-        for slot, parameter in zip(bucket.layout.slots, bucket.parameters, strict=True):
-            start = max(slot.start - bucket.layout.start, own.start)
-            end = min(slot.end - bucket.layout.start, own.stop)
-            group = group_of.get(id(parameter))
-            if start >= end or group is None:
-                continue
-            if runs and runs[-1][0] == group and not self._whole and self._joins(bucket, runs[-1][2], start):
-                runs[-1] = (group, runs[-1][1], end, runs[-1][3])
-            else:
-                runs.append((group, start, end, parameter))
-        for group, start, end, first in runs:
-            flat = bucket.data[start:end] if bucket.main is None else bucket.main[start - own.start : end - own.start]
-            parameter = nn.Parameter(flat.view(first.shape) if self._whole else flat)
-            bucket.segments.append(Segment(parameter, group, start, end))
-
-    @staticmethod
-    def _joins(bucket: LiveBucket, end: int, start: int) -> bool:
-        """Whether only padding lies between two places: zeros with zero gradients, which every optimizer leaves alone."""
-        return not any(end < s.end - bucket.layout.start and s.start - bucket.layout.start < start for s in bucket.layout.slots)
+            self._optimizer = ShardedOptimizer(
+                optimizer,
+                self._buckets,
+                self._gathers,
+                self.group,
+                whole=self._whole,
+                by_bucket=self._step_by_bucket,
+                gather_at_once=self._gathering == "off",
+                reduced_in_pieces=self._scatter,
+            )
 
     # -- backward ----------------------------------------------------------------------------------------------------
 
@@ -284,7 +220,7 @@ class DataMode(OverlapMode):
 
     def start_backward(self) -> None:
         self._announced = True
-        self._post_gathers(everything=True)  # a forward that left out modules may have left gathers unposted
+        self._gathers.post_all()  # a forward that left out modules may have left some unposted
         if not self._held:
             self._open_backward()
 
@@ -296,12 +232,7 @@ class DataMode(OverlapMode):
         for bucket in self._buckets:
             bucket.launched = not self._sharded and not any(p.requires_grad for p in bucket.parameters)
             bucket.missing = set() if bucket.launched else {id(p) for p in bucket.parameters}
-        # The order seen decides what is sent first. With a bound on what is in flight all ranks must post in one order: two that
-        # wait for different buckets would each have left the other's unposted.
-        if self.group.keyed and self._prefetch is None:
-            for place, key in enumerate(self._seen):
-                self._buckets[key].order = place
-        self._seen.clear()
+        self._gathers.follow_order_seen()
 
     def _refuse_changes(self) -> None:
         thawed = [name for name, parameter in self._frozen if parameter.requires_grad]
@@ -323,11 +254,12 @@ class DataMode(OverlapMode):
         for bucket in self._buckets:
             for index, (parameter, place) in enumerate(zip(bucket.parameters, bucket.places, strict=True)):
                 if parameter.data_ptr() != place:
-                    self._finish_gather(bucket)
+                    self._gathers.finish(bucket)
                     view = bucket.views(bucket.data)[index]
                     view.copy_(parameter.data)
                     parameter.data = view
-                    self._adopt(bucket)
+                    if self._optimizer is not None:
+                        self._optimizer.adopt(bucket)
 
     def _on_gradient(self, parameter: nn.Parameter) -> None:
         if self._sharded and not self._announced:
@@ -410,8 +342,8 @@ class DataMode(OverlapMode):
 
     def _reduced(self, bucket: LiveBucket) -> None:
         bucket.reduced, bucket.taken = self._sharded, False
-        if self._step_in_backward:
-            self._update(bucket)
+        if self._step_in_backward and self._optimizer is not None:
+            self._optimizer.update(bucket)
 
     def finish_backward(self) -> None:
         self._announced = False
@@ -444,152 +376,19 @@ class DataMode(OverlapMode):
                 for parameter in bucket.parameters:
                     parameter.grad = None  # partly reduced: nobody may take it for the gradient
 
-    # -- step --------------------------------------------------------------------------------------------------------
-
-    def stepped_parameters(self, optimizer: Optimizer) -> list[nn.Parameter] | None:
-        if optimizer is not self._optimizer:
-            return None
-        for bucket in self._reduced_buckets():
-            self._take_gradients(bucket)
-        return [parameter for group in self._shards for parameter in group]
-
-    def _take_gradients(self, bucket: LiveBucket) -> None:
-        """The segments get their part of the reduced gradients, once."""
-        if bucket.taken:
-            return
-        bucket.taken = True
-        if not self._scatter:
-            # Everyone has the whole gradients, and the user's hooks may have put others in their place, or none.
-            if all(parameter.grad is None for parameter in bucket.parameters):
-                bucket.reduced = False
-                return
-            for parameter, view in zip(bucket.parameters, bucket.views(bucket.grads), strict=True):
-                if parameter.grad is None:
-                    view.zero_()
-                elif parameter.grad is not view:
-                    view.copy_(parameter.grad)
-        for segment in bucket.segments:
-            grad = bucket.grads[segment.start : segment.end]
-            segment.parameter.grad = grad.to(segment.parameter.dtype).view(segment.parameter.shape)
-
-    def _before_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Before ``optimizer.step()``, whoever calls it: the shards take the places of the user's parameters."""
-        if self._stepping:
-            return None
-        if self._released:
-            raise ConfigError("after fit the optimizer's state is in the ranks' shards: make a new optimizer to step by hand")
-        result = None
-        closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
-        if closure is not None:
-            # It runs backward, which must be over before the shards can be stepped.
-            with torch.enable_grad():
-                loss = closure()
-            result = (args[0], lambda: loss), {key: value for key, value in kwargs.items() if key != "closure"}
-        for bucket in self._reduced_buckets():
-            self._take_gradients(bucket)
-            if self._step_by_bucket and bucket.reduced:
-                self._update(bucket)
-        for bucket in self._reduced_buckets():
-            self._finish_gather(bucket)
-        self._users = [group["params"] for group in optimizer.param_groups]
-        self._put(self._shards)
-        return result
-
-    def _after_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if self._stepping:
-            return
-        self._put(self._users)
-        for bucket in self._reduced_buckets():
-            self._publish(bucket)
-        if self._gathering == "off":
-            self.sync_parameters()
-
-    def _before_state_dict(self, optimizer: Optimizer) -> None:
-        raise ConfigError(
-            "the optimizer's state is sharded over the ranks; trainer.save_checkpoint() saves the whole of it, and "
-            "trainer.strategy.optimizer_state(optimizer), called on every rank, gives it to the first"
-        )
-
-    def _put(self, parameters: Sequence[list[nn.Parameter]]) -> None:
-        assert self._optimizer is not None, "shards belong to the one optimizer"
-        for group, mine in zip(self._optimizer.param_groups, parameters, strict=True):
-            group["params"] = mine
-
-    def _reduced_buckets(self) -> list[LiveBucket]:
-        """Those with fresh gradients, the same on all ranks, in the order in which forward reads them."""
-        return sorted((b for b in self._buckets if b.reduced), key=lambda b: b.order)
-
-    def _update(self, bucket: LiveBucket) -> None:
-        """The user's optimizer steps the segments of one bucket."""
-        optimizer = self._optimizer
-        assert optimizer is not None, "a sharded bucket belongs to the one optimizer"
-        self._take_gradients(bucket)
-        self._finish_gather(bucket)
-        users = [group["params"] for group in optimizer.param_groups]
-        self._put([[s.parameter for s in bucket.segments if s.group == index] for index in range(len(users))])
-        self._stepping = True
-        try:
-            type(optimizer).step(optimizer)  # type: ignore[call-arg]
-        finally:
-            self._stepping = False
-            self._put(users)
-        self._publish(bucket)
-
-    def _publish(self, bucket: LiveBucket) -> None:
-        bucket.reduced = bucket.taken = False
-        for segment in bucket.segments:
-            segment.parameter.grad = None
-        self._finish_gather(bucket)
-        if bucket.main is not None:
-            bucket.data[bucket.own].copy_(bucket.main)
-        # A weight that autograd saved before this cannot be used after it without an error.
-        torch.autograd.graph.increment_version(bucket.parameters)
-        self._incomplete.add(bucket.key)
-        self._waiting_to_gather.append(bucket)
-        if self._prefetch is None:
-            self._post_gathers(everything=True)
-
-    # -- gather ------------------------------------------------------------------------------------------------------
-
-    def _post_gathers(self, *, everything: bool = False) -> None:
-        self._waiting_to_gather.sort(key=lambda b: b.order)
-        while self._waiting_to_gather:
-            flying = len(self._incomplete) - len(self._waiting_to_gather)
-            if not everything and self._prefetch is not None and flying > self._prefetch:
-                return
-            bucket = self._waiting_to_gather.pop(0)
-            bucket.gather = self.group.all_gather(
-                bucket.data, bucket.bounds, key=bucket.key, label=f"data.params{bucket.label}", priority=bucket.order
-            )
+    # -- parameters --------------------------------------------------------------------------------------------------
 
     def _complete(self, parameter: nn.Parameter) -> None:
         bucket, _ = self._home.get(id(parameter), (None, None))
-        if bucket is None or bucket.key not in self._incomplete:
+        if bucket is None:
             return
-        if self._backward_open and bucket.launched:
+        if self._backward_open and bucket.launched and bucket.key in self._gathers.incomplete:
             # Updated in this backward: it would be the wrong weight, and peers may send it only after this backward.
             raise self._used_twice(bucket, parameter)
-        if bucket.gather is None:
-            # Another bucket than the one that all ranks post next: then all are posted, since peers may wait for any.
-            self._post_gathers(everything=bucket is not min(self._waiting_to_gather, key=lambda b: b.order))
-        if bucket.gather is None:
-            self._post_gathers(everything=True)
-        self._seen.setdefault(bucket.key)
-        self._finish_gather(bucket)
-        self._post_gathers()
-
-    def _finish_gather(self, bucket: LiveBucket) -> None:
-        if bucket.gather is None:
-            return
-        bucket.gather.wait()
-        bucket.gather = None
-        self._incomplete.discard(bucket.key)
-        torch.autograd.graph.increment_version(bucket.parameters)
+        self._gathers.complete(bucket)
 
     def sync_parameters(self) -> None:
-        self._post_gathers(everything=True)
-        for bucket in self._buckets:
-            self._finish_gather(bucket)
+        self._gathers.finish_all()
 
     # -- what is shared with the rest --------------------------------------------------------------------------------
 
@@ -598,39 +397,39 @@ class DataMode(OverlapMode):
             return sum_of_squares
         return self.group.all_reduce(sum_of_squares, label="data.norm").wait()
 
+    def _holds(self, optimizer: Optimizer) -> ShardedOptimizer | None:
+        return self._optimizer if self._optimizer is not None and self._optimizer.owns(optimizer) else None
+
+    def stepped_parameters(self, optimizer: Optimizer) -> list[nn.Parameter] | None:
+        held = self._holds(optimizer)
+        return None if held is None else held.parameters()
+
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any] | None:
-        if optimizer is not self._optimizer:
-            return None
-        return state.gather(optimizer, self._buckets, self._names, self.group)
+        held = self._holds(optimizer)
+        return None if held is None else held.state()
 
     def load_optimizer_state(self, optimizer: Optimizer, state_dict: dict[str, Any]) -> bool:
-        if optimizer is not self._optimizer:
-            return False
-        state.load(optimizer, self._buckets, self._names, state_dict)
-        self.adopt_parameters()
-        return True
+        held = self._holds(optimizer)
+        if held is not None:
+            held.load(state_dict)
+        return held is not None
 
     def optimizer_shards(
         self, optimizer: Optimizer, saved: Mapping[str, Mapping[str, Any]] | None = None
     ) -> dict[str, dict[str, Any]] | None:
-        if optimizer is not self._optimizer:
-            return None
-        return state.shards(optimizer, self._buckets, saved)
+        held = self._holds(optimizer)
+        return None if held is None else held.shards(saved)
 
     def adopt_parameters(self) -> None:
-        for bucket in self._buckets:
-            self._adopt(bucket)
-
-    def _adopt(self, bucket: LiveBucket) -> None:
-        """A main parameter that does not round to its weight is of another time: the weight counts."""
-        if bucket.main is not None and not self._released:
-            weights = bucket.data[bucket.own]
-            bucket.main.copy_(torch.where(bucket.main.to(weights.dtype) == weights, bucket.main, weights.float()))
+        if self._optimizer is not None:
+            self._optimizer.adopt_parameters()
 
     def release(self, *, complete: bool = True) -> None:
         if complete:
             self.sync_parameters()
-        self._incomplete.clear()
+        self._gathers.incomplete.clear()
+        if self._optimizer is not None:
+            self._optimizer.release()
         for hook in self._hooks:
             hook.remove()
         for module in self._guarded:
@@ -640,7 +439,6 @@ class DataMode(OverlapMode):
             for group in filter(None, (self.group, self._instances)):
                 group.rest()
         self._guarded, self._hooks, self._home = [], [], {}
-        self._released = True
 
     def close(self) -> None:
         for group in filter(None, (self.group, self._instances)):

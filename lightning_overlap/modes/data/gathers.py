@@ -1,0 +1,98 @@
+"""Updated parameters on their way to the other ranks: which are to be sent, which are in flight, and waiting for them."""
+
+from __future__ import annotations
+
+import torch
+
+from lightning_overlap.comm import Group
+from lightning_overlap.modes.data.buffers import LiveBucket
+
+
+class Gathers:
+    """The gathers of all buckets, posted in the order in which forward reads them.
+
+    Args:
+        buckets: the mode's, the same list for as long as the mode lives.
+        group: the ranks that hold the pieces.
+        prefetch: buckets in flight ahead of the one that forward waits for; None for all.
+
+    Attributes:
+        incomplete: keys of the buckets whose parameters are not all there.
+    """
+
+    def __init__(self, buckets: list[LiveBucket], group: Group, prefetch: int | None) -> None:
+        self.incomplete: set[int] = set()
+        self._buckets = buckets
+        self._group = group
+        self._prefetch = prefetch
+        self._to_post: list[LiveBucket] = []
+        self._seen: dict[int, None] = {}  # keys of the buckets in the order in which this forward reads them
+
+    def publish(self, bucket: LiveBucket) -> None:
+        """This rank's piece of the bucket has been updated."""
+        self.finish(bucket)
+        if bucket.main is not None:
+            bucket.data[bucket.own].copy_(bucket.main)
+        # A weight that autograd saved before this cannot be used after it without an error.
+        torch.autograd.graph.increment_version(bucket.parameters)
+        self.incomplete.add(bucket.key)
+        self._to_post.append(bucket)
+        if self._prefetch is None:
+            self.post_all()
+
+    def post_all(self) -> None:
+        """Posts what was held back to bound what is in flight."""
+        while self._to_post:
+            self._post_next()
+
+    def complete(self, bucket: LiveBucket) -> None:
+        """Somebody reads a parameter of the bucket: blocks until it is there."""
+        if bucket.key not in self.incomplete:
+            return
+        if bucket.gather is None and bucket is min(self._to_post, key=_order):
+            self._post_next()
+        if bucket.gather is None:
+            # Another bucket than the one that all ranks post next: then all are posted, since peers may wait for any.
+            self.post_all()
+        self._seen.setdefault(bucket.key)
+        self.finish(bucket)
+        while self._to_post and self._prefetch is not None and len(self.incomplete) - len(self._to_post) <= self._prefetch:
+            self._post_next()
+
+    def finish(self, bucket: LiveBucket) -> None:
+        """Blocks until the bucket is there, if it is in flight."""
+        if bucket.gather is None:
+            return
+        bucket.gather.wait()
+        bucket.gather = None
+        self.incomplete.discard(bucket.key)
+        torch.autograd.graph.increment_version(bucket.parameters)
+
+    def finish_all(self) -> None:
+        """Blocks until every parameter is there."""
+        self.post_all()
+        for bucket in self._buckets:
+            self.finish(bucket)
+
+    def follow_order_seen(self) -> None:
+        """What this forward read first is sent first in the next one."""
+        # With a bound on what is in flight all ranks must post in one order: two that wait for different buckets would each
+        # have left the other's unposted.
+        if self._group.keyed and self._prefetch is None:
+            for place, key in enumerate(self._seen):
+                self._buckets[key].order = place
+        self.forget_order_seen()
+
+    def forget_order_seen(self) -> None:
+        self._seen.clear()
+
+    def _post_next(self) -> None:
+        bucket = min(self._to_post, key=_order)
+        self._to_post.remove(bucket)
+        bucket.gather = self._group.all_gather(
+            bucket.data, bucket.bounds, key=bucket.key, label=f"data.params{bucket.label}", priority=bucket.order
+        )
+
+
+def _order(bucket: LiveBucket) -> int:
+    return bucket.order
