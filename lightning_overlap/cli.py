@@ -44,7 +44,7 @@ class _Trainer(Trainer):
             model,
             world_size=ranks or self.num_devices * self.num_nodes,
             device=strategy.root_device.type,
-            backend="nccl" if strategy.root_device.type == "cuda" else "gloo",
+            backend=strategy._get_process_group_backend(),
         )
         print(resolve(strategy.config, facts).explain())
 

@@ -333,6 +333,7 @@ class Group:
         pending = Pending(self, label, own.nbytes * (self.size - 1), lambda: x)
         if self.size == 1:
             return pending
+        assert self.gathers is not None, f"group {self.name!r} was made without gathers"
         self.sent += pending.nbytes
         if self._threads is None:
             if len({piece.numel() for piece in pieces}) == 1:
@@ -421,14 +422,14 @@ class Group:
         )
 
     def post(self, label: str, transfer: Callable[..., Any], x: Tensor, peer: int, group: Any, tag: int) -> tuple[Any, int]:
-        """Starts one transfer with a peer (its rank in the group; -1: with all) and gives what :meth:`wait_for` takes.
+        """Starts one transfer with a peer (its rank in the group) and gives what :meth:`wait_for` takes.
 
         Raises:
-            TransferError: the connection is down already.
+            TransferError: the connection is down already, or torch refuses the transfer.
         """
         try:
             return transfer(x, self.ranks[peer], group, tag), peer
-        except RuntimeError as error:
+        except Exception as error:  # of any kind: in a thread it would be lost, and the rank would wait for ever
             raise self.failure(label, peer, error) from error
 
     def _post_reduce(self, pending: Pending, transfers: list[_Transfer]) -> None:

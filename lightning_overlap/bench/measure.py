@@ -180,8 +180,7 @@ def measure(
 
     off = OverlapConfig(**{**{f.name: getattr(strategy.config, f.name) for f in fields(OverlapConfig)}, "overlap": "off"})
     rows = {name: Row(name) for name in ("overlapped", "plain", "compute", "communication")}
-    backend = strategy._process_group_backend or ("nccl" if strategy.root_device.type == "cuda" else "gloo")
-    others = all_peers(backend, strategy.world_size) if with_peers else {}
+    others = all_peers(strategy._get_process_group_backend(), strategy.world_size) if with_peers else {}
     refused: dict[str, str] = {}
     rows |= {name: Row(name) for name in others}
     for _ in range(repeats):
