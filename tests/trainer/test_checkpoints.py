@@ -1,5 +1,6 @@
 """Checkpoints through Trainer: resumed training is uninterrupted training, and a crash leaves the last good one."""
 
+import io
 import os
 import pickle
 from pathlib import Path
@@ -216,6 +217,27 @@ def trusting(path):
     fit = Trainer.fit
     with mock.patch.object(Trainer, "fit", lambda *args, **kwargs: fit(*args, weights_only=False, **kwargs)):
         return run(Plain, {"resume": path})["step"]
+
+
+class Looked:
+    """Pickled as a look-up by getattr, which is how Python 3.11.2 writes the members of an enum."""
+
+    def __init__(self, of, name):
+        self.looked_up = getattr, (of, name)
+
+    def __reduce__(self):
+        return self.looked_up
+
+
+def test_an_index_looks_up_nothing_but_members_of_its_enum():
+    def read(what):
+        return folders._IndexUnpickler(io.BytesIO(pickle.dumps(what))).load()
+
+    enum = type(folders._MEM_FORMAT_ENCODING.TORCH_CONTIGUOUS_FORMAT)
+    assert read(Looked(enum, "TORCH_PRESERVE_FORMAT")) is enum.TORCH_PRESERVE_FORMAT
+    for of, name in ((enum, "__init__"), (folders.Metadata, "__init__")):
+        with pytest.raises(pickle.UnpicklingError, match="it names"):
+            read(Looked(of, name))
 
 
 def test_code_is_not_run(world, tmp_path):
