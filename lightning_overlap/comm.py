@@ -17,11 +17,14 @@ from __future__ import annotations
 
 import heapq
 import itertools
+import os
 import queue
+import socket
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -33,6 +36,8 @@ CHUNK_BYTES = 1 << 20
 """A gather is cut into chunks of this size: what a more urgent transfer waits for at most is the window of chunks."""
 WINDOW = 2
 """Chunks in flight on the gather connections: one on the link and one ready behind it."""
+SEND_BUFFER = 128 << 10
+"""Bytes that the kernel may hold of a gather connection (Linux doubles it for its own needs)."""
 _MAX_CHUNKS = 1 << 14
 T = TypeVar("T")
 _Transfer = tuple[Callable[..., Any], Tensor, int, Any, int]
@@ -465,11 +470,33 @@ def make_group(
     for ranks in rank_sets:
         pair: list[Any] = [None, None]
         if len(ranks) > 1:
-            pair = [dist.new_group(ranks, timeout=timeout, backend=backend) if wanted else None for wanted in (True, gathers)]
+            pair[0] = dist.new_group(ranks, timeout=timeout, backend=backend)
+            if gathers:
+                with _small_send_buffers():
+                    pair[1] = dist.new_group(ranks, timeout=timeout, backend=backend)
         if dist.get_rank() in ranks:
             mine = Group(ranks, name, *pair)
     assert mine is not None, f"rank {dist.get_rank()} is in none of {rank_sets}"
     return mine
+
+
+@contextmanager
+def _small_send_buffers() -> Iterator[None]:
+    """Bounds the send buffer of the connections that are made inside.
+
+    A chunk counts as sent once the kernel has it, and the kernel grows a busy connection's buffer to megabytes, which
+    then share the link with the more urgent reduces that follow. gloo has no option for it, so the sockets are the
+    descriptors that are new. Linux only; elsewhere the priority of reduces is that much weaker.
+    """
+    listing = "/proc/self/fd"
+    before = set(os.listdir(listing)) if os.path.isdir(listing) else None
+    yield
+    if before is None:
+        return
+    for descriptor in set(os.listdir(listing)) - before:
+        with suppress(OSError), socket.socket(fileno=os.dup(int(descriptor))) as connection:  # or it is no socket, or closed
+            connection.getpeername()
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER)
 
 
 def world_size() -> int:

@@ -1,10 +1,14 @@
 import datetime
+import os
+import socket
+import sys
+from collections import Counter
 
 import pytest
 import torch
 import torch.distributed as dist
 
-from lightning_overlap.comm import make_group
+from lightning_overlap.comm import SEND_BUFFER, make_group
 
 
 def transfers(bounds, wire):
@@ -61,3 +65,32 @@ def lagging_rank():
 
 def test_a_rank_that_is_behind_is_not_deadlocked(world):
     assert world(2).run(lagging_rank) == [(0.0, 1.0)] * 2
+
+
+def send_buffers():
+    """How many of this process's connections have a send buffer of which size."""
+    sizes = Counter()
+    for descriptor in os.listdir("/proc/self/fd"):
+        try:
+            with socket.socket(fileno=os.dup(int(descriptor))) as connection:
+                connection.getpeername()
+                sizes[connection.getsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF)] += 1
+        except OSError:  # no socket, or closed since
+            continue
+    return sizes
+
+
+def bounded_connections():
+    before = send_buffers()[2 * SEND_BUFFER]
+    group = make_group([list(range(dist.get_world_size()))], "test", datetime.timedelta(seconds=30))
+    try:
+        return send_buffers()[2 * SEND_BUFFER] - before, send_buffers().total()
+    finally:
+        group.close()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="descriptors are listed, and send buffers bounded, on Linux only")
+def test_connections_of_gathers_alone_have_small_send_buffers(world):
+    for bounded, connections in world(4).run(bounded_connections):
+        assert bounded == 3  # one a peer
+        assert connections >= 6  # the reduces' are there too, and are not bounded
