@@ -22,9 +22,10 @@ import queue
 import socket
 import threading
 import time
-from collections import defaultdict
+from collections import defaultdict, deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -39,6 +40,10 @@ WINDOW = 2
 SEND_BUFFER = 128 << 10
 """Bytes that the kernel may hold of a gather connection (Linux doubles it for its own needs)."""
 _MAX_CHUNKS = 1 << 14
+_REMEMBERED = 256
+"""Transfers among which an error looks for those that are not complete."""
+_ASKED = 8
+"""Times that a rank asks another one's clock."""
 T = TypeVar("T")
 _Transfer = tuple[Callable[..., Any], Tensor, int, Any, int]
 """What to call, a tensor, the peer's rank in the group, the process group, a tag."""
@@ -48,21 +53,36 @@ class TransferError(RuntimeError):
     """A transfer failed: a peer died, the link is cut, or the timeout has passed."""
 
 
-class Pending:
-    """A posted transfer.
+@dataclass(slots=True)
+class Transfer:
+    """What is known of a transfer on one rank. Times are seconds of :func:`time.perf_counter`; None: not yet, or not known.
 
     Attributes:
-        label: what is transferred, such as ``data.grads[3]``.
+        label: what is transferred, such as ``data.grads[3]``; up to the first dot it names the mode.
+        number: how many of that label the group had before: label and number mean the same transfer on every rank.
         nbytes: bytes that this rank sends.
-        posted: when it was posted, in seconds of :func:`time.perf_counter`.
-        waited: seconds for which :meth:`wait` blocked, once it has returned: the exposed part.
+        ranks: between which it is.
+        posted: when it was asked for.
+        started: when its first byte could be sent, nothing else being in front of it (gloo).
+        done: when all that this rank sends had gone, and, of a reduce, all had come (gloo).
+        waited: from when to when this rank did nothing but wait for it.
     """
 
+    label: str
+    number: int
+    nbytes: int
+    ranks: tuple[int, ...]
+    posted: float
+    started: float | None = None
+    done: float | None = None
+    waited: tuple[float, float] | None = None
+
+
+class Pending:
+    """A posted transfer."""
+
     def __init__(self, group: Group, label: str, nbytes: int, finish: Callable[[], Tensor]) -> None:
-        self.label = label
-        self.nbytes = nbytes
-        self.posted = time.perf_counter()
-        self.waited: float | None = None
+        self.transfer = group.note(label, nbytes)
         self._group = group
         self._finish: Callable[[], Tensor] | None = finish
         self._result: Tensor | None = None
@@ -88,9 +108,10 @@ class Pending:
             self._arrived.wait()
             if self._error is not None:
                 raise self._error
-            self._group.wait_for(self.label, self._works)
-            self.waited = time.perf_counter() - start
-            self._group.exposed += self.waited
+            self._group.wait_for(self.transfer.label, self._works)
+            end = time.perf_counter()
+            self.transfer.waited = start, end
+            self._group.exposed += end - start
             self._works.clear()
             finish, self._finish = self._finish, None
             self._result = finish()
@@ -164,7 +185,7 @@ class _Threads:
             pending, transfers, reduce = item
             try:
                 for transfer in transfers:
-                    pending._works.append(self._group.post(pending.label, *transfer))
+                    pending._works.append(self._group.post(pending.transfer.label, *transfer))
             except TransferError as error:
                 pending._settle(error)
             if reduce:
@@ -177,21 +198,19 @@ class _Threads:
         last = 0.0
         while (pending := self._reduces.get()) is not None:
             try:
-                self._group.wait_for(pending.label, pending._works)
+                self._group.wait_for(pending.transfer.label, pending._works)
             except TransferError as error:
                 pending._settle(error)
             pending._works.clear()
-            now = time.perf_counter()
-            self._group.busy += now - max(pending.posted, last)
-            last = now
+            pending.transfer.started = max(pending.transfer.posted, last)
+            pending.transfer.done = last = time.perf_counter()
             pending._settle()
             with self._changed:
                 self._reducing -= 1
                 self._changed.notify()
 
     def _send_chunks(self) -> None:
-        flying: list[tuple[tuple[Any, int], Pending, float]] = []
-        last = 0.0
+        flying: list[tuple[tuple[Any, int], Pending]] = []
         while True:
             with self._changed:
                 # With a chunk in flight there is something to wait for below; without one, only for a change.
@@ -203,27 +222,26 @@ class _Threads:
                     chosen.append(heapq.heappop(self._chunks))
             # Out of the lock, under which the main thread posts: a send copies its bytes before it returns.
             for _, _, _, tensor, peer, tag, pending in chosen:
+                pending.transfer.started = pending.transfer.started or time.perf_counter()
                 try:
-                    work = self._group.post(pending.label, dist.isend, tensor, peer, self._group.gathers, tag)
+                    work = self._group.post(pending.transfer.label, dist.isend, tensor, peer, self._group.gathers, tag)
                 except TransferError as failed:
                     pending._settle(failed)
                 else:
-                    flying.append((work, pending, time.perf_counter()))
+                    flying.append((work, pending))
             if not flying:
                 continue
-            work, pending, posted = flying.pop(0)
+            work, pending = flying.pop(0)
             error: TransferError | None = None
             try:
-                self._group.wait_for(pending.label, [work])
+                self._group.wait_for(pending.transfer.label, [work])
             except TransferError as failed:
                 error = failed
-            now = time.perf_counter()
-            self._group.busy += now - max(posted, last)
-            last = now
             pending._sends -= 1
             if error is not None:
                 pending._settle(error)
             elif pending._sends == 0 and pending._lent is not None:
+                pending.transfer.done = time.perf_counter()
                 self._group.give_back(pending._lent)
 
 
@@ -238,8 +256,7 @@ class Group:
 
     Attributes:
         exposed: seconds for which the main thread has blocked in waits.
-        busy: seconds in which transfers were in flight, reduces and gathers added (gloo).
-        sent: bytes sent by this rank.
+        log: if it is a list, every transfer is added to it when it is posted.
         keyed: whether reduce-scatters and all-gathers find each other by their key, so that ranks may post them in
             different orders (gloo). NCCL's, and every all-reduce, are matched by the order of posting.
     """
@@ -251,8 +268,10 @@ class Group:
         self.name = name
         self.reduces = reduces
         self.gathers = gathers
-        self.exposed = self.busy = 0.0
-        self.sent = 0
+        self.exposed = 0.0
+        self.log: list[Transfer] | None = None
+        self._last: deque[Transfer] = deque(maxlen=_REMEMBERED)
+        self._numbers: dict[str, int] = defaultdict(int)
         self._free: dict[torch.dtype, list[Tensor]] = defaultdict(list)
         self._native = dist.get_backend(reduces) == "nccl"
         self.keyed = not self._native
@@ -267,7 +286,6 @@ class Group:
             # By this thread, as all blocking collectives: they find each other by the order of posting.
             pending._works.append((dist.all_reduce(x, op, self.reduces, async_op=True), -1))
             self._post_reduce(pending, [])
-            self.sent += pending.nbytes
         return pending
 
     def reduce_scatter(
@@ -293,7 +311,6 @@ class Group:
         nbytes = sum(piece.nbytes for piece in outgoing.values())
         if self.size == 1:
             return Pending(self, label, 0, lambda: own)
-        self.sent += nbytes
         even = len({b - a for a, b in itertools.pairwise(bounds)}) == 1
         if self._native and wire is None and even:
             op = dist.ReduceOp.AVG if average else dist.ReduceOp.SUM
@@ -339,7 +356,6 @@ class Group:
         if self.size == 1:
             return pending
         assert self.gathers is not None, f"group {self.name!r} was made without gathers"
-        self.sent += pending.nbytes
         if self._threads is None:
             if len({piece.numel() for piece in pieces}) == 1:
                 work = dist.all_gather_into_tensor(x, own, self.gathers, async_op=True)
@@ -385,6 +401,29 @@ class Group:
         dist.gather_object(mine, everyone, dst=self.ranks[0], group=self.reduces)
         return everyone or []
 
+    def clock_offset(self) -> float:
+        """How far this rank's :func:`time.perf_counter` is ahead of the first member's, in seconds. Blocking, collective.
+
+        Cristian's algorithm: of several answers of the first member's clock, the one with the shortest round trip counts
+        (F. Cristian, Probabilistic clock synchronization, 1989).
+        """
+        answer = torch.zeros(1, dtype=torch.float64)
+        if self.rank == 0:
+            for peer in self.ranks[1:]:
+                for _ in range(_ASKED):
+                    dist.recv(answer, peer, self.reduces)
+                    answer[0] = time.perf_counter()
+                    dist.send(answer, peer, self.reduces)
+            return 0.0
+        trips = []
+        for _ in range(_ASKED):
+            asked = time.perf_counter()
+            dist.send(answer, self.ranks[0], self.reduces)
+            dist.recv(answer, self.ranks[0], self.reduces)
+            answered = time.perf_counter()
+            trips.append((answered - asked, (asked + answered) / 2 - answer.item()))
+        return min(trips)[1]
+
     def start_step(self) -> None:
         """To be called before the first reduce of a step: gathers posted earlier are then sent whatever there is to reduce."""
         if self._threads is not None:
@@ -405,6 +444,15 @@ class Group:
                 dist.destroy_process_group(group)
         self.reduces = self.gathers = None
 
+    def note(self, label: str, nbytes: int) -> Transfer:
+        """Puts down that a transfer has been asked for."""
+        transfer = Transfer(label, self._numbers[label], nbytes, self.ranks, time.perf_counter())
+        self._numbers[label] += 1
+        self._last.append(transfer)
+        if self.log is not None:
+            self.log.append(transfer)
+        return transfer
+
     def wait_for(self, label: str, works: Sequence[tuple[Any, int]]) -> None:
         """Blocks until all works are complete.
 
@@ -421,9 +469,12 @@ class Group:
         """The error of a failed transfer: which it was, with whom, and what the backend said."""
         others = [r for r in self.ranks if r != self.ranks[self.rank]]
         who = f"rank {self.ranks[peer] if 0 <= peer < self.size else others}"
+        now = time.perf_counter()
+        unread = [f"{t.label} ({now - t.posted:.1f} s ago)" for t in list(self._last) if t.waited is None]
         return TransferError(
             f"transfer {label!r} of group {self.name!r} between rank {self.ranks[self.rank]} and {who} failed: {error}. "
-            "The peer has ended or cannot be reached; see its log. Resume from the last checkpoint."
+            "The peer has ended or cannot be reached; see its log. Resume from the last checkpoint. "
+            f"Posted here and not yet waited for: {', '.join(unread[:8])}{f' and {len(unread) - 8} more' if unread[8:] else ''}."
         )
 
     def post(self, label: str, transfer: Callable[..., Any], x: Tensor, peer: int, group: Any, tag: int) -> tuple[Any, int]:
@@ -441,7 +492,7 @@ class Group:
         if self._threads is not None:
             self._threads.post(pending, transfers, reduce=True)
         else:
-            pending._works += [self.post(pending.label, *transfer) for transfer in transfers]
+            pending._works += [self.post(pending.transfer.label, *transfer) for transfer in transfers]
 
     def _take(self, numel: int, dtype: torch.dtype, device: torch.device) -> Tensor:
         """A buffer that is free, since fresh memory costs a page fault for every 4 KiB."""

@@ -120,7 +120,7 @@ class OverlapStrategy(DDPStrategy):
         self._state_dict_type = state_dict_type
         self._async_save = async_save
         self._saves = Saves()
-        self._folders = Folders(self._time_limit)
+        self._folders = Folders(self.time_limit)
         self._training = False
         self.modes: list[OverlapMode] = []
         self._plan: Plan | None = None
@@ -137,7 +137,8 @@ class OverlapStrategy(DDPStrategy):
         return self._plan
 
     @property
-    def _time_limit(self) -> timedelta:
+    def time_limit(self) -> timedelta:
+        """How long a transfer may take."""
         return self._timeout or timedelta(minutes=30)  # Lightning's type admits None
 
     # -- launch ------------------------------------------------------------------------------------------------------
@@ -204,7 +205,7 @@ class OverlapStrategy(DDPStrategy):
         if fitting:
             self.setup_optimizers(trainer)
             if world_size() > 1:
-                everyone = make_group([range(self.world_size)], "world", self._time_limit, backend="gloo", gathers=False)
+                everyone = make_group([range(self.world_size)], "world", self.time_limit, backend="gloo", gathers=False)
                 self._preemption = Preemption(trainer, everyone)
                 self._buffers = SharedBuffers(self.model)
         self.setup_precision_plugin()
@@ -226,7 +227,7 @@ class OverlapStrategy(DDPStrategy):
         self._plan = resolve(self.config, facts)
         rank_zero_info(self._plan.explain())
         earlier = self.modes
-        self.modes = [m(self._plan, self.config, self.mesh, self._time_limit) for m in MODES if m.runs(self._plan)]
+        self.modes = [m(self._plan, self.config, self.mesh, self.time_limit) for m in MODES if m.runs(self._plan)]
         for mode in self.modes:
             mode.parallelize(model)
         for mode in self.modes:

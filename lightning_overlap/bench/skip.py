@@ -1,8 +1,9 @@
-"""A group whose transfers take no time: what a step costs without communication, and what communication costs without it."""
+"""Transfers that take no time: what a step costs without communication, and what communication costs without it."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from torch import Tensor
@@ -13,7 +14,9 @@ from lightning_overlap.profiling.callback import groups_of
 
 
 class Skipped:
-    """Stands in for a :class:`Group`. Transfers complete at once, with this rank's own numbers, and are kept for a replay.
+    """Takes the place of a group's verbs, on the group itself, which modes hand to their parts.
+
+    Transfers complete at once, with this rank's own numbers, and are kept for a replay.
 
     Attributes:
         calls: the transfers that were asked for, in order. Calling one makes it, and gives its pending.
@@ -23,28 +26,12 @@ class Skipped:
         self._group = group
         self.calls: list[Callable[[], Pending | None]] = []
         self._kept: list[Callable[[], Pending | None]] = []
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._group, name)
+        for verb in ("start_step", "all_reduce", "reduce_scatter", "all_gather"):
+            setattr(group, verb, partial(getattr(self, f"_{verb}"), getattr(group, verb)))
 
     def stop(self) -> None:
         """Keeps no more calls."""
         self._kept, self.calls = self.calls, []
-
-    def start_step(self) -> None:
-        self.calls.append(self._group.start_step)
-
-    def all_reduce(self, x: Tensor, **how: Any) -> Pending:
-        self.calls.append(lambda: self._group.all_reduce(x, **how))
-        return self._done(x, how["label"])
-
-    def reduce_scatter(self, x: Tensor, bounds: Any, **how: Any) -> Pending:
-        self.calls.append(lambda: self._group.reduce_scatter(x, bounds, **how))
-        return self._done(x[bounds[self._group.rank] : bounds[self._group.rank + 1]], how["label"])
-
-    def all_gather(self, x: Tensor, bounds: Any, **how: Any) -> Pending:
-        self.calls.append(lambda: self._group.all_gather(x, bounds, **how))
-        return self._done(x, how["label"])
 
     def replay(self) -> None:
         """Makes the transfers that were kept until :meth:`stop`, all posted at once, and waits for them."""
@@ -52,13 +39,25 @@ class Skipped:
             if pending is not None:
                 pending.wait()
 
+    def _start_step(self, make: Callable[..., None]) -> None:
+        self.calls.append(make)
+
+    def _all_reduce(self, make: Callable[..., Pending], x: Tensor, **how: Any) -> Pending:
+        self.calls.append(partial(make, x, **how))
+        return self._done(x, how["label"])
+
+    def _reduce_scatter(self, make: Callable[..., Pending], x: Tensor, bounds: Any, **how: Any) -> Pending:
+        self.calls.append(partial(make, x, bounds, **how))
+        return self._done(x[bounds[self._group.rank] : bounds[self._group.rank + 1]], how["label"])
+
+    def _all_gather(self, make: Callable[..., Pending], x: Tensor, bounds: Any, **how: Any) -> Pending:
+        self.calls.append(partial(make, x, bounds, **how))
+        return self._done(x, how["label"])
+
     def _done(self, x: Tensor, label: str) -> Pending:
         return Pending(self._group, label, 0, lambda: x)
 
 
 def skip_transfers(mode: OverlapMode) -> list[Skipped]:
-    """Every group of a mode gets a stand-in; gives them."""
-    stand_ins = {name: Skipped(group) for name, group in groups_of(mode).items()}
-    for name, stand_in in stand_ins.items():
-        setattr(mode, name, stand_in)
-    return list(stand_ins.values())
+    """Every group of a mode does without its transfers from now on."""
+    return [Skipped(group) for group in groups_of(mode).values()]

@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+import time
+from collections import deque
+from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
-from lightning_overlap.comm import Group
+from lightning_overlap.comm import Group, Transfer, make_group
+from lightning_overlap.decision import ConfigError
 from lightning_overlap.modes.base import OverlapMode
+from lightning_overlap.profiling.report import import_plotly, write_report
+from lightning_overlap.profiling.trace import Step, Summary, write_chrome_trace
+
+DRAWN = 8
+"""The last so many measured steps are drawn; the table and the log know of all."""
 
 
 def groups_of(mode: OverlapMode) -> dict[str, Group]:
@@ -17,39 +26,155 @@ def groups_of(mode: OverlapMode) -> dict[str, Group]:
 
 
 class OverlapProfiler(Callback):
-    """Logs how much of this rank's communication was exposed, every ``log_every_n_steps``, and tells it at the end.
+    """Tells how much communication was hidden: in the log, in a table at the end of fit, in a report and in a trace.
 
-    ``overlap/exposed_ms``: milliseconds a step in which training waited for a transfer. ``overlap/hidden_percent``: the part of
-    the time with reduces or sends in flight that it did not wait for (gloo only: NCCL's time is the device's).
+    Every transfer of :class:`~lightning_overlap.comm.Group` is recorded; nothing is added to a mode. At the trainer's logging
+    steps the ranks exchange the records of the steps that were measured since, on one clock. Means over the ranks:
+
+    ``overlap/exposed_ms``: milliseconds a step in which a rank did nothing but wait for the wire.
+    ``overlap/late_ms``: in which it waited for a rank that had not come yet.
+    ``overlap/hidden_percent``: the part of the time with transfers on the wire under which the ranks went on.
+    ``overlap/<mode>/exposed_ms`` and ``overlap/<mode>/hidden_percent``: the same for one mode.
+
+    Args:
+        every_n_steps: steps from one that is measured to the next.
+        warmup: steps before the first one.
+        prog_bar: also show ``overlap/exposed_ms`` on the progress bar.
+        report: a file for a page that a browser opens without a network: plan, table, bars, timeline of every rank.
+        trace: a file for the same steps in Chrome's trace format, which Perfetto opens.
+
+    Raises:
+        ConfigError: ``every_n_steps`` or ``warmup`` make no sense; or a report is asked for and plotly is not installed.
     """
 
-    def __init__(self) -> None:
-        self._before = self._start = (0.0, 0.0, 0)
+    def __init__(
+        self,
+        every_n_steps: int = 10,
+        warmup: int = 2,
+        prog_bar: bool = False,
+        report: str | None = None,
+        trace: str | None = None,
+    ) -> None:
+        if every_n_steps < 1 or warmup < 0:
+            raise ConfigError(f"every_n_steps={every_n_steps} must be at least 1, and warmup={warmup} at least 0")
+        self._every, self._warmup, self._prog_bar = every_n_steps, warmup, prog_bar
+        self._report = None if report is None else Path(report)
+        self._trace = None if trace is None else Path(trace)
+        if self._report is not None:
+            import_plotly()
+        self._groups: list[Group] = []
+        self._everyone: Group | None = None
+        self._log: list[Transfer] = []
+        self._open: Step | None = None
+        self._phase = ("", 0.0)
+        self._begun = -1
+        self._measured: list[Step] = []  # on this rank, not exchanged yet
+        self._all = Summary()
+        self._drawn: deque[list[Step]] = deque(maxlen=DRAWN)
+
+    # -- a step ------------------------------------------------------------------------------------------------------
 
     def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
-        self._before = self._start = self._so_far(trainer)
+        modes = getattr(trainer.strategy, "modes", None)
+        if modes is None:
+            rank_zero_warn("OverlapProfiler knows the transfers of OverlapStrategy only: nothing is measured")
+        self._groups = [group for mode in modes or () for group in groups_of(mode).values() if group.size > 1]
+        self._measured, self._all, self._open, self._begun = [], Summary(), None, -1
+        self._drawn.clear()
+        self._log = []
+        for group in self._groups:
+            group.log = self._log
+        if self._groups:
+            limit = trainer.strategy.time_limit  # type: ignore[attr-defined]
+            self._everyone = make_group([range(trainer.world_size)], "profiler", limit, backend="gloo", gathers=False)
+
+    def on_train_batch_start(self, trainer: Trainer, module: LightningModule, batch: Any, batch_idx: int) -> None:
+        now = time.perf_counter()
+        step = trainer.global_step
+        if step != self._begun:  # otherwise another batch of the same accumulation window
+            self._close(now)
+            # What is over before a step begins is nobody's any more.
+            self._log[:] = [t for t in self._log if t.waited is None or t.waited[1] >= now or t.done is None or t.done >= now]
+            self._begun = step
+            if self._groups and step >= self._warmup and (step - self._warmup) % self._every == 0:
+                self._open = Step(step, now, now)
+        self._phase = ("forward", now)
+
+    def on_before_backward(self, trainer: Trainer, module: LightningModule, loss: Any) -> None:
+        self._next_phase("backward and step")
 
     def on_train_batch_end(self, trainer: Trainer, module: LightningModule, *_: Any) -> None:
-        now = self._so_far(trainer)
-        if now[2] - self._before[2] >= trainer.log_every_n_steps:  # type: ignore[attr-defined]
-            exposed, hidden = self._between(self._before, now)
-            self._before = now
-            values = {"overlap/exposed_ms": exposed, "overlap/hidden_percent": hidden}
-            module.log_dict({key: value for key, value in values.items() if value is not None}, rank_zero_only=True)
+        self._next_phase("between batches")
+        if trainer.global_step != self._begun and trainer.global_step % trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
+            self._close(time.perf_counter())
+            if (told := self._exchange()) is not None:
+                self._log_values(module, told)
+
+    def on_validation_start(self, trainer: Trainer, module: LightningModule) -> None:
+        self._close(time.perf_counter())
+
+    def on_train_epoch_end(self, trainer: Trainer, module: LightningModule) -> None:
+        self._close(time.perf_counter())
+
+    def _next_phase(self, name: str) -> None:
+        now = time.perf_counter()
+        if self._open is not None:
+            self._open.phases.append((self._phase[0], self._phase[1], now))
+        self._phase = (name, now)
+
+    def _close(self, now: float) -> None:
+        step, self._open = self._open, None
+        if step is None:
+            return
+        step.end = now
+        step.phases.append((self._phase[0], self._phase[1], now))
+        step.transfers = list(self._log)
+        self._measured.append(step)
+
+    # -- all ranks ---------------------------------------------------------------------------------------------------
+
+    def _exchange(self) -> Summary | None:
+        """What was measured since the last time, on the first rank. Collective."""
+        if self._everyone is None:
+            return None
+        offset = self._everyone.clock_offset()
+        mine, self._measured = [step.on_clock(offset) for step in self._measured], []
+        everyone = self._everyone.gather_objects(mine)
+        steps = [list(step) for step in zip(*everyone, strict=True)]
+        if not steps:
+            return None
+        self._drawn.extend(steps)
+        told = Summary()
+        for step in steps:
+            told.add(step)
+        self._all.merge(told)
+        return told
+
+    def _log_values(self, module: LightningModule, told: Summary) -> None:
+        together = told.mean()
+        module.log("overlap/exposed_ms", together.exposed * 1e3, prog_bar=self._prog_bar, rank_zero_only=True)
+        values = {"overlap/late_ms": together.late * 1e3, "overlap/hidden_percent": together.hidden_percent}
+        for mode in told.names:
+            own = told.mean(mode)
+            values |= {f"overlap/{mode}/exposed_ms": own.exposed * 1e3, f"overlap/{mode}/hidden_percent": own.hidden_percent}
+        module.log_dict(values, rank_zero_only=True)
 
     def on_train_end(self, trainer: Trainer, module: LightningModule) -> None:
-        exposed, hidden = self._between(self._start, self._so_far(trainer))
-        of = "" if hidden is None else f", {hidden:.0f}% of the communication hidden"
-        rank_zero_info(f"lightning_overlap: {exposed:.1f} ms a step waited for transfers{of}")
-
-    @staticmethod
-    def _so_far(trainer: Trainer) -> tuple[float, float, int]:
-        """Seconds waited, seconds with transfers in flight, steps."""
-        groups = [group for mode in getattr(trainer.strategy, "modes", ()) for group in groups_of(mode).values()]
-        return sum(group.exposed for group in groups), sum(group.busy for group in groups), trainer.global_step
-
-    @staticmethod
-    def _between(first: tuple[float, float, int], last: tuple[float, float, int]) -> tuple[float, float | None]:
-        exposed, busy, steps = (b - a for a, b in zip(first, last, strict=True))
-        hidden = 100 * max(0.0, 1 - exposed / busy) if busy else None
-        return 1e3 * exposed / max(1, steps), hidden
+        for group in self._groups:
+            group.log = None
+        if self._everyone is None:
+            return
+        self._close(time.perf_counter())
+        self._exchange()
+        self._everyone.close()
+        self._everyone = None
+        if not self._all.steps:
+            rank_zero_info(f"OverlapProfiler: no step was measured (warmup={self._warmup}, every_n_steps={self._every})")
+            return
+        rank_zero_info(self._all.table())
+        if self._trace is not None:
+            self._trace.parent.mkdir(parents=True, exist_ok=True)
+            write_chrome_trace(list(self._drawn), self._trace)
+        if self._report is not None:
+            self._report.parent.mkdir(parents=True, exist_ok=True)
+            write_report(self._all, list(self._drawn), trainer.strategy.plan.explain(), self._report)  # type: ignore[attr-defined]

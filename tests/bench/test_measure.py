@@ -6,10 +6,10 @@ import torch.distributed as dist
 from lightning.pytorch.plugins.environments import TorchElasticEnvironment
 
 from lightning_overlap import DataParallel, OverlapStrategy
-from lightning_overlap.bench.measure import Measured, Row, measure
+from lightning_overlap.bench.measure import Measured, Row, _Clock, measure
 from lightning_overlap.bench.skip import Skipped
-from lightning_overlap.comm import Group
-from tests.helpers.training import Net
+from lightning_overlap.profiling.callback import groups_of
+from tests.helpers.training import Net, train
 
 
 def bench():
@@ -39,20 +39,46 @@ def test_the_table_says_what_may_not_be_trusted():
     assert "doubtful: compute differs" in table
 
 
-class Recorded(Group):
+def asked_for():
+    """Labels of the transfers of one step that a run of ``compute`` keeps, and how many any group made meanwhile."""
+    made, kept = [], []
+
+    class Watch(_Clock):
+        def on_train_start(self, trainer, module):
+            for group in groups_of(trainer.strategy.modes[0]).values():
+                group.log = made
+            super().on_train_start(trainer, module)
+
+        def on_train_end(self, trainer, module):
+            self.sent = sum(t.nbytes for t in made)
+            kept.extend(call.keywords["label"].split("[")[0] for s in self._skipped for call in s.calls if hasattr(call, "keywords"))
+            super().on_train_end(trainer, module)
+
+    watch = Watch(1, 2, skip=True)
+    train(callbacks=[watch], max_steps=4, limit_val_batches=0)
+    return watch.sent, kept, sum(t.nbytes for t in made)
+
+
+def test_no_transfer_is_made_in_the_run_for_compute_and_all_are_in_the_replay(world):
+    for sent, kept, replayed in world(2).run(asked_for):
+        assert sent == 0
+        assert kept.count("data.grads") == kept.count("data.params") > 1
+        assert replayed > 0
+
+
+class Recorded:
     """A group of two ranks that moves nothing."""
 
     def __init__(self):
-        self.rank, self.made, self.size = 0, [], 2
+        self.rank, self.made, self.ranks = 0, [], (0, 1)
         self.exposed = 0.0
 
-    def wait_for(self, label, works): ...
+    def note(self, label, nbytes): ...
 
     def reduce_scatter(self, x, bounds, **how):
         self.made.append(how["label"])
-        return Skipped(self)._done(x, how["label"])
 
-    all_gather = reduce_scatter
+    all_gather = all_reduce = start_step = reduce_scatter
 
 
 @pytest.mark.parametrize("verb", ["reduce_scatter", "all_gather"])
@@ -60,7 +86,7 @@ def test_what_is_skipped_is_made_by_a_replay(verb):
     group = Recorded()
     stand_in = Skipped(group)
     x = torch.arange(4.0)
-    result = getattr(stand_in, verb)(x, [0, 2, 4], label="a", key=0).wait()
+    result = getattr(group, verb)(x, [0, 2, 4], label="a", key=0)._finish()
     assert result.tolist() == ([0, 1] if verb == "reduce_scatter" else [0, 1, 2, 3])
     assert group.made == []
     stand_in.stop()

@@ -120,5 +120,5 @@ def train(
         "keys": list(model.state_dict()),
         "plan": run.strategy.plan.explain() if name == "overlap" else "",
         "step": run.global_step,
-        "type": type(model.up._parameters).__name__,
+        "types": sorted({type(module._parameters).__name__ for module in model.modules()}),
     }

@@ -46,7 +46,7 @@ def test_overlap_changes_no_number(world, setting):
     off = run(world(2), Net, {**setting, "max_steps": 20 if not setting else 6, "overlap": "off"})
     assert on[0]["losses"] == off[0]["losses"]
     assert {r["hash"] for r in on} == {off[0]["hash"]}, "the same weights on every rank, with overlap and without"
-    assert on[0]["type"] == "dict", "the module is an ordinary one again after fit"
+    assert on[0]["types"] == ["dict"], "all modules are ordinary ones again after fit"
 
 
 def run(world, module, setting):
@@ -92,7 +92,7 @@ def test_sigterm_stops_all_ranks_together(world):
     stops = world(2).run(terminated)
     assert stops[0] == stops[1]
     assert 3 <= stops[0][0] <= 5, "a batch or two after the signal"
-    assert stops[0][1] == "dict", "the module is an ordinary one again"
+    assert stops[0][1] == "dict", "all modules are ordinary ones again"
 
 
 def terminated():

@@ -103,16 +103,12 @@ class NotFinite(InTheThirdBatch):
             self.up.weight.register_hook(lambda grad: grad * float("nan"))
 
 
-def test_a_gradient_that_is_not_finite_is_named(tmp_path):
-    message = alone(not_finite, tmp_path)
-    assert "rank 1: the gradient of up.weight (bucket" in (tmp_path / "rank1").read_text(), message
-
-
-def not_finite(folder):
-    kwargs = {"data": {"check_for_nan_in_grad": True}, "strategy_kwargs": {"timeout": timedelta(seconds=5)}}
-    text = fail(NotFinite, (FloatingPointError, TransferError), kwargs)
-    (folder / f"rank{dist.get_rank()}").write_text(text)
-    os._exit(1)  # as a training script would end
+@pytest.mark.parametrize(("size", "instances"), [(2, 1), (4, 2)])
+def test_a_gradient_that_is_not_finite_is_named_on_every_rank(world, size, instances):
+    kwargs = {"data": {"check_for_nan_in_grad": True, "num_optimizer_instances": instances}}
+    messages = world(size).run(fail, NotFinite, FloatingPointError, kwargs)
+    assert len(set(messages)) == 1
+    assert messages[0].startswith(f"rank {size - 1}: the gradient of up.weight (bucket")
 
 
 class ThawsALayer(InTheThirdBatch):

@@ -52,6 +52,7 @@ class DataMode(OverlapMode):
         self._home: dict[int, tuple[LiveBucket, Tensor]] = {}  # id of a parameter -> its bucket and its gradient's view
         self._reducing: deque[tuple[LiveBucket, Pending]] = deque()
         self._crossing: deque[tuple[LiveBucket, Pending]] = deque()
+        self._not_finite: list[str] = []  # what this rank has found in this backward
         self._frozen: list[tuple[str, nn.Parameter]] = []
         self._lengths: dict[Optimizer, list[int]] = {}
         self._optimizer: ShardedOptimizer | None = None
@@ -317,9 +318,20 @@ class DataMode(OverlapMode):
     def _check_finite(self, bucket: LiveBucket) -> None:
         for name, view in zip(bucket.names, bucket.views(bucket.grads), strict=True):
             if not torch.isfinite(view).all():
-                raise FloatingPointError(
-                    f"rank {self.group.ranks[self.group.rank]}: the gradient of {name} (bucket {bucket.key}) is not finite"
-                )
+                rank = self.group.ranks[self.group.rank]
+                self._not_finite.append(f"rank {rank}: the gradient of {name} (bucket {bucket.key}) is not finite")
+
+    def _refuse_not_finite(self) -> None:
+        """Has every rank know of what one has found; nothing has been updated yet."""
+        groups = list(filter(None, (self.group, self._instances)))
+        found = torch.tensor(float(len(self._not_finite)), device=self._buckets[0].grads.device)
+        for group in groups:
+            found = group.all_reduce(found, label="data.not_finite").wait()
+        if found.item():
+            said, self._not_finite = self._not_finite, []
+            for group in groups:
+                said = [sentence for others in group.all_gather_objects(said) for sentence in others]
+            raise FloatingPointError("\n".join(said))
 
     def _progress(self, *, block: bool) -> None:
         """Takes in what has arrived, in the order of posting; all of it if ``block``."""
@@ -365,6 +377,8 @@ class DataMode(OverlapMode):
             self._launch(bucket)
             self._progress(block=False)
         self._progress(block=True)
+        if self.config.data_parallel.check_for_nan_in_grad:
+            self._refuse_not_finite()
         if unused and not self._said_unused:
             self._said_unused = True
             warnings.warn(

@@ -1,0 +1,101 @@
+"""The report: one page that a browser opens without a network."""
+
+from __future__ import annotations
+
+import html
+from collections import defaultdict
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from lightning_overlap.decision import ConfigError
+from lightning_overlap.profiling.trace import Spent, Step, Summary, compare, spans, spent
+
+COLOURS = {"compute": "#4c72b0", "hidden": "#55a868", "exposed": "#c44e52", "late peers": "#dd8452", "between batches": "#b8c0cc"}
+
+
+def import_plotly() -> Any:
+    """Raises:
+    ConfigError: it is not installed.
+    """
+    try:
+        import plotly.graph_objects
+    except ImportError as error:
+        raise ConfigError("a report is drawn by plotly: pip install 'lightning-overlap[report]'") from error
+    return plotly.graph_objects
+
+
+def write_report(summary: Summary, steps: Sequence[Sequence[Step]], plan: str, path: Path) -> None:
+    """Writes the plan, the table, bars for each step, and the timeline of every rank.
+
+    Args:
+        summary: of all measured steps.
+        steps: those to draw, each as all ranks saw it, on one clock.
+        plan: as text.
+        path: the file.
+    """
+    figures = [_bars(steps), _timeline(steps)]
+    # plotly's script is in the page itself, once.
+    drawn = "\n".join(
+        f.to_html(full_html=False, include_plotlyjs=i == 0, config={"displaylogo": False}) for i, f in enumerate(figures)
+    )
+    path.write_text(
+        f"""<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><title>lightning_overlap: what was hidden</title>
+<style>body {{ font-family: sans-serif; margin: 2em }} pre {{ background: #f4f6f8; padding: 1em; overflow-x: auto }}</style></head>
+<body><h1>What was hidden, and what was not</h1>
+<pre id="table">{html.escape(summary.table())}</pre>
+<h2>The plan</h2><pre id="plan">{html.escape(plan)}</pre>
+{drawn}
+</body></html>
+""",
+        encoding="utf-8",
+    )
+
+
+def _bars(steps: Sequence[Sequence[Step]]) -> Any:
+    """A bar for each step: the means over ranks, stacked."""
+    graphs = import_plotly()
+    parts: dict[str, list[float]] = {"compute": [], "exposed": [], "late peers": []}
+    for step in steps:
+        together = Spent()
+        for seen in compare(step):
+            together.add(spent(seen))
+        mean = together.over(len(step))
+        length = sum(own.end - own.start for own in step) / len(step)
+        for name, seconds in zip(parts, (length - mean.exposed - mean.late, mean.exposed, mean.late), strict=True):
+            parts[name].append(seconds * 1e3)
+    names = [f"step {step[0].index}" for step in steps]
+    figure = graphs.Figure([graphs.Bar(x=names, y=values, name=name, marker_color=COLOURS[name]) for name, values in parts.items()])
+    return figure.update_layout(title="Milliseconds a step", barmode="stack", height=360)
+
+
+def _timeline(steps: Sequence[Sequence[Step]]) -> Any:
+    """A row for each rank's compute, waits, and kinds of transfers."""
+    graphs = import_plotly()
+    origin = min((own.start for step in steps for own in step), default=0.0)
+    drawn: dict[str, dict[str, list[Any]]] = defaultdict(lambda: defaultdict(list))
+    rows: dict[str, None] = {}
+    for step in steps:
+        for rank, lane, name, (start, end), nbytes in spans(step):
+            row = f"rank {rank} {lane}"
+            rows[row] = None
+            kind = name.split(":")[0] if lane == "waits" else name if lane == "compute" else lane
+            bars = drawn[kind]
+            bars["base"].append((start - origin) * 1e3)
+            bars["x"].append((end - start) * 1e3)
+            bars["y"].append(row)
+            bars["text"].append(f"{name}<br>{(end - start) * 1e3:.2f} ms" + (f"<br>{nbytes / 1e6:.2f} MB sent" if nbytes else ""))
+    figure = graphs.Figure(
+        [
+            graphs.Bar(orientation="h", name=kind, hoverinfo="text", hovertext=bars.pop("text"), textposition="none", **bars)
+            for kind, bars in drawn.items()
+        ]
+    )
+    figure.update_layout(
+        title="Timeline in milliseconds (drag to zoom, double click to go back)",
+        barmode="overlay",
+        height=140 + 34 * len(rows),
+        bargap=0.15,
+    )
+    return figure.update_yaxes(categoryorder="array", categoryarray=sorted(rows, reverse=True))
