@@ -2,6 +2,7 @@
 
 from lightning.pytorch.strategies import StrategyRegistry
 
+from lightning_overlap.bench.verify import verify
 from lightning_overlap.checkpoint import CheckpointError
 from lightning_overlap.config import OverlapConfig
 from lightning_overlap.decision import ConfigError
@@ -25,6 +26,7 @@ __all__ = [
     "OverlapStrategy",
     "PipelineParallel",
     "TensorParallel",
+    "verify",
 ]
 
 if "overlap" not in StrategyRegistry:

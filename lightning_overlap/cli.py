@@ -1,4 +1,4 @@
-"""The command ``lightning-overlap``: LightningCLI's subcommands, ``plan`` and ``bench``."""
+"""The command ``lightning-overlap``: LightningCLI's subcommands, ``plan``, ``verify`` and ``bench``."""
 
 from __future__ import annotations
 
@@ -6,12 +6,13 @@ import os
 import sys
 from json import dumps
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.cli import LightningCLI
 
 from lightning_overlap.bench.measure import measure
+from lightning_overlap.bench.verify import verify
 from lightning_overlap.decision import ConfigError
 from lightning_overlap.optimization import facts_of
 from lightning_overlap.plan import resolve
@@ -19,7 +20,7 @@ from lightning_overlap.strategy import OverlapStrategy
 
 
 class _Trainer(Trainer):
-    """A Trainer with two more things to do: tell what would run, and measure it."""
+    """A Trainer with more to do: tell what would run, prove it, and measure it."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -77,11 +78,33 @@ class _Trainer(Trainer):
             if json is not None:
                 Path(json).write_text(dumps(measured.as_dict(), indent=1))
 
+    def verify(
+        self,
+        model: LightningModule,
+        datamodule: LightningDataModule | None = None,
+        steps: int = 5,
+        against: Literal["off", "single"] = "off",
+    ) -> None:
+        """Trains a few steps with overlap on and off and compares every number. The exit status is 1 if one differs.
+
+        Args:
+            model: the module.
+            datamodule: its data.
+            steps: how many are trained.
+            against: "single" compares with one process on the batches of all ranks, too.
+        """
+        verdicts = verify(model, datamodule, self._overlap(), self._given, steps=steps, against=against)
+        if self.is_global_zero:
+            print("\n".join(map(str, verdicts)))
+        if not all(verdict.equal for verdict in verdicts):
+            sys.exit(1)
+
 
 class _CLI(LightningCLI):
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
-        return {**LightningCLI.subcommands(), "plan": {"model", "datamodule"}, "bench": {"model", "datamodule"}}
+        own = {"model", "datamodule"}
+        return {**LightningCLI.subcommands(), "plan": own, "bench": own, "verify": own}
 
 
 def main() -> None:

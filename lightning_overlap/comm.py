@@ -555,6 +555,11 @@ def world_size() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
+def rank() -> int:
+    """Of this process; 0 before there are process groups."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
 def backend() -> str:
     """Of the world: ``gloo``, ``nccl``; ``none`` before there are process groups."""
     return str(dist.get_backend()) if dist.is_initialized() else "none"
@@ -570,8 +575,9 @@ def agree(flag: bool, device: torch.device, *, by_all: bool) -> bool:
 
 def all_gather_objects(mine: T) -> list[T]:
     """Every rank's object, by rank. Collective over the world, blocking."""
-    everyone: list[T] = [mine] * dist.get_world_size()
-    dist.all_gather_object(everyone, mine)
+    everyone: list[T] = [mine] * world_size()
+    if len(everyone) > 1:
+        dist.all_gather_object(everyone, mine)
     return everyone
 
 

@@ -7,20 +7,19 @@ interleaved, so that a machine that drifts favours none.
 from __future__ import annotations
 
 import copy
-import gc
 import os
 import statistics
 import time
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
-from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer, seed_everything
+from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.strategies import Strategy
 
 from lightning_overlap.bench.peers import peers as all_peers
+from lightning_overlap.bench.runs import Runs
 from lightning_overlap.bench.skip import Skipped, skip_transfers
-from lightning_overlap.config import OverlapConfig
 from lightning_overlap.decision import ConfigError
 from lightning_overlap.profiling.callback import groups_of
 from lightning_overlap.strategy import OverlapStrategy
@@ -149,46 +148,32 @@ def measure(
     """Runs everything, ``repeats`` times.
 
     Args:
-        model: the module; it is copied and stays as it is.
-        datamodule: its data, where the module has none of its own.
-        strategy: the configuration to measure; the object itself does not train.
-        trainer: the user's arguments of Trainer; callbacks, loggers and validation are left out.
+        model: as in :class:`Runs`.
+        datamodule: as in :class:`Runs`.
+        strategy: as in :class:`Runs`.
+        trainer: as in :class:`Runs`.
         steps: timed steps of a run.
         warmup: steps before them.
         repeats: runs of each.
         with_peers: measure the peers too.
     """
-    seed = int(os.environ.get("PL_GLOBAL_SEED", 0))
+    runs = Runs(model, datamodule, strategy, trainer)
 
-    def run(made: Strategy, module: LightningModule, *, skip: bool = False) -> _Clock:
+    def run(made: Strategy, module: LightningModule | None = None, *, skip: bool = False) -> _Clock:
         clock = _Clock(warmup, steps, skip=skip)
-        seed_everything(seed, workers=True, verbose=False)
-        quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
-        length = {"max_steps": warmup + steps + 1, "max_epochs": -1, "limit_val_batches": 0, "num_sanity_val_steps": 0}
-        Trainer(**{**trainer, **quiet, **length, "strategy": made, "callbacks": [clock]}).fit(module, datamodule=datamodule)
-        for mode in getattr(made, "modes", ()):
-            mode.close()
-        del made, module
-        gc.collect()  # a trainer, its module and its strategy refer to each other
+        runs.fit(made, warmup + steps + 1, clock, module)
         return clock
 
-    def ours(config: OverlapConfig) -> OverlapStrategy:
-        return OverlapStrategy(
-            **{f.name: getattr(config, f.name) for f in fields(config)},
-            process_group_backend=strategy._process_group_backend,
-        )
-
-    off = OverlapConfig(**{**{f.name: getattr(strategy.config, f.name) for f in fields(OverlapConfig)}, "overlap": "off"})
     rows = {name: Row(name) for name in ("overlapped", "plain", "compute", "communication")}
     others = all_peers(strategy._get_process_group_backend(), strategy.world_size) if with_peers else {}
     refused: dict[str, str] = {}
     rows |= {name: Row(name) for name in others}
     for _ in range(repeats):
-        for name, config in (("overlapped", strategy.config), ("plain", off)):
-            clock = run(ours(config), copy.deepcopy(model))
+        for name, changes in (("overlapped", {}), ("plain", {"overlap": "off"})):
+            clock = run(runs.ours(**changes))
             rows[name].seconds.append(clock.seconds)
             rows[name].exposed.append(clock.exposed)
-        clock = run(ours(strategy.config), copy.deepcopy(model), skip=True)
+        clock = run(runs.ours(), skip=True)
         rows["compute"].seconds.append(clock.seconds)
         rows["communication"].seconds.append(clock.communication)
         for name, (make, prepare) in others.items():

@@ -43,6 +43,9 @@ class OverlapProfiler(Callback):
         report: a file for a page that a browser opens without a network: plan, table, bars, timeline of every rank.
         trace: a file for the same steps in Chrome's trace format, which Perfetto opens.
 
+    Attributes:
+        summary: of all steps that were measured and exchanged in this fit, on the first rank.
+
     Raises:
         ConfigError: ``every_n_steps`` or ``warmup`` make no sense; or a report is asked for and plotly is not installed.
     """
@@ -69,7 +72,7 @@ class OverlapProfiler(Callback):
         self._phase = ("", 0.0)
         self._begun = -1
         self._measured: list[Step] = []  # on this rank, not exchanged yet
-        self._all = Summary()
+        self.summary = Summary()
         self._drawn: deque[list[Step]] = deque(maxlen=DRAWN)
 
     # -- a step ------------------------------------------------------------------------------------------------------
@@ -79,7 +82,7 @@ class OverlapProfiler(Callback):
         if modes is None:
             rank_zero_warn("OverlapProfiler knows the transfers of OverlapStrategy only: nothing is measured")
         self._groups = [group for mode in modes or () for group in groups_of(mode).values() if group.size > 1]
-        self._measured, self._all, self._open, self._begun = [], Summary(), None, -1
+        self._measured, self.summary, self._open, self._begun = [], Summary(), None, -1
         self._drawn.clear()
         self._log = []
         for group in self._groups:
@@ -147,7 +150,7 @@ class OverlapProfiler(Callback):
         told = Summary()
         for step in steps:
             told.add(step)
-        self._all.merge(told)
+        self.summary.merge(told)
         return told
 
     def _log_values(self, module: LightningModule, told: Summary) -> None:
@@ -168,13 +171,13 @@ class OverlapProfiler(Callback):
         self._exchange()
         self._everyone.close()
         self._everyone = None
-        if not self._all.steps:
+        if not self.summary.steps:
             rank_zero_info(f"OverlapProfiler: no step was measured (warmup={self._warmup}, every_n_steps={self._every})")
             return
-        rank_zero_info(self._all.table())
+        rank_zero_info(self.summary.table())
         if self._trace is not None:
             self._trace.parent.mkdir(parents=True, exist_ok=True)
             write_chrome_trace(list(self._drawn), self._trace)
         if self._report is not None:
             self._report.parent.mkdir(parents=True, exist_ok=True)
-            write_report(self._all, list(self._drawn), trainer.strategy.plan.explain(), self._report)  # type: ignore[attr-defined]
+            write_report(self.summary, list(self._drawn), trainer.strategy.plan.explain(), self._report)  # type: ignore[attr-defined]

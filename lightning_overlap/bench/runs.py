@@ -1,0 +1,67 @@
+"""Short runs of the user's own training, all from the same weights and on the same data."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import os
+from collections.abc import Sequence
+from dataclasses import fields
+from typing import Any
+
+from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer, seed_everything
+from lightning.pytorch.callbacks import BaseFinetuning, GradientAccumulationScheduler, StochasticWeightAveraging, WeightAveraging
+from lightning.pytorch.strategies import Strategy
+
+from lightning_overlap.config import OverlapConfig
+from lightning_overlap.strategy import OverlapStrategy
+
+TRAINING = (BaseFinetuning, GradientAccumulationScheduler, StochasticWeightAveraging, WeightAveraging)
+
+
+class Runs:
+    """What the user would train, to be trained for a few steps again and again.
+
+    Args:
+        model: the module; copies of it are trained.
+        datamodule: its data, where the module has none of its own.
+        strategy: the configuration; the object itself does not train.
+        trainer: the user's arguments of Trainer. Loggers, checkpoints and validation are left out, and of the callbacks those
+            that do not take part in training: Lightning's own, but for the four that do.
+    """
+
+    def __init__(
+        self, model: LightningModule, datamodule: LightningDataModule | None, strategy: OverlapStrategy, trainer: dict[str, Any]
+    ) -> None:
+        self.model = model
+        self.strategy = strategy
+        self._datamodule = datamodule
+        self._trainer = trainer
+        self._seed = int(os.environ.get("PL_GLOBAL_SEED", 0))
+
+    def ours(self, **changes: Any) -> OverlapStrategy:
+        """The user's configuration, with some fields of :class:`OverlapConfig` changed."""
+        own = {f.name: getattr(self.strategy.config, f.name) for f in fields(OverlapConfig)}
+        return OverlapStrategy(**{**own, **changes}, process_group_backend=self.strategy._process_group_backend)
+
+    def fit(self, strategy: Strategy, steps: int, callback: Callback, module: LightningModule | None = None, **trainer: Any) -> None:
+        """Trains a copy of the module, or the module given, for so many steps."""
+        module = copy.deepcopy(self.model) if module is None else module
+        given = self._trainer.get("callbacks") or []
+        callbacks = [copy.deepcopy(c) for c in (given if isinstance(given, Sequence) else [given]) if _trains(c)]
+        quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
+        length = {"max_steps": steps, "max_epochs": -1, "limit_val_batches": 0, "num_sanity_val_steps": 0}
+        made = {**self._trainer, **quiet, **length, "strategy": strategy, "callbacks": [*callbacks, callback], **trainer}
+        seed_everything(self._seed, workers=True, verbose=False)
+        data = {} if "train_dataloaders" not in trainer else {"train_dataloaders": made.pop("train_dataloaders")}
+        Trainer(**made).fit(module, **(data or {"datamodule": self._datamodule}))
+        for mode in getattr(strategy, "modes", ()):
+            mode.close()
+        del module, strategy, made
+        gc.collect()  # a trainer, its module and its strategy refer to each other
+
+
+def _trains(callback: Callback) -> bool:
+    # Lightning's package has two names.
+    lightnings = type(callback).__module__.split(".")[0] in ("lightning", "pytorch_lightning", "lightning_overlap")
+    return isinstance(callback, TRAINING) or not lightnings

@@ -1,0 +1,244 @@
+"""Proves on the user's own training that overlap changes no number, or names the first one that differs."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.strategies import SingleDeviceStrategy
+from lightning.pytorch.utilities import move_data_to_device
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from lightning_overlap.bench.runs import Runs
+from lightning_overlap.comm import all_gather_objects, rank, world_size
+from lightning_overlap.decision import ConfigError
+from lightning_overlap.shared_state import share
+from lightning_overlap.strategy import OverlapStrategy
+
+CLOSE, CLOSE_HALF = 1e-5, 1e-2
+"""Relative difference from one process that another order of the same sums explains, in fp32 and with 16-bit activations."""
+
+
+@dataclass
+class Seen:
+    """What one rank saw in a run.
+
+    Attributes:
+        losses: of each batch.
+        norms: of the gradients that each step was made with, on this rank.
+        weights: by name, at the end.
+        read: for each batch, digests of the weights as forward read them, by name.
+        batches: what was trained on.
+    """
+
+    losses: list[float] = field(default_factory=list)
+    norms: list[float] = field(default_factory=list)
+    weights: dict[str, Tensor] = field(default_factory=dict)
+    read: list[dict[str, str]] = field(default_factory=list)
+    batches: list[Any] = field(default_factory=list)
+
+
+class _Witness(Callback):
+    """Puts down what a run does, without a wait of its own, unless it is to look at the weights that forward reads."""
+
+    def __init__(self, *, batches: bool = False, weights: bool = False) -> None:
+        self.seen = Seen()
+        self._batches, self._weights = batches, weights
+        self._squares: list[float] = []
+        self._hooks: list[Any] = []
+
+    def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
+        for optimizer in trainer.optimizers:
+            self._hooks.append(optimizer.register_step_pre_hook(self._stepped))
+        if self._weights:
+            for prefix, part in module.named_modules():
+                if names := list(part._parameters):
+                    self._hooks.append(part.register_forward_pre_hook(_Reads(self.seen.read, prefix, names)))
+
+    def on_train_batch_start(self, trainer: Trainer, module: LightningModule, batch: Any, batch_idx: int) -> None:
+        if self._batches:
+            self.seen.batches.append(copy.deepcopy(move_data_to_device(batch, "cpu")))
+        self.seen.read.append({})
+
+    def on_train_batch_end(self, trainer: Trainer, module: LightningModule, outputs: Any, *_: Any) -> None:
+        loss = outputs["loss"] if isinstance(outputs, dict) else outputs
+        # Lightning has divided it by the batches of an accumulation window.
+        self.seen.losses.append(math.nan if loss is None else float(loss) * trainer.accumulate_grad_batches)
+        if self._squares:
+            # Exact whatever the order, in which a step in backward and one after it differ.
+            self.seen.norms.append(math.sqrt(math.fsum(self._squares)))
+            self._squares.clear()
+
+    def on_train_end(self, trainer: Trainer, module: LightningModule) -> None:
+        self.seen.weights = {name: p.detach().cpu().clone() for name, p in module.named_parameters()}
+        for hook in self._hooks:
+            hook.remove()
+
+    def _stepped(self, optimizer: Any, args: Any, kwargs: Any) -> None:
+        gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        dense = [g.to_dense() if g.is_sparse else g for g in gradients]
+        self._squares += [g.double().square().sum().item() for g in dense]
+
+
+class _Reads:
+    """Before a module's forward: digests of its own parameters, read as the module reads them."""
+
+    def __init__(self, read: list[dict[str, str]], prefix: str, names: Sequence[str]) -> None:
+        self._read, self._prefix, self._names = read, prefix, names
+
+    def __call__(self, part: nn.Module, args: Any) -> None:
+        for name in self._names:
+            weight = getattr(part, name)
+            if weight is not None and self._read:
+                self._read[-1].setdefault(f"{self._prefix}.{name}".lstrip("."), digest(weight.detach()))
+
+
+def digest(x: Tensor) -> str:
+    """Of its bits."""
+    return hashlib.blake2b(x.cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes(), digest_size=8).hexdigest()
+
+
+@dataclass
+class Verdict:
+    """What was compared, and what differs; the same on every rank.
+
+    Attributes:
+        compared: in words.
+        differences: in words, the first of each kind; empty if there are none.
+    """
+
+    compared: str
+    differences: list[str]
+
+    @property
+    def equal(self) -> bool:
+        """Whether nothing differs."""
+        return not self.differences
+
+    def __str__(self) -> str:
+        return "\n".join([f"{self.compared}: {'equal' if self.equal else 'DIFFERS'}", *[f"  {d}" for d in self.differences]])
+
+
+def verify(
+    model: LightningModule,
+    datamodule: LightningDataModule | None,
+    strategy: OverlapStrategy,
+    trainer: dict[str, Any],
+    *,
+    steps: int = 5,
+    against: Literal["off", "single"] = "off",
+) -> list[Verdict]:
+    """Trains with overlap on and off, and with ``against="single"`` on one process too, and compares.
+
+    Collective: every rank calls it. On and off must be equal in every bit: losses, the norms of gradients, weights. One process
+    gets the batches of all ranks, in accumulation; losses and weights must be close in fp32 (another order of the same sums;
+    random numbers, dropout's say, are drawn otherwise).
+
+    Args:
+        model: as in :class:`Runs`.
+        datamodule: as in :class:`Runs`.
+        strategy: as in :class:`Runs`.
+        trainer: as in :class:`Runs`.
+        steps: how many are trained.
+        against: ``"single"`` compares with one process, too.
+
+    Returns:
+        A verdict for each comparison.
+
+    Raises:
+        ConfigError: ``steps`` is less than 1, or there is one rank only.
+    """
+    if steps < 1:
+        raise ConfigError(f"steps={steps} must be at least 1")
+    runs = Runs(model, datamodule, strategy, trainer)
+
+    def run(overlap: str, **looks: bool) -> Seen:
+        witness = _Witness(**looks)
+        runs.fit(runs.ours(overlap=overlap), steps, witness)
+        return witness.seen
+
+    on = run(strategy.config.overlap, batches=against == "single")
+    if world_size() == 1:
+        raise ConfigError("on one rank nothing is communicated, and there is nothing to compare: ask for more devices")
+    off = run("off")
+    differences = _shared(_differences(on, off, "with overlap", "without"))
+    if differences:
+        # Only now, because it takes time in which a transfer that is late may arrive.
+        looked = _shared(_weights_read(run(strategy.config.overlap, weights=True), run("off", weights=True)))
+        differences += looked[:1] or ["while they are looked at, the weights that forward reads do not differ: a matter of timing"]
+    counted = f"{len(on.losses)} losses, {len(on.norms)} norms of gradients and {len(on.weights)} parameters"
+    verdicts = [Verdict(f"overlap on and off, {counted} on each of {world_size()} ranks, bit by bit", differences)]
+    if against == "single":
+        close = CLOSE if "16" not in str(trainer.get("precision")) else CLOSE_HALF
+        far = _far(on, _single(runs, on.batches, steps), close)
+        verdicts.append(Verdict(f"{world_size()} ranks and one process, losses and weights to {close:g}", _shared(far)))
+    return verdicts
+
+
+def _shared(mine: list[str]) -> list[str]:
+    """What any rank has found, on every rank."""
+    return [f"rank {at}: {sentence}" for at, said in enumerate(all_gather_objects(mine)) for sentence in said]
+
+
+def _differences(first: Seen, second: Seen, this: str, that: str) -> list[str]:
+    """The first of each kind, in words."""
+    found = []
+    for what, a, b in (("loss of batch", first.losses, second.losses), ("norm of the gradients of step", first.norms, second.norms)):
+        if len(a) != len(b):
+            found.append(f"{len(a)} of '{what}' {this}, {len(b)} {that}")
+        for i, (x, y) in enumerate(zip(a, b, strict=False)):
+            if x != y and not (math.isnan(x) and math.isnan(y)):
+                found.append(f"{what} {i} is {x!r} {this}, {y!r} {that}")
+                break
+    other = [name for name, weight in first.weights.items() if digest(weight) != digest(second.weights[name])]
+    if other:
+        found.append(f"{len(other)} of {len(first.weights)} parameters differ at the end, the first is {other[0]}")
+    return found
+
+
+def _weights_read(first: Seen, second: Seen) -> list[str]:
+    """The first parameter that forward read otherwise, in words."""
+    for batch, (a, b) in enumerate(zip(first.read, second.read, strict=False)):
+        for name, bits in a.items():
+            if b.get(name) != bits:
+                return [f"{name} is the first weight that forward reads otherwise, in batch {batch}"]
+    return []
+
+
+def _single(runs: Runs, mine: list[Any], steps: int) -> Seen:
+    """This rank trains alone, on the batches of all ranks."""
+    everyone = all_gather_objects(mine)
+    batches = [batch for together in zip(*everyone, strict=True) for batch in together]
+    each = len(batches) // steps  # of all ranks and of an accumulation window
+    witness = _Witness()
+    alone = SingleDeviceStrategy(runs.strategy.root_device)
+    module = copy.deepcopy(runs.model)
+    share([*module.parameters(), *module.buffers()])
+    # Every rank does the same, so that metrics that meet find each other. Clipping, precision and the rest are the user's.
+    runs.fit(
+        alone, steps, witness, module, devices=1, num_nodes=1, plugins=None, sync_batchnorm=False, limit_train_batches=1.0,
+        accumulate_grad_batches=each, train_dataloaders=DataLoader(batches, batch_size=None),  # type: ignore[arg-type]
+    )  # fmt: skip
+    return witness.seen
+
+
+def _far(ours: Seen, single: Seen, close: float) -> list[str]:
+    """The first of each kind that is not close, in words."""
+    found = []
+    for i, (x, y) in enumerate(zip(ours.losses, single.losses[rank() :: world_size()], strict=False)):
+        if not math.isclose(x, y, rel_tol=close, abs_tol=close):
+            found.append(f"loss of batch {i} is {x!r}, on one process {y!r}")
+            break
+    for name, weight in ours.weights.items():
+        a, b = weight.double(), single.weights[name].double()
+        if (far := ((a - b).norm() / b.norm().clamp_min(close)).item()) > close:
+            found.append(f"{name} differs by {far:.1e} (norm of the difference over its norm) at the end")
+            break
+    return found

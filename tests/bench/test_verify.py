@@ -1,0 +1,130 @@
+"""``verify`` finds nothing where nothing is wrong, and every fault that is planted."""
+
+import warnings
+from contextlib import ExitStack
+from unittest import mock
+
+import pytest
+import torch
+import torch.distributed as dist
+from lightning.pytorch.plugins.environments import TorchElasticEnvironment
+
+from lightning_overlap import ConfigError, DataParallel, OverlapStrategy, verify
+from lightning_overlap.comm import Group, Pending
+from lightning_overlap.modes.data.mode import DataMode
+from tests.helpers.training import Net
+
+BUCKET = "data.grads[1]"
+
+
+class Faults:
+    """Each is a mistake that an overlap can make; in force while overlap is on."""
+
+    def __init__(self):
+        self.on = False
+        self.held = []
+
+    def waited_too_late(self):
+        real = Pending.wait
+
+        def wait(pending):
+            if not self.on or not pending.transfer.label.startswith(BUCKET):
+                return real(pending)
+            for earlier in self.held:
+                real(earlier)
+            self.held = [pending]
+            return None
+
+        return mock.patch.object(Pending, "wait", wait)
+
+    def reduced_twice(self):
+        real = Group.reduce_scatter
+
+        def reduce_scatter(group, x, bounds, **how):
+            if self.on and how["label"].startswith(BUCKET):
+                real(group, x, bounds, **how).wait()
+            return real(group, x, bounds, **how)
+
+        return mock.patch.object(Group, "reduce_scatter", reduce_scatter)
+
+    def stale_weight(self):
+        real = Group.all_gather
+
+        def all_gather(group, x, bounds, **how):
+            if self.on and how["label"].startswith("data.params[1]"):
+                return Pending(group, how["label"], 0, lambda: x)
+            return real(group, x, bounds, **how)
+
+        return mock.patch.object(Group, "all_gather", all_gather)
+
+    def wrong_scale(self):
+        real = Group.reduce_scatter
+
+        def reduce_scatter(group, x, bounds, **how):
+            return real(group, x, bounds, **{**how, "average": not (self.on and how["label"].startswith(BUCKET))})
+
+        return mock.patch.object(Group, "reduce_scatter", reduce_scatter)
+
+
+def verified(fault=None, against="off", optimizer="sgd", **trainer):
+    warnings.simplefilter("ignore")
+    faults, real = Faults(), DataMode.__init__
+
+    def made(mode, plan, config, *rest):
+        faults.on = config.overlap != "off"
+        real(mode, plan, config, *rest)
+
+    size = dist.get_world_size()
+    given = {"accelerator": "cpu", "devices": size, "plugins": [TorchElasticEnvironment()], **trainer}
+    strategy = OverlapStrategy(DataParallel(bucket_size=500), cluster_environment=TorchElasticEnvironment())
+    strategy.parallel_devices = [torch.device("cpu")] * size
+    model = Net(optimizer)
+    del model.unused  # which counts as zero gradients, and is skipped on one process
+    model.sometimes = torch.nn.Identity()
+    with ExitStack() as planted:
+        planted.enter_context(mock.patch.object(DataMode, "__init__", made))
+        if fault is not None:
+            planted.enter_context(getattr(faults, fault)())
+        return [(verdict.equal, str(verdict)) for verdict in verify(model, None, strategy, given, steps=4, against=against)]
+
+
+@pytest.mark.parametrize(
+    "trainer", [{}, {"accumulate_grad_batches": 2, "gradient_clip_val": 0.1}, {"precision": "bf16-mixed"}], ids=str
+)
+def test_nothing_is_found_where_nothing_is_wrong(world, trainer):
+    verdicts = world(2).run(told, trainer)
+    assert verdicts[0] == verdicts[1]
+    for equal, words in verdicts[0]:
+        assert equal, words
+    assert "4 norms of gradients" in verdicts[0][0][1]
+    assert len(verdicts[0]) == 2
+
+
+def told(trainer):
+    return verified(against="single", **trainer)
+
+
+@pytest.mark.parametrize(
+    ("fault", "words"),
+    [
+        ("waited_too_late", ["norm of the gradients of step 0", "is the first weight that forward reads otherwise, in batch 1"]),
+        ("reduced_twice", ["norm of the gradients of step 0", "is the first weight that forward reads otherwise, in batch 1"]),
+        ("stale_weight", ["loss of batch 1", "is the first weight that forward reads otherwise, in batch 1"]),
+        ("wrong_scale", ["norm of the gradients of step 0", "is the first weight that forward reads otherwise, in batch 1"]),
+    ],
+)
+def test_a_planted_fault_is_found(world, fault, words):
+    verdicts = world(2).run(verified, fault)
+    assert verdicts[0] == verdicts[1], "the same on every rank"
+    ((equal, said),) = verdicts[0]
+    assert not equal
+    assert all(word in said for word in words), said
+
+
+def one_rank():
+    with pytest.raises(ConfigError, match="on one rank nothing is communicated"):
+        verified()
+
+
+def test_one_rank_has_nothing_to_compare(world):
+    world(1).run(one_rank)
