@@ -11,7 +11,17 @@ from typing import Any
 from lightning_overlap.decision import ConfigError
 from lightning_overlap.profiling.trace import Spent, Step, Summary, compare, spans, spent
 
-COLOURS = {"compute": "#4c72b0", "hidden": "#55a868", "exposed": "#c44e52", "late peers": "#dd8452", "between batches": "#b8c0cc"}
+COLOURS = {
+    "compute": "#4c72b0",
+    "forward": "#4c72b0",
+    "backward and step": "#7a9bd1",
+    "between batches": "#b8c0cc",
+    "exposed": "#c44e52",
+    "waited": "#c44e52",
+    "late peers": "#dd8452",
+    "late peer": "#dd8452",
+}
+"""Of what is drawn; transfers take plotly's own."""
 
 
 def import_plotly() -> Any:
@@ -30,7 +40,7 @@ def write_report(summary: Summary, steps: Sequence[Sequence[Step]], plan: str, p
 
     Args:
         summary: of all measured steps.
-        steps: those to draw, each as all ranks saw it, on one clock.
+        steps: those to draw, at least one, each as all ranks saw it, on one clock.
         plan: as text.
         path: the file.
     """
@@ -73,7 +83,7 @@ def _bars(steps: Sequence[Sequence[Step]]) -> Any:
 def _timeline(steps: Sequence[Sequence[Step]]) -> Any:
     """A row for each rank's compute, waits, and kinds of transfers."""
     graphs = import_plotly()
-    origin = min((own.start for step in steps for own in step), default=0.0)
+    origin = min(own.start for step in steps for own in step)
     drawn: dict[str, dict[str, list[Any]]] = defaultdict(lambda: defaultdict(list))
     rows: dict[str, None] = {}
     for step in steps:
@@ -88,14 +98,19 @@ def _timeline(steps: Sequence[Sequence[Step]]) -> Any:
             bars["text"].append(f"{name}<br>{(end - start) * 1e3:.2f} ms" + (f"<br>{nbytes / 1e6:.2f} MB sent" if nbytes else ""))
     figure = graphs.Figure(
         [
-            graphs.Bar(orientation="h", name=kind, hoverinfo="text", hovertext=bars.pop("text"), textposition="none", **bars)
+            graphs.Bar(
+                orientation="h",
+                name=kind,
+                hoverinfo="text",
+                hovertext=bars.pop("text"),
+                marker={"color": COLOURS.get(kind), "line": {"width": 0}},
+                **bars,
+            )
             for kind, bars in drawn.items()
         ]
     )
-    figure.update_layout(
-        title="Timeline in milliseconds (drag to zoom, double click to go back)",
-        barmode="overlay",
-        height=140 + 34 * len(rows),
-        bargap=0.15,
-    )
+    title = "Timeline of the last measured step, in milliseconds (drag to zoom, double click for all that is drawn)"
+    figure.update_layout(title=title, barmode="overlay", height=140 + 34 * len(rows), bargap=0.15)
+    last = steps[-1]
+    figure.update_xaxes(range=[(min(own.start for own in last) - origin) * 1e3, (max(own.end for own in last) - origin) * 1e3])
     return figure.update_yaxes(categoryorder="array", categoryarray=sorted(rows, reverse=True))

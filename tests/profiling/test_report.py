@@ -1,0 +1,47 @@
+import shutil
+import subprocess
+
+import pytest
+
+from lightning_overlap.comm import Transfer
+from lightning_overlap.profiling.report import write_report
+from lightning_overlap.profiling.trace import Step, Summary
+
+CHROMIUM = shutil.which("chromium")
+
+
+def page(folder):
+    steps = []
+    for index in range(3):
+        start = 10.0 * index
+        held = [Transfer("data.grads[0]", index, 5000, (0, 1), start + 2, start + 2, start + 6, (start + 4, start + 7))]
+        phases = [("forward", start, start + 2), ("backward and step", start + 2, start + 8)]
+        steps.append([Step(index, start, start + 8, phases, held) for _ in range(2)])
+    summary = Summary()
+    for step in steps:
+        summary.add(step)
+    path = folder / "report.html"
+    write_report(summary, steps, "a plan with <brackets> & such", path)
+    return path
+
+
+def test_everything_is_in_the_page(tmp_path):
+    text = page(tmp_path).read_text()
+    assert "a plan with &lt;brackets&gt; &amp; such" in text
+    assert "3 steps measured, means over 2 ranks" in text
+    assert "data.grads[0]" in text
+    assert 'src="http' not in text
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no chromium to open the page with")
+def test_a_browser_draws_it_without_a_network(tmp_path):
+    alone = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
+             "--disable-background-networking", "--disable-component-update", "--disable-sync",
+             "--proxy-server=127.0.0.1:1", f"--user-data-dir={tmp_path}/profile"]  # fmt: skip
+    shown = subprocess.run(
+        [CHROMIUM, *alone, "--virtual-time-budget=5000", "--dump-dom", page(tmp_path).as_uri()],
+        capture_output=True, text=True, timeout=60,
+    ).stdout  # fmt: skip
+    drawn = shown[shown.index("main-svg") :]
+    assert all(row in drawn for row in ("rank 0 compute", "rank 1 data.grads", "rank 1 waits"))
+    assert all(name in drawn for name in ("exposed", "late peers", "step 2"))
