@@ -11,7 +11,9 @@ from typing import Any, Literal
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.cli import LightningCLI
 
-from lightning_overlap.bench.measure import measure
+from lightning_overlap.bench.measure import measure, ranking
+from lightning_overlap.bench.measure import sweep as rank_values
+from lightning_overlap.bench.runs import Runs
 from lightning_overlap.bench.verify import verify
 from lightning_overlap.decision import ConfigError
 from lightning_overlap.optimization import facts_of
@@ -57,6 +59,7 @@ class _Trainer(Trainer):
         warmup: int = 3,
         repeats: int = 3,
         peers: bool = False,
+        sweep: str | None = None,
         json: str | None = None,
     ) -> None:
         """Measures what overlap buys: overlapped, plain, compute alone, communication alone, and peers.
@@ -68,8 +71,15 @@ class _Trainer(Trainer):
             warmup: steps before them.
             repeats: runs of each; the medians count.
             peers: also Lightning's DDP and ModelParallel strategies.
+            sweep: instead, values of one setting to rank, such as data_parallel.bucket_size=100000,400000,auto.
             json: a file for all the figures.
         """
+        if sweep is not None:
+            runs = Runs(model, datamodule, self._overlap(), self._given)
+            rows = rank_values(runs, sweep, steps=steps, warmup=warmup, repeats=repeats)
+            if self.is_global_zero:
+                print(ranking(rows))
+            return
         measured = measure(
             model, datamodule, self._overlap(), self._given, steps=steps, warmup=warmup, repeats=repeats, with_peers=peers
         )

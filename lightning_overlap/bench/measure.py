@@ -7,19 +7,23 @@ interleaved, so that a machine that drifts favours none.
 from __future__ import annotations
 
 import copy
+import json
 import os
 import statistics
 import time
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.strategies import Strategy
 
+from lightning_overlap.bench.advice import advise
 from lightning_overlap.bench.peers import peers as all_peers
 from lightning_overlap.bench.runs import Runs
 from lightning_overlap.bench.skip import Skipped, skip_transfers
+from lightning_overlap.comm import Transfer
 from lightning_overlap.decision import ConfigError
 from lightning_overlap.profiling.callback import groups_of
 from lightning_overlap.strategy import OverlapStrategy
@@ -33,6 +37,13 @@ class Row:
     seconds: list[float] = field(default_factory=list)
     exposed: list[float] = field(default_factory=list)
     """Seconds a step in which this rank did nothing but wait for a transfer (overlapped and plain)."""
+    memory: list[int] = field(default_factory=list)
+    """Bytes in use after the last step: the process's resident ones, on CUDA the most that torch had allocated."""
+
+    def add(self, clock: _Clock) -> None:
+        """One run more."""
+        self.seconds.append(clock.seconds)
+        self.memory.append(clock.memory)
 
     @property
     def median(self) -> float:
@@ -52,6 +63,7 @@ class Measured:
     ranks: int
     steps: int
     doubts: list[str]
+    advice: str = ""
 
     def row(self, name: str) -> Row:
         return next(row for row in self.rows if row.name == name)
@@ -67,16 +79,18 @@ class Measured:
 
     def table(self) -> str:
         """The table as text; times in milliseconds."""
-        lines = [f"{'':34}{'ms a step':>10}{'spread':>8}{'exposed':>9}{'x limit':>9}{'overlapped is':>15}"]
+        lines = [f"{'':34}{'ms a step':>10}{'spread':>8}{'exposed':>9}{'MB':>7}{'x limit':>9}{'overlapped is':>15}"]
         ours = self.row("overlapped").median
         for row in self.rows:
             exposed = f"{statistics.median(row.exposed) * 1e3:.0f}" if row.exposed else ""
             gain = "" if row.name in ("overlapped", "compute", "communication") else f"{row.median / ours:.2f} x"
-            lines.append(f"{row.name:34}{row.median * 1e3:10.0f}{row.spread:8.0%}{exposed:>9}{row.median / self.limit:9.2f}{gain:>15}")
+            held = f"{statistics.median(row.memory) / 1e6:.0f}" if row.memory else ""
+            figures = f"{row.median * 1e3:10.0f}{row.spread:8.0%}{exposed:>9}{held:>7}{row.median / self.limit:9.2f}{gain:>15}"
+            lines.append(f"{row.name:34}{figures}")
         lines.append(f"{'limit = max(compute, communication)':34}{self.limit * 1e3:9.0f}")
         runs = f"{self.ranks} ranks, medians of {len(self.rows[0].seconds)} runs of {self.steps} steps"
         lines.append(f"efficiency {self.limit / ours:.0%}; {runs}")
-        return "\n".join(lines + [f"doubtful: {doubt}" for doubt in self.doubts])
+        return "\n".join([*lines, *[f"doubtful: {doubt}" for doubt in self.doubts], self.advice])
 
 
 class _Clock(Callback):
@@ -85,7 +99,11 @@ class _Clock(Callback):
     def __init__(self, warmup: int, steps: int, *, skip: bool = False) -> None:
         self.warmup, self.steps, self.skip = warmup, steps, skip
         self.seconds = self.exposed = self.communication = 0.0
+        self.memory = 0
+        self.waits: dict[str, float] = {}
+        """Seconds a step for which a kind of transfer was waited for, ``data.grads`` say."""
         self._skipped: list[Skipped] = []
+        self._log: list[Transfer] = []
         self._first = (0.0, 0.0)
         self._step = -1
 
@@ -103,12 +121,22 @@ class _Clock(Callback):
         if self._step in (self.warmup, self.warmup + self.steps):
             if trainer.strategy.root_device.type == "cuda":
                 torch.cuda.synchronize()
+                if self._step == self.warmup:
+                    torch.cuda.reset_peak_memory_stats()
             groups = [g for mode in getattr(trainer.strategy, "modes", ()) for g in groups_of(mode).values()]
             now, exposed = time.perf_counter(), sum(g.exposed for g in groups)
             if self._step == self.warmup:
                 self._first = now, exposed
+                for group in groups if not self.skip else ():
+                    group.log = self._log
             else:
                 self.seconds, self.exposed = (now - self._first[0]) / self.steps, (exposed - self._first[1]) / self.steps
+                self.memory = memory_in_use(trainer.strategy.root_device)
+                for group in groups if not self.skip else ():
+                    group.log = None
+                for transfer in self._log:
+                    kind, waited = transfer.label.split("[")[0], transfer.waited or (0.0, 0.0)
+                    self.waits[kind] = self.waits.get(kind, 0.0) + (waited[1] - waited[0]) / self.steps
 
     def on_train_end(self, trainer: Trainer, module: LightningModule) -> None:
         if not self.seconds:
@@ -167,24 +195,83 @@ def measure(
     rows = {name: Row(name) for name in ("overlapped", "plain", "compute", "communication")}
     others = all_peers(strategy._get_process_group_backend(), strategy.world_size) if with_peers else {}
     refused: dict[str, str] = {}
+    waits: dict[str, float] = {}
     rows |= {name: Row(name) for name in others}
     for _ in range(repeats):
         for name, changes in (("overlapped", {}), ("plain", {"overlap": "off"})):
             clock = run(runs.ours(**changes))
-            rows[name].seconds.append(clock.seconds)
+            rows[name].add(clock)
             rows[name].exposed.append(clock.exposed)
+            waits = clock.waits if name == "overlapped" else waits
         clock = run(runs.ours(), skip=True)
-        rows["compute"].seconds.append(clock.seconds)
+        rows["compute"].add(clock)
         rows["communication"].seconds.append(clock.communication)
         for name, (make, prepare) in others.items():
             if name in refused:
                 continue
             try:
-                rows[name].seconds.append(run(make(), prepare(copy.deepcopy(model))).seconds)
+                rows[name].add(run(make(), prepare(copy.deepcopy(model))))
             except Exception as error:  # a peer that cannot train this module costs no figures
                 refused[name] = f"{name} is left out: {error}"
     measured = [row for row in rows.values() if row.name not in refused]
-    return Measured(measured, strategy.world_size, steps, [*refused.values(), *_doubts(measured, strategy.num_processes)])
+    doubts = [*refused.values(), *_doubts(measured, strategy.num_processes)]
+    return Measured(measured, strategy.world_size, steps, doubts, advise(rows, waits, strategy.config))
+
+
+def sweep(runs: Runs, setting: str, *, steps: int, warmup: int, repeats: int) -> list[Row]:
+    """Times the overlapped step with each of some values of one setting, interleaved; the fastest comes first.
+
+    Args:
+        runs: what to train.
+        setting: such as ``data_parallel.bucket_size=100000,400000,auto``.
+        steps: as in :func:`measure`.
+        warmup: as in :func:`measure`.
+        repeats: as in :func:`measure`.
+
+    Raises:
+        ConfigError: there is no such setting, or it takes no such value.
+    """
+    path, _, listed = setting.partition("=")
+    mode, _, name = path.partition(".")
+    own = getattr(runs.strategy.config, mode, None)
+    known = [f.name for f in fields(own)] if is_dataclass(own) else []
+    if name not in known or not listed:
+        raise ConfigError(
+            f"--sweep {setting}: it is MODE.SETTING=VALUE,VALUE,... with a setting of the mode: {', '.join(known) or path}"
+        )
+    values = {value: replace(own, **{name: _parsed(value)}) for value in listed.split(",")}  # type: ignore[type-var]
+    rows = {value: Row(f"{path}={value}") for value in values}
+    for _ in range(repeats):
+        for value, config in values.items():
+            clock = _Clock(warmup, steps)
+            runs.fit(runs.ours(**{mode: config}), warmup + steps + 1, clock)
+            rows[value].add(clock)
+            rows[value].exposed.append(clock.exposed)
+    return sorted(rows.values(), key=lambda row: row.median)
+
+
+def ranking(rows: list[Row]) -> str:
+    """Of a sweep, as text; times in milliseconds."""
+    lines = [f"{'':44}{'ms a step':>10}{'spread':>8}{'exposed':>9}{'MB':>7}"]
+    for row in rows:
+        exposed, held = statistics.median(row.exposed) * 1e3, statistics.median(row.memory) / 1e6
+        lines.append(f"{row.name:44}{row.median * 1e3:10.0f}{row.spread:8.0%}{exposed:9.0f}{held:7.0f}")
+    return "\n".join(lines)
+
+
+def _parsed(value: str) -> Any:
+    try:
+        return json.loads(value)
+    except ValueError:
+        return value  # a word, such as auto
+
+
+def memory_in_use(device: torch.device) -> int:
+    """Bytes: the most that torch has allocated on a CUDA device, else what is resident of this process (Linux; 0 elsewhere)."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    status = Path("/proc/self/statm")
+    return int(status.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") if status.exists() else 0
 
 
 def _doubts(rows: list[Row], here: int) -> list[str]:

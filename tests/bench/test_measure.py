@@ -5,8 +5,10 @@ import torch
 import torch.distributed as dist
 from lightning.pytorch.plugins.environments import TorchElasticEnvironment
 
-from lightning_overlap import DataParallel, OverlapStrategy
-from lightning_overlap.bench.measure import Measured, Row, _Clock, measure
+from lightning_overlap import ConfigError, DataParallel, OverlapConfig, OverlapStrategy
+from lightning_overlap.bench.advice import advise
+from lightning_overlap.bench.measure import Measured, Row, _Clock, measure, ranking, sweep
+from lightning_overlap.bench.runs import Runs
 from lightning_overlap.bench.skip import Skipped
 from lightning_overlap.profiling.callback import groups_of
 from tests.helpers.training import Net, train
@@ -64,6 +66,50 @@ def test_no_transfer_is_made_in_the_run_for_compute_and_all_are_in_the_replay(wo
         assert sent == 0
         assert kept.count("data.grads") == kept.count("data.params") > 1
         assert replayed > 0
+
+
+def rows(overlapped, plain, compute, communication, exposed):
+    medians = {"overlapped": overlapped, "plain": plain, "compute": compute, "communication": communication}
+    made = {name: Row(name, [median]) for name, median in medians.items()}
+    made["overlapped"].exposed = [exposed]
+    return made
+
+
+@pytest.mark.parametrize(
+    ("figures", "words"),
+    [
+        ((1.1, 1.0, 0.9, 0.1, 0.1), "overlap costs 100 ms more than it hides here; set overlap: off"),
+        ((1.0, 2.0, 0.9, 0.5, 0.01), "nothing to gain from a setting, 10 of 1000 ms are exposed"),
+        ((1.0, 2.0, 0.8, 0.5, 0.2), "data.grads is exposed most, 150 of 1000 ms; try data_parallel: a smaller bucket_size"),
+        ((1.0, 2.0, 0.5, 0.8, 0.2), "and the link is the limit; try data_parallel: reduce_scatter_with_fp32_accumulation: true"),
+    ],
+)
+def test_the_advice_follows_from_the_figures(figures, words):
+    assert words in advise(rows(*figures), {"data.params": 0.05, "data.grads": 0.15}, OverlapConfig())
+
+
+def swept(setting):
+    warnings.simplefilter("ignore")
+    trainer = {"accelerator": "cpu", "devices": dist.get_world_size(), "plugins": [TorchElasticEnvironment()]}
+    strategy = OverlapStrategy(DataParallel(bucket_size=500), cluster_environment=TorchElasticEnvironment())
+    strategy.parallel_devices = [torch.device("cpu")] * dist.get_world_size()
+    ranked = sweep(Runs(Net(), None, strategy, trainer), setting, steps=2, warmup=1, repeats=2)
+    return [(row.name, row.median, len(row.seconds), min(row.memory)) for row in ranked], ranking(ranked)
+
+
+def test_a_sweep_ranks_values(world):
+    for ranked, table in world(2).run(swept, "data_parallel.bucket_size=300,auto"):
+        assert {name for name, *_ in ranked} == {"data_parallel.bucket_size=300", "data_parallel.bucket_size=auto"}
+        assert [median for _, median, *_ in ranked] == sorted(median for _, median, *_ in ranked)
+        assert all(runs == 2 and memory > 0 for *_, runs, memory in ranked)
+        assert table.count("data_parallel.bucket_size=") == 2
+
+
+@pytest.mark.parametrize("setting", ["data_parallel.bucket=1", "nothing=1", "data_parallel.bucket_size"])
+def test_a_sweep_of_what_is_no_setting_is_refused(setting):
+    runs = Runs(Net(), None, OverlapStrategy(), {})
+    with pytest.raises(ConfigError, match=f"--sweep {setting}: it is MODE.SETTING=VALUE"):
+        sweep(runs, setting, steps=1, warmup=1, repeats=1)
 
 
 class Recorded:

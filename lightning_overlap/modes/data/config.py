@@ -45,6 +45,16 @@ class DataParallel:
     pad_buckets_for_high_nccl_busbw: bool = False
     """Pad buckets to multiples of 2**16 elements."""
 
+    def advice(self, kind: str) -> str:
+        """What may help where a kind of transfer is exposed: ``grads``, ``params``, ``norm``; ``bytes``: the link is too slow."""
+        known = {
+            "bytes": "reduce_scatter_with_fp32_accumulation: true (half the bytes of gradients), or more batches a step",
+            "grads": "a smaller bucket_size, which starts earlier and leaves less at the end",
+            "params": "a smaller bucket_size: forward waits for its first bucket",
+            "norm": "clipping by value, which waits for no norm",
+        }
+        return f"data_parallel: {known.get(kind, known['bytes'])}"
+
     def __post_init__(self) -> None:
         for name in ("size", "bucket_size", "param_gather_prefetch", "num_optimizer_instances"):
             value, word = getattr(self, name), "all" if name == "param_gather_prefetch" else "auto"
