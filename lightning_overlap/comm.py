@@ -6,9 +6,9 @@ gloo: reduce-scatter and all-gather are built from point-to-point transfers, bec
 bytes that the link has to carry. Receives are posted before sends, so that both directions of a link run at once.
 Reduce and gather have a process group, that is a set of connections, each. Whatever holds back on one cannot hold up the
 other, which is what makes an order of priority safe: a gather is sent in chunks, the most urgent first, and only while
-this rank has no reduce to send. Gathers of an earlier step are not held back: a rank that is behind waits for them before
-it comes to the reduce that this rank waits for. A rank never waits for a gather before it has posted the receives of all
-of that step, so a chunk in flight always finds its receiver.
+nothing of a reduce is on its way from this rank. Gathers of an earlier step are not held back: a rank that is behind waits
+for them before it comes to the reduce that this rank waits for. A rank never waits for a gather before it has posted the
+receives of all of that step, so a chunk in flight always finds its receiver.
 
 NCCL: the native asynchronous collectives, in the order of their posting; never a host synchronisation.
 """
@@ -17,14 +17,11 @@ from __future__ import annotations
 
 import heapq
 import itertools
-import os
 import queue
-import socket
 import threading
 import time
 from collections import defaultdict, deque
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -33,12 +30,17 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from lightning_overlap.sockets import Sockets
+
 CHUNK_BYTES = 1 << 20
 """A gather is cut into chunks of this size: what a more urgent transfer waits for at most is the window of chunks."""
 WINDOW = 2
 """Chunks in flight on the gather connections: one on the link and one ready behind it."""
 SEND_BUFFER = 128 << 10
-"""Bytes that the kernel may hold of a gather connection (Linux doubles it for its own needs)."""
+"""Bytes that the kernel may hold of a gather connection. A chunk counts as sent once the kernel has it, and the kernel grows a
+busy connection's buffer to megabytes, which would share the link with the more urgent reduces that follow."""
+LOOK_AGAIN = 0.003
+"""Seconds after which a held gather looks again whether the link has nothing of a reduce to send."""
 _MAX_CHUNKS = 1 << 14
 _REMEMBERED = 256
 """Transfers among which an error looks for those that are not complete."""
@@ -170,7 +172,11 @@ class _Threads:
             self._changed.notify()
 
     def _may_send(self) -> bool:
-        return bool(self._chunks) and (not self._reducing or self._chunks[0][0] < self._step)
+        if not self._chunks:
+            return False
+        # A reduce may wait for a peer that has not come to it, while the link is idle. To hold gathers back for it would keep
+        # the peer behind: its forward waits for them.
+        return not self._reducing or self._chunks[0][0] < self._step or self._group.sockets.at_rest()
 
     def close(self) -> None:
         self._posts.put(None)
@@ -213,8 +219,9 @@ class _Threads:
         flying: list[tuple[tuple[Any, int], Pending]] = []
         while True:
             with self._changed:
-                # With a chunk in flight there is something to wait for below; without one, only for a change.
-                self._changed.wait_for(lambda: flying or self._closing or self._may_send())
+                # With a chunk in flight there is something to wait for below; without one, for a change or an idle link.
+                held = LOOK_AGAIN if self._chunks else None
+                self._changed.wait_for(lambda: flying or self._closing or self._may_send(), held)
                 if self._closing and not flying and not self._chunks:
                     return
                 chosen: list[tuple[int, int, int, Tensor, int, int, Pending]] = []
@@ -253,6 +260,7 @@ class Group:
         name: names the group in errors.
         reduces: the process group of reduces, and of everything that is not a gather.
         gathers: the process group of gathers; None for a group that only all-reduces, which needs no threads.
+        sockets: the connections of ``reduces``, where they are known.
 
     Attributes:
         exposed: seconds for which the main thread has blocked in waits.
@@ -261,13 +269,14 @@ class Group:
             different orders (gloo). NCCL's, and every all-reduce, are matched by the order of posting.
     """
 
-    def __init__(self, ranks: Sequence[int], name: str, reduces: Any, gathers: Any) -> None:
+    def __init__(self, ranks: Sequence[int], name: str, reduces: Any, gathers: Any, sockets: Sockets) -> None:
         self.ranks = tuple(ranks)
         self.size = len(self.ranks)
         self.rank = self.ranks.index(dist.get_rank())
         self.name = name
         self.reduces = reduces
         self.gathers = gathers
+        self.sockets = sockets
         self.exposed = 0.0
         self.log: list[Transfer] | None = None
         self._last: deque[Transfer] = deque(maxlen=_REMEMBERED)
@@ -434,6 +443,7 @@ class Group:
         if self._threads is not None:
             self._threads.close()
             self._threads = None
+        self.sockets.close()
         self._free.clear()
 
     def close(self) -> None:
@@ -520,34 +530,19 @@ def make_group(
     mine: Group | None = None
     for ranks in rank_sets:
         pair: list[Any] = [None, None]
+        of_reduces = Sockets()
         if len(ranks) > 1:
-            pair[0] = dist.new_group(ranks, timeout=timeout, backend=backend)
+            with Sockets.made_inside() as of_reduces:
+                pair[0] = dist.new_group(ranks, timeout=timeout, backend=backend)
             if gathers:
-                with _small_send_buffers():
+                with Sockets.made_inside() as of_gathers:
                     pair[1] = dist.new_group(ranks, timeout=timeout, backend=backend)
+                of_gathers.bound_send_buffers(SEND_BUFFER)
+                of_gathers.close()
         if dist.get_rank() in ranks:
-            mine = Group(ranks, name, *pair)
+            mine = Group(ranks, name, pair[0], pair[1], of_reduces)
     assert mine is not None, f"rank {dist.get_rank()} is in none of {rank_sets}"
     return mine
-
-
-@contextmanager
-def _small_send_buffers() -> Iterator[None]:
-    """Bounds the send buffer of the connections that are made inside.
-
-    A chunk counts as sent once the kernel has it, and the kernel grows a busy connection's buffer to megabytes, which
-    then share the link with the more urgent reduces that follow. gloo has no option for it, so the sockets are the
-    descriptors that are new. Linux only; elsewhere the priority of reduces is that much weaker.
-    """
-    listing = "/proc/self/fd"
-    before = set(os.listdir(listing)) if os.path.isdir(listing) else None
-    yield
-    if before is None:
-        return
-    for descriptor in set(os.listdir(listing)) - before:
-        with suppress(OSError), socket.socket(fileno=os.dup(int(descriptor))) as connection:  # or it is no socket, or closed
-            connection.getpeername()
-            connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER)
 
 
 def world_size() -> int:

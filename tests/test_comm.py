@@ -94,3 +94,28 @@ def test_connections_of_gathers_alone_have_small_send_buffers(world):
     for bounded, connections in world(4).run(bounded_connections):
         assert bounded == 3  # one a peer
         assert connections >= 6  # the reduces' are there too, and are not bounded
+
+
+def ahead_of_a_peer():
+    """The first rank has asked for a reduce that its peer comes to only after a gather of the same step."""
+    rank, bounds = dist.get_rank(), [0, 2, 4]
+    group = make_group([[0, 1]], "test", datetime.timedelta(seconds=10))
+    try:
+        group.start_step()
+        x, weights = torch.full((4,), float(rank)), torch.full((4,), -1.0)
+        weights[bounds[rank] : bounds[rank + 1]] = rank
+        if rank == 0:
+            reduce = group.reduce_scatter(x, bounds, key=0, label="reduce")
+        gather = group.all_gather(weights, bounds, key=1, label="gather").wait().tolist()
+        if rank == 1:
+            reduce = group.reduce_scatter(x, bounds, key=0, label="reduce")
+        return gather, reduce.wait().tolist()
+    finally:
+        group.close()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="whether a link is idle is known on Linux only")
+def test_gathers_are_not_held_back_for_a_reduce_that_waits_for_its_peer(world):
+    for gather, reduce in world(2).run(ahead_of_a_peer):
+        assert gather == [0, 0, 1, 1]
+        assert reduce == [1, 1]
