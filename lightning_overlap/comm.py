@@ -41,6 +41,8 @@ SEND_BUFFER = 128 << 10
 busy connection's buffer to megabytes, which would share the link with the more urgent reduces that follow."""
 LOOK_AGAIN = 0.003
 """Seconds after which a held gather looks again whether the link has nothing of a reduce to send."""
+ASK_FOR_PEERS = 2.0
+"""Seconds of waiting after which connections are looked at, and again after so many more."""
 _MAX_CHUNKS = 1 << 14
 _REMEMBERED = 256
 """Transfers among which an error looks for those that are not complete."""
@@ -83,8 +85,10 @@ class Transfer:
 class Pending:
     """A posted transfer."""
 
-    def __init__(self, group: Group, label: str, nbytes: int, finish: Callable[[], Tensor]) -> None:
-        self.transfer = group.note(label, nbytes)
+    def __init__(
+        self, group: Group, label: str, nbytes: int, finish: Callable[[], Tensor], ranks: tuple[int, ...] | None = None
+    ) -> None:
+        self.transfer = group.note(label, nbytes, ranks)
         self._group = group
         self._finish: Callable[[], Tensor] | None = finish
         self._result: Tensor | None = None
@@ -96,8 +100,8 @@ class Pending:
         self._error: TransferError | None = None
 
     def arrived(self) -> bool:
-        """Whether :meth:`wait` would return at once. Known only of transfers that a thread waits for (gloo's reduce)."""
-        return self._arrived.is_set() and not self._works
+        """Whether :meth:`wait` would return at once. Of gloo's transfers, known only of those that a thread waits for."""
+        return self._arrived.is_set() and all(self._group.can_poll and work.is_completed() for work, _ in self._works)
 
     def wait(self) -> Tensor:
         """Blocks until the result is complete (on CUDA: makes the current stream wait) and returns it. Idempotent.
@@ -107,10 +111,11 @@ class Pending:
         """
         if self._finish is not None:
             start = time.perf_counter()
-            self._arrived.wait()
-            if self._error is not None:
-                raise self._error
-            self._group.wait_for(self.transfer.label, self._works)
+            self._wait_for_threads(start)
+            if self._works:
+                if not self._group.wait_elsewhere(self):
+                    self._group.wait_for(self.transfer.label, self._works)
+                self._wait_for_threads(start)
             end = time.perf_counter()
             self.transfer.waited = start, end
             self._group.exposed += end - start
@@ -120,34 +125,43 @@ class Pending:
         assert self._result is not None, "the finish of a transfer gives its result"
         return self._result
 
+    def _wait_for_threads(self, start: float) -> None:
+        """Until they have settled it. gloo never wakes who waits for a transfer in the middle of which the peer went away."""
+        while not self._arrived.wait(ASK_FOR_PEERS):
+            if self._group.is_left() and time.perf_counter() - start > 2 * ASK_FOR_PEERS:
+                self._error = self._group.failure(self.transfer.label, -1, ConnectionError("a peer's connection is closed"))
+                break
+        if self._error is not None:
+            raise self._error
+
     def _settle(self, error: TransferError | None = None) -> None:
         self._error = self._error or error
         self._arrived.set()
 
 
 class _Threads:
-    """What would block in a gloo group, given to three threads: one posts, one waits for reduces, one sends chunks of gathers.
+    """What would block in a gloo group, given to threads: one posts, one waits for reduces, one for what the main thread is
+    waiting for, one sends chunks of gathers.
 
     Posting copies what is sent to the socket, and stands behind gloo's own thread while that reads from the same
     connection: about a millisecond a bucket, which the main thread has better use for. Point-to-point transfers can be
-    waited for once and not polled, so somebody has to stand and wait. The threads hold Python's lock for microseconds; all
-    arithmetic stays on the main thread.
+    waited for once and not polled, so somebody has to stand and wait; not the main thread, which must notice that a peer is
+    gone. The threads hold Python's lock for microseconds; all arithmetic stays on the main thread.
     """
 
     def __init__(self, group: Group) -> None:
         self._group = group
         self._posts: queue.SimpleQueue[tuple[Pending, list[_Transfer], bool] | None] = queue.SimpleQueue()
         self._reduces: queue.SimpleQueue[Pending | None] = queue.SimpleQueue()
+        self._asked: queue.SimpleQueue[Pending | None] = queue.SimpleQueue()
         self._chunks: list[tuple[int, int, int, Tensor, int, int, Pending]] = []
         self._step = 0
         self._number = itertools.count()
         self._reducing = 0
         self._closing = False
         self._changed = threading.Condition()
-        self._members = [
-            threading.Thread(target=target, name=f"{group.name}.{target.__name__}", daemon=True)
-            for target in (self._post, self._wait_for_reduces, self._send_chunks)
-        ]
+        work = [self._post, self._wait_for_reduces, self._wait_for_asked, *([self._send_chunks] if group.gathers is not None else [])]
+        self._members = [threading.Thread(target=target, name=f"{group.name}.{target.__name__}", daemon=True) for target in work]
         for thread in self._members:
             thread.start()
 
@@ -166,6 +180,11 @@ class _Threads:
                 heapq.heappush(self._chunks, (self._step, priority, next(self._number), tensor, peer, tag, pending))
             self._changed.notify()
 
+    def wait_for(self, pending: Pending) -> None:
+        """Waits for what is posted already, in the place of the caller."""
+        pending._arrived.clear()
+        self._asked.put(pending)
+
     def start_step(self) -> None:
         with self._changed:
             self._step += 1
@@ -176,10 +195,11 @@ class _Threads:
             return False
         # A reduce may wait for a peer that has not come to it, while the link is idle. To hold gathers back for it would keep
         # the peer behind: its forward waits for them.
-        return not self._reducing or self._chunks[0][0] < self._step or self._group.sockets.at_rest()
+        return not self._reducing or self._chunks[0][0] < self._step or self._group.of_reduces.at_rest()
 
     def close(self) -> None:
         self._posts.put(None)
+        self._asked.put(None)
         with self._changed:
             self._closing = True
             self._changed.notify()
@@ -214,6 +234,14 @@ class _Threads:
             with self._changed:
                 self._reducing -= 1
                 self._changed.notify()
+
+    def _wait_for_asked(self) -> None:
+        while (pending := self._asked.get()) is not None:
+            try:
+                self._group.wait_for(pending.transfer.label, pending._works)
+            except TransferError as error:
+                pending._settle(error)
+            pending._settle()
 
     def _send_chunks(self) -> None:
         flying: list[tuple[tuple[Any, int], Pending]] = []
@@ -259,32 +287,39 @@ class Group:
         ranks: global ranks of the members, in the order of their rank in the group.
         name: names the group in errors.
         reduces: the process group of reduces, and of everything that is not a gather.
-        gathers: the process group of gathers; None for a group that only all-reduces, which needs no threads.
-        sockets: the connections of ``reduces``, where they are known.
+        gathers: the process group of gathers; None for a group that makes none.
+        of_reduces: the connections of ``reduces``, where they are known.
+        of_gathers: those of ``gathers``.
+        threads: post and wait on threads of the group's own (gloo); without, each transfer is posted and waited for by its caller.
 
     Attributes:
         exposed: seconds for which the main thread has blocked in waits.
         log: if it is a list, every transfer is added to it when it is posted.
         keyed: whether reduce-scatters and all-gathers find each other by their key, so that ranks may post them in
             different orders (gloo). NCCL's, and every all-reduce, are matched by the order of posting.
+        can_poll: whether a work that has been posted tells when it is complete (NCCL).
     """
 
-    def __init__(self, ranks: Sequence[int], name: str, reduces: Any, gathers: Any, sockets: Sockets) -> None:
+    def __init__(
+        self, ranks: Sequence[int], name: str, reduces: Any, gathers: Any, of_reduces: Sockets, of_gathers: Sockets, *, threads: bool
+    ) -> None:
         self.ranks = tuple(ranks)
         self.size = len(self.ranks)
         self.rank = self.ranks.index(dist.get_rank())
         self.name = name
         self.reduces = reduces
         self.gathers = gathers
-        self.sockets = sockets
+        self.of_reduces = of_reduces
+        self.of_gathers = of_gathers
         self.exposed = 0.0
         self.log: list[Transfer] | None = None
         self._last: deque[Transfer] = deque(maxlen=_REMEMBERED)
-        self._numbers: dict[str, int] = defaultdict(int)
+        self._numbers: dict[tuple[str, tuple[int, ...]], int] = defaultdict(int)
         self._free: dict[torch.dtype, list[Tensor]] = defaultdict(list)
         self._native = dist.get_backend(reduces) == "nccl"
         self.keyed = not self._native
-        self._threads = None if self._native or self.size == 1 or gathers is None else _Threads(self)
+        self.can_poll = self._native
+        self._threads = _Threads(self) if threads and self.size > 1 and not self._native else None
 
     def all_reduce(self, x: Tensor, *, label: str, average: bool = False) -> Pending:
         """Sums ``x`` over the group, in place; the mean of the ranks if ``average``."""
@@ -388,11 +423,34 @@ class Group:
             self._threads.send(pending, priority, chunks)
         return pending
 
-    def share_object(self, mine: T) -> T:
-        """The first member's object. Blocking."""
+    def send(self, x: Tensor, to: int, *, key: int, label: str) -> Pending:
+        """Sends ``x``, contiguous, to a member. Nobody needs to wait for it: once it has gone, ``x`` is let go of.
+
+        Args:
+            x: what is sent. It must not be written to until the transfer has :meth:`Pending.arrived`.
+            to: the receiver's rank in the group.
+            key: tells this transfer from others in flight between the two, on gloo; NCCL's find each other by the order of posting.
+            label: names it in traces and errors. Between two members, transfers of one label come in one order.
+        """
+        # The work alone holds x, which the thread that waits for it lets go of.
+        pending = Pending(self, label, x.nbytes, lambda: torch.empty(0), (self.ranks[self.rank], self.ranks[to]))
+        self._post_reduce(pending, [(dist.isend, x, to, self.reduces, key)])
+        return pending
+
+    def receive(self, x: Tensor, source: int, *, key: int, label: str) -> Pending:
+        """Fills ``x``, contiguous, with what a member sends. To be posted before it is needed; see :meth:`send`."""
+        pending = Pending(self, label, 0, lambda: x, (self.ranks[source], self.ranks[self.rank]))
+        if self._threads is not None:
+            self._threads.post(pending, [(dist.irecv, x, source, self.reduces, key)], reduce=False)
+        else:
+            pending._works.append(self.post(label, dist.irecv, x, source, self.reduces, key))
+        return pending
+
+    def share_object(self, mine: T, source: int = 0) -> T:
+        """A member's object, the first one's by default. Blocking."""
         held = [mine]
         if self.size > 1:
-            dist.broadcast_object_list(held, src=self.ranks[0], group=self.reduces)
+            dist.broadcast_object_list(held, src=self.ranks[source], group=self.reduces)
         return held[0]
 
     def all_gather_objects(self, mine: T) -> list[T]:
@@ -433,6 +491,10 @@ class Group:
             trips.append((answered - asked, (asked + answered) / 2 - answer.item()))
         return min(trips)[1]
 
+    def is_left(self) -> bool:
+        """Whether a member has closed its connection, or cannot be reached."""
+        return self.of_reduces.hung_up() or self.of_gathers.hung_up()
+
     def start_step(self) -> None:
         """To be called before the first reduce of a step: gathers posted earlier are then sent whatever there is to reduce."""
         if self._threads is not None:
@@ -443,7 +505,8 @@ class Group:
         if self._threads is not None:
             self._threads.close()
             self._threads = None
-        self.sockets.close()
+        self.of_reduces.close()
+        self.of_gathers.close()
         self._free.clear()
 
     def close(self) -> None:
@@ -454,14 +517,22 @@ class Group:
                 dist.destroy_process_group(group)
         self.reduces = self.gathers = None
 
-    def note(self, label: str, nbytes: int) -> Transfer:
-        """Puts down that a transfer has been asked for."""
-        transfer = Transfer(label, self._numbers[label], nbytes, self.ranks, time.perf_counter())
-        self._numbers[label] += 1
+    def note(self, label: str, nbytes: int, ranks: tuple[int, ...] | None = None) -> Transfer:
+        """Puts down that a transfer has been asked for, between all members or those that are named."""
+        between = ranks or self.ranks
+        transfer = Transfer(label, self._numbers[label, between], nbytes, between, time.perf_counter())
+        self._numbers[label, between] += 1
         self._last.append(transfer)
         if self.log is not None:
             self.log.append(transfer)
         return transfer
+
+    def wait_elsewhere(self, pending: Pending) -> bool:
+        """Has a thread wait for it, if there are threads; it is then settled."""
+        if self._threads is None:
+            return False
+        self._threads.wait_for(pending)
+        return True
 
     def wait_for(self, label: str, works: Sequence[tuple[Any, int]]) -> None:
         """Blocks until all works are complete.
@@ -480,7 +551,7 @@ class Group:
         others = [r for r in self.ranks if r != self.ranks[self.rank]]
         who = f"rank {self.ranks[peer] if 0 <= peer < self.size else others}"
         now = time.perf_counter()
-        unread = [f"{t.label} ({now - t.posted:.1f} s ago)" for t in list(self._last) if t.waited is None]
+        unread = [f"{t.label} ({now - t.posted:.1f} s ago)" for t in list(self._last) if t.waited is None and t.done is None]
         return TransferError(
             f"transfer {label!r} of group {self.name!r} between rank {self.ranks[self.rank]} and {who} failed: {error}. "
             "The peer has ended or cannot be reached; see its log. Resume from the last checkpoint. "
@@ -524,13 +595,28 @@ def _chunks(x: Tensor) -> Sequence[Tensor]:
 
 
 def make_group(
-    rank_sets: Sequence[Sequence[int]], name: str, timeout: timedelta, backend: str | None = None, *, gathers: bool = True
+    rank_sets: Sequence[Sequence[int]],
+    name: str,
+    timeout: timedelta,
+    backend: str | None = None,
+    *,
+    gathers: bool = True,
+    threads: bool = True,
 ) -> Group:
-    """The group of this rank among disjoint ``rank_sets``. Collective over the world: all ranks name the same sets."""
+    """The group of this rank among disjoint ``rank_sets``. Collective over the world: all ranks name the same sets.
+
+    Args:
+        rank_sets: global ranks of each group.
+        name: as in :class:`Group`.
+        timeout: how long a transfer may take.
+        backend: ``gloo`` or ``nccl``; by default the world's.
+        gathers: whether all-gathers are asked for, which have connections of their own.
+        threads: as in :class:`Group`.
+    """
     mine: Group | None = None
     for ranks in rank_sets:
         pair: list[Any] = [None, None]
-        of_reduces = Sockets()
+        of_reduces, of_gathers = Sockets(), Sockets()
         if len(ranks) > 1:
             with Sockets.made_inside() as of_reduces:
                 pair[0] = dist.new_group(ranks, timeout=timeout, backend=backend)
@@ -538,10 +624,12 @@ def make_group(
                 with Sockets.made_inside() as of_gathers:
                     pair[1] = dist.new_group(ranks, timeout=timeout, backend=backend)
                 of_gathers.bound_send_buffers(SEND_BUFFER)
-                of_gathers.close()
         if dist.get_rank() in ranks:
-            mine = Group(ranks, name, pair[0], pair[1], of_reduces)
+            mine = Group(ranks, name, pair[0], pair[1], of_reduces, of_gathers, threads=threads)
     assert mine is not None, f"rank {dist.get_rank()} is in none of {rank_sets}"
+    everything = Sockets.all()  # the world's group, which others have made, included
+    everything.keep_alive()
+    everything.close()
     return mine
 
 

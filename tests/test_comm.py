@@ -69,15 +69,15 @@ def test_a_rank_that_is_behind_is_not_deadlocked(world):
 
 def send_buffers():
     """How many of this process's connections have a send buffer of which size."""
-    sizes = Counter()
+    sizes = {}  # by connection, which may have several descriptors
     for descriptor in os.listdir("/proc/self/fd"):
         try:
             with socket.socket(fileno=os.dup(int(descriptor))) as connection:
                 connection.getpeername()
-                sizes[connection.getsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF)] += 1
+                sizes[os.fstat(int(descriptor)).st_ino] = connection.getsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF)
         except OSError:  # no socket, or closed since
             continue
-    return sizes
+    return Counter(sizes.values())
 
 
 def bounded_connections():

@@ -89,7 +89,7 @@ class OverlapProfiler(Callback):
             group.log = self._log
         if self._groups:
             limit = trainer.strategy.time_limit  # type: ignore[attr-defined]
-            self._everyone = make_group([range(trainer.world_size)], "profiler", limit, backend="gloo", gathers=False)
+            self._everyone = make_group([range(trainer.world_size)], "profiler", limit, backend="gloo", gathers=False, threads=False)
 
     def on_train_batch_start(self, trainer: Trainer, module: LightningModule, batch: Any, batch_idx: int) -> None:
         now = time.perf_counter()

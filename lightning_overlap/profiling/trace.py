@@ -14,6 +14,10 @@ if TYPE_CHECKING:
     from lightning_overlap.comm import Transfer
 
 
+BLOCKED = 1e-4
+"""Seconds: a wait that is shorter found its transfer complete."""
+
+
 @dataclass
 class Step:
     """One step on one rank; seconds on that rank's clock.
@@ -94,7 +98,8 @@ def compare(ranks: Sequence[Step]) -> list[list[Seen]]:
         started = max(posted, *(t.started or t.posted for t in held.values()))
         for rank, t in held.items():
             step = ranks[rank]
-            done = max(_done(other, ranks[r].end) for r, other in held.items())
+            known = [end for r, other in held.items() if (end := _done(other, ranks[r].end)) is not None]
+            done = max(known, default=t.waited[1] if t.waited else step.end)
             waited = t.waited or (done, done)
             turn = min(max(posted, waited[0]), waited[1])
             seen[rank].append(
@@ -110,10 +115,11 @@ def compare(ranks: Sequence[Step]) -> list[list[Seen]]:
     return seen
 
 
-def _done(t: Transfer, end: float) -> float:
-    if t.done is not None:
-        return t.done
-    return end if t.waited is None else t.waited[1]
+def _done(t: Transfer, end: float) -> float | None:
+    """When it was over, as far as this rank knows: one that did not block when it was waited for had come at some time before."""
+    if t.done is not None or t.waited is None:
+        return end if t.done is None else t.done
+    return t.waited[1] if t.waited[1] - t.waited[0] > BLOCKED else None
 
 
 def _within(step: Step, start: float, end: float) -> Interval:

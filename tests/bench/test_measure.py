@@ -119,7 +119,7 @@ class Recorded:
         self.rank, self.made, self.ranks = 0, [], (0, 1)
         self.exposed = 0.0
 
-    def note(self, label, nbytes): ...
+    def note(self, label, nbytes, ranks=None): ...
 
     def reduce_scatter(self, x, bounds, **how):
         self.made.append(how["label"])
