@@ -13,6 +13,9 @@ from lightning_overlap.modes.expert.config import ExpertParallel
 from lightning_overlap.modes.pipeline.config import PipelineParallel
 from lightning_overlap.modes.tensor.config import TensorParallel
 
+ROLES = ("blocks",)
+"""Roles that a part of the model may have: ``blocks``, the list of alike layers."""
+
 
 @dataclass(frozen=True)
 class Degrees:
@@ -27,7 +30,7 @@ class Degrees:
 
 @dataclass(frozen=True, kw_only=True)
 class OverlapConfig:
-    """The five modes' configurations, and the switch over all overlaps."""
+    """The five modes' configurations, the switch over all overlaps, and the roles of the model's parts by name."""
 
     data_parallel: DataParallel = field(default_factory=DataParallel)
     tensor_parallel: TensorParallel = field(default_factory=TensorParallel)
@@ -35,8 +38,11 @@ class OverlapConfig:
     context_parallel: ContextParallel = field(default_factory=ContextParallel)
     expert_parallel: ExpertParallel = field(default_factory=ExpertParallel)
     overlap: Literal["auto", "off"] = "auto"
+    parallel_plan: dict[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        if strange := sorted(set(self.parallel_plan.values()) - set(ROLES)):
+            raise ConfigError(f"parallel_plan has the roles {', '.join(strange)}; there are: {', '.join(ROLES)}")
         if self.overlap not in ("auto", "off"):
             raise ConfigError(f"overlap must be auto or off, got {self.overlap!r}")
 

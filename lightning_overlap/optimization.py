@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import BaseFinetuning
+from lightning.pytorch.loops.optimization.automatic import Closure, _AutomaticOptimization
 from lightning.pytorch.loops.training_epoch_loop import _TrainingEpochLoop
 from lightning.pytorch.plugins.precision import Precision
+from lightning.pytorch.trainer.connectors.logger_connector.result import _ResultCollection
 from lightning.pytorch.trainer.connectors.signal_connector import _SignalConnector
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch._dynamo import OptimizedModule
@@ -29,6 +31,12 @@ PRIVATE_NAMES: tuple[tuple[type, str, str], ...] = (
     (_SignalConnector, "_sigterm_notifier_fn", "a broadcast inside the signal handler, replaced"),
     (_SignalConnector, "_slurm_sigusr_handler_fn", "a checkpoint inside the signal handler, put off to the next batch"),
     (Precision, "_after_closure", "on_before_optimizer_step and clipping, called between backward and step"),
+    (_AutomaticOptimization, "_make_closure", "zeroes gradients after training_step, which here runs backward"),
+    (_AutomaticOptimization, "_make_zero_grad_fn", "called before training_step instead"),
+    (_AutomaticOptimization, "_training_step", "calls the strategy's"),
+    (_AutomaticOptimization, "_make_backward_fn", "calls the strategy's"),
+    (Trainer, "_results", "what self.log writes to"),
+    (_ResultCollection, "log", "kept apart for each microbatch"),
 )
 for _owner, _name, _use in PRIVATE_NAMES:
     if not hasattr(_owner, _name):
@@ -96,6 +104,43 @@ def facts_of(trainer: Trainer, module: LightningModule, **known: Any) -> Facts:
         parameters=sum(p.numel() for p in module.parameters() if p.requires_grad),
         **known,
     )
+
+
+@contextlib.contextmanager
+def zeroing_first(trainer: Trainer) -> Iterator[None]:
+    """Gradients are zeroed before ``training_step``, for one that runs backward too, and not between the two."""
+    loop = trainer.fit_loop.epoch_loop.automatic_optimization
+
+    def make_closure(kwargs: Any, optimizer: Any, batch_idx: int) -> Closure:
+        zero_grad = loop._make_zero_grad_fn(batch_idx, optimizer)
+
+        def step() -> Any:
+            if zero_grad is not None:
+                zero_grad()
+            return loop._training_step(kwargs)
+
+        return Closure(step, loop._make_backward_fn(optimizer))
+
+    loop._make_closure = make_closure  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        del loop._make_closure  # type: ignore[method-assign]
+
+
+@contextlib.contextmanager
+def logs_go_to(trainer: Trainer, keep: Callable[..., None] | None) -> Iterator[Callable[..., None] | None]:
+    """What ``self.log`` would write to the results goes to ``keep`` inside, or nowhere. Gives what writes them."""
+    results = trainer._results
+    if results is None:
+        yield None
+        return
+    write = results.log
+    results.log = keep or (lambda *_, **__: None)  # type: ignore[method-assign]
+    try:
+        yield write
+    finally:
+        del results.log  # type: ignore[method-assign]
 
 
 class Preemption:

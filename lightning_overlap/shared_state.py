@@ -8,21 +8,28 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from lightning_overlap.comm import all_gather_objects
+from lightning_overlap.comm import Group, world_size
 
 AT_ONCE = 1 << 25
 """Bytes that are broadcast together: many small tensors cost one transfer, and no copy is larger."""
 
 
 @torch.no_grad()
-def share(tensors: Iterable[Tensor]) -> None:
-    """Rank 0's values, in place. Collective over the world, blocking."""
-    if not dist.is_initialized() or dist.get_world_size() == 1:
+def share(tensors: Iterable[Tensor], group: Group | None = None, source: int = 0) -> None:
+    """One rank's values, in place. Collective, blocking.
+
+    Args:
+        tensors: the same shapes everywhere.
+        group: the ranks; by default all.
+        source: the rank in the group whose values count.
+    """
+    if (group.size if group is not None else world_size()) == 1:
         return
+    first, ranks = (source, None) if group is None else (group.ranks[source], group.reduces)
     for together in _batches(tensors):
         flat = torch.cat([tensor.detach().reshape(-1) for tensor in together])
-        dist.broadcast(flat, src=0)
-        if dist.get_rank() != 0:
+        dist.broadcast(flat, src=first, group=ranks)
+        if dist.get_rank() != first:
             for tensor, part in zip(together, flat.split([tensor.numel() for tensor in together]), strict=True):
                 tensor.detach().copy_(part.view(tensor.shape))
 
@@ -39,16 +46,18 @@ def _batches(tensors: Iterable[Tensor]) -> Iterator[list[Tensor]]:
 
 
 class SharedBuffers:
-    """Buffers that the first step writes (running statistics, codebooks) are rank 0's before each later one, as in DDP.
+    """Buffers that the first step writes (running statistics, codebooks) are the first rank's before each later one, as in DDP.
 
     Which these are is agreed once, so that the masks and tables of a transformer cost nothing.
 
     Args:
         module: the user's.
+        group: ranks that hold the same of it.
     """
 
-    def __init__(self, module: nn.Module) -> None:
+    def __init__(self, module: nn.Module, group: Group) -> None:
         self._module = module
+        self._group = group
         self._before: dict[str, tuple[int, int]] | None = None
         self._written: list[str] | None = None
 
@@ -59,11 +68,11 @@ class SharedBuffers:
             return
         if self._written is None:
             now = self._state()
-            everyone = all_gather_objects([name for name in now if now[name] != self._before.get(name)])
+            everyone = self._group.all_gather_objects([name for name in now if now[name] != self._before.get(name)])
             self._written = sorted({name for names in everyone for name in names})
         if self._written:
             buffers = dict(self._module.named_buffers())
-            share(buffers[name] for name in self._written)
+            share((buffers[name] for name in self._written), self._group)
 
     def _state(self) -> dict[str, tuple[int, int]]:
         return {name: (buffer.data_ptr(), buffer._version) for name, buffer in self._module.named_buffers()}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -26,19 +27,20 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_overlap.checkpoint import AtomicCheckpointIO, Saves, compact, in_place, is_local, load_file
-from lightning_overlap.comm import agree, all_gather_objects, backend, broadcast_object, make_group, world_size
+from lightning_overlap.comm import Group, agree, all_gather_objects, backend, broadcast_object, make_group, world_size
 from lightning_overlap.config import OverlapConfig
 from lightning_overlap.decision import ConfigError
+from lightning_overlap.driven import DrivenStep, mirrored_metrics
 from lightning_overlap.facts import Facts
 from lightning_overlap.mesh import ParallelMesh
 from lightning_overlap.modes import MODES
-from lightning_overlap.modes.base import OverlapMode
+from lightning_overlap.modes.base import COUNTED_ELSEWHERE, OverlapMode
 from lightning_overlap.modes.context.config import ContextParallel
 from lightning_overlap.modes.data.config import DataParallel
 from lightning_overlap.modes.expert.config import ExpertParallel
 from lightning_overlap.modes.pipeline.config import PipelineParallel
 from lightning_overlap.modes.tensor.config import TensorParallel
-from lightning_overlap.optimization import Preemption, adapt_precision, after_closure, facts_of, held
+from lightning_overlap.optimization import Preemption, adapt_precision, after_closure, facts_of, held, zeroing_first
 from lightning_overlap.plan import Plan, resolve
 from lightning_overlap.probe import examine
 from lightning_overlap.sharded_checkpoint import Folders, SavedOptimizer, describe, is_folder, names_of
@@ -58,6 +60,7 @@ class OverlapStrategy(DDPStrategy):
         context_parallel: ranks along the context axis, or :class:`ContextParallel`.
         expert_parallel: ranks along the expert axis, or :class:`ExpertParallel`.
         overlap: ``"off"`` keeps the layout and turns every overlap off.
+        parallel_plan: roles of the model's parts by name, where they are not found: ``{"model.layers": "blocks"}``.
         state_dict_type: ``"full"``: a checkpoint is one file in Lightning's format, which loads anywhere. ``"sharded"``: a folder
             that all ranks write their share of, and that loads into any number of ranks. Either loads, whatever is saved.
         async_save: write checkpoints while training goes on; at the price of a copy of the state, in the CPU's memory.
@@ -82,6 +85,7 @@ class OverlapStrategy(DDPStrategy):
         context_parallel: int | ContextParallel = 1,
         expert_parallel: int | ExpertParallel = 1,
         overlap: Literal["auto", "off"] = "auto",
+        parallel_plan: dict[str, str] | None = None,
         state_dict_type: Literal["full", "sharded"] = "full",
         async_save: bool = False,
         accelerator: Accelerator | None = None,
@@ -114,9 +118,12 @@ class OverlapStrategy(DDPStrategy):
             context_parallel=sized(context_parallel, ContextParallel),
             expert_parallel=sized(expert_parallel, ExpertParallel),
             overlap=overlap,
+            parallel_plan=parallel_plan or {},
         )
         if state_dict_type not in ("full", "sharded"):
             raise ConfigError(f"state_dict_type={state_dict_type!r}: it is 'full' or 'sharded'")
+        if state_dict_type == "sharded" and self.config.pipeline_parallel.size > 1:
+            raise ConfigError("state_dict_type='sharded' with pipeline_parallel is not in this version: use 'full'")
         self._state_dict_type = state_dict_type
         self._async_save = async_save
         self._saves = Saves()
@@ -124,10 +131,13 @@ class OverlapStrategy(DDPStrategy):
         self._training = False
         self.modes: list[OverlapMode] = []
         self._plan: Plan | None = None
-        self._failed = False
+        self._failed = self._in_step = False
         self._seed: int | None = None
         self._preemption: Preemption | None = None
         self._buffers: SharedBuffers | None = None
+        self._alike: Group | None = None
+        """While fitting: ranks that hold the same of the model and see different data."""
+        self._until_teardown = contextlib.ExitStack()
 
     @property
     def plan(self) -> Plan:
@@ -205,9 +215,13 @@ class OverlapStrategy(DDPStrategy):
         if fitting:
             self.setup_optimizers(trainer)
             if world_size() > 1:
-                everyone = make_group([range(self.world_size)], "world", self.time_limit, backend="gloo", gathers=False)
+                everyone = make_group([range(self.world_size)], "world", self.time_limit, backend="gloo", gathers=False, threads=False)
                 self._preemption = Preemption(trainer, everyone)
-                self._buffers = SharedBuffers(self.model)
+                self._alike = make_group(self.mesh.groups("dp"), "alike", self.time_limit, gathers=False, threads=False)
+                self._buffers = SharedBuffers(self.model, self._alike)
+                if self._driver is not None:
+                    mirrored = mirrored_metrics(trainer.lightning_module, self._driver, self._alike, lambda: self._in_step)
+                    self._until_teardown.enter_context(mirrored)
         self.setup_precision_plugin()
 
     def setup_optimizers(self, trainer: Trainer) -> None:
@@ -232,6 +246,8 @@ class OverlapStrategy(DDPStrategy):
             mode.parallelize(model)
         for mode in self.modes:
             mode.prepare_optimizers(self.optimizers)
+        if self._driver is not None:
+            self._until_teardown.enter_context(zeroing_first(trainer))
         for mode in earlier:  # an optimizer that is used again has got its state from them
             mode.close()
 
@@ -271,16 +287,46 @@ class OverlapStrategy(DDPStrategy):
             self._buffers.before_forward()
         for mode in self.modes:
             mode.start_forward()
-        return super().training_step(*args, **kwargs)
+        if self._driver is None:
+            return super().training_step(*args, **kwargs)
+        module = self.lightning_module
+        assert module is not None, "Lightning connects the module"
+        batch, *rest = [*args, *kwargs.values()]
+        place = (
+            self._seed or 0,
+            self.mesh.coordinates()["dp"],
+            module.trainer.current_epoch,
+            *[i for i in rest if isinstance(i, int)],
+        )
+        step = DrivenStep(self, module.trainer, module, batch, rest, place)
+        self._in_step = True
+        try:
+            self._driver.run_step(step)
+        finally:
+            self._in_step = False
+        return step.output
+
+    @property
+    def _driver(self) -> OverlapMode | None:
+        """The mode that runs steps in parts, backward included."""
+        return next((mode for mode in self.modes if mode.runs_steps), None)
+
+    def validation_step(self, *args: Any, **kwargs: Any) -> Any:
+        with contextlib.ExitStack() as stack:
+            for mode in self.modes:
+                stack.enter_context(mode.evaluating())
+            return super().validation_step(*args, **kwargs)
 
     def backward(self, closure_loss: Tensor, optimizer: Optimizer | None, *args: Any, **kwargs: Any) -> Tensor:
         """As ``Strategy.backward``, but for the modes' part, which is over before ``on_after_backward`` is called."""
         assert self.lightning_module is not None, "Lightning connects the module"
-        for mode in self.modes:
+        driven = self._driver is not None  # then backward has been, and only the hooks are left
+        for mode in self.modes if not driven else ():
             mode.start_backward()
         loss = self.precision_plugin.pre_backward(closure_loss, self.lightning_module)
-        self.precision_plugin.backward(loss, self.lightning_module, optimizer, *args, **kwargs)
-        for mode in self.modes:
+        if not driven:
+            self.precision_plugin.backward(loss, self.lightning_module, optimizer, *args, **kwargs)
+        for mode in self.modes if not driven else ():
             mode.finish_backward()
         return self.precision_plugin.post_backward(loss, self.lightning_module)
 
@@ -304,21 +350,30 @@ class OverlapStrategy(DDPStrategy):
 
     def clip_gradients_by_norm(self, optimizer: Optimizer, clip_val: float) -> None:
         """Clips by the norm over all ranks' shards."""
-        grads = [p.grad for p in self.stepped_parameters(optimizer) if p.grad is not None]
+        stepped = [(p, p.grad) for p in self.stepped_parameters(optimizer) if p.grad is not None]
+        counted = [grad.float().norm() ** 2 for p, grad in stepped if not getattr(p, COUNTED_ELSEWHERE, False)]
         squares = torch.zeros((), device=self.root_device)
-        if grads:
-            squares += torch.stack([g.float().norm() ** 2 for g in grads]).sum()
+        if counted:
+            squares += torch.stack(counted).sum()
         for mode in self.modes:
             squares = mode.reduce_norm(squares)
         # As torch.nn.utils.clip_grad_norm_: a tensor, so that nothing waits for the device.
         scale = (clip_val / (squares.sqrt() + 1e-6)).clamp(max=1.0)
-        for grad in grads:
+        for _, grad in stepped:
             grad.mul_(scale)
 
     @contextmanager
     def block_backward_sync(self) -> Iterator[None]:
         with held(self.modes):
             yield
+
+    def reduce(self, tensor: Any, group: Any = None, reduce_op: Any = "mean") -> Any:
+        """As ``DDPStrategy.reduce``, over the ranks that see different data."""
+        if group is None and self._alike is not None:
+            if self._alike.size == 1:
+                return tensor
+            group = self._alike.reduces
+        return super().reduce(tensor, group, reduce_op)
 
     def reduce_boolean_decision(self, decision: bool, all: bool = True) -> bool:
         # Stopping and saving are agreed by the world, whatever ``reduce`` reduces over.
@@ -330,11 +385,17 @@ class OverlapStrategy(DDPStrategy):
         for mode in self.modes:
             mode.sync_parameters()
         if self.lightning_module is not None:
-            # Running statistics are rank 0's, as DDP's broadcast_buffers makes them.
-            share(self.lightning_module.buffers())
+            # Running statistics are the first rank's, as DDP's broadcast_buffers makes them.
+            share(self.lightning_module.buffers(), self._alike)
 
     def on_validation_start(self) -> None:
         self._complete_weights()
+        for mode in self.modes:
+            mode.start_evaluation()
+
+    def on_validation_end(self) -> None:
+        for mode in self.modes:
+            mode.finish_evaluation()
 
     def on_test_start(self) -> None:
         self._complete_weights()
@@ -386,17 +447,21 @@ class OverlapStrategy(DDPStrategy):
         for mode in self.modes:
             mode.sync_parameters()
         if self._state_dict_type == "sharded" and self.lightning_module is not None:
-            share(self.lightning_module.buffers())  # every rank writes a part of them
-        return super().lightning_module_state_dict()
+            share(self.lightning_module.buffers(), self._alike)  # every rank writes a part of them
+        state = super().lightning_module_state_dict()
+        for mode in self.modes:
+            state = mode.whole_model(state)
+        return state
 
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
         plain = getattr(optimizer, "optimizer", optimizer)
         if self._state_dict_type == "sharded":
             return describe(plain, self._optimizer_shards(plain), self._parameter_names())
+        found = (state for mode in self.modes if (state := mode.optimizer_state(plain)) is not None)
+        whole = next(found, None) or super().optimizer_state(optimizer)
         for mode in self.modes:
-            if (state := mode.optimizer_state(plain)) is not None:
-                return state
-        return super().optimizer_state(optimizer)
+            whole = mode.whole_optimizer(whole)
+        return whole
 
     def _optimizer_shards(self, optimizer: Optimizer, saved: Any = None) -> dict[str, dict[str, Any]] | None:
         for mode in self.modes:
@@ -472,9 +537,13 @@ class OverlapStrategy(DDPStrategy):
         self._failed = not isinstance(exception, SIGTERMException)
 
     def teardown(self) -> None:
+        self._until_teardown.close()
         if self._preemption is not None:
             self._preemption.close(complete=not self._failed)
             self._preemption = self._buffers = None
+        if self._alike is not None and not self._failed:
+            self._alike.close()
+        self._alike = None
         for mode in reversed(self.modes):
             mode.release(complete=not self._failed)
         if self._failed and self.modes:

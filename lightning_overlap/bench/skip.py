@@ -6,6 +6,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from lightning_overlap.comm import Group, Pending
@@ -26,7 +27,7 @@ class Skipped:
         self._group = group
         self.calls: list[Callable[[], Pending | None]] = []
         self._kept: list[Callable[[], Pending | None]] = []
-        for verb in ("start_step", "all_reduce", "reduce_scatter", "all_gather"):
+        for verb in ("start_step", "all_reduce", "reduce_scatter", "all_gather", "send", "receive"):
             setattr(group, verb, partial(getattr(self, f"_{verb}"), getattr(group, verb)))
 
     def stop(self) -> None:
@@ -53,6 +54,18 @@ class Skipped:
     def _all_gather(self, make: Callable[..., Pending], x: Tensor, bounds: Any, **how: Any) -> Pending:
         self.calls.append(partial(make, x, bounds, **how))
         return self._done(x, how["label"])
+
+    def _send(self, make: Callable[..., Pending], x: Tensor, to: int, **how: Any) -> Pending:
+        if x.dtype == torch.int64:
+            return make(x, to, **how)  # what it announces is needed
+        self.calls.append(partial(make, x, to, **how))
+        return self._done(x, how["label"])
+
+    def _receive(self, make: Callable[..., Pending], x: Tensor, source: int, **how: Any) -> Pending:
+        if x.dtype == torch.int64:
+            return make(x, source, **how)
+        self.calls.append(partial(make, x, source, **how))
+        return self._done(x.zero_(), how["label"])
 
     def _done(self, x: Tensor, label: str) -> Pending:
         return Pending(self._group, label, 0, lambda: x)

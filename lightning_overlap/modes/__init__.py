@@ -2,6 +2,7 @@
 
 from lightning_overlap.modes.base import OverlapMode
 from lightning_overlap.modes.data.mode import DataMode
+from lightning_overlap.modes.pipeline.mode import PipelineMode
 
 # Order of application: each takes its share of the model, data parallelism flattens what is left.
-MODES: tuple[type[OverlapMode], ...] = (DataMode,)
+MODES: tuple[type[OverlapMode], ...] = (PipelineMode, DataMode)

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -14,6 +14,42 @@ if TYPE_CHECKING:
     from lightning_overlap.config import OverlapConfig
     from lightning_overlap.mesh import ParallelMesh
     from lightning_overlap.plan import Plan
+
+
+LATE_GRADIENT = "_lightning_overlap_late"
+"""Attribute of a parameter: a mode completes its gradient in ``finish_backward``, and nobody may send it before."""
+COUNTED_ELSEWHERE = "_lightning_overlap_counted_elsewhere"
+"""Attribute of a parameter, and of a shard of it: another rank has it too, and its gradient is in that one's norm."""
+
+
+class Step(Protocol):
+    """The user's training step, for a mode that runs it in parts. One for each batch."""
+
+    batch: Any
+    """The whole batch, the same on all ranks that share it."""
+    place: tuple[int, ...]
+    """Tells this step from others: the run's seed, the data rank, the epoch, the batch."""
+
+    def forward(self, part: Any, number: int) -> Tensor:
+        """``training_step`` on one part; the loss, with its graph. What it logs is kept under the part's number."""
+
+    def backward(self, loss: Tensor, share: float) -> None:
+        """Backward of a part's loss, which counts for ``share`` of the batch's."""
+
+    def hold(self) -> AbstractContextManager[None]:
+        """Other modes take gradients inside for incomplete."""
+
+    def start_backward(self) -> None:
+        """Before the first part's backward."""
+
+    def finish_backward(self) -> None:
+        """After the last one's: gradients are complete."""
+
+    def logged(self, shares: Sequence[float]) -> Any:
+        """What all parts together have logged and returned, on the rank that has losses; can be pickled."""
+
+    def log(self, said: Any) -> None:
+        """Logs it, on every rank."""
 
 
 class OverlapMode:
@@ -50,6 +86,28 @@ class OverlapMode:
     def start_forward(self) -> None:
         """Before each training step of the user's."""
 
+    @property
+    def runs_steps(self) -> bool:
+        """Whether this mode runs the user's steps, in parts, backward included."""
+        return False
+
+    def run_step(self, step: Step) -> None:
+        """Runs one, if it :attr:`runs_steps`."""
+
+    def with_the_loss(self, compute: Callable[[], Any]) -> Any:
+        """What ``compute`` gives on the rank that comes to the loss, on every rank. Collective."""
+        return compute()
+
+    def start_evaluation(self) -> None:
+        """Before a validation in the middle of a fit."""
+
+    def evaluating(self) -> AbstractContextManager[None]:
+        """Around each of its steps."""
+        return nullcontext()
+
+    def finish_evaluation(self) -> None:
+        """After it."""
+
     def start_backward(self) -> None:
         """Before each backward."""
 
@@ -66,6 +124,14 @@ class OverlapMode:
 
     def sync_parameters(self) -> None:
         """Weights are complete after this: before evaluation, checkpoints, and whatever reads them."""
+
+    def whole_model(self, state: dict[str, Any]) -> dict[str, Any]:
+        """The module's ``state_dict`` with what other ranks hold of it, on the first rank. Collective."""
+        return state
+
+    def whole_optimizer(self, state: dict[str, Any]) -> dict[str, Any]:
+        """An optimizer's ``state_dict()`` with what other ranks hold of it, on the first rank. Collective."""
+        return state
 
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any] | None:
         """The state for a checkpoint, as the unsharded optimizer's ``state_dict()``; None if this mode shards none."""

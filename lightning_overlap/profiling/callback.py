@@ -21,8 +21,12 @@ DRAWN = 8
 
 
 def groups_of(mode: OverlapMode) -> dict[str, Group]:
-    """The groups of a mode, by attribute."""
-    return {name: value for name, value in vars(mode).items() if isinstance(value, Group)}
+    """The groups of a mode, by attribute, and by key where an attribute has several."""
+    found = {name: value for name, value in vars(mode).items() if isinstance(value, Group)}
+    for name, several in vars(mode).items():
+        if isinstance(several, dict):
+            found |= {f"{name}[{key}]": value for key, value in several.items() if isinstance(value, Group)}
+    return found
 
 
 class OverlapProfiler(Callback):

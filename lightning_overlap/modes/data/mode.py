@@ -26,7 +26,7 @@ from torch.optim import Optimizer
 
 from lightning_overlap.comm import Group, Pending, make_group
 from lightning_overlap.decision import ConfigError
-from lightning_overlap.modes.base import OverlapMode
+from lightning_overlap.modes.base import LATE_GRADIENT, OverlapMode
 from lightning_overlap.modes.data.buffers import HALF, LiveBucket, flatten, unflatten
 from lightning_overlap.modes.data.gathers import Gathers
 from lightning_overlap.modes.data.guard import CompleteBefore, GuardedParameters
@@ -112,6 +112,7 @@ class DataMode(OverlapMode):
     def _lay_out(self, named: Sequence[tuple[str, nn.Parameter]]) -> tuple[Bucket, ...]:
         return lay_out(
             [p.numel() for _, p in named],
+            isolated=[i for i, (_, p) in enumerate(named) if getattr(p, LATE_GRADIENT, False)],
             bucket_size=int(self.plan.choice("data_parallel.bucket_size")),
             shards=self.group.size,
             sharded=self._sharded,
@@ -280,7 +281,8 @@ class DataMode(OverlapMode):
             parameter.grad = view
         if self._held:
             return
-        bucket.missing.discard(id(parameter))
+        if not getattr(parameter, LATE_GRADIENT, False):
+            bucket.missing.discard(id(parameter))
         if self._in_backward:
             for ready in [bucket] if self._any_order else self._buckets:
                 if ready.missing:

@@ -11,6 +11,7 @@ from torch.optim import Optimizer
 
 from lightning_overlap.comm import Group
 from lightning_overlap.decision import ConfigError
+from lightning_overlap.modes.base import COUNTED_ELSEWHERE
 from lightning_overlap.modes.data import state
 from lightning_overlap.modes.data.buffers import HALF, LiveBucket, Segment
 from lightning_overlap.modes.data.gathers import Gathers
@@ -106,6 +107,7 @@ class ShardedOptimizer:
         for group, start, end, first in runs:
             flat = bucket.data[start:end] if bucket.main is None else bucket.main[start - own.start : end - own.start]
             parameter = nn.Parameter(flat.view(first.shape) if self._whole else flat)
+            setattr(parameter, COUNTED_ELSEWHERE, getattr(first, COUNTED_ELSEWHERE, False))  # such a one has a bucket of its own
             bucket.segments.append(Segment(parameter, group, start, end))
 
     def move(self, old: Sequence[LiveBucket]) -> None:

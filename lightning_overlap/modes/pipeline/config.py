@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
 
-from lightning_overlap.decision import ConfigError, Decision
+from lightning_overlap.decision import ConfigError, Decision, settle
+from lightning_overlap.modes.pipeline.schedule import SCHEDULES, Schedule, build, parse, simulate, validate
 
 if TYPE_CHECKING:
     from lightning_overlap.config import OverlapConfig
@@ -14,18 +16,142 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class PipelineParallel:
-    """Pipeline parallelism. Only ``size=1`` is possible in this version."""
+    """Pipeline parallelism: ranks hold consecutive blocks, and a batch passes them in microbatches."""
 
     size: int = 1
     """Ranks along the axis."""
+    virtual_stages: int = 1
+    """Stages on a rank. More make the bubble smaller and send more."""
+    microbatches: int | Literal["auto"] = "auto"
+    """Parts of a batch; ``auto``: four for each rank. A batch with fewer samples has as many parts as samples."""
+    schedule: str = "auto"
+    """``1f1b``, ``interleaved``, ``gpipe``, ``zb_h1``, ``interleaved_zb``, ``zb_v``, or a schedule's file; ``auto``:
+    ``interleaved`` with virtual stages, else ``1f1b``."""
+    microbatch_group: int | None = None
+    """Microbatches that an interleaved schedule runs of one stage before the next one on the rank; by default ``size``."""
+    layers_per_stage: tuple[int, ...] | None = None
+    """Blocks of each stage; by default stages have about the same number of parameters."""
+    layout: str | None = None
+    """Stages as a string, ``Et*3|(tt|)*5,tL`` say: E the embedding, t a block, L head and loss, | between stages."""
+    overlap_p2p: bool | Literal["auto"] = "auto"
+    """Transfers between stages run beside compute: receives are posted ahead and nobody waits for a send."""
+    p2p_prefetch: int = 2
+    """Receives that are posted ahead, for each direction."""
+
+    def advice(self, kind: str) -> str:
+        """What may help where a kind of transfer is exposed: ``forward``, ``backward``, ``tied``; ``bytes``: the link is too slow."""
+        known = {
+            "bytes": "fewer virtual_stages, which send less",
+            "tied": "a head of its own instead of a tied one",
+            "norm": "clipping by value, which waits for no norm",
+        }
+        return f"pipeline_parallel: {known.get(kind, 'a larger p2p_prefetch, or more microbatches')}"
 
     def __post_init__(self) -> None:
-        if self.size < 1:
-            raise ConfigError(f"pipeline_parallel.size must be at least 1, got {self.size}")
+        for name in ("size", "virtual_stages", "microbatches", "microbatch_group", "p2p_prefetch"):
+            value = getattr(self, name)
+            if value == {"microbatches": "auto", "microbatch_group": None}.get(name, 0):
+                continue
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise ConfigError(f"pipeline_parallel.{name} must be an integer of at least 1, got {value!r}")
+        if self.overlap_p2p not in (True, False, "auto"):
+            raise ConfigError(f"pipeline_parallel.overlap_p2p must be true, false or auto, got {self.overlap_p2p!r}")
+        if self.layout is not None and self.layers_per_stage is not None:
+            raise ConfigError("pipeline_parallel has both layout and layers_per_stage, which say the same: give one")
+        if self.size > 1 or self.microbatches != "auto":
+            self.plan(self.count)  # a schedule that cannot be built is refused where it is asked for
+
+    @property
+    def runs(self) -> bool:
+        """Whether there is anything to do; microbatches in one process are the reference for more."""
+        return self.size > 1 or self.count > 1
+
+    @property
+    def count(self) -> int:
+        """Microbatches of a batch that has at least as many samples."""
+        if self.microbatches == "auto":
+            return 4 * self.size if self.size > 1 else 1
+        return self.microbatches
+
+    @property
+    def chosen(self) -> str:
+        """The schedule's name, or its file's."""
+        if self.schedule == "auto":
+            return "interleaved" if self.virtual_stages > 1 and self.size > 1 else "1f1b" if self.virtual_stages == 1 else "gpipe"
+        return self.schedule
+
+    @property
+    def stages(self) -> int:
+        """Of all ranks."""
+        return self.size * self.virtual_stages
+
+    def plan(self, microbatches: int) -> Schedule:
+        """The schedule for so many microbatches.
+
+        Raises:
+            ConfigError: there is no such schedule.
+        """
+        if self.chosen in SCHEDULES:
+            return build(self.chosen, self.size, self.virtual_stages, microbatches, group=self.microbatch_group)
+        path = Path(self.chosen)
+        if not path.is_file():
+            raise ConfigError(
+                f"pipeline_parallel.schedule={self.schedule!r} is neither one of {', '.join(SCHEDULES)} nor a file with a schedule"
+            )
+        made = parse(path.read_text())
+        validate(made)
+        if (made.ranks, made.stages) != (self.size, self.stages):
+            raise ConfigError(
+                f"the schedule in {path} is for {made.ranks} ranks and {made.stages} stages, and pipeline_parallel has "
+                f"{self.size} and {self.stages}: change size and virtual_stages, or the file"
+            )
+        if made.microbatches != microbatches:
+            raise ConfigError(
+                f"the schedule in {path} is for {made.microbatches} microbatches, and there are {microbatches}: set "
+                f"microbatches: {made.microbatches}, with batches of at least as many samples (drop_last=True)"
+            )
+        return made
 
 
 def decide(own: PipelineParallel, whole: OverlapConfig, facts: Facts) -> list[Decision]:
     """The home of this mode's gates."""
-    if own.size > 1:
-        raise ConfigError(f"pipeline_parallel.size={own.size}: pipeline parallelism is not in this version; set pipeline_parallel: 1")
-    return [Decision("pipeline_parallel", "1", "off", "its size is 1")]
+    if not own.runs:
+        return [Decision("pipeline_parallel", "1", "off", "its size is 1")]
+    _refuse_what_cannot_run(own, facts)
+    schedule = own.plan(own.count)
+    free = simulate(schedule)
+    held = ", ".join(str(n) for n in free.peak)
+    return [
+        Decision("pipeline_parallel", str(own.size), str(own.size), f"{own.stages} stages, {own.virtual_stages} a rank"),
+        Decision(
+            "pipeline_parallel.schedule",
+            own.schedule,
+            own.chosen,
+            f"bubble {free.bubble:.0%} with {own.count} microbatches if transfers are hidden; {held} activations held by rank",
+        ),
+        Decision("pipeline_parallel.microbatches", str(own.microbatches), str(own.count), "of one batch, cut along its first dim"),
+        settle(
+            "pipeline_parallel.overlap_p2p",
+            False if whole.overlap == "off" else own.overlap_p2p,
+            best="beside compute",
+            because=f"{own.p2p_prefetch} receives are posted ahead in each direction, sends are never waited for",
+            blockers=[(own.size == 1, "there is one rank, which sends nothing")],
+        ),
+    ]
+
+
+def _refuse_what_cannot_run(own: PipelineParallel, facts: Facts) -> None:
+    """Raises:
+    ConfigError: with every reason.
+    """
+    optimizers = facts.optimizers or ()
+    coupled = [o.name for o in optimizers if not o.independent]
+    reasons = [
+        (not facts.automatic_optimization, "manual optimization runs backward itself, in the middle of training_step: use automatic"),
+        (facts.precision == "16-mixed", "precision 16-mixed scales the loss, which is not in this version: use bf16-mixed"),
+        (facts.compiled, "torch.compile takes the model's loop over its blocks into one graph: compile nothing, or the blocks only"),
+        (bool(facts.unfreezers), f"{', '.join(facts.unfreezers)} gives the optimizer parameters later: freeze in configure_model"),
+        (bool(coupled), f"{', '.join(coupled)} looks at all parameters at once, and a rank has its stages' only"),
+    ]
+    if said := [reason for applies, reason in reasons if applies]:
+        raise ConfigError(f"pipeline_parallel.size={own.size} cannot run here: {'; '.join(said)}")

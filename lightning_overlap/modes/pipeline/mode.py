@@ -1,0 +1,306 @@
+"""The pipeline mode: each rank keeps the blocks of its stages, and runs the user's training_step once a microbatch and stage."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from contextlib import contextmanager
+from datetime import timedelta
+from functools import partial
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from lightning_overlap.block_stack import BlockStack, Pass
+from lightning_overlap.comm import Group, make_group
+from lightning_overlap.decision import ConfigError
+from lightning_overlap.modes.base import COUNTED_ELSEWHERE, LATE_GRADIENT, OverlapMode, Step
+from lightning_overlap.modes.pipeline import layout, microbatches
+from lightning_overlap.modes.pipeline.partition import Partition, find_blocks
+from lightning_overlap.modes.pipeline.random_state import kept
+from lightning_overlap.modes.pipeline.runtime import Form, Runtime, channel_kinds
+from lightning_overlap.modes.pipeline.stage import Stages
+from lightning_overlap.modes.pipeline.weight_grad import WeightGradients
+from lightning_overlap.shared_state import share
+
+if TYPE_CHECKING:
+    from lightning_overlap.config import OverlapConfig
+    from lightning_overlap.mesh import ParallelMesh
+    from lightning_overlap.plan import Plan
+
+
+CHECKED_BATCHES = 3
+"""Batches at the start of a fit that are compared between the ranks of a pipeline."""
+
+
+class PipelineMode(OverlapMode):
+    """See the module's docstring."""
+
+    def __init__(self, plan: Plan, config: OverlapConfig, mesh: ParallelMesh, timeout: timedelta) -> None:
+        super().__init__(plan, config, mesh, timeout)
+        self._own = config.pipeline_parallel
+        self._rank = mesh.coordinates()["pp"]
+        schedule = self._own.plan(self._own.count)
+        self._placement = schedule.placement
+        ranks = mesh.groups("pp")
+        self.group: Group = make_group(ranks, "pipeline", timeout, gathers=False, threads=False)
+        self.channels = {
+            kind: make_group(ranks, f"pipeline.{kind[0]}.{'up' if kind[1] else 'down'}", timeout, gathers=False)
+            for kind in channel_kinds([schedule])
+        }
+        overlapped = plan.choice("pipeline_parallel.overlap_p2p") == "beside compute"
+        self._prefetch = self._own.p2p_prefetch if overlapped else None
+        self._forms: dict[tuple[int, Hashable], Form] = {}
+        self._tied: dict[tuple[int, ...], Group] = {}
+        self._stack: BlockStack | None = None
+        self._weight_gradients: WeightGradients | None = None
+        self._held = False
+        self._checked = 0
+        self._lent: list[str] = []
+        self._runtimes: dict[int, Runtime] = {}
+
+    @classmethod
+    def runs(cls, plan: Plan) -> bool:
+        return plan.choice("pipeline_parallel") != "off"
+
+    # -- set-up ------------------------------------------------------------------------------------------------------
+
+    def parallelize(self, model: nn.Module) -> None:
+        own = self._own
+        roles = {role: name for name, role in self.config.parallel_plan.items()}
+        name, blocks = find_blocks(model, roles.get("blocks"), own.stages)
+        self._stages = self._lay_out(model, name, list(blocks))
+        self.partition = Partition(model, name, blocks, self._stages, self._placement)
+        self._tie()
+        self.partition.keep(self._rank)
+        self._device = next(model.parameters()).device
+        self._stack = BlockStack(blocks, name)
+        if own.plan(own.count).splits_backward:
+            mine = [self._stages[stage] for stage, rank in enumerate(self._placement) if rank == self._rank]
+            self._weight_gradients = WeightGradients(blocks[number] for numbers in mine for number in numbers)
+
+    def _lay_out(self, model: nn.Module, name: str, blocks: Sequence[nn.Module]) -> tuple[range, ...]:
+        own = self._own
+        if own.layout is not None:
+            return layout.parse(own.layout, len(blocks), own.stages)
+        if own.layers_per_stage is not None:
+            return layout.counted(own.layers_per_stage, len(blocks), own.stages)
+        costs = [sum(p.numel() for p in block.parameters()) for block in blocks]
+        outside = {True: 0, False: 0}  # whether before the blocks
+        before = True
+        for path, module in model.named_modules():
+            before = before and not path.startswith(name)
+            if not path.startswith(name):
+                outside[before] += sum(p.numel() for p in module._parameters.values() if p is not None)
+        return layout.balanced(costs, own.stages, first=outside[True], last=outside[False])
+
+    def _tie(self) -> None:
+        """Groups for what several ranks hold, whose gradients are summed; the same on all ranks, in one order."""
+        for ranks in sorted(self.partition.shared()):
+            sets = [[row[r] for r in ranks] for row in self.mesh.groups("pp")]
+            rest = [[rank] for row in self.mesh.groups("pp") for r, rank in enumerate(row) if r not in ranks]
+            group = make_group([*sets, *rest], "pipeline.tied", self.timeout, gathers=False, threads=False)
+            if self._rank in ranks:
+                self._tied[ranks] = group
+                for name in self.partition.shared()[ranks]:
+                    parameter = self.partition.parameter(name)
+                    setattr(parameter, LATE_GRADIENT, True)
+                    setattr(parameter, COUNTED_ELSEWHERE, self._rank != ranks[0])
+
+    def prepare_optimizers(self, optimizers: Sequence[Optimizer]) -> None:
+        everything = {id(p) for p in self.partition.parameters()}
+        if any(id(p) not in everything for o in optimizers for group in o.param_groups for p in group["params"]):
+            raise ConfigError(
+                "the optimizer has parameters that are not the module's at setup. Create parameters in __init__ or configure_model, "
+                "and give the optimizer only those of self.parameters()."
+            )
+
+        self._optimizers = optimizers
+
+    def adopt_parameters(self) -> None:
+        """An optimizer that has loaded the state of the whole model keeps this rank's."""
+        for held in self.partition.foreign.values():
+            for optimizer in self._optimizers:
+                optimizer.state.pop(held.parameter, None)
+
+    # -- training ----------------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def hold_gradient_sync(self) -> Iterator[None]:
+        before, self._held = self._held, True
+        try:
+            yield
+        finally:
+            self._held = before
+
+    @property
+    def runs_steps(self) -> bool:
+        return True
+
+    def _runtime(self, count: int) -> Runtime:
+        if count not in self._runtimes:
+            made = Runtime(self._own.plan(count), self._rank, self.channels, self._forms, self._device, self._prefetch)
+            self._runtimes[count] = made
+        return self._runtimes[count]
+
+    def run_step(self, step: Step) -> None:
+        assert self._stack is not None, "the model is parallelized before it is trained"
+        size = microbatches.samples(step.batch)
+        count = min(self._own.count, size)
+        self._check_batch(step.batch)
+        runtime = self._runtime(count)
+        parts = microbatches.cut(step.batch, count)
+        shares = [microbatches.samples(part) / size for part in parts]
+        stages = Stages(
+            self._stack,
+            self._stages,
+            step,
+            parts,
+            shares,
+            step.place,
+            self._weight_gradients,
+            runtime.actions,
+        )
+        with kept(self._device):
+            runtime.run(stages, [microbatches.kind(part) for part in parts])
+        stages.finish()
+        step.log(self.with_the_loss(lambda: step.logged(shares)))
+
+    def with_the_loss(self, compute: Callable[[], Any]) -> Any:
+        source = self._placement[-1]
+        return self.group.share_object(compute() if self._rank == source else None, source)
+
+    def _check_batch(self, batch: Any) -> None:
+        """The first batches of a fit are compared: stages that see different ones would train on nothing.
+
+        Raises:
+            ConfigError: on every rank of the pipeline.
+        """
+        if self._checked == CHECKED_BATCHES:
+            return
+        self._checked += 1
+        everyone = self.group.all_gather_objects(microbatches.digest(batch))
+        if different := [self.group.ranks[r] for r, said in enumerate(everyone) if said != everyone[0]]:
+            raise ConfigError(
+                f"ranks {different} have read another batch than rank {self.group.ranks[0]} of the same pipeline: a data loader that "
+                "shuffles or augments on its own must draw the same on all ranks (seed_everything, or Lightning's sampler)"
+            )
+
+    def finish_backward(self) -> None:
+        if self._held:
+            return
+        for ranks, group in self._tied.items():
+            for name in self.partition.shared()[ranks]:
+                parameter = self.partition.parameter(name)
+                if parameter.requires_grad:
+                    if parameter.grad is None:
+                        parameter.grad = torch.zeros_like(parameter)
+                    group.all_reduce(parameter.grad, label=f"pipeline.tied[{name}]").wait()
+
+    def reduce_norm(self, sum_of_squares: Tensor) -> Tensor:
+        return self.group.all_reduce(sum_of_squares, label="pipeline.norm").wait()
+
+    # -- evaluation --------------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """Hidden states go from stage to stage, and the last ones to all ranks, which run what comes after the blocks."""
+        assert self._stack is not None, "the model is parallelized before it is evaluated"
+        filled = [-1, *(stage for stage, blocks in enumerate(self._stages) if blocks)]
+        arrived: dict[int, Tensor] = {}
+        sources: dict[int, int] = {}  # by stage whose hidden states come to this rank, in the order in which they come
+
+        def arrive(stage: int, _: Tensor | None = None) -> Tensor:
+            if stage not in arrived:
+                arrived[stage] = self._fetch(how, stage, sources[stage])
+            return arrived[stage]
+
+        how = Pass(run=frozenset(), stop=self._stack.size, enter={}, leave={}, again=arrived.clear)
+        how.learn = lambda: arrive(next(iter(sources)))
+        for before, stage in pairwise(filled):
+            # Stage -1 is what comes before the blocks, on the first stage's rank.
+            source, target = self._placement[max(before, 0)], self._placement[stage]
+            blocks = self._stages[stage]
+            if target == self._rank:
+                how.run |= frozenset(blocks)
+            if source != target and source == self._rank:
+                how.leave[self._stages[before][-1] if before >= 0 else -1] = partial(self._hand_on, how, before, (target,))
+            if source != target and target == self._rank:
+                sources[before] = source
+                how.enter[blocks[0]] = partial(arrive, before)
+        end = filled[-1]
+        if self._placement[end] == self._rank:
+            others = tuple(rank for rank in range(self.group.size) if rank != self._rank)
+            how.leave[self._stages[end][-1]] = partial(self._hand_on, how, end, others)
+        else:
+            sources[end] = self._placement[end]
+            how.last = partial(arrive, end)
+        with self._stack.passing(how):
+            yield
+
+    def _hand_on(self, how: Pass, stage: int, targets: tuple[int, ...], x: Tensor) -> None:
+        form = Form(tuple(x.shape), x.dtype, trained=False, items=how.items or 0)
+        sends = [
+            self.group.send(part, target, key=key, label=f"pipeline.evaluation[{stage}]")
+            for target in targets
+            for key, part in enumerate((form.pack().to(x.device), x.contiguous()), 2 * stage + 2)
+        ]
+        for pending in sends:
+            pending.wait()
+
+    def _fetch(self, how: Pass, stage: int, source: int) -> Tensor:
+        def receive(x: Tensor, key: int) -> Tensor:
+            return self.group.receive(x, source, key=key, label=f"pipeline.evaluation[{stage}]").wait()
+
+        form = Form.unpack(receive(Form.header(self._device), 2 * stage + 2))
+        how.items = form.items
+        return receive(torch.empty(form.shape, dtype=form.dtype, device=self._device), 2 * stage + 3)
+
+    def start_evaluation(self) -> None:
+        """Every rank gets what comes after the blocks, until :meth:`finish_evaluation`."""
+        self._lent = self.partition.take_back(self.partition.tail)
+        with torch.no_grad():
+            share([self.partition.tensor(name) for name in self.partition.tail], self.group, self._placement[-1])
+
+    def finish_evaluation(self) -> None:
+        self.partition.keep(self._rank, self._lent)
+        self._lent = []
+
+    # -- weights are read --------------------------------------------------------------------------------------------
+
+    def whole_model(self, state: dict[str, Any]) -> dict[str, Any]:
+        """The module's ``state_dict`` with every stage's values, on the pipeline's first rank; elsewhere this rank's alone."""
+        mine = set(self.partition.owned(self._rank))
+        parts = self.group.gather_objects({name: state[name].cpu() for name in mine if name in state and self._rank > 0})
+        return {**state, **{name: value for part in parts for name, value in part.items()}}
+
+    def whole_optimizer(self, state: dict[str, Any]) -> dict[str, Any]:
+        """The optimizer's ``state_dict()`` with every stage's values, on the pipeline's first rank."""
+        parts = self.group.gather_objects(state["state"])
+        return {**state, "state": {number: value for part in reversed(parts) for number, value in part.items()}}
+
+    def release(self, *, complete: bool = True) -> None:
+        """The model is whole again on every rank."""
+        if self._stack is None:
+            return
+        self._stack.remove()
+        self._stack = None
+        for runtime in self._runtimes.values() if complete else ():
+            runtime.finish()
+        if self._weight_gradients is not None:
+            self._weight_gradients.remove()
+        self.partition.take_back()
+        for rank in range(self.group.size) if complete else ():
+            share([self.partition.tensor(name) for name in self.partition.owned(rank)], self.group, rank)
+        for parameter in self.partition.parameters():
+            for marker in (LATE_GRADIENT, COUNTED_ELSEWHERE):
+                vars(parameter).pop(marker, None)
+        if complete:
+            for group in self.channels.values():
+                group.rest()
+
+    def close(self) -> None:
+        for group in [self.group, *self.channels.values(), *self._tied.values()]:
+            group.close()

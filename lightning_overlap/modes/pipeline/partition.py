@@ -1,0 +1,142 @@
+"""Which parts of the model each stage holds. What another rank holds takes no memory here, and keeps its place and name.
+
+What is registered before the blocks (embeddings) belongs to the first stage, what is registered after them (last norm, head) to
+the last one. A parameter that several stages use belongs to all of them: a tied embedding, a block that occurs twice.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from lightning_overlap.decision import ConfigError
+
+Blocks = nn.ModuleList | nn.Sequential
+
+
+def find_blocks(model: nn.Module, asked: str | None, stages: int) -> tuple[str, Blocks]:
+    """The list of alike blocks, and its name: the one that was asked for, or the longest of alike modules.
+
+    Raises:
+        ConfigError: there is none, it is too short, or two are equally long.
+    """
+    lists = {name: m for name, m in model.named_modules() if isinstance(m, nn.ModuleList | nn.Sequential) and len(m) > 0}
+    if asked is not None:
+        if asked not in lists:
+            near = ", ".join(f"{name} ({len(m)})" for name, m in lists.items()) or "none"
+            raise ConfigError(f"the module has no list of blocks at {asked!r}; its ModuleLists and Sequentials are: {near}")
+        return asked, lists[asked]
+    alike = {name: m for name, m in lists.items() if len(m) >= max(2, stages) and len({type(b) for b in m}) == 1}
+    most = max((len(m) for m in alike.values()), default=0)
+    longest = [name for name, m in alike.items() if len(m) == most]
+    if len(longest) != 1:
+        found = (
+            f"{' and '.join(longest)} are equally long" if longest else f"there is no list of at least {max(2, stages)} alike modules"
+        )
+        raise ConfigError(
+            f"the stack of blocks to cut into {stages} stages was not found: {found}. Name it, "
+            "OverlapStrategy(parallel_plan={'model.layers': 'blocks'}) say"
+        )
+    return longest[0], alike[longest[0]]
+
+
+@dataclass(frozen=True)
+class Held:
+    """A parameter that was given up: what it was."""
+
+    parameter: nn.Parameter
+    trained: bool
+    shape: torch.Size
+
+
+class Partition:
+    """The parts of a model by rank of the pipeline.
+
+    Args:
+        model: the user's; whole.
+        name: of its list of blocks.
+        blocks: the list.
+        stages: by stage, the numbers of its blocks.
+        placement: by stage, its rank.
+    """
+
+    def __init__(self, model: nn.Module, name: str, blocks: Blocks, stages: Sequence[range], placement: Sequence[int]) -> None:
+        self.owners: dict[str, tuple[int, ...]] = {}
+        """By parameter and buffer, the ranks whose stages use it."""
+        self._parameters = dict(model.named_parameters())
+        self._buffers = dict(model.named_buffers())
+        stage_of_block = {number: stage for stage, numbers in enumerate(stages) for number in numbers}
+        ranks_of: dict[int, set[int]] = {}
+        names: dict[int, str] = {}
+        after: dict[int, None] = {}
+        behind = False
+        for path, module in model.named_modules(remove_duplicate=False):
+            inside = path.removeprefix(name + ".") if name and path.startswith(name + ".") else path if not name and path else ""
+            behind = behind or module is blocks
+            if inside:
+                keys = list(blocks._modules)
+                rank = placement[stage_of_block[keys.index(inside.split(".")[0])]]
+            else:
+                rank = placement[-1 if behind else 0]
+            for key, tensor in [*module._parameters.items(), *module._buffers.items()]:
+                if tensor is not None:
+                    if behind and not inside:
+                        after.setdefault(id(tensor))
+                    ranks_of.setdefault(id(tensor), set()).add(rank)
+                    names.setdefault(id(tensor), f"{path}.{key}".lstrip("."))
+        self.owners = {names[tensor]: tuple(sorted(ranks)) for tensor, ranks in ranks_of.items()}
+        self.tail = [names[tensor] for tensor in after]
+        """Parameters and buffers of what comes after the blocks."""
+        self.foreign: dict[str, Held] = {}
+
+    def keep(self, rank: int, names: Iterable[str] | None = None) -> None:
+        """Gives up the parameters that are not this rank's, or those of them that are named.
+
+        They become not-a-number, at the expense of one element each: embeddings can still be called for their shape, and a
+        number that should not have been used shows.
+        """
+        for name in self._parameters if names is None else names:
+            parameter = self._parameters[name]
+            if rank not in self.owners[name]:
+                self.foreign[name] = Held(parameter, parameter.requires_grad, parameter.shape)
+                parameter.requires_grad_(False)
+                parameter.grad = None
+                parameter.data = _nothing(parameter)
+
+    def owned(self, rank: int) -> list[str]:
+        """What a rank gives the others: its parameters and buffers, but those that a lower rank has too."""
+        return [name for name, ranks in self.owners.items() if ranks[0] == rank]
+
+    def shared(self) -> dict[tuple[int, ...], list[str]]:
+        """Parameters that several ranks use, by the ranks."""
+        found: dict[tuple[int, ...], list[str]] = {}
+        for name, ranks in self.owners.items():
+            if len(ranks) > 1 and name in self._parameters:
+                found.setdefault(ranks, []).append(name)
+        return found
+
+    def parameters(self) -> list[nn.Parameter]:
+        return list(self._parameters.values())
+
+    def parameter(self, name: str) -> nn.Parameter:
+        return self._parameters[name]
+
+    def tensor(self, name: str) -> torch.Tensor:
+        """A parameter or buffer."""
+        return self._parameters[name] if name in self._parameters else self._buffers[name]
+
+    def take_back(self, names: Iterable[str] | None = None) -> list[str]:
+        """Makes room for what was given up, with values that are to be filled in; all of it by default."""
+        taken = list(self.foreign) if names is None else [name for name in names if name in self.foreign]
+        for name in taken:
+            held = self.foreign.pop(name)
+            held.parameter.data = torch.empty(held.shape, dtype=held.parameter.dtype, device=held.parameter.device)
+            held.parameter.requires_grad_(held.trained)
+        return taken
+
+
+def _nothing(like: torch.Tensor) -> torch.Tensor:
+    return torch.full((1,), float("nan") if like.is_floating_point() else 0, dtype=like.dtype, device=like.device).expand(like.shape)

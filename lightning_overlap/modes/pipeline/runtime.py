@@ -1,0 +1,263 @@
+"""Runs a rank's part of a schedule, with the transfers between stages beside it.
+
+    rank 0   F0.0   F0.1   F0.2 | B0.0 ...
+    send          0.0    0.1    0.2
+    receive                   0.0 (gradient)
+    rank 1          ....   F1.0   B1.0   F1.1 ...
+
+Both ends know the whole schedule, so that a receive is posted before it is needed, in the order in which its peer sends, and
+a send is never waited for: its tensor is let go of when it has gone. Each direction has a group of its own; in one, the
+transfers of the other would stand in front.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from lightning_overlap.comm import Group, Pending
+from lightning_overlap.modes.pipeline.schedule import Action, Schedule
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+_HEADER = 12
+"""Numbers that announce the form of hidden states: dims, dtype, whether they have a gradient, what blocks return, the shape."""
+
+
+@dataclass(frozen=True)
+class Form:
+    """What hidden states look like."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    trained: bool
+    """Whether they have a gradient: nothing that is trained lies before them otherwise."""
+    items: int
+    """What blocks return, as in :class:`lightning_overlap.block_stack.Pass`."""
+
+    def pack(self) -> Tensor:
+        numbers = [len(self.shape), DTYPES.index(self.dtype), int(self.trained), self.items, *self.shape]
+        return torch.tensor(numbers + [0] * (_HEADER - len(numbers)))
+
+    @staticmethod
+    def header(device: torch.device) -> Tensor:
+        """Room for a packed one."""
+        return torch.empty(_HEADER, dtype=torch.int64, device=device)
+
+    @classmethod
+    def unpack(cls, header: Tensor) -> Form:
+        dims, dtype, trained, items, *shape = header.tolist()
+        return cls(tuple(shape[:dims]), DTYPES[dtype], bool(trained), items)
+
+
+class Compute(Protocol):
+    """What an action does."""
+
+    def forward(self, stage: int, microbatch: int, received: Tensor | None, form: Form | None) -> tuple[Tensor, Form] | None:
+        """Hidden states for the next stage; None from the last one."""
+
+    def backward(self, action: Action, gradient: Tensor | None) -> Tensor | None:
+        """The gradient for the stage before; None if it needs none."""
+
+    def weights(self, stage: int, microbatch: int) -> None:
+        """The weights' gradients that a backward has left."""
+
+
+@dataclass
+class Channel:
+    """One direction between two neighbours, as this rank receives from it.
+
+    Attributes:
+        group: whose transfers they are.
+        source: the sender's rank in it.
+        items: what is sent, in the sender's order.
+        posted: how many of them have a receive.
+        taken: how many of them have been taken.
+    """
+
+    group: Group
+    source: int
+    items: list[Action]
+    posted: int = 0
+    taken: int = 0
+    pending: dict[Action, tuple[Pending, Form]] = field(default_factory=dict)
+
+
+class Runtime:
+    """One rank's part of one schedule.
+
+    Args:
+        schedule: the whole of it.
+        rank: this one, in the pipeline.
+        groups: the pipeline's ranks, for each (kind, whether to a higher rank).
+        forms: what is known of hidden states, by stage and kind of microbatch; it grows.
+        device: where tensors are.
+        prefetch: receives that are posted ahead for each channel. None, for the plain twin: each send is waited for where it is
+            posted, and all receives are posted ahead, since two ranks that send to each other would wait for ever otherwise.
+    """
+
+    def __init__(
+        self,
+        schedule: Schedule,
+        rank: int,
+        groups: Mapping[tuple[str, bool], Group],
+        forms: dict[tuple[int, Hashable], Form],
+        device: torch.device,
+        prefetch: int | None,
+    ) -> None:
+        self._schedule = schedule
+        self._rank = rank
+        self._groups = groups
+        self._forms = forms
+        self._announced: set[tuple[int, Hashable]] = set(forms)
+        self._device = device
+        self._prefetch = prefetch
+        self._sends: list[Pending] = []
+        self._here: dict[Action, tuple[Tensor, Form | None]] = {}  # from one stage of this rank to another
+
+    @property
+    def actions(self) -> tuple[Action, ...]:
+        """This rank's."""
+        return self._schedule.actions[self._rank]
+
+    def run(self, compute: Compute, kinds: Sequence[Hashable]) -> None:
+        """Runs all of this rank's actions.
+
+        Args:
+            compute: what they do.
+            kinds: by microbatch, what decides the form of its hidden states, the same on all ranks.
+        """
+        self._channels = self._incoming()
+        self._kinds = kinds
+        last = self._schedule.stages - 1
+        for action in self.actions:
+            stage, microbatch = action.stage, action.microbatch
+            if action.kind == "F":
+                received, form = (None, None) if stage == 0 else self._take(Action("F", stage - 1, microbatch))
+                made = compute.forward(stage, microbatch, received, form)
+                if made is not None:
+                    self._forms.setdefault((stage, kinds[microbatch]), made[1])
+                    self._give(Action("F", stage, microbatch), made[0], made[1])
+            elif action.kind == "W":
+                compute.weights(stage, microbatch)
+            else:
+                gradient = None
+                if stage < last and self._forms[stage, kinds[microbatch]].trained:
+                    gradient, _ = self._take(Action("B", stage, microbatch))
+                before = compute.backward(action, gradient)
+                if before is not None:
+                    self._give(Action("B", stage - 1, microbatch), before, None)
+
+    def finish(self) -> None:
+        """Waits until everything has been sent."""
+        for pending in self._sends:
+            pending.wait()
+        self._sends.clear()
+
+    # -- who sends what to whom --------------------------------------------------------------------------------------
+
+    def _ends(self, item: Action) -> tuple[int, int]:
+        """The ranks between which a forward's hidden states, or a gradient with respect to them, go."""
+        here, there = self._schedule.placement[item.stage], self._schedule.placement[item.stage + 1]
+        return (here, there) if item.kind == "F" else (there, here)
+
+    def _group(self, item: Action) -> Group:
+        source, target = self._ends(item)
+        return self._groups[item.kind, source < target]
+
+    def _incoming(self) -> dict[tuple[str, int], Channel]:
+        channels: dict[tuple[str, int], Channel] = {}
+        for actions in self._schedule.actions:
+            for item in sent_after(actions, self._schedule.stages):
+                source, target = self._ends(item)
+                if target == self._rank != source:
+                    new = Channel(self._group(item), source, [])
+                    channels.setdefault((item.kind, source), new).items.append(item)
+        return channels
+
+    def _key(self, item: Action) -> int:
+        return 2 * (item.stage * self._schedule.microbatches + item.microbatch)
+
+    @staticmethod
+    def _label(item: Action) -> str:
+        return f"pipeline.{'forward' if item.kind == 'F' else 'backward'}[{item.stage}]"
+
+    # -- transfers ---------------------------------------------------------------------------------------------------
+
+    def _give(self, item: Action, x: Tensor, form: Form | None) -> None:
+        source, target = self._ends(item)
+        if source == target:
+            self._here[item] = x, form
+            return
+        group, label = self._group(item), self._label(item)
+        known = (item.stage, self._kinds[item.microbatch])
+        if form is not None and known not in self._announced:
+            self._announced.add(known)
+            header = form.pack().to(self._device)
+            self._sends.append(group.send(header, target, key=self._key(item) + 1, label="pipeline.form"))
+        self._sends = [pending for pending in self._sends if not pending.arrived()]
+        self._sends.append(group.send(x.contiguous(), target, key=self._key(item), label=label))
+        self._post_ahead()
+        if self._prefetch is None:
+            self.finish()
+
+    def _take(self, item: Action) -> tuple[Tensor, Form | None]:
+        source, target = self._ends(item)
+        if source == target:
+            return self._here.pop(item)
+        channel = self._channels[item.kind, source]
+        while item not in channel.pending:
+            self._post(channel, wait=True)
+        channel.taken += 1
+        self._post_ahead()
+        pending, form = channel.pending.pop(item)
+        return pending.wait(), form
+
+    def _post_ahead(self) -> None:
+        for channel in self._channels.values():
+            ahead = len(channel.items) if self._prefetch is None else channel.taken + self._prefetch
+            while channel.posted < min(len(channel.items), ahead) and self._post(channel, wait=False):
+                pass
+
+    def _post(self, channel: Channel, *, wait: bool) -> bool:
+        """Posts the next receive of a channel; not if its form is unknown and nobody is to ``wait`` for that."""
+        item = channel.items[channel.posted]
+        known = (item.stage, self._kinds[item.microbatch])
+        if known not in self._forms:
+            if not wait:
+                return False
+            announced = channel.group.receive(
+                Form.header(self._device), channel.source, key=self._key(item) + 1, label="pipeline.form"
+            )
+            self._forms[known] = Form.unpack(announced.wait())
+        form = self._forms[known]
+        channel.posted += 1
+        if item.kind == "B" and not form.trained:
+            return True  # the sender has nothing to send
+        buffer = torch.empty(form.shape, dtype=form.dtype, device=self._device)
+        pending = channel.group.receive(buffer, channel.source, key=self._key(item), label=self._label(item))
+        channel.pending[item] = pending, form
+        return True
+
+
+def sent_after(actions: Sequence[Action], stages: int) -> Iterator[Action]:
+    """What a rank sends, in its order: hidden states of a stage ("F") and gradients with respect to them ("B")."""
+    for action in actions:
+        if action.kind == "F" and action.stage < stages - 1:
+            yield Action("F", action.stage, action.microbatch)
+        elif action.kind in "BI" and action.stage > 0:
+            yield Action("B", action.stage - 1, action.microbatch)
+
+
+def channel_kinds(schedules: Sequence[Schedule]) -> list[tuple[str, bool]]:
+    """The directions in which schedules with one placement send."""
+    found = set()
+    for placement in {schedule.placement for schedule in schedules}:
+        for here, there in pairwise(placement):
+            if here != there:
+                found |= {("F", here < there), ("B", there < here)}
+    return sorted(found)

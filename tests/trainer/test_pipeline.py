@@ -1,0 +1,434 @@
+"""Pipeline parallelism through Trainer: the numbers of one process, for every schedule, and what Lightning's users rely on."""
+
+import itertools
+import warnings
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torchmetrics
+from lightning.pytorch import LightningModule, Trainer, seed_everything
+from lightning.pytorch.plugins.environments import TorchElasticEnvironment
+from lightning.pytorch.strategies import SingleDeviceStrategy
+from torch import nn
+from torch.nn import functional as F
+from torch.utils.data import DataLoader
+
+from lightning_overlap import ConfigError, DataParallel, OverlapStrategy, PipelineParallel
+
+QUIET = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
+
+
+class Block(nn.Module):
+    def __init__(self, width: int, dropout: float) -> None:
+        super().__init__()
+        self.norm, self.up, self.down = nn.LayerNorm(width), nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + self.dropout(self.down(F.gelu(self.up(self.norm(x)))))
+
+
+class Net(LightningModule):
+    """Embedding, blocks, norm and head; logs a loss and a metric; ``checkpoint`` recomputes blocks in backward."""
+
+    def __init__(
+        self, blocks: int = 12, tied: bool = False, dropout: float = 0.0, checkpoint: bool = False, optimizer: str = "adamw"
+    ) -> None:
+        super().__init__()
+        self.checkpoint = checkpoint
+        self.optimizer = optimizer
+        self.tokens = nn.Embedding(32, 16)
+        self.blocks = nn.ModuleList(Block(16, dropout) for _ in range(blocks))
+        self.norm = nn.LayerNorm(16)
+        self.head = nn.Linear(16, 32, bias=False)
+        if tied:
+            self.head.weight = self.tokens.weight
+        self.seen = torchmetrics.MeanMetric()
+        self.val_seen = torchmetrics.MeanMetric()
+        self.outputs: list[float] = []
+        self.at_epoch_end: list[float] = []
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        x = self.tokens(ids)
+        for block in self.blocks:
+            x = torch.utils.checkpoint.checkpoint(block, x, use_reentrant=False) if self.checkpoint else block(x)
+        return self.head(self.norm(x))
+
+    def loss(self, batch: torch.Tensor) -> torch.Tensor:
+        return F.cross_entropy(self(batch[:, :-1]).flatten(0, 1).float(), batch[:, 1:].flatten())
+
+    def training_step(self, batch: torch.Tensor, index: int) -> Any:
+        loss = self.loss(batch)
+        self.log("loss", loss, on_step=True, on_epoch=True)
+        self.seen(loss.detach())
+        self.log("seen", self.seen, on_step=False, on_epoch=True)
+        if index % 2:
+            self.log("odd", 2 * loss)
+        return {"loss": loss, "twice": 2 * loss.detach()}
+
+    def on_train_batch_end(self, outputs: Any, batch: Any, index: int) -> None:
+        self.outputs.append(float(outputs["twice"]))
+
+    def on_train_epoch_end(self) -> None:
+        self.at_epoch_end.append(float(self.seen.compute()))
+
+    def validation_step(self, batch: torch.Tensor, index: int) -> None:
+        self.log("val_loss", self.loss(batch), sync_dist=True)
+        self.val_seen.update(self(batch).float().mean())
+        self.log("val_seen", self.val_seen)
+
+    def configure_optimizers(self) -> Any:
+        sgd = self.optimizer == "sgd"
+        optimizer = torch.optim.SGD(self.parameters(), 0.1, momentum=0.9) if sgd else torch.optim.AdamW(self.parameters(), 1e-2)
+        return [optimizer], [{"scheduler": torch.optim.lr_scheduler.StepLR(optimizer, 2, 0.9), "interval": "step"}]
+
+
+def loader(batch: int, samples: int = 40) -> DataLoader:
+    data = torch.randint(0, 32, (samples, 9), generator=torch.Generator().manual_seed(3))
+    return DataLoader(data, batch_size=batch)  # type: ignore[arg-type]
+
+
+def told(trainer: Trainer, module: Net) -> dict[str, Any]:
+    return {
+        "weights": torch.cat([p.detach().flatten() for p in module.parameters()]),
+        "metrics": {key: float(value) for key, value in trainer.callback_metrics.items()},
+        "outputs": module.outputs,
+        "at_epoch_end": module.at_epoch_end,
+        "step": trainer.global_step,
+    }
+
+
+def pipelined(
+    pipeline: dict[str, Any], model: dict[str, Any] | None = None, overlap: str = "auto", resume: str | None = None, **trainer: Any
+) -> dict[str, Any]:
+    """One rank's fit."""
+    warnings.simplefilter("ignore")
+    seed_everything(1 + dist.get_rank(), verbose=False)  # rank 0's weights count
+    module = Net(**(model or {}))
+    size = dist.get_world_size()
+    strategy = OverlapStrategy(
+        DataParallel(bucket_size=1000),
+        pipeline_parallel=PipelineParallel(**pipeline),
+        overlap=overlap,  # type: ignore[arg-type]
+        cluster_environment=TorchElasticEnvironment(),
+        process_group_backend="gloo",
+    )
+    replicas = size // pipeline["size"]
+    given = {"max_epochs": 2, "limit_train_batches": 3, "limit_val_batches": 2, "use_distributed_sampler": replicas > 1}
+    save = trainer.pop("save", None)
+    run = Trainer(**{**QUIET, "accelerator": "cpu", "devices": size, "strategy": strategy, **given, **trainer})
+    run.fit(module, loader(8 // replicas), loader(8 // replicas), ckpt_path=resume)
+    if save:
+        run.save_checkpoint(save)
+    return {**told(run, module), "plan": strategy.plan.explain()}
+
+
+def single(model: dict[str, Any] | None = None, resume: str | None = None, **trainer: Any) -> dict[str, Any]:
+    """Plain Lightning on the whole batch."""
+    warnings.simplefilter("ignore")
+    seed_everything(1, verbose=False)
+    module = Net(**(model or {}))
+    strategy = SingleDeviceStrategy(torch.device("cpu"))
+    given = {"max_epochs": 2, "limit_train_batches": 3, "limit_val_batches": 2}
+    run = Trainer(**{**QUIET, "accelerator": "cpu", "devices": 1, "strategy": strategy, **given, **trainer})
+    run.fit(module, loader(8), loader(8), ckpt_path=resume)
+    return told(run, module)
+
+
+def by_hand(microbatches: int, model: dict[str, Any], epochs: int = 2, accumulate: int = 1) -> torch.Tensor:
+    """One process that goes through the same microbatches, with nothing of Lightning or this package."""
+    seed_everything(1, verbose=False)
+    module = Net(**model)
+    (optimizer,), (scheduler,) = module.configure_optimizers()
+    for _ in range(epochs):
+        for number, batch in enumerate(itertools.islice(loader(8), 3)):
+            if number % accumulate == 0:
+                optimizer.zero_grad()
+            for part in batch.tensor_split(microbatches):
+                (module.loss(part) * (len(part) / len(batch) / accumulate)).backward()
+            if number % accumulate == accumulate - 1:
+                optimizer.step()
+                scheduler["scheduler"].step()
+    return torch.cat([p.detach().flatten() for p in module.parameters()])
+
+
+SCHEDULES = [
+    ("1f1b", 1),
+    ("gpipe", 1),
+    ("gpipe", 3),
+    ("interleaved", 2),
+    ("interleaved", 3),
+    ("zb_h1", 1),
+    ("interleaved_zb", 2),
+    ("zb_v", 2),
+]
+
+
+@pytest.mark.parametrize("microbatches", [1, 3, 8])
+@pytest.mark.parametrize(("schedule", "virtual"), SCHEDULES)
+@pytest.mark.parametrize("size", [2, 4])
+def test_equal_bits_to_one_process(world, size, schedule, virtual, microbatches):
+    pipeline = {"size": size, "virtual_stages": virtual, "schedule": schedule, "microbatches": microbatches}
+    expected = by_hand(microbatches, {})
+    for rank in world(size).run(pipelined, pipeline):
+        assert torch.equal(rank["weights"], expected)
+
+
+@pytest.mark.parametrize("pipeline", [{"virtual_stages": 2}, {"schedule": "zb_h1"}])
+@pytest.mark.parametrize(
+    ("model", "trainer"),
+    [
+        ({"tied": True}, {}),
+        ({}, {"accumulate_grad_batches": 3}),
+        ({"checkpoint": True}, {}),
+        ({"tied": True}, {"gradient_clip_val": 0.1}),
+        ({}, {"gradient_clip_val": 0.01, "gradient_clip_algorithm": "value"}),
+        ({"dropout": 0.2}, {}),
+        ({}, {"precision": "bf16-mixed"}),
+    ],
+)
+def test_overlap_changes_no_number(world, pipeline, model, trainer):
+    pipeline = {"size": 2, "microbatches": 4, **pipeline}
+    on = (
+        world(2).run(pipelined, pipeline, model, "auto", None, *[])
+        if not trainer
+        else world(2).run(with_trainer, pipeline, model, "auto", trainer)
+    )
+    off = world(2).run(with_trainer, pipeline, model, "off", trainer)
+    for one, other in zip(on, off, strict=True):
+        assert torch.equal(one["weights"], other["weights"])
+        assert one["metrics"] == other["metrics"]
+    assert torch.equal(on[0]["weights"], on[1]["weights"])
+    assert on[0]["metrics"] == on[1]["metrics"]
+
+
+def with_trainer(pipeline, model, overlap, trainer):
+    return pipelined(pipeline, model, overlap, **trainer)
+
+
+def close(one, other, tolerance=2e-5):
+    assert one.keys() == other.keys()
+    for key in one:
+        assert one[key] == pytest.approx(other[key], rel=tolerance, abs=tolerance), key
+
+
+@pytest.mark.parametrize(
+    ("model", "trainer"),
+    [
+        ({}, {}),
+        ({"tied": True}, {"gradient_clip_val": 0.1}),
+        ({}, {"accumulate_grad_batches": 3}),
+        ({"checkpoint": True}, {"gradient_clip_val": 0.01, "gradient_clip_algorithm": "value"}),
+    ],
+)
+@pytest.mark.parametrize(("size", "virtual"), [(2, 1), (2, 2), (4, 3)])
+def test_close_to_plain_lightning(world, size, virtual, model, trainer):
+    """Weights, everything logged, outputs and metrics are those of a Trainer without a pipeline, on every rank."""
+    model = {**model, "optimizer": "sgd"}  # Adam's step is as long for a gradient of rounding errors as for any other
+    expected = single(model, **trainer)
+    for rank in world(size).run(with_trainer, {"size": size, "virtual_stages": virtual, "microbatches": 4}, model, "auto", trainer):
+        torch.testing.assert_close(rank["weights"], expected["weights"], rtol=1e-5, atol=1e-6)
+        close(rank["metrics"], expected["metrics"])
+        for key in ("outputs", "at_epoch_end"):
+            assert rank[key] == pytest.approx(expected[key], rel=2e-5)
+        assert rank["step"] == expected["step"]
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("trainer", [{}, {"gradient_clip_val": 0.1}, {"accumulate_grad_batches": 3}])
+@pytest.mark.parametrize("virtual", [1, 2])
+def test_with_data_parallelism(world, virtual, tied, trainer):
+    ranks = world(4).run(with_trainer, {"size": 2, "virtual_stages": virtual, "microbatches": 2}, {"tied": tied}, "auto", trainer)
+    plain = world(4).run(with_trainer, {"size": 2, "virtual_stages": virtual, "microbatches": 2}, {"tied": tied}, "off", trainer)
+    for rank, other in zip(ranks, plain, strict=True):
+        assert torch.equal(rank["weights"], ranks[0]["weights"])
+        assert torch.equal(rank["weights"], other["weights"])
+        assert rank["metrics"]["val_loss"] == ranks[0]["metrics"]["val_loss"]
+    assert ranks[0]["metrics"] == ranks[2]["metrics"]  # of one pipeline
+
+
+def saved_by_all(pipeline, model, trainer, folder):
+    return pipelined(pipeline, model, "auto", None, **trainer, save=f"{folder}/x.ckpt")
+
+
+def resumed(pipeline, model, trainer, path):
+    return pipelined(pipeline, model, "auto", path, **trainer)
+
+
+LAYOUTS = [
+    (2, {"size": 2, "virtual_stages": 2, "microbatches": 4}),
+    (4, {"size": 4, "microbatches": 4}),
+    (4, {"size": 2, "microbatches": 4}),
+]
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize(("ranks", "pipeline"), LAYOUTS)
+def test_checkpoints_load_into_any_layout(world, tmp_path, ranks, pipeline, tied):
+    """In the middle of an epoch, optimizer and schedule included; and into plain Lightning and back."""
+    model = {"tied": tied, "optimizer": "sgd"}
+    half, whole = {"max_steps": 4, "limit_val_batches": 0}, {"max_steps": 6, "limit_val_batches": 0}
+    world(ranks).run(saved_by_all, pipeline, model, half, str(tmp_path))
+    path = f"{tmp_path}/x.ckpt"
+    expected = single(model, **whole)
+    file = torch.load(path, weights_only=True)
+    assert list(file["state_dict"]) == list(Net(**model).state_dict())
+    assert len(file["optimizer_states"][0]["state"]) == len(list(Net(**model).parameters()))
+    torch.testing.assert_close(single(model, path, **whole)["weights"], expected["weights"], rtol=1e-5, atol=1e-6)
+    for other, layout in LAYOUTS:
+        for rank in world(other).run(resumed, layout, model, whole, path):
+            torch.testing.assert_close(rank["weights"], expected["weights"], rtol=1e-5, atol=1e-6)
+
+
+def test_a_resumed_run_is_the_uninterrupted_one(world, tmp_path):
+    pipeline, model = LAYOUTS[0][1], {"dropout": 0.2}
+    world(2).run(saved_by_all, pipeline, model, {"max_steps": 4, "limit_val_batches": 0}, str(tmp_path))
+    whole = world(2).run(resumed, pipeline, model, {"max_steps": 6, "limit_val_batches": 0}, None)
+    again = world(2).run(resumed, pipeline, model, {"max_steps": 6, "limit_val_batches": 0}, f"{tmp_path}/x.ckpt")
+    for one, other in zip(whole, again, strict=True):
+        assert torch.equal(one["weights"], other["weights"])
+
+
+def odd_batches(pipeline):
+    """A last batch that is short, and batches of several lengths."""
+    warnings.simplefilter("ignore")
+    seed_everything(1, verbose=False)
+    module = Net(optimizer="sgd")
+    generator = torch.Generator().manual_seed(3)
+    batches = [torch.randint(0, 32, (size, length), generator=generator) for size, length in [(8, 9), (8, 5), (3, 9), (1, 4), (7, 9)]]
+    given = {**QUIET, "accelerator": "cpu", "max_epochs": 2, "limit_val_batches": 5}
+    if pipeline is None:
+        run = Trainer(**given, devices=1, strategy=SingleDeviceStrategy(torch.device("cpu")))
+    else:
+        env = {"cluster_environment": TorchElasticEnvironment(), "process_group_backend": "gloo"}
+        strategy = OverlapStrategy(pipeline_parallel=PipelineParallel(**pipeline), **env)
+        run = Trainer(**given, devices=dist.get_world_size(), strategy=strategy, use_distributed_sampler=False)
+    run.fit(module, batches, batches)
+    return told(run, module)
+
+
+@pytest.mark.parametrize("schedule", ["interleaved", "zb_v"])
+def test_batches_of_any_size(world, schedule):
+    expected = odd_batches(None)
+    for rank in world(2).run(odd_batches, {"size": 2, "virtual_stages": 2, "microbatches": 4, "schedule": schedule}):
+        torch.testing.assert_close(rank["weights"], expected["weights"], rtol=1e-5, atol=1e-6)
+        assert rank["metrics"]["val_loss"] == pytest.approx(expected["metrics"]["val_loss"], rel=1e-5)
+
+
+def test_layouts_that_are_given(world):
+    expected = by_hand(2, {"blocks": 4})
+    for given in ({"layers_per_stage": (3, 1)}, {"layout": "E|t*4L"}, {"layout": "Et*4|L"}):
+        for rank in world(2).run(with_trainer, {"size": 2, "microbatches": 2, **given}, {"blocks": 4}, "auto", {}):
+            assert torch.equal(rank["weights"], expected)
+    pipeline = {"size": 2, "virtual_stages": 2, "microbatches": 2, "layout": "E||t*4|L"}
+    for rank in world(2).run(with_trainer, pipeline, {"blocks": 4}, "auto", {}):
+        assert torch.equal(rank["weights"], expected)
+
+
+def test_a_schedule_of_the_users_own(world, tmp_path):
+    file = tmp_path / "mine.txt"
+    file.write_text("F0.0 F0.1 B0.0 B0.1\nF1.0 I1.0 F1.1 I1.1 W1.0 W1.1\n")
+    for rank in world(2).run(pipelined, {"size": 2, "microbatches": 2, "schedule": str(file)}):
+        assert torch.equal(rank["weights"], by_hand(2, {}))
+        assert "mine.txt" in rank["plan"]
+
+
+def memory(pipeline):
+    """Bytes of parameters that a rank holds while it trains, and what the whole model has."""
+    held = []
+
+    class Measured(Net):
+        def on_train_batch_end(self, *arguments):
+            held.append(sum({p.untyped_storage().data_ptr(): p.untyped_storage().nbytes() for p in self.parameters()}.values()))
+
+    module = Measured()
+    env = {"cluster_environment": TorchElasticEnvironment(), "process_group_backend": "gloo"}
+    strategy = OverlapStrategy(pipeline_parallel=PipelineParallel(**pipeline), **env)
+    run = Trainer(**QUIET, accelerator="cpu", devices=dist.get_world_size(), strategy=strategy, max_steps=2, limit_val_batches=0)
+    run.fit(module, loader(8))
+    return max(held), sum(p.nbytes for p in module.parameters())
+
+
+def test_a_rank_holds_its_stages_only(world):
+    for held, whole in world(4).run(memory, {"size": 4, "microbatches": 2}):
+        assert held < whole / 4 * 1.2
+
+
+class Twice(Net):
+    def training_step(self, batch, index):
+        return self.loss(batch) + self.loss(batch)
+
+
+class Between(Net):
+    def forward(self, ids):
+        x = self.tokens(ids)
+        for block in self.blocks:
+            x = block(x) * 1.0
+        return self.head(self.norm(x))
+
+
+class Swallows(Net):
+    def training_step(self, batch, index):
+        try:
+            return self.loss(batch)
+        except:  # noqa: E722
+            return None
+
+
+class Manual(Net):
+    def __init__(self):
+        super().__init__()
+        self.automatic_optimization = False
+
+
+class NoBlocks(Net):
+    def __init__(self):
+        super().__init__()
+        self.more = nn.ModuleList(Block(16, 0.0) for _ in range(12))
+
+
+class Short(Net):
+    def __init__(self):
+        super().__init__(blocks=3)
+
+
+def refused(kind, pipeline, different=False):
+    warnings.simplefilter("ignore")
+    env = {"cluster_environment": TorchElasticEnvironment(), "process_group_backend": "gloo"}
+    try:
+        seed_everything(dist.get_rank() if different else 1, verbose=False)
+        strategy = OverlapStrategy(pipeline_parallel=PipelineParallel(**pipeline), **env)
+        given = {"devices": dist.get_world_size(), "strategy": strategy, "use_distributed_sampler": False, "limit_val_batches": 0}
+        data = DataLoader(loader(8).dataset, batch_size=8, shuffle=different)
+        Trainer(**QUIET, accelerator="cpu", max_steps=2, **given).fit(kind(), data)
+    except ConfigError as error:
+        return str(error)
+    return "trained"
+
+
+@pytest.mark.parametrize(
+    ("kind", "pipeline", "said"),
+    [
+        (Twice, {}, "called twice in one training_step"),
+        (Between, {}, "the loop does something with the hidden states"),
+        (Swallows, {}, "catches every exception"),
+        (Manual, {}, "manual optimization"),
+        (NoBlocks, {}, "equally long"),
+        (Short, {"virtual_stages": 2}, "at least 4 alike modules"),
+        (Net, {"layers_per_stage": (3, 3)}, "layers_per_stage"),
+        (Net, {"layout": "Et|tL"}, "has 2 blocks, and the model has 12"),
+        (Net, {"schedule": "zb_v"}, "needs virtual_stages: 2"),
+        (Net, {"schedule": "no such file"}, "neither one of"),
+        (Net, {"microbatches": 0}, "must be an integer of at least 1"),
+    ],
+)
+def test_what_cannot_be_cut_is_refused_on_every_rank(world, kind, pipeline, said):
+    answers = world(2).run(refused, kind, {"size": 2, "microbatches": 2, **pipeline})
+    assert all(said in answer for answer in answers), answers
+
+
+def test_ranks_of_a_pipeline_that_read_different_batches_are_told(world):
+    for answer in world(2).run(refused, Net, {"size": 2, "microbatches": 2}, True):
+        assert "have read another batch than rank 0" in answer
