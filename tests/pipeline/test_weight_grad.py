@@ -397,7 +397,7 @@ def test_gradients_that_the_step_takes_itself_are_refused():
         with pytest.raises(ConfigError, match=r"torch\.autograd\.grad"):
             torch.autograd.grad(loss, x, retain_graph=True)
     with gradients.recording(), pytest.raises(ConfigError, match="create_graph"):
-        loss.backward(create_graph=True)
+        torch.autograd.grad(loss, x, create_graph=True)
 
 
 def test_an_error_ends_recording():
@@ -422,6 +422,21 @@ def test_an_output_that_is_not_used():
     assert list(split_backward(gradients, forward)) == [model[0].weight]
 
 
+def test_an_output_without_gradient():
+    class Stop(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, gradient):
+            return None
+
+    plain, split = twins(lambda: nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)))
+    both(plain, split, [torch.randn(5, WIDTH)], lambda y: Stop.apply(y).sum())
+    assert split[0].weight.grad is None
+
+
 @pytest.mark.parametrize("compiled", [True, False])
 def test_compiled_models_are_not_split(compiled):
     plain, split = twins(Block)
@@ -436,6 +451,7 @@ def test_compiled_models_are_not_split(compiled):
     torch.compiler.reset()
 
 
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
 def test_subclasses_and_replaced_weights_are_left_alone():
     class Own(nn.Linear):
         pass
@@ -454,6 +470,7 @@ def test_subclasses_and_replaced_weights_are_left_alone():
     assert weights["weight"].grad is not None
     assert not split_backward(gradients, lambda: layer(x.to_sparse()).sum())
     assert layer.weight.grad is not None
+    assert not split_backward(gradients, lambda: layer(torch.nested.nested_tensor([x, x[:1]])).to_padded_tensor(0.0).sum())
 
 
 # -- weights that move -----------------------------------------------------------------------------------------------

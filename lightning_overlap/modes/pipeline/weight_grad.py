@@ -132,7 +132,7 @@ class WeightGradients:
         if self._recording is None or torch.is_grad_enabled():
             raise ConfigError(
                 "a training_step that takes gradients itself (torch.autograd.grad, create_graph=True) cannot have its backward split: "
-                "choose a pipeline_parallel.schedule that does not split it"
+                "choose a pipeline_parallel.schedule that does not split it, 1f1b or interleaved"
             )
         with torch.enable_grad():
             root = _WeightGradient.apply(weight, x.detach(), gradient.detach(), _is_column_major(weight_t))
