@@ -16,6 +16,7 @@ from lightning_overlap.bench.measure import sweep as rank_values
 from lightning_overlap.bench.runs import Runs
 from lightning_overlap.bench.verify import verify
 from lightning_overlap.decision import ConfigError
+from lightning_overlap.modes.pipeline.schedule import draw
 from lightning_overlap.optimization import facts_of
 from lightning_overlap.plan import resolve
 from lightning_overlap.strategy import OverlapStrategy
@@ -33,13 +34,20 @@ class _Trainer(Trainer):
             raise ConfigError(f"the trainer's strategy is {type(self.strategy).__name__}; set trainer.strategy: overlap")
         return self.strategy
 
-    def plan(self, model: LightningModule, datamodule: LightningDataModule | None = None, ranks: int | None = None) -> None:
+    def plan(
+        self,
+        model: LightningModule,
+        datamodule: LightningDataModule | None = None,
+        ranks: int | None = None,
+        schedule: bool = False,
+    ) -> None:
         """Resolves the plan for a number of ranks and prints it; starts nothing.
 
         Args:
             model: the module.
             datamodule: not looked at.
             ranks: processes in all; by default the trainer's devices times nodes.
+            schedule: print and draw the pipeline's schedule, too; a file with what is printed can be given as schedule.
         """
         strategy = self._overlap()
         facts = facts_of(
@@ -50,6 +58,10 @@ class _Trainer(Trainer):
             backend=strategy._get_process_group_backend(),
         )
         print(resolve(strategy.config, facts).explain())
+        if schedule:
+            pipeline = strategy.config.pipeline_parallel
+            made = pipeline.plan(pipeline.count)
+            print(made.text() + draw(made))
 
     def bench(
         self,

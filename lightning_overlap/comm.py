@@ -30,6 +30,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from lightning_overlap.decision import ConfigError
 from lightning_overlap.sockets import Sockets
 
 CHUNK_BYTES = 1 << 20
@@ -128,6 +129,7 @@ class Pending:
     def _wait_for_threads(self, start: float) -> None:
         """Until they have settled it. gloo never wakes who waits for a transfer in the middle of which the peer went away."""
         while not self._arrived.wait(ASK_FOR_PEERS):
+            self._group.raise_what_was_announced()
             if self._group.is_left() and time.perf_counter() - start > 2 * ASK_FOR_PEERS:
                 self._error = self._group.failure(self.transfer.label, -1, ConnectionError("a peer's connection is closed"))
                 break
@@ -491,6 +493,31 @@ class Group:
             trips.append((answered - asked, (asked + answered) / 2 - answer.item()))
         return min(trips)[1]
 
+    def announce(self, error: BaseException) -> None:
+        """Has the others know why this rank makes no more transfers: their waits raise it."""
+        if self.reduces is not None:
+            rank = self.ranks[self.rank]
+            kind = "ConfigError" if isinstance(error, ConfigError) else "TransferError"
+            told = str(error) if kind == "ConfigError" else f"rank {rank} has failed: {type(error).__name__}: {error}"
+            dist.distributed_c10d._get_default_store().set(self._place_of_errors, f"{kind}:{told}")
+
+    def raise_what_was_announced(self) -> None:
+        """Raises:
+        ConfigError: a member has announced one.
+        TransferError: a member has announced another error.
+        """
+        if self.reduces is None:
+            return
+        store = dist.distributed_c10d._get_default_store()
+        if store.check([self._place_of_errors]):
+            kind, told = store.get(self._place_of_errors).decode().split(":", 1)
+            raise ConfigError(told) if kind == "ConfigError" else TransferError(told)
+
+    @property
+    def _place_of_errors(self) -> str:
+        # The name of a process group is the same on its ranks, and no other one's.
+        return f"lightning_overlap/errors/{self.reduces.group_name}/{self.ranks[0]}"
+
     def is_left(self) -> bool:
         """Whether a member has closed its connection, or cannot be reached."""
         return self.of_reduces.hung_up() or self.of_gathers.hung_up()
@@ -549,7 +576,7 @@ class Group:
     def failure(self, label: str, peer: int, error: Exception) -> TransferError:
         """The error of a failed transfer: which it was, with whom, and what the backend said."""
         others = [r for r in self.ranks if r != self.ranks[self.rank]]
-        who = f"rank {self.ranks[peer] if 0 <= peer < self.size else others}"
+        who = f"rank {self.ranks[peer] if 0 <= peer < self.size else others[0] if len(others) == 1 else others}"
         now = time.perf_counter()
         unread = [f"{t.label} ({now - t.posted:.1f} s ago)" for t in list(self._last) if t.waited is None and t.done is None]
         return TransferError(

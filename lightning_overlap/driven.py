@@ -15,7 +15,6 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 from torchmetrics import Metric
 
-from lightning_overlap.decision import ConfigError
 from lightning_overlap.optimization import held, logs_go_to
 
 if TYPE_CHECKING:
@@ -52,7 +51,7 @@ class DrivenStep:
         self._outputs: dict[int, Any] = {}
         self._logs: dict[int, list[tuple[tuple[Any, ...], dict[str, Any]]]] = {}
 
-    def forward(self, part: Any, number: int) -> Tensor:
+    def forward(self, part: Any, number: int) -> Tensor | None:
         logs = self._logs[number] = []
 
         def keep(fx: str, name: str, value: Any, **how: Any) -> None:
@@ -62,7 +61,7 @@ class DrivenStep:
             output = self._module.training_step(part, *self._rest)
         loss = output["loss"] if isinstance(output, Mapping) else output
         if not isinstance(loss, Tensor):
-            raise ConfigError(f"training_step gave {type(loss).__name__} and no loss: a pipeline cannot leave out a microbatch")
+            return None
         extra = {k: v for k, v in output.items() if k != "loss"} if isinstance(output, Mapping) else {}
         self._outputs[number] = loss.detach(), {k: _said(v) for k, v in extra.items() if _is_number(v)}, isinstance(output, Mapping)
         return loss

@@ -535,6 +535,10 @@ class OverlapStrategy(DDPStrategy):
     def on_exception(self, exception: BaseException) -> None:
         # Transfers may never complete now, so nobody waits for them any more; unless all ranks stop at the same batch.
         self._failed = not isinstance(exception, SIGTERMException)
+        if self._failed:
+            for mode in self.modes:
+                for group in mode.groups.values():
+                    group.announce(exception)
 
     def teardown(self) -> None:
         self._until_teardown.close()

@@ -1,14 +1,16 @@
 import datetime
 import os
+import signal
 import socket
+import subprocess
 import sys
-from collections import Counter
+import threading
 
 import pytest
 import torch
 import torch.distributed as dist
 
-from lightning_overlap.comm import SEND_BUFFER, make_group
+from lightning_overlap.comm import SEND_BUFFER, TransferError, make_group
 
 
 def transfers(bounds, wire):
@@ -68,8 +70,8 @@ def test_a_rank_that_is_behind_is_not_deadlocked(world):
 
 
 def send_buffers():
-    """How many of this process's connections have a send buffer of which size."""
-    sizes = {}  # by connection, which may have several descriptors
+    """This process's connections, and the sizes of their send buffers."""
+    sizes = {}  # by inode: a connection may have several descriptors
     for descriptor in os.listdir("/proc/self/fd"):
         try:
             with socket.socket(fileno=os.dup(int(descriptor))) as connection:
@@ -77,14 +79,15 @@ def send_buffers():
                 sizes[os.fstat(int(descriptor)).st_ino] = connection.getsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF)
         except OSError:  # no socket, or closed since
             continue
-    return Counter(sizes.values())
+    return sizes
 
 
 def bounded_connections():
-    before = send_buffers()[2 * SEND_BUFFER]
+    before = send_buffers()
     group = make_group([list(range(dist.get_world_size()))], "test", datetime.timedelta(seconds=30))
     try:
-        return send_buffers()[2 * SEND_BUFFER] - before, send_buffers().total()
+        made = {connection: size for connection, size in send_buffers().items() if connection not in before}
+        return sum(size == 2 * SEND_BUFFER for size in made.values()), len(made)
     finally:
         group.close()
 
@@ -93,7 +96,7 @@ def bounded_connections():
 def test_connections_of_gathers_alone_have_small_send_buffers(world):
     for bounded, connections in world(4).run(bounded_connections):
         assert bounded == 3  # one a peer
-        assert connections >= 6  # the reduces' are there too, and are not bounded
+        assert connections == 6  # the reduces' are there too, and are not bounded
 
 
 def ahead_of_a_peer():
@@ -119,3 +122,52 @@ def test_gathers_are_not_held_back_for_a_reduce_that_waits_for_its_peer(world):
     for gather, reduce in world(2).run(ahead_of_a_peer):
         assert gather == [0, 0, 1, 1]
         assert reduce == [1, 1]
+
+
+def handed_on():
+    """A tensor goes round, several under way at once, in any order of keys."""
+    size, rank = dist.get_world_size(), dist.get_rank()
+    group = make_group([list(range(size))], "test", datetime.timedelta(seconds=30), gathers=False)
+    try:
+        before, after = (rank - 1) % size, (rank + 1) % size
+        buffers = [torch.empty(1000) for _ in range(3)]
+        receives = [group.receive(x, before, key=key, label="x") for key, x in enumerate(buffers)]
+        sends = [group.send(torch.full((1000,), 10.0 * rank + key), after, key=key, label="x") for key in (2, 0, 1)]
+        got = [pending.wait()[0].item() for pending in reversed(receives)]
+        for pending in sends:
+            pending.wait()
+        return got, all(pending.arrived() for pending in sends), sends[0].transfer.ranks
+    finally:
+        group.close()
+
+
+@pytest.mark.parametrize("size", [2, 4])
+def test_point_to_point(world, size):
+    for rank, (got, arrived, ranks) in enumerate(world(size).run(handed_on)):
+        assert got == [10.0 * ((rank - 1) % size) + key for key in (2, 1, 0)]
+        assert arrived
+        assert ranks == (rank, (rank + 1) % size)
+
+
+def halfway(folder):
+    """The second rank is killed in the middle of a transfer that the first one waits for."""
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=int(os.environ["RANK"]), world_size=2)
+    group = make_group([[0, 1]], "test", datetime.timedelta(minutes=5))
+    x = torch.zeros(1 << 28)
+    if dist.get_rank() == 1:
+        threading.Timer(0.15, os.kill, (os.getpid(), signal.SIGKILL)).start()
+    try:
+        group.reduce_scatter(x, [0, 1 << 27, 1 << 28], key=0, label="large").wait()
+    except TransferError as error:
+        print(f"told: {error}", flush=True)
+        os._exit(0)
+
+
+def test_a_peer_that_dies_in_the_middle_of_a_transfer_is_noticed(tmp_path):
+    command = [sys.executable, "-c", f"from tests.test_comm import halfway; halfway({str(tmp_path)!r})"]
+    first, second = (
+        subprocess.Popen(command, env={**os.environ, "RANK": str(rank)}, stdout=subprocess.PIPE, text=True) for rank in range(2)
+    )
+    assert second.wait(60) == -signal.SIGKILL
+    said, _ = first.communicate(timeout=30)
+    assert "told: transfer 'large' of group 'test' between rank 0 and rank 1 failed" in said

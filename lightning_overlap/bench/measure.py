@@ -25,7 +25,6 @@ from lightning_overlap.bench.runs import Runs
 from lightning_overlap.bench.skip import Skipped, skip_transfers
 from lightning_overlap.comm import Transfer
 from lightning_overlap.decision import ConfigError
-from lightning_overlap.profiling.callback import groups_of
 from lightning_overlap.strategy import OverlapStrategy
 
 
@@ -123,7 +122,7 @@ class _Clock(Callback):
                 torch.cuda.synchronize()
                 if self._step == self.warmup:
                     torch.cuda.reset_peak_memory_stats()
-            groups = [g for mode in getattr(trainer.strategy, "modes", ()) for g in groups_of(mode).values()]
+            groups = [g for mode in getattr(trainer.strategy, "modes", ()) for g in mode.groups.values()]
             now, exposed = time.perf_counter(), sum(g.exposed for g in groups)
             if self._step == self.warmup:
                 self._first = now, exposed

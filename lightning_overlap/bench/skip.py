@@ -11,7 +11,6 @@ from torch import Tensor
 
 from lightning_overlap.comm import Group, Pending
 from lightning_overlap.modes.base import OverlapMode
-from lightning_overlap.profiling.callback import groups_of
 
 
 class Skipped:
@@ -73,4 +72,4 @@ class Skipped:
 
 def skip_transfers(mode: OverlapMode) -> list[Skipped]:
     """Every group of a mode does without its transfers from now on."""
-    return [Skipped(group) for group in groups_of(mode).values()]
+    return [Skipped(group) for group in mode.groups.values()]

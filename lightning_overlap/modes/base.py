@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from lightning_overlap.comm import Group
+
 if TYPE_CHECKING:
     from lightning_overlap.config import OverlapConfig
     from lightning_overlap.mesh import ParallelMesh
@@ -30,8 +32,8 @@ class Step(Protocol):
     place: tuple[int, ...]
     """Tells this step from others: the run's seed, the data rank, the epoch, the batch."""
 
-    def forward(self, part: Any, number: int) -> Tensor:
-        """``training_step`` on one part; the loss, with its graph. What it logs is kept under the part's number."""
+    def forward(self, part: Any, number: int) -> Tensor | None:
+        """``training_step`` on one part; the loss, with its graph, if it gives one. Its logs are kept under the part's number."""
 
     def backward(self, loss: Tensor, share: float) -> None:
         """Backward of a part's loss, which counts for ``share`` of the batch's."""
@@ -72,6 +74,15 @@ class OverlapMode:
     def runs(cls, plan: Plan) -> bool:
         """Whether the plan has this mode do anything."""
         return True
+
+    @property
+    def groups(self) -> dict[str, Group]:
+        """By attribute, and by key where an attribute has several."""
+        found = {name: value for name, value in vars(self).items() if isinstance(value, Group)}
+        for name, several in vars(self).items():
+            if isinstance(several, dict):
+                found |= {f"{name}[{key}]": value for key, value in several.items() if isinstance(value, Group)}
+        return found
 
     def parallelize(self, model: nn.Module) -> None:
         """Takes this rank's share of the model."""

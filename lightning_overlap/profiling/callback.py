@@ -12,21 +12,11 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from lightning_overlap.comm import Group, Transfer, make_group
 from lightning_overlap.decision import ConfigError
-from lightning_overlap.modes.base import OverlapMode
 from lightning_overlap.profiling.report import import_plotly, write_report
 from lightning_overlap.profiling.trace import Step, Summary, write_chrome_trace
 
 DRAWN = 8
 """The last so many measured steps are drawn; the table and the log know of all."""
-
-
-def groups_of(mode: OverlapMode) -> dict[str, Group]:
-    """The groups of a mode, by attribute, and by key where an attribute has several."""
-    found = {name: value for name, value in vars(mode).items() if isinstance(value, Group)}
-    for name, several in vars(mode).items():
-        if isinstance(several, dict):
-            found |= {f"{name}[{key}]": value for key, value in several.items() if isinstance(value, Group)}
-    return found
 
 
 class OverlapProfiler(Callback):
@@ -85,7 +75,7 @@ class OverlapProfiler(Callback):
         modes = getattr(trainer.strategy, "modes", None)
         if modes is None:
             rank_zero_warn("OverlapProfiler knows the transfers of OverlapStrategy only: nothing is measured")
-        self._groups = [group for mode in modes or () for group in groups_of(mode).values() if group.size > 1]
+        self._groups = [group for mode in modes or () for group in mode.groups.values() if group.size > 1]
         self._measured, self.summary, self._open, self._begun = [], Summary(), None, -1
         self._drawn.clear()
         self._log = []

@@ -10,7 +10,6 @@ from lightning_overlap.bench.advice import advise
 from lightning_overlap.bench.measure import Measured, Row, _Clock, measure, ranking, sweep
 from lightning_overlap.bench.runs import Runs
 from lightning_overlap.bench.skip import Skipped
-from lightning_overlap.profiling.callback import groups_of
 from tests.helpers.training import Net, train
 
 
@@ -47,7 +46,7 @@ def asked_for():
 
     class Watch(_Clock):
         def on_train_start(self, trainer, module):
-            for group in groups_of(trainer.strategy.modes[0]).values():
+            for group in trainer.strategy.modes[0].groups.values():
                 group.log = made
             super().on_train_start(trainer, module)
 
@@ -124,16 +123,24 @@ class Recorded:
     def reduce_scatter(self, x, bounds, **how):
         self.made.append(how["label"])
 
-    all_gather = all_reduce = start_step = reduce_scatter
+    all_gather = all_reduce = start_step = send = receive = reduce_scatter
 
 
-@pytest.mark.parametrize("verb", ["reduce_scatter", "all_gather"])
-def test_what_is_skipped_is_made_by_a_replay(verb):
+@pytest.mark.parametrize(
+    ("verb", "argument", "gives"),
+    [
+        ("reduce_scatter", [0, 2, 4], [0, 1]),
+        ("all_gather", [0, 2, 4], [0, 1, 2, 3]),
+        ("send", 1, [0, 1, 2, 3]),
+        ("receive", 1, [0, 0, 0, 0]),
+    ],
+)
+def test_what_is_skipped_is_made_by_a_replay(verb, argument, gives):
     group = Recorded()
     stand_in = Skipped(group)
     x = torch.arange(4.0)
-    result = getattr(group, verb)(x, [0, 2, 4], label="a", key=0)._finish()
-    assert result.tolist() == ([0, 1] if verb == "reduce_scatter" else [0, 1, 2, 3])
+    result = getattr(group, verb)(x, argument, label="a", key=0)._finish()
+    assert result.tolist() == gives
     assert group.made == []
     stand_in.stop()
     stand_in.replay()

@@ -13,9 +13,10 @@ from lightning.pytorch.plugins.environments import TorchElasticEnvironment
 from lightning.pytorch.strategies import SingleDeviceStrategy
 from torch import nn
 from torch.nn import functional as F
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, DistributedSampler
 
 from lightning_overlap import ConfigError, DataParallel, OverlapStrategy, PipelineParallel
+from lightning_overlap.comm import TransferError
 
 QUIET = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
 
@@ -116,10 +117,14 @@ def pipelined(
         process_group_backend="gloo",
     )
     replicas = size // pipeline["size"]
-    given = {"max_epochs": 2, "limit_train_batches": 3, "limit_val_batches": 2, "use_distributed_sampler": replicas > 1}
+    given = {"max_epochs": 2, "limit_train_batches": 3, "limit_val_batches": 2, "use_distributed_sampler": False}
     save = trainer.pop("save", None)
     run = Trainer(**{**QUIET, "accelerator": "cpu", "devices": size, "strategy": strategy, **given, **trainer})
-    run.fit(module, loader(8 // replicas), loader(8 // replicas), ckpt_path=resume)
+    data = loader(8 // replicas)
+    if replicas > 1:  # all replicas together see, batch by batch, what one process does
+        sampler = DistributedSampler(data.dataset, replicas, dist.get_rank() % replicas, shuffle=False)
+        data = DataLoader(data.dataset, batch_size=8 // replicas, sampler=sampler)
+    run.fit(module, data, data, ckpt_path=resume)
     if save:
         run.save_checkpoint(save)
     return {**told(run, module), "plan": strategy.plan.explain()}
@@ -378,6 +383,17 @@ class Swallows(Net):
             return None
 
 
+class NoLoss(Net):
+    def training_step(self, batch, index):
+        self.loss(batch)
+
+
+class Fails(Net):
+    def on_train_batch_end(self, outputs, batch, index):
+        if dist.get_rank() == 1:
+            raise ZeroDivisionError("the user's")
+
+
 class Manual(Net):
     def __init__(self):
         super().__init__()
@@ -404,9 +420,15 @@ def refused(kind, pipeline, different=False):
         given = {"devices": dist.get_world_size(), "strategy": strategy, "use_distributed_sampler": False, "limit_val_batches": 0}
         data = DataLoader(loader(8).dataset, batch_size=8, shuffle=different)
         Trainer(**QUIET, accelerator="cpu", max_steps=2, **given).fit(kind(), data)
-    except ConfigError as error:
-        return str(error)
+    except (ConfigError, TransferError, ZeroDivisionError) as error:
+        return f"{type(error).__name__}: {error}"
     return "trained"
+
+
+def test_an_error_of_one_rank_reaches_the_others(world):
+    first, second = world(2).run(refused, Fails, {"size": 2, "microbatches": 2})
+    assert second == "ZeroDivisionError: the user's"
+    assert first == "TransferError: rank 1 has failed: ZeroDivisionError: the user's"
 
 
 @pytest.mark.parametrize(
@@ -415,6 +437,7 @@ def refused(kind, pipeline, different=False):
         (Twice, {}, "called twice in one training_step"),
         (Between, {}, "the loop does something with the hidden states"),
         (Swallows, {}, "catches every exception"),
+        (NoLoss, {}, "training_step gave no loss"),
         (Manual, {}, "manual optimization"),
         (NoBlocks, {}, "equally long"),
         (Short, {"virtual_stages": 2}, "at least 4 alike modules"),

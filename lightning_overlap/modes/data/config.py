@@ -117,7 +117,7 @@ def decide(own: DataParallel, whole: OverlapConfig, facts: Facts) -> list[Decisi
         reduce,
         gather,
         step,
-        _bucket_size(own, dp, facts),
+        _bucket_size(own, whole, facts),
         *_settings(own, dp, sharded, gradients.choice),
     ]
 
@@ -155,15 +155,16 @@ def _gradients(sharded: bool, facts: Facts) -> Decision:
     return Decision(feature, "", "reduce-scatter", "each rank needs the gradients of its shard only")
 
 
-def _bucket_size(own: DataParallel, dp: int, facts: Facts) -> Decision:
+def _bucket_size(own: DataParallel, whole: OverlapConfig, facts: Facts) -> Decision:
     feature = "data_parallel.bucket_size"
     if own.bucket_size != "auto":
         return Decision(feature, str(own.bucket_size), str(own.bucket_size), "elements, asked for")
-    large = max(40_000_000, 1_000_000 * dp)
+    large = max(40_000_000, 1_000_000 * whole.degrees(facts.world_size).dp)
     if facts.parameters is None:
         return Decision(feature, "auto", str(large), "elements; a smaller model gets 32 buckets")
-    size = min(large, max(facts.parameters // 32, 65_536))
-    return Decision(feature, "auto", str(size), f"elements; {facts.parameters:,} in all, 32 buckets leave a short tail")
+    here = facts.parameters // whole.degrees(facts.world_size).pp
+    size = min(large, max(here // 32, 65_536))
+    return Decision(feature, "auto", str(size), f"elements; {here:,} in all on a rank, 32 buckets leave a short tail")
 
 
 def _settings(own: DataParallel, dp: int, sharded: bool, gradients: str) -> list[Decision]:

@@ -53,6 +53,7 @@ class PipelineMode(OverlapMode):
         overlapped = plan.choice("pipeline_parallel.overlap_p2p") == "beside compute"
         self._prefetch = self._own.p2p_prefetch if overlapped else None
         self._forms: dict[tuple[int, Hashable], Form] = {}
+        self._announced: set[tuple[int, Hashable]] = set()
         self._tied: dict[tuple[int, ...], Group] = {}
         self._stack: BlockStack | None = None
         self._weight_gradients: WeightGradients | None = None
@@ -141,7 +142,9 @@ class PipelineMode(OverlapMode):
 
     def _runtime(self, count: int) -> Runtime:
         if count not in self._runtimes:
-            made = Runtime(self._own.plan(count), self._rank, self.channels, self._forms, self._device, self._prefetch)
+            made = Runtime(
+                self._own.plan(count), self._rank, self.channels, self._forms, self._announced, self._device, self._prefetch
+            )
             self._runtimes[count] = made
         return self._runtimes[count]
 

@@ -94,7 +94,8 @@ class Runtime:
         schedule: the whole of it.
         rank: this one, in the pipeline.
         groups: the pipeline's ranks, for each (kind, whether to a higher rank).
-        forms: what is known of hidden states, by stage and kind of microbatch; it grows.
+        forms: what is known of hidden states, by stage and kind of microbatch; it grows, and other runtimes share it.
+        announced: what of it this rank has told its receiver; shared as well.
         device: where tensors are.
         prefetch: receives that are posted ahead for each channel. None, for the plain twin: each send is waited for where it is
             posted, and all receives are posted ahead, since two ranks that send to each other would wait for ever otherwise.
@@ -106,6 +107,7 @@ class Runtime:
         rank: int,
         groups: Mapping[tuple[str, bool], Group],
         forms: dict[tuple[int, Hashable], Form],
+        announced: set[tuple[int, Hashable]],
         device: torch.device,
         prefetch: int | None,
     ) -> None:
@@ -113,7 +115,7 @@ class Runtime:
         self._rank = rank
         self._groups = groups
         self._forms = forms
-        self._announced: set[tuple[int, Hashable]] = set(forms)
+        self._announced = announced
         self._device = device
         self._prefetch = prefetch
         self._sends: list[Pending] = []

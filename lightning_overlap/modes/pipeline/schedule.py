@@ -419,3 +419,12 @@ def simulate(
     free_of_transfers = simulate(schedule, forward=forward, backward=backward, weight=weight).seconds if transfer else seconds
     exposed = seconds - free_of_transfers
     return Simulation(seconds, tuple(spans), tuple(busy), tuple(peak), exposed)
+
+
+def draw(schedule: Schedule) -> str:
+    """The schedule over time, if transfers are hidden and a backward takes twice as long as a forward; dots are the bubble."""
+    width = max(len(str(action)) for row in schedule.actions for action in row) + 1
+    lines = [""] * schedule.ranks
+    for rank, action, start, end in simulate(schedule).spans:
+        lines[rank] = lines[rank].ljust(round(start) * width, ".") + str(action).ljust(round(end - start) * width)
+    return "\n".join(f"rank {rank}  {line.rstrip()}" for rank, line in enumerate(lines)) + "\n"

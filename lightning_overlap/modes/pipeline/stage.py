@@ -99,7 +99,8 @@ class Stages:
         with self._stack.passing(how), self._splitting(stage, microbatch):
             loss = self._step.forward(self._parts[microbatch], microbatch)
         if last:
-            assert loss is not None, "the step gives a loss or raises"
+            if loss is None:
+                raise ConfigError("training_step gave no loss: a microbatch of a pipeline cannot be left out")
             self._kept[stage, microbatch] = received, loss
             return None
         (out,) = sent
