@@ -1,12 +1,16 @@
 """Hugging Face models as they are: the same numbers as under DDP."""
 
+import warnings
 from typing import Any
 
 import pytest
 import torch
 import transformers
-from lightning.pytorch import LightningModule
+from lightning.pytorch import LightningModule, Trainer, seed_everything
+from lightning.pytorch.plugins.environments import TorchElasticEnvironment
+from lightning.pytorch.strategies import SingleDeviceStrategy
 
+from lightning_overlap import OverlapStrategy, PipelineParallel
 from tests.helpers.training import Net, train
 
 SIZES = {"vocab_size": 32, "hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "max_position_embeddings": 32}
@@ -52,6 +56,37 @@ def test_close_to_ddp(world, kind, trainer):
         # The same sums in another order; bf16 keeps 8 bits of each activation.
         tolerance = 1e-5 if "precision" not in trainer else 2e-3
         torch.testing.assert_close(ours[rank]["losses"], ddp[rank]["losses"], rtol=tolerance, atol=tolerance)
+
+
+class Descent(Hugging):
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), 0.1)
+
+
+def train_pipeline(kind: str, pipeline: dict[str, Any] | None) -> torch.Tensor:
+    warnings.simplefilter("ignore")
+    seed_everything(5, verbose=False)
+    strategy: Any = SingleDeviceStrategy(torch.device("cpu"))
+    if pipeline is not None:
+        env = {"cluster_environment": TorchElasticEnvironment(), "process_group_backend": "gloo"}
+        strategy = OverlapStrategy(pipeline_parallel=PipelineParallel(**pipeline), **env)
+    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
+    run = Trainer(
+        accelerator="cpu", devices=1 if pipeline is None else 2, strategy=strategy, max_steps=4, use_distributed_sampler=False, **quiet
+    )
+    module = Descent(kind)
+    run.fit(module)
+    return torch.cat([p.detach().flatten() for p in module.parameters()])
+
+
+@pytest.mark.parametrize("kind", CONFIGS)
+@pytest.mark.parametrize(
+    "pipeline", [{"layers_per_stage": (2, 1)}, {"virtual_stages": 2, "layout": "E|t|tt|L", "schedule": "interleaved_zb"}]
+)
+def test_close_to_one_process_with_a_pipeline(world, kind, pipeline):
+    expected, _ = world(2).run(train_pipeline, kind, None)
+    for weights in world(2).run(train_pipeline, kind, {"size": 2, "microbatches": 3, **pipeline}):
+        torch.testing.assert_close(weights, expected, rtol=1e-5, atol=1e-6)
 
 
 def train_hugging(kwargs: dict[str, Any]) -> dict[str, Any]:

@@ -269,11 +269,10 @@ LAYOUTS = [
 ]
 
 
-@pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize(("ranks", "pipeline"), LAYOUTS)
-def test_checkpoints_load_into_any_layout(world, tmp_path, ranks, pipeline, tied):
+def test_checkpoints_load_into_any_layout(world, tmp_path, ranks, pipeline):
     """Optimizer and schedule included; and into plain Lightning and back."""
-    model = {"tied": tied, "optimizer": "sgd"}
+    model = {"tied": True, "optimizer": "sgd"}
     half, whole = {"max_epochs": 1}, {"max_epochs": 2}
     world(ranks).run(saved_by_all, pipeline, model, half, str(tmp_path))
     path = f"{tmp_path}/x.ckpt"
@@ -456,3 +455,32 @@ def test_what_cannot_be_cut_is_refused_on_every_rank(world, kind, pipeline, said
 def test_ranks_of_a_pipeline_that_read_different_batches_are_told(world):
     for answer in world(2).run(refused, Net, {"size": 2, "microbatches": 2}, True):
         assert "have read another batch than rank 0" in answer
+
+
+def fit_twice_and_more():
+    """A second fit goes on where the first has ended; evaluation between and after has the whole model."""
+    warnings.simplefilter("ignore")
+    seed_everything(1, verbose=False)
+    env = {"cluster_environment": TorchElasticEnvironment(), "process_group_backend": "gloo"}
+    strategy = OverlapStrategy(pipeline_parallel=PipelineParallel(size=2, virtual_stages=2, microbatches=4), **env)
+    module = Net(optimizer="sgd")
+    run = Trainer(
+        **QUIET, accelerator="cpu", devices=2, strategy=strategy, max_epochs=1, limit_train_batches=3, use_distributed_sampler=False
+    )
+    run.fit(module, loader(8))
+    (between,) = run.validate(module, loader(8), verbose=False)
+    run.fit_loop.max_epochs = 2
+    run.fit(module, loader(8))
+    (after,) = run.validate(module, loader(8), verbose=False)
+    return {**told(run, module), "between": between, "after": after, "type": type(module.blocks).__name__}
+
+
+def test_fit_twice_and_evaluation_alone(world):
+    expected = single({"optimizer": "sgd"}, limit_val_batches=5)
+    once = single({"optimizer": "sgd"}, limit_val_batches=5, max_epochs=1)
+    for rank in world(2).run(fit_twice_and_more):
+        torch.testing.assert_close(rank["weights"], expected["weights"], rtol=1e-5, atol=1e-6)
+        assert rank["step"] == 6
+        assert rank["between"]["val_loss"] == pytest.approx(once["metrics"]["val_loss"], rel=1e-5)
+        assert rank["after"]["val_loss"] == pytest.approx(expected["metrics"]["val_loss"], rel=1e-5)
+        assert rank["type"] == "ModuleList"

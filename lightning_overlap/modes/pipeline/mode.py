@@ -71,7 +71,8 @@ class PipelineMode(OverlapMode):
     def parallelize(self, model: nn.Module) -> None:
         own = self._own
         roles = {role: name for name, role in self.config.parallel_plan.items()}
-        name, blocks = find_blocks(model, roles.get("blocks"), own.stages)
+        given = own.layout is not None or own.layers_per_stage is not None  # which may leave stages without blocks
+        name, blocks = find_blocks(model, roles.get("blocks"), 1 if given else own.stages)
         self._stages = self._lay_out(model, name, list(blocks))
         self.partition = Partition(model, name, blocks, self._stages, self._placement)
         self._tie()
@@ -210,7 +211,9 @@ class PipelineMode(OverlapMode):
     @contextmanager
     def evaluating(self) -> Iterator[None]:
         """Hidden states go from stage to stage, and the last ones to all ranks, which run what comes after the blocks."""
-        assert self._stack is not None, "the model is parallelized before it is evaluated"
+        if self._stack is None:  # after a fit, when every rank has the whole model
+            yield
+            return
         filled = [-1, *(stage for stage, blocks in enumerate(self._stages) if blocks)]
         arrived: dict[int, Tensor] = {}
         sources: dict[int, int] = {}  # by stage whose hidden states come to this rank, in the order in which they come
@@ -263,11 +266,15 @@ class PipelineMode(OverlapMode):
 
     def start_evaluation(self) -> None:
         """Every rank gets what comes after the blocks, until :meth:`finish_evaluation`."""
+        if self._stack is None:
+            return
         self._lent = self.partition.take_back(self.partition.tail)
         with torch.no_grad():
             share([self.partition.tensor(name) for name in self.partition.tail], self.group, self._placement[-1])
 
     def finish_evaluation(self) -> None:
+        if self._stack is None:
+            return
         self.partition.keep(self._rank, self._lent)
         self._lent = []
 
