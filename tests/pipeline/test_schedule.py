@@ -92,12 +92,22 @@ def test_any_schedule(name, ranks, virtual, microbatches):
 @pytest.mark.parametrize("ranks", [1, 2, 4, 8])
 @pytest.mark.parametrize("microbatches", [1, 3, 8])
 def test_bubbles_are_as_published(ranks, microbatches):
-    for name in ("gpipe", "1f1b"):
+    for name in ("gpipe", "1f1b", "eager_1f1b"):
         assert simulate(build(name, ranks, 1, microbatches)).seconds == 3 * (microbatches + ranks - 1)
     if microbatches % ranks == 0:
         for virtual in (2, 3):
             made = build("interleaved", ranks, virtual, microbatches)
             assert simulate(made).seconds == 3 * (virtual * microbatches + ranks - 1)
+
+
+@pytest.mark.parametrize("ranks", [2, 4, 8])
+@pytest.mark.parametrize("transfer", [0.2, 0.5])
+def test_eager_hides_what_is_exposed_in_steady_state(ranks, transfer):
+    plain, eager = (simulate(build(name, ranks, 1, 4 * ranks), transfer=transfer) for name in ("1f1b", "eager_1f1b"))
+    # A way through all stages and back is left, at the beginning and at the end.
+    assert eager.exposed == pytest.approx(2 * (ranks - 1) * transfer)
+    assert plain.exposed > 1.5 * eager.exposed
+    assert simulate(build("eager_1f1b", ranks, 1, 4 * ranks)).seconds == 3 * (5 * ranks - 1)
 
 
 @pytest.mark.parametrize("ranks", [2, 4, 8])

@@ -161,6 +161,7 @@ def by_hand(microbatches: int, model: dict[str, Any], epochs: int = 2, accumulat
 
 SCHEDULES = [
     ("1f1b", 1),
+    ("eager_1f1b", 1),
     ("gpipe", 1),
     ("gpipe", 3),
     ("interleaved", 2),

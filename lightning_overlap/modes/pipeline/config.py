@@ -25,8 +25,8 @@ class PipelineParallel:
     microbatches: int | Literal["auto"] = "auto"
     """Parts of a batch; ``auto``: four for each rank. A batch with fewer samples has as many parts as samples."""
     schedule: str = "auto"
-    """``1f1b``, ``interleaved``, ``gpipe``, ``zb_h1``, ``interleaved_zb``, ``zb_v``, or a schedule's file; ``auto``:
-    ``interleaved`` with virtual stages, else ``1f1b``."""
+    """``1f1b``, ``eager_1f1b`` (holds more activations, and hides transfers under them), ``interleaved``, ``gpipe``, ``zb_h1``,
+    ``interleaved_zb``, ``zb_v``, or a schedule's file; ``auto``: ``interleaved`` with virtual stages, else ``eager_1f1b``."""
     microbatch_group: int | None = None
     """Microbatches that an interleaved schedule runs of one stage before the next one on the rank; by default ``size``."""
     layers_per_stage: tuple[int, ...] | None = None
@@ -77,7 +77,9 @@ class PipelineParallel:
     def chosen(self) -> str:
         """The schedule's name, or its file's."""
         if self.schedule == "auto":
-            return "interleaved" if self.virtual_stages > 1 and self.size > 1 else "1f1b" if self.virtual_stages == 1 else "gpipe"
+            if self.virtual_stages > 1:
+                return "interleaved" if self.size > 1 else "gpipe"
+            return "1f1b" if self.overlap_p2p is False else "eager_1f1b"
         return self.schedule
 
     @property

@@ -7,9 +7,10 @@ stand idle (the bubble) and how many microbatches' activations they hold.
     rank 0   F0.0 F0.1           B0.0 F0.2      B0.1 F0.3      B0.2      B0.3
     rank 1        F1.0 B1.0 F1.1 B1.1 F1.2 B1.2 F1.3 B1.3
 
-GPipe: Huang et al. 2019. 1F1B: Narayanan et al., PipeDream, 2019; interleaved: Narayanan et al., Efficient Large-Scale Language Model
-Training on GPU Clusters, 2021. Backward in two parts, of which the second can fill bubbles: Qi et al., Zero Bubble Pipeline
-Parallelism, 2023; V-shaped: Qi et al., Pipeline Parallelism with Controllable Memory, 2024.
+GPipe: Huang et al., 2019. 1F1B: Narayanan et al., PipeDream, 2019; eager: Zhuang et al., On Optimizing the Communication of Model
+Parallelism, 2022; interleaved: Narayanan et al., Efficient Large-Scale Language Model Training on GPU Clusters, 2021. Backward in
+two parts, of which the second can fill bubbles: Qi et al., Zero Bubble Pipeline Parallelism, 2023; V-shaped: Qi et al., Pipeline
+Parallelism with Controllable Memory, 2024.
 """
 
 from __future__ import annotations
@@ -223,6 +224,12 @@ def _one_f_one_b(ranks: int, virtual: int, microbatches: int, group: int | None)
     return _alternating("1f1b", ranks, 1, microbatches, table, [ranks - rank - 1 for rank in range(ranks)])
 
 
+def _eager(ranks: int, virtual: int, microbatches: int, group: int | None) -> Schedule:
+    """Twice as many forwards before the first backward: what goes to the next stage and back has another microbatch to hide under."""
+    table = [(m, 0) for m in range(microbatches)]
+    return _alternating("eager_1f1b", ranks, 1, microbatches, table, [2 * (ranks - rank - 1) for rank in range(ranks)])
+
+
 def table(virtual: int, microbatches: int, group: int) -> list[tuple[int, int]]:
     """The order of a rank's forwards, as microbatch and which of its stages: a group of microbatches through each stage in turn."""
     starts = range(0, microbatches, group)
@@ -312,13 +319,14 @@ def _zb_v(ranks: int, virtual: int, microbatches: int, group: int | None) -> Sch
 SCHEDULES: dict[str, Callable[[int, int, int, int | None], Schedule]] = {
     "gpipe": _gpipe,
     "1f1b": _one_f_one_b,
+    "eager_1f1b": _eager,
     "interleaved": _interleaved,
     "zb_h1": _zb_h1,
     "interleaved_zb": _interleaved_zb,
     "zb_v": _zb_v,
 }
 """Schedules by name."""
-STAGES_OF_A_RANK = {"1f1b": 1, "zb_h1": 1, "zb_v": 2}
+STAGES_OF_A_RANK = {"1f1b": 1, "eager_1f1b": 1, "zb_h1": 1, "zb_v": 2}
 """How many stages a rank must have, where it is not free."""
 
 
