@@ -93,8 +93,9 @@ class PipelineMode(OverlapMode):
         outside = {True: 0, False: 0}  # whether before the blocks
         before = True
         for path, module in model.named_modules():
-            before = before and not path.startswith(name)
-            if not path.startswith(name):
+            inside = path == name or path.startswith(f"{name}.")
+            before = before and not inside
+            if not inside:
                 outside[before] += sum(p.numel() for p in module._parameters.values() if p is not None)
         return layout.balanced(costs, own.stages, first=outside[True], last=outside[False])
 
@@ -153,7 +154,9 @@ class PipelineMode(OverlapMode):
         assert self._stack is not None, "the model is parallelized before it is trained"
         size = microbatches.samples(step.batch)
         count = min(self._own.count, size)
-        self._check_batch(step.batch)
+        checking = self._checked < CHECKED_BATCHES
+        if checking:
+            self._check_batch(step.batch)
         runtime = self._runtime(count)
         parts = microbatches.cut(step.batch, count)
         shares = [microbatches.samples(part) / size for part in parts]
@@ -166,6 +169,7 @@ class PipelineMode(OverlapMode):
             step.place,
             self._weight_gradients,
             runtime.actions,
+            check=checking,
         )
         with kept(self._device):
             runtime.run(stages, [microbatches.kind(part) for part in parts])
@@ -182,8 +186,6 @@ class PipelineMode(OverlapMode):
         Raises:
             ConfigError: on every rank of the pipeline.
         """
-        if self._checked == CHECKED_BATCHES:
-            return
         self._checked += 1
         everyone = self.group.all_gather_objects(microbatches.digest(batch))
         if different := [self.group.ranks[r] for r, said in enumerate(everyone) if said != everyone[0]]:

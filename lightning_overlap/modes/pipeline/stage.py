@@ -44,6 +44,7 @@ class Stages:
         seed: what random numbers are drawn from, besides microbatch and block; the same on all ranks of the pipeline.
         weight_gradients: what a schedule that splits backward needs.
         actions: the rank's, all of them.
+        check: look whether the loss is a number, which it is not if a parameter of another rank was used.
     """
 
     def __init__(
@@ -56,6 +57,8 @@ class Stages:
         seed: Sequence[int],
         weight_gradients: WeightGradients | None,
         actions: Sequence[Action],
+        *,
+        check: bool,
     ) -> None:
         self._stack = stack
         self._stages = stages
@@ -66,6 +69,7 @@ class Stages:
         self._weight_gradients = weight_gradients
         self._actions = frozenset(actions)
         self._finals = finals(actions)
+        self._check = check
         self._kept: dict[tuple[int, int], tuple[Tensor | None, Tensor]] = {}
         self._deferred: dict[tuple[int, int], Any] = {}
         self._backward = False
@@ -101,6 +105,13 @@ class Stages:
         if last:
             if loss is None:
                 raise ConfigError("training_step gave no loss: a microbatch of a pipeline cannot be left out")
+            if self._check and loss.isnan().any():
+                raise ConfigError(
+                    "the loss of one of the first batches is not a number. If it is one without a pipeline, a parameter is used on a "
+                    f"stage that does not hold it: what is registered before {self._stack.name} is held by the first stage, what is "
+                    "registered after it by the last. Register modules in the order of their use, and tie a head by "
+                    "`head.weight = tokens.weight`."
+                )
             self._kept[stage, microbatch] = received, loss
             return None
         (out,) = sent
