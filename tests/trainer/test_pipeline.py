@@ -169,6 +169,7 @@ SCHEDULES = [
     ("zb_h1", 1),
     ("interleaved_zb", 2),
     ("zb_v", 2),
+    ("dualpipev", 2),
 ]
 
 

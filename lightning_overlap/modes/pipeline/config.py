@@ -26,7 +26,8 @@ class PipelineParallel:
     """Parts of a batch; ``auto``: four for each rank. A batch with fewer samples has as many parts as samples."""
     schedule: str = "auto"
     """``1f1b``, ``eager_1f1b`` (holds more activations, and hides transfers under them), ``interleaved``, ``gpipe``, ``zb_h1``,
-    ``interleaved_zb``, ``zb_v``, or a schedule's file; ``auto``: ``interleaved`` with virtual stages, else ``eager_1f1b``."""
+    ``interleaved_zb``, ``zb_v``, ``dualpipev``, or a schedule's file; ``auto``: ``interleaved`` with virtual stages, else
+    ``eager_1f1b``."""
     microbatch_group: int | None = None
     """Microbatches that an interleaved schedule runs of one stage before the next one on the rank; by default ``size``."""
     layers_per_stage: tuple[int, ...] | None = None
