@@ -22,6 +22,7 @@ import threading
 import time
 from collections import defaultdict, deque
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -499,7 +500,9 @@ class Group:
             rank = self.ranks[self.rank]
             kind = "ConfigError" if isinstance(error, ConfigError) else "TransferError"
             told = str(error) if kind == "ConfigError" else f"rank {rank} has failed: {type(error).__name__}: {error}"
-            dist.distributed_c10d._get_default_store().set(self._place_of_errors, f"{kind}:{told}")
+            # The store is rank 0's. If that is gone, so are its connections, which the others see; the user's error goes on from here.
+            with suppress(dist.DistError):
+                dist.distributed_c10d._get_default_store().set(self._place_of_errors, f"{kind}:{told}")
 
     def raise_what_was_announced(self) -> None:
         """Raises:
@@ -509,8 +512,12 @@ class Group:
         if self.reduces is None:
             return
         store = dist.distributed_c10d._get_default_store()
-        if store.check([self._place_of_errors]):
-            kind, told = store.get(self._place_of_errors).decode().split(":", 1)
+        try:
+            found = store.get(self._place_of_errors) if store.check([self._place_of_errors]) else None
+        except dist.DistError:  # rank 0 is gone, and the store with it: its connections tell
+            return
+        if found is not None:
+            kind, told = found.decode().split(":", 1)
             raise ConfigError(told) if kind == "ConfigError" else TransferError(told)
 
     @property

@@ -6,6 +6,7 @@ told to all ranks after the last part, and logged there as one step's: callbacks
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import TYPE_CHECKING, Any
@@ -63,6 +64,12 @@ class DrivenStep:
         if not isinstance(loss, Tensor):
             return None
         extra = {k: v for k, v in output.items() if k != "loss"} if isinstance(output, Mapping) else {}
+        if left_out := [key for key, value in extra.items() if not _is_number(value)]:
+            warnings.warn(
+                f"training_step returns {', '.join(map(str, left_out))}, which are no numbers: with a pipeline, on_train_batch_end "
+                "does not get them (said once)",
+                stacklevel=2,
+            )
         self._outputs[number] = loss.detach(), {k: _said(v) for k, v in extra.items() if _is_number(v)}, isinstance(output, Mapping)
         return loss
 

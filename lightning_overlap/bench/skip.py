@@ -6,11 +6,13 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from lightning_overlap.comm import Group, Pending
 from lightning_overlap.modes.base import OverlapMode
+
+ANNOUNCES = ("pipeline.form",)
+"""Labels of transfers that tell a receiver what is coming: without them there is no step."""
 
 
 class Skipped:
@@ -55,13 +57,13 @@ class Skipped:
         return self._done(x, how["label"])
 
     def _send(self, make: Callable[..., Pending], x: Tensor, to: int, **how: Any) -> Pending:
-        if x.dtype == torch.int64:
-            return make(x, to, **how)  # what it announces is needed
+        if how["label"] in ANNOUNCES:
+            return make(x, to, **how)  # what it announces decides buffers
         self.calls.append(partial(make, x, to, **how))
         return self._done(x, how["label"])
 
     def _receive(self, make: Callable[..., Pending], x: Tensor, source: int, **how: Any) -> Pending:
-        if x.dtype == torch.int64:
+        if how["label"] in ANNOUNCES:
             return make(x, source, **how)
         self.calls.append(partial(make, x, source, **how))
         return self._done(x.zero_(), how["label"])

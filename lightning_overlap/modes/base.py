@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -69,6 +69,7 @@ class OverlapMode:
         self.config = config
         self.mesh = mesh
         self.timeout = timeout
+        self._held = False
 
     @classmethod
     def runs(cls, plan: Plan) -> bool:
@@ -90,9 +91,14 @@ class OverlapMode:
     def prepare_optimizers(self, optimizers: Sequence[Optimizer]) -> None:
         """Prepares what this rank updates. The user's ``param_groups`` stay as they are, but for the time of a step."""
 
-    def hold_gradient_sync(self) -> AbstractContextManager[None]:
-        """Backwards in this context only accumulate: all but the last of an accumulation window."""
-        return nullcontext()
+    @contextmanager
+    def hold_gradient_sync(self) -> Iterator[None]:
+        """Backwards in this context only accumulate, all but the last of an accumulation window: ``_held`` is True."""
+        before, self._held = self._held, True
+        try:
+            yield
+        finally:
+            self._held = before
 
     def start_forward(self) -> None:
         """Before each training step of the user's."""

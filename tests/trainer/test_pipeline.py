@@ -392,6 +392,19 @@ class TiedByHand(Net):
         return F.linear(self.norm(x), self.tokens.weight)
 
 
+class Trims(Net):
+    def training_step(self, batch, index):
+        return self.loss(batch[:, : int(batch.sum()) % 4 + 3])
+
+
+class Scalar(Net):
+    """A parameter without dims, which the first stage alone uses."""
+
+    def __init__(self):
+        super().__init__()
+        self.tokens.register_parameter("scale", nn.Parameter(torch.tensor(1.0)))
+
+
 class NoLoss(Net):
     def training_step(self, batch, index):
         self.loss(batch)
@@ -447,6 +460,8 @@ def test_an_error_of_one_rank_reaches_the_others(world):
         (Between, {}, "the loop does something with the hidden states"),
         (Swallows, {}, "catches every exception"),
         (NoLoss, {}, "training_step gave no loss"),
+        (Trims, {"microbatches": 8}, "for an input of the same shapes"),
+        (Net, {"microbatch_group": 1}, "is below size=2"),
         (TiedByHand, {}, "that does not hold it"),
         (Manual, {}, "manual optimization"),
         (NoBlocks, {}, "equally long"),
@@ -461,6 +476,10 @@ def test_an_error_of_one_rank_reaches_the_others(world):
 def test_what_cannot_be_cut_is_refused_on_every_rank(world, kind, pipeline, said):
     answers = world(2).run(refused, kind, {"size": 2, "microbatches": 2, **pipeline})
     assert all(said in answer for answer in answers), answers
+
+
+def test_a_parameter_without_dims(world):
+    assert world(2).run(refused, Scalar, {"size": 2, "microbatches": 2}) == ["trained"] * 2
 
 
 def test_ranks_of_a_pipeline_that_read_different_batches_are_told(world):

@@ -14,8 +14,7 @@ from __future__ import annotations
 
 import warnings
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
@@ -60,7 +59,7 @@ class DataMode(OverlapMode):
         self._guarded: list[nn.Module] = []
         self._kinds: list[list[tuple[str, nn.Parameter]]] = []  # parameters that can share a buffer
         self._fired: dict[int, None] | None = {}  # ids of parameters in the order of their first gradients
-        self._held = self._announced = self._backward_open = False
+        self._announced = self._backward_open = False
         self._said_unused = self._seen_backward = False
         own = config.data_parallel
         self._sharded = plan.choice("data_parallel.distributed_optimizer") != "off"
@@ -204,14 +203,6 @@ class DataMode(OverlapMode):
             )
 
     # -- backward ----------------------------------------------------------------------------------------------------
-
-    @contextmanager
-    def hold_gradient_sync(self) -> Iterator[None]:
-        before, self._held = self._held, True
-        try:
-            yield
-        finally:
-            self._held = before
 
     def start_forward(self) -> None:
         if self._fired is not None and not self._held and self._seen_backward:

@@ -55,6 +55,11 @@ class PipelineParallel:
                 continue
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ConfigError(f"pipeline_parallel.{name} must be an integer of at least 1, got {value!r}")
+        if self.microbatch_group is not None and self.microbatch_group < self.size:
+            raise ConfigError(
+                f"pipeline_parallel.microbatch_group={self.microbatch_group} is below size={self.size}: a rank would wait for its own "
+                f"microbatches to come round; set {self.size} or more, or leave it out"
+            )
         if self.overlap_p2p not in (True, False, "auto"):
             raise ConfigError(f"pipeline_parallel.overlap_p2p must be true, false or auto, got {self.overlap_p2p!r}")
         if self.layout is not None and self.layers_per_stage is not None:

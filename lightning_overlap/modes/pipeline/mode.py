@@ -42,13 +42,12 @@ class PipelineMode(OverlapMode):
         super().__init__(plan, config, mesh, timeout)
         self._own = config.pipeline_parallel
         self._rank = mesh.coordinates()["pp"]
-        schedule = self._own.plan(self._own.count)
-        self._placement = schedule.placement
+        self._placement = self._own.plan(self._own.count).placement
         ranks = mesh.groups("pp")
         self.group: Group = make_group(ranks, "pipeline", timeout, gathers=False, threads=False)
         self.channels = {
             kind: make_group(ranks, f"pipeline.{kind[0]}.{'up' if kind[1] else 'down'}", timeout, gathers=False)
-            for kind in channel_kinds([schedule])
+            for kind in channel_kinds(self._placement)
         }
         overlapped = plan.choice("pipeline_parallel.overlap_p2p") == "beside compute"
         self._prefetch = self._own.p2p_prefetch if overlapped else None
@@ -57,7 +56,6 @@ class PipelineMode(OverlapMode):
         self._tied: dict[tuple[int, ...], Group] = {}
         self._stack: BlockStack | None = None
         self._weight_gradients: WeightGradients | None = None
-        self._held = False
         self._checked = 0
         self._lent: list[str] = []
         self._runtimes: dict[int, Runtime] = {}
@@ -129,14 +127,6 @@ class PipelineMode(OverlapMode):
                 optimizer.state.pop(held.parameter, None)
 
     # -- training ----------------------------------------------------------------------------------------------------
-
-    @contextmanager
-    def hold_gradient_sync(self) -> Iterator[None]:
-        before, self._held = self._held, True
-        try:
-            yield
-        finally:
-            self._held = before
 
     @property
     def runs_steps(self) -> bool:
@@ -284,12 +274,16 @@ class PipelineMode(OverlapMode):
 
     def whole_model(self, state: dict[str, Any]) -> dict[str, Any]:
         """The module's ``state_dict`` with every stage's values, on the pipeline's first rank; elsewhere this rank's alone."""
+        if self.group.ranks[0] != 0:
+            return state  # a replica of the pipeline that has rank 0, which saves
         mine = set(self.partition.owned(self._rank))
         parts = self.group.gather_objects({name: state[name].cpu() for name in mine if name in state and self._rank > 0})
         return {**state, **{name: value for part in parts for name, value in part.items()}}
 
     def whole_optimizer(self, state: dict[str, Any]) -> dict[str, Any]:
         """The optimizer's ``state_dict()`` with every stage's values, on the pipeline's first rank."""
+        if self.group.ranks[0] != 0:
+            return state
         parts = self.group.gather_objects(state["state"])
         return {**state, "state": {number: value for part in reversed(parts) for number, value in part.items()}}
 

@@ -49,7 +49,6 @@ class Held:
 
     parameter: nn.Parameter
     trained: bool
-    shape: torch.Size
 
 
 class Partition:
@@ -101,7 +100,7 @@ class Partition:
         for name in self._parameters if names is None else names:
             parameter = self._parameters[name]
             if rank not in self.owners[name]:
-                self.foreign[name] = Held(parameter, parameter.requires_grad, parameter.shape)
+                self.foreign[name] = Held(parameter, parameter.requires_grad)
                 parameter.requires_grad_(False)
                 parameter.grad = None
                 parameter.data = _nothing(parameter)
@@ -129,14 +128,14 @@ class Partition:
         return self._parameters[name] if name in self._parameters else self._buffers[name]
 
     def take_back(self, names: Iterable[str] | None = None) -> list[str]:
-        """Makes room for what was given up, with values that are to be filled in; all of it by default."""
+        """Makes room for what was given up, all of it by default. Until it is filled in, it is not a number."""
         taken = list(self.foreign) if names is None else [name for name in names if name in self.foreign]
         for name in taken:
             held = self.foreign.pop(name)
-            held.parameter.data = torch.empty(held.shape, dtype=held.parameter.dtype, device=held.parameter.device)
+            held.parameter.data = held.parameter.data.contiguous()
             held.parameter.requires_grad_(held.trained)
         return taken
 
 
 def _nothing(like: torch.Tensor) -> torch.Tensor:
-    return torch.full((1,), float("nan") if like.is_floating_point() else 0, dtype=like.dtype, device=like.device).expand(like.shape)
+    return torch.full((), float("nan") if like.is_floating_point() else 0, dtype=like.dtype, device=like.device).expand(like.shape)

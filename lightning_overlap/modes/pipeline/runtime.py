@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from lightning_overlap.comm import Group, Pending
+from lightning_overlap.decision import ConfigError
 from lightning_overlap.modes.pipeline.schedule import Action, Schedule
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -142,7 +143,7 @@ class Runtime:
                 received, form = (None, None) if stage == 0 else self._take(Action("F", stage - 1, microbatch))
                 made = compute.forward(stage, microbatch, received, form)
                 if made is not None:
-                    self._forms.setdefault((stage, kinds[microbatch]), made[1])
+                    self._remember(stage, microbatch, made[1])
                     self._give(Action("F", stage, microbatch), made[0], made[1])
             elif action.kind == "W":
                 compute.weights(stage, microbatch)
@@ -159,6 +160,24 @@ class Runtime:
         for pending in self._sends:
             pending.wait()
         self._sends.clear()
+
+    def _remember(self, stage: int, microbatch: int, form: Form) -> None:
+        """Refuses what the receiver, which knows the form of the same input, could not take.
+
+        Raises:
+            ConfigError: the form is another one than before, or cannot be announced.
+        """
+        if len(form.shape) > _HEADER - 4 or form.dtype not in DTYPES:
+            raise ConfigError(
+                f"hidden states of shape {form.shape} and {form.dtype} cannot go from stage to stage: at most {_HEADER - 4} dims of "
+                f"{', '.join(map(str, DTYPES))} can"
+            )
+        known = self._forms.setdefault((stage, self._kinds[microbatch]), form)
+        if known != form:
+            raise ConfigError(
+                f"the hidden states after stage {stage} are {form}, and were {known} for an input of the same shapes: what decides "
+                "their shape must be in the batch's shapes; pad or cut in the data loader, not in training_step"
+            )
 
     # -- who sends what to whom --------------------------------------------------------------------------------------
 
@@ -255,11 +274,7 @@ def sent_after(actions: Sequence[Action], stages: int) -> Iterator[Action]:
             yield Action("B", action.stage - 1, action.microbatch)
 
 
-def channel_kinds(schedules: Sequence[Schedule]) -> list[tuple[str, bool]]:
-    """The directions in which schedules with one placement send."""
-    found = set()
-    for placement in {schedule.placement for schedule in schedules}:
-        for here, there in pairwise(placement):
-            if here != there:
-                found |= {("F", here < there), ("B", there < here)}
-    return sorted(found)
+def channel_kinds(placement: Sequence[int]) -> list[tuple[str, bool]]:
+    """The directions in which the stages of a placement send."""
+    neighbours = [(here, there) for here, there in pairwise(placement) if here != there]
+    return sorted({("F", here < there) for here, there in neighbours} | {("B", there < here) for here, there in neighbours})
