@@ -33,15 +33,16 @@ class Sockets:
     def made_inside(cls) -> Iterator[Sockets]:
         """Gives what is filled, at the end of the block, with the connections that were made inside."""
         made = cls()
-        before = set(_descriptors())
+        before = {inode for _, inode in _sockets()}
         yield made
-        made._held = _connections(set(_descriptors()) - before)
+        # By inode: a descriptor's number may have been another file's before, the listing's own among them.
+        made._held = _connections(descriptor for descriptor, inode in _sockets() if inode not in before)
 
     @classmethod
     def all(cls) -> Sockets:
         """Every connection that this process has now."""
         found = cls()
-        found._held = _connections(_descriptors())
+        found._held = _connections(descriptor for descriptor, _ in _sockets())
         return found
 
     def keep_alive(self) -> None:
@@ -87,12 +88,10 @@ class Sockets:
 
 
 def _connections(descriptors: Iterable[int]) -> list[socket.socket]:
-    """Those of the descriptors that are connections, as descriptors of their own."""
+    """Those of the sockets that are connected, as descriptors of their own."""
     found = []
     for descriptor in descriptors:
         try:
-            if not stat.S_ISSOCK(os.fstat(descriptor).st_mode):
-                continue
             connection = socket.socket(fileno=os.dup(descriptor))
         except OSError:  # closed since
             continue
@@ -105,5 +104,12 @@ def _connections(descriptors: Iterable[int]) -> list[socket.socket]:
     return found
 
 
-def _descriptors() -> list[int]:
-    return [int(name) for name in os.listdir(_DESCRIPTORS)] if os.path.isdir(_DESCRIPTORS) else []
+def _sockets() -> Iterator[tuple[int, int]]:
+    """Descriptor and inode of every socket of this process."""
+    for name in os.listdir(_DESCRIPTORS) if os.path.isdir(_DESCRIPTORS) else ():
+        try:
+            status = os.fstat(int(name))
+        except OSError:  # closed since, as the listing's own is
+            continue
+        if stat.S_ISSOCK(status.st_mode):
+            yield int(name), status.st_ino
