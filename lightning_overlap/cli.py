@@ -19,6 +19,7 @@ from lightning_overlap.decision import ConfigError
 from lightning_overlap.modes.pipeline.schedule import draw
 from lightning_overlap.optimization import facts_of
 from lightning_overlap.plan import resolve
+from lightning_overlap.profiling.report import import_plotly, write_figures
 from lightning_overlap.strategy import OverlapStrategy
 
 
@@ -73,6 +74,7 @@ class _Trainer(Trainer):
         peers: bool = False,
         sweep: str | None = None,
         json: str | None = None,
+        report: str | None = None,
     ) -> None:
         """Measures what overlap buys: overlapped, plain, compute alone, communication alone, and peers.
 
@@ -85,7 +87,10 @@ class _Trainer(Trainer):
             peers: also Lightning's DDP and ModelParallel strategies.
             sweep: instead, values of one setting to rank, such as data_parallel.bucket_size=100000,400000,auto.
             json: a file for all the figures.
+            report: a file for a page with the table and its bars.
         """
+        if report is not None:
+            import_plotly()  # what is missing is said before hours are measured
         if sweep is not None:
             runs = Runs(model, datamodule, self._overlap(), self._given)
             rows = rank_values(runs, sweep, steps=steps, warmup=warmup, repeats=repeats)
@@ -99,6 +104,9 @@ class _Trainer(Trainer):
             print(measured.table())
             if json is not None:
                 Path(json).write_text(dumps(measured.as_dict(), indent=1))
+            if report is not None:
+                medians = {row.name: row.median for row in measured.rows}
+                write_figures(measured.table(), medians, measured.limit, measured.plan, Path(report))
 
     def verify(
         self,

@@ -31,6 +31,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from lightning_overlap.clock import Clock, Marks
 from lightning_overlap.decision import ConfigError
 from lightning_overlap.sockets import Sockets
 
@@ -72,6 +73,7 @@ class Transfer:
         started: when its first byte could be sent, nothing else being in front of it (gloo).
         done: when all that this rank sends had gone, and, of a reduce, all had come (gloo).
         waited: from when to when this rank did nothing but wait for it.
+        marks: on CUDA, what :meth:`read` puts in their place: the host's times tell when the device was given work.
     """
 
     label: str
@@ -82,6 +84,15 @@ class Transfer:
     started: float | None = None
     done: float | None = None
     waited: tuple[float, float] | None = None
+    marks: Marks | None = None
+
+    def read(self) -> None:
+        """Times become those of the device. Blocks until it has come to the transfer's end."""
+        if self.marks is not None:
+            self.posted, self.done, waited = self.marks.read()
+            self.started = self.posted
+            if waited is not None:
+                self.waited, self.marks = waited, None
 
 
 class Pending:
@@ -101,6 +112,11 @@ class Pending:
         self._arrived.set()
         self._error: TransferError | None = None
 
+    def add(self, works: Sequence[tuple[Any, int]]) -> None:
+        """What the main thread has posted for it."""
+        self._works += works
+        self.transfer.marks = self._group.mark(works)
+
     def arrived(self) -> bool:
         """Whether :meth:`wait` would return at once. Of gloo's transfers, known only of those that a thread waits for."""
         return self._arrived.is_set() and all(self._group.can_poll and work.is_completed() for work, _ in self._works)
@@ -112,15 +128,16 @@ class Pending:
             TransferError: naming the transfer and the peers.
         """
         if self._finish is not None:
-            start = time.perf_counter()
+            start, marks = time.perf_counter(), self.transfer.marks
+            asked = marks and marks.now()
             self._wait_for_threads(start)
             if self._works:
                 if not self._group.wait_elsewhere(self):
                     self._group.wait_for(self.transfer.label, self._works)
                 self._wait_for_threads(start)
-            end = time.perf_counter()
-            self.transfer.waited = start, end
-            self._group.exposed += end - start
+            self.transfer.waited = start, time.perf_counter()
+            if marks is not None:
+                marks.waited(asked)
             self._works.clear()
             finish, self._finish = self._finish, None
             self._result = finish()
@@ -296,8 +313,8 @@ class Group:
         threads: post and wait on threads of the group's own (gloo); without, each transfer is posted and waited for by its caller.
 
     Attributes:
-        exposed: seconds for which the main thread has blocked in waits.
         log: if it is a list, every transfer is added to it when it is posted.
+        clock: on CUDA, what transfers that are logged are marked with.
         keyed: whether reduce-scatters and all-gathers find each other by their key, so that ranks may post them in
             different orders (gloo). NCCL's, and every all-reduce, are matched by the order of posting.
         can_poll: whether a work that has been posted tells when it is complete (NCCL).
@@ -314,14 +331,15 @@ class Group:
         self.gathers = gathers
         self.of_reduces = of_reduces
         self.of_gathers = of_gathers
-        self.exposed = 0.0
         self.log: list[Transfer] | None = None
+        self.clock: Clock | None = None
         self._last: deque[Transfer] = deque(maxlen=_REMEMBERED)
         self._numbers: dict[tuple[str, tuple[int, ...]], int] = defaultdict(int)
         self._free: dict[torch.dtype, list[Tensor]] = defaultdict(list)
         self._native = dist.get_backend(reduces) == "nccl"
         self.keyed = not self._native
         self.can_poll = self._native
+        self._beside = torch.cuda.Stream() if self._native else None  # see Marks
         self._threads = _Threads(self) if threads and self.size > 1 and not self._native else None
 
     def all_reduce(self, x: Tensor, *, label: str, average: bool = False) -> Pending:
@@ -331,8 +349,9 @@ class Group:
         if self.size > 1:
             op = dist.ReduceOp.AVG if average and self._native else dist.ReduceOp.SUM
             # By this thread, as all blocking collectives: they find each other by the order of posting.
-            pending._works.append((dist.all_reduce(x, op, self.reduces, async_op=True), -1))
-            self._post_reduce(pending, [])
+            pending.add([(dist.all_reduce(x, op, self.reduces, async_op=True), -1)])
+            if self._threads is not None:
+                self._threads.post(pending, [], reduce=True)
         return pending
 
     def reduce_scatter(
@@ -362,7 +381,7 @@ class Group:
         if self._native and wire is None and even:
             op = dist.ReduceOp.AVG if average else dist.ReduceOp.SUM
             pending = Pending(self, label, nbytes, lambda: own)
-            pending._works.append((dist.reduce_scatter_tensor(own, x, op, self.reduces, async_op=True), -1))
+            pending.add([(dist.reduce_scatter_tensor(own, x, op, self.reduces, async_op=True), -1)])
             return pending
 
         incoming = {p: self._take(own.numel(), dtype, x.device) for p in outgoing}
@@ -405,12 +424,10 @@ class Group:
         assert self.gathers is not None, f"group {self.name!r} was made without gathers"
         if self._threads is None:
             if len({piece.numel() for piece in pieces}) == 1:
-                work = dist.all_gather_into_tensor(x, own, self.gathers, async_op=True)
-                pending._works.append((work, -1))
+                pending.add([(dist.all_gather_into_tensor(x, own, self.gathers, async_op=True), -1)])
             else:
-                for source, piece in enumerate(pieces):
-                    work = dist.broadcast(piece, self.ranks[source], self.gathers, async_op=True)
-                    pending._works.append((work, source))
+                copies = [dist.broadcast(piece, self.ranks[r], self.gathers, async_op=True) for r, piece in enumerate(pieces)]
+                pending.add([(work, source) for source, work in enumerate(copies)])
             return pending
         peers = [(self.rank + i) % self.size for i in range(1, self.size)]
         receives: list[_Transfer] = [
@@ -446,7 +463,7 @@ class Group:
         if self._threads is not None:
             self._threads.post(pending, [(dist.irecv, x, source, self.reduces, key)], reduce=False)
         else:
-            pending._works.append(self.post(label, dist.irecv, x, source, self.reduces, key))
+            pending.add([self.post(label, dist.irecv, x, source, self.reduces, key)])
         return pending
 
     def share_object(self, mine: T, source: int = 0) -> T:
@@ -561,6 +578,12 @@ class Group:
             self.log.append(transfer)
         return transfer
 
+    def mark(self, works: Sequence[tuple[Any, int]]) -> Marks | None:
+        """Stamps of a transfer that is logged, where the host's clock does not know of it."""
+        if self.log is None or self.clock is None or self._beside is None:
+            return None
+        return Marks(self.clock, works, self._beside)
+
     def wait_elsewhere(self, pending: Pending) -> bool:
         """Has a thread wait for it, if there are threads; it is then settled."""
         if self._threads is None:
@@ -607,7 +630,7 @@ class Group:
         if self._threads is not None:
             self._threads.post(pending, transfers, reduce=True)
         else:
-            pending._works += [self.post(pending.transfer.label, *transfer) for transfer in transfers]
+            pending.add([self.post(pending.transfer.label, *transfer) for transfer in transfers])
 
     def _take(self, numel: int, dtype: torch.dtype, device: torch.device) -> Tensor:
         """A buffer that is free, since fresh memory costs a page fault for every 4 KiB."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
@@ -15,18 +14,17 @@ LITTLE = 0.03
 """Part of a step that is not worth a word."""
 
 
-def advise(rows: Mapping[str, Row], waits: Mapping[str, float], config: OverlapConfig) -> str:
+def advise(rows: Mapping[str, Row], config: OverlapConfig) -> str:
     """One line: which mode's communication is exposed most, and which setting to try.
 
     Args:
         rows: of the benchmark, by name.
-        waits: seconds a step for which each kind of transfer was waited for, ``data.grads`` say.
         config: what was measured, whose modes know what may help.
     """
     ours, plain, compute, communication = (rows[name].median for name in ("overlapped", "plain", "compute", "communication"))
     if ours > plain:
         return f"advice: overlap costs {(ours - plain) * 1e3:.0f} ms more than it hides here; set overlap: off, or make buckets larger"
-    exposed = statistics.median(rows["overlapped"].exposed)
+    exposed, waits = rows["overlapped"].waited(), rows["overlapped"].exposed[-1]
     kind = max(waits, key=lambda k: waits[k], default=None)
     if kind is None or exposed < LITTLE * ours:
         return f"advice: nothing to gain from a setting, {exposed * 1e3:.0f} of {ours * 1e3:.0f} ms are exposed"

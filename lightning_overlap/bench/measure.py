@@ -11,7 +11,10 @@ import json
 import os
 import statistics
 import time
+from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +23,11 @@ from lightning.pytorch import Callback, LightningDataModule, LightningModule, Tr
 from lightning.pytorch.strategies import Strategy
 
 from lightning_overlap.bench.advice import advise
+from lightning_overlap.bench.on_paper import OnPaper, pipeline_on_paper
 from lightning_overlap.bench.peers import peers as all_peers
 from lightning_overlap.bench.runs import Runs
 from lightning_overlap.bench.skip import Skipped, skip_transfers
+from lightning_overlap.clock import Clock, DeviceClock, Timeline
 from lightning_overlap.comm import Transfer
 from lightning_overlap.decision import ConfigError
 from lightning_overlap.strategy import OverlapStrategy
@@ -34,8 +39,8 @@ class Row:
 
     name: str
     seconds: list[float] = field(default_factory=list)
-    exposed: list[float] = field(default_factory=list)
-    """Seconds a step in which this rank did nothing but wait for a transfer (overlapped and plain)."""
+    exposed: list[dict[str, float]] = field(default_factory=list)
+    """Seconds a step for which this rank did nothing but wait for a transfer, by kind, ``data.grads`` say (overlapped and plain)."""
     memory: list[int] = field(default_factory=list)
     """Bytes in use after the last step: the process's resident ones, on CUDA the most that torch had allocated."""
 
@@ -43,6 +48,12 @@ class Row:
         """One run more."""
         self.seconds.append(clock.seconds)
         self.memory.append(clock.memory)
+        if clock.logs:
+            self.exposed.append(clock.waits)
+
+    def waited(self, mode: str = "") -> float:
+        """Seconds a step for which transfers of a mode were waited for, or of all modes; the median of the runs."""
+        return statistics.median(sum(s for kind, s in run.items() if kind.startswith(mode)) for run in self.exposed)
 
     @property
     def median(self) -> float:
@@ -63,6 +74,12 @@ class Measured:
     steps: int
     doubts: list[str]
     advice: str = ""
+    modes: dict[str, list[float]] = field(default_factory=dict)
+    """By mode that communicates, seconds of its communication alone: one figure for each repeat."""
+    plan: str = ""
+    """Of the overlapped runs, as text."""
+    on_paper: OnPaper | None = None
+    """What a pipeline's schedule would take."""
 
     def row(self, name: str) -> Row:
         return next(row for row in self.rows if row.name == name)
@@ -72,16 +89,23 @@ class Measured:
         """What no schedule can beat: the longer of compute alone and communication alone, in seconds."""
         return max(self.row("compute").median, self.row("communication").median)
 
+    def efficiency(self, mode: str) -> float:
+        """A mode's limit over the step as it would be if other modes' transfers were not waited for."""
+        ours, compute = self.row("overlapped"), self.row("compute").median
+        others = ours.waited() - ours.waited(mode)
+        return max(compute, statistics.median(self.modes[mode])) / (ours.median - others)
+
     def as_dict(self) -> dict[str, Any]:
         """For JSON."""
-        return {**asdict(self), "limit": self.limit, "medians": {row.name: row.median for row in self.rows}}
+        medians = {row.name: row.median for row in self.rows}
+        return {**asdict(self), "limit": self.limit, "medians": medians, "efficiency": {m: self.efficiency(m) for m in self.modes}}
 
     def table(self) -> str:
         """The table as text; times in milliseconds."""
         lines = [f"{'':34}{'ms a step':>10}{'spread':>8}{'exposed':>9}{'MB':>7}{'x limit':>9}{'overlapped is':>15}"]
         ours = self.row("overlapped").median
         for row in self.rows:
-            exposed = f"{statistics.median(row.exposed) * 1e3:.0f}" if row.exposed else ""
+            exposed = f"{row.waited() * 1e3:.0f}" if row.exposed else ""
             gain = "" if row.name in ("overlapped", "compute", "communication") else f"{row.median / ours:.2f} x"
             held = f"{statistics.median(row.memory) / 1e6:.0f}" if row.memory else ""
             figures = f"{row.median * 1e3:10.0f}{row.spread:8.0%}{exposed:>9}{held:>7}{row.median / self.limit:9.2f}{gain:>15}"
@@ -89,6 +113,13 @@ class Measured:
         lines.append(f"{'limit = max(compute, communication)':34}{self.limit * 1e3:9.0f}")
         runs = f"{self.ranks} ranks, medians of {len(self.rows[0].seconds)} runs of {self.steps} steps"
         lines.append(f"efficiency {self.limit / ours:.0%}; {runs}")
+        for mode, seconds in self.modes.items() if len(self.modes) > 1 else ():
+            alone, waited = statistics.median(seconds), self.row("overlapped").waited(mode)
+            lines.append(
+                f"{mode}: communication {alone * 1e3:.0f}, waited for {waited * 1e3:.0f}, efficiency {self.efficiency(mode):.0%}"
+            )
+        if self.on_paper is not None:
+            lines.append(self.on_paper.told(ours))
         return "\n".join([*lines, *[f"doubtful: {doubt}" for doubt in self.doubts], self.advice])
 
 
@@ -97,59 +128,82 @@ class _Clock(Callback):
 
     def __init__(self, warmup: int, steps: int, *, skip: bool = False) -> None:
         self.warmup, self.steps, self.skip = warmup, steps, skip
-        self.seconds = self.exposed = self.communication = 0.0
+        self.seconds = 0.0
         self.memory = 0
+        self.logs = False
+        """Whether there is a log of transfers."""
         self.waits: dict[str, float] = {}
-        """Seconds a step for which a kind of transfer was waited for, ``data.grads`` say."""
-        self._skipped: list[Skipped] = []
+        """Seconds a step for which a kind of transfer was waited for."""
+        self.communication: dict[str, float] = {}
+        """Seconds a step of the transfers alone, by mode, and of all under an empty name."""
+        self.work: list[tuple[str, float, float]] = []
+        """What modes have computed, in all steps."""
+        self._skipped: dict[str, list[Skipped]] = {}
         self._log: list[Transfer] = []
-        self._first = (0.0, 0.0)
+        self._begun = 0.0
         self._step = -1
 
     def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
-        for mode in trainer.strategy.modes if self.skip else ():  # type: ignore[attr-defined]
-            self._skipped += skip_transfers(mode)
+        self._modes = getattr(trainer.strategy, "modes", ())
+        self._on_device = trainer.strategy.root_device.type == "cuda"
+        self._clock = DeviceClock() if self._on_device else Clock()
+        self._skipped = {mode.name: skip_transfers(mode) for mode in self._modes if self.skip}
+        self.logs = bool(self._modes) and not self.skip
 
     def on_train_batch_start(self, trainer: Trainer, module: LightningModule, batch: Any, batch_idx: int) -> None:
         if trainer.global_step == self._step:
             return  # another batch of the same accumulation window
         self._step = trainer.global_step
-        for stand_in in self._skipped:
+        for stand_in in chain(*self._skipped.values()):
             stand_in.calls.clear()
         # From the start of a step to that of a later one, in full swing: what is in flight at either is alike.
-        if self._step in (self.warmup, self.warmup + self.steps):
-            if trainer.strategy.root_device.type == "cuda":
+        if self._step == self.warmup:
+            if self._on_device:
+                torch.cuda.reset_peak_memory_stats()
+            self._clock.start()
+            timeline = Timeline(self._clock) if self.skip else None
+            for mode in self._modes:
+                mode.timeline = timeline
+                for group in mode.groups.values() if self.logs else ():
+                    group.log, group.clock = self._log, self._clock
+            self._begun = time.perf_counter()
+        elif self._step == self.warmup + self.steps:
+            if self._on_device:
                 torch.cuda.synchronize()
-                if self._step == self.warmup:
-                    torch.cuda.reset_peak_memory_stats()
-            groups = [g for mode in getattr(trainer.strategy, "modes", ()) for g in mode.groups.values()]
-            now, exposed = time.perf_counter(), sum(g.exposed for g in groups)
-            if self._step == self.warmup:
-                self._first = now, exposed
-                for group in groups if not self.skip else ():
-                    group.log = self._log
-            else:
-                self.seconds, self.exposed = (now - self._first[0]) / self.steps, (exposed - self._first[1]) / self.steps
-                self.memory = memory_in_use(trainer.strategy.root_device)
-                for group in groups if not self.skip else ():
-                    group.log = None
-                for transfer in self._log:
-                    kind, waited = transfer.label.split("[")[0], transfer.waited or (0.0, 0.0)
-                    self.waits[kind] = self.waits.get(kind, 0.0) + (waited[1] - waited[0]) / self.steps
+            self.seconds = (time.perf_counter() - self._begun) / self.steps
+            self.memory = memory_in_use(trainer.strategy.root_device)
+            self._stop()
+
+    def _stop(self) -> None:
+        for mode in self._modes:
+            if mode.timeline is not None:
+                self.work, mode.timeline = mode.timeline.take() or self.work, None
+            for group in mode.groups.values() if self.logs else ():
+                group.log = group.clock = None
+        for transfer in self._log:
+            transfer.read()
+            kind, waited = transfer.label.split("[")[0], transfer.waited or (0.0, 0.0)
+            self.waits[kind] = self.waits.get(kind, 0.0) + (waited[1] - waited[0]) / self.steps
 
     def on_train_end(self, trainer: Trainer, module: LightningModule) -> None:
         if not self.seconds:
             raise ConfigError(f"the data ended before {self.warmup} + {self.steps} + 1 steps: ask for fewer --steps")
+        for stand_in in chain(*self._skipped.values()):
+            stand_in.stop()  # what follows belongs to no step
         if self._skipped:
-            for stand_in in self._skipped:
-                stand_in.stop()  # what follows belongs to no step
-            self._meet(trainer)
-            start = time.perf_counter()
-            for _ in range(self.steps):
-                for stand_in in self._skipped:
-                    stand_in.replay()
-            self._meet(trainer)
-            self.communication = (time.perf_counter() - start) / self.steps
+            self.communication[""] = self._replay(trainer, list(chain(*self._skipped.values())))
+        for name, of_mode in self._skipped.items():
+            alone = len(self._skipped) == 1
+            self.communication[name] = self.communication[""] if alone else self._replay(trainer, of_mode)
+
+    def _replay(self, trainer: Trainer, skipped: Sequence[Skipped]) -> float:
+        self._meet(trainer)
+        start = time.perf_counter()
+        for _ in range(self.steps):
+            for pending in [pending for stand_in in skipped for pending in stand_in.post()]:
+                pending.wait()
+        self._meet(trainer)
+        return (time.perf_counter() - start) / self.steps
 
     @staticmethod
     def _meet(trainer: Trainer) -> None:
@@ -194,17 +248,16 @@ def measure(
     rows = {name: Row(name) for name in ("overlapped", "plain", "compute", "communication")}
     others = all_peers(strategy._get_process_group_backend(), strategy.world_size) if with_peers else {}
     refused: dict[str, str] = {}
-    waits: dict[str, float] = {}
+    alone: dict[str, list[float]] = defaultdict(list)
     rows |= {name: Row(name) for name in others}
     for _ in range(repeats):
-        for name, changes in (("overlapped", {}), ("plain", {"overlap": "off"})):
-            clock = run(runs.ours(**changes))
-            rows[name].add(clock)
-            rows[name].exposed.append(clock.exposed)
-            waits = clock.waits if name == "overlapped" else waits
+        overlapped = runs.ours()
+        rows["overlapped"].add(run(overlapped))
+        rows["plain"].add(run(runs.ours(overlap="off")))
         clock = run(runs.ours(), skip=True)
         rows["compute"].add(clock)
-        rows["communication"].seconds.append(clock.communication)
+        for mode, seconds in clock.communication.items():
+            (alone[mode] if mode else rows["communication"].seconds).append(seconds)
         for name, (make, prepare) in others.items():
             if name in refused:
                 continue
@@ -214,7 +267,10 @@ def measure(
                 refused[name] = f"{name} is left out: {error}"
     measured = [row for row in rows.values() if row.name not in refused]
     doubts = [*refused.values(), *_doubts(measured, strategy.num_processes)]
-    return Measured(measured, strategy.world_size, steps, doubts, advise(rows, waits, strategy.config))
+    advice = advise(rows, strategy.config)
+    paper = pipeline_on_paper(strategy.config.pipeline_parallel, clock.work, rows["compute"].median, alone, steps)
+    plan = overlapped.plan.explain()
+    return Measured(measured, strategy.world_size, steps, doubts, advice, dict(alone), plan, paper)
 
 
 def sweep(runs: Runs, setting: str, *, steps: int, warmup: int, repeats: int) -> list[Row]:
@@ -245,7 +301,6 @@ def sweep(runs: Runs, setting: str, *, steps: int, warmup: int, repeats: int) ->
             clock = _Clock(warmup, steps)
             runs.fit(runs.ours(**{mode: config}), warmup + steps + 1, clock)
             rows[value].add(clock)
-            rows[value].exposed.append(clock.exposed)
     return sorted(rows.values(), key=lambda row: row.median)
 
 
@@ -253,7 +308,7 @@ def ranking(rows: list[Row]) -> str:
     """Of a sweep, as text; times in milliseconds."""
     lines = [f"{'':44}{'ms a step':>10}{'spread':>8}{'exposed':>9}{'MB':>7}"]
     for row in rows:
-        exposed, held = statistics.median(row.exposed) * 1e3, statistics.median(row.memory) / 1e6
+        exposed, held = row.waited() * 1e3, statistics.median(row.memory) / 1e6
         lines.append(f"{row.name:44}{row.median * 1e3:10.0f}{row.spread:8.0%}{exposed:9.0f}{held:7.0f}")
     return "\n".join(lines)
 

@@ -35,11 +35,9 @@ class Skipped:
         """Keeps no more calls."""
         self._kept, self.calls = self.calls, []
 
-    def replay(self) -> None:
-        """Makes the transfers that were kept until :meth:`stop`, all posted at once, and waits for them."""
-        for pending in [call() for call in self._kept]:
-            if pending is not None:
-                pending.wait()
+    def post(self) -> list[Pending]:
+        """Posts the transfers that were kept until :meth:`stop`, all at once."""
+        return [pending for call in self._kept if (pending := call()) is not None]
 
     def _start_step(self, make: Callable[..., None]) -> None:
         self.calls.append(make)

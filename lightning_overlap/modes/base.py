@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from lightning_overlap.clock import Timeline
 from lightning_overlap.comm import Group
 
 if TYPE_CHECKING:
@@ -62,13 +63,20 @@ class OverlapMode:
         config: what was asked for.
         mesh: the ranks.
         timeout: how long a transfer may take.
+
+    Attributes:
+        name: what labels of its transfers begin with.
+        timeline: if it is set, what the mode computes is added to it, where that is more than the user's own step.
     """
+
+    name: str
 
     def __init__(self, plan: Plan, config: OverlapConfig, mesh: ParallelMesh, timeout: timedelta) -> None:
         self.plan = plan
         self.config = config
         self.mesh = mesh
         self.timeout = timeout
+        self.timeline: Timeline | None = None
         self._held = False
 
     @classmethod

@@ -10,8 +10,10 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
+from lightning_overlap.clock import Clock, DeviceClock, Timeline
 from lightning_overlap.comm import Group, Transfer, make_group
 from lightning_overlap.decision import ConfigError
+from lightning_overlap.modes.base import OverlapMode
 from lightning_overlap.profiling.report import import_plotly, write_report
 from lightning_overlap.profiling.trace import Step, Summary, write_chrome_trace
 
@@ -59,12 +61,16 @@ class OverlapProfiler(Callback):
         self._trace = None if trace is None else Path(trace)
         if self._report is not None:
             import_plotly()
+        self._modes: list[OverlapMode] = []
         self._groups: list[Group] = []
         self._everyone: Group | None = None
         self._log: list[Transfer] = []
-        self._open: Step | None = None
-        self._phase = ("", 0.0)
+        self._clock = Clock()
+        self._phases, self._work = Timeline(self._clock), Timeline(self._clock)
+        self._open: tuple[int, Any] | None = None  # the step that is measured, and the stamp of its start
+        self._phase: tuple[str, Any] = ("", None)
         self._begun = -1
+        self._last = 0.0  # when the step before began
         self._measured: list[Step] = []  # on this rank, not exchanged yet
         self.summary = Summary()
         self._drawn: deque[list[Step]] = deque(maxlen=DRAWN)
@@ -72,30 +78,39 @@ class OverlapProfiler(Callback):
     # -- a step ------------------------------------------------------------------------------------------------------
 
     def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
-        modes = getattr(trainer.strategy, "modes", None)
-        if modes is None:
+        if not hasattr(trainer.strategy, "modes"):
             rank_zero_warn("OverlapProfiler knows the transfers of OverlapStrategy only: nothing is measured")
-        self._groups = [group for mode in modes or () for group in mode.groups.values() if group.size > 1]
+        self._modes = list(getattr(trainer.strategy, "modes", ()))
+        self._groups = [group for mode in self._modes for group in mode.groups.values() if group.size > 1]
         self._measured, self.summary, self._open, self._begun = [], Summary(), None, -1
         self._drawn.clear()
         self._log = []
+        self._clock = DeviceClock() if trainer.strategy.root_device.type == "cuda" else Clock()
+        self._clock.start()
+        self._phases, self._work = Timeline(self._clock), Timeline(self._clock)
         for group in self._groups:
-            group.log = self._log
+            group.log, group.clock = self._log, self._clock
         if self._groups:
             limit = trainer.strategy.time_limit  # type: ignore[attr-defined]
             self._everyone = make_group([range(trainer.world_size)], "profiler", limit, backend="gloo", gathers=False, threads=False)
 
     def on_train_batch_start(self, trainer: Trainer, module: LightningModule, batch: Any, batch_idx: int) -> None:
-        now = time.perf_counter()
         step = trainer.global_step
         if step != self._begun:  # otherwise another batch of the same accumulation window
-            self._close(now)
-            # What is over before a step begins is nobody's any more.
-            self._log[:] = [t for t in self._log if t.waited is None or t.waited[1] >= now or t.done is None or t.done >= now]
+            self._close()
             self._begun = step
             if self._groups and step >= self._warmup and (step - self._warmup) % self._every == 0:
-                self._open = Step(step, now, now)
-        self._phase = ("forward", now)
+                self._clock.start()
+                self._open = step, self._clock.now()
+                for mode in self._modes:
+                    mode.timeline = self._work
+            self._forget(self._last)
+            self._last = time.perf_counter()
+        self._phase = ("forward", self._clock.now())
+
+    def _forget(self, before: float) -> None:
+        """What is over is no step's any more. What only comes to this rank is over at some time before it was waited for."""
+        self._log[:] = [t for t in self._log if t.waited is None or (t.done is None and t.waited[1] >= before)]
 
     def on_before_backward(self, trainer: Trainer, module: LightningModule, loss: Any) -> None:
         self._next_phase("backward and step")
@@ -103,30 +118,31 @@ class OverlapProfiler(Callback):
     def on_train_batch_end(self, trainer: Trainer, module: LightningModule, *_: Any) -> None:
         self._next_phase("between batches")
         if trainer.global_step != self._begun and trainer.global_step % trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
-            self._close(time.perf_counter())
+            self._close()
             if (told := self._exchange()) is not None:
                 self._log_values(module, told)
 
     def on_validation_start(self, trainer: Trainer, module: LightningModule) -> None:
-        self._close(time.perf_counter())
+        self._close()
 
     def on_train_epoch_end(self, trainer: Trainer, module: LightningModule) -> None:
-        self._close(time.perf_counter())
+        self._close()
 
     def _next_phase(self, name: str) -> None:
-        now = time.perf_counter()
-        if self._open is not None:
-            self._open.phases.append((self._phase[0], self._phase[1], now))
-        self._phase = (name, now)
+        self._phase = (name, self._clock.now() if self._open is None else self._phases.add(*self._phase))
 
-    def _close(self, now: float) -> None:
-        step, self._open = self._open, None
-        if step is None:
+    def _close(self) -> None:
+        if self._open is None:
             return
-        step.end = now
-        step.phases.append((self._phase[0], self._phase[1], now))
-        step.transfers = list(self._log)
+        (index, start), self._open = self._open, None
+        end = self._phases.add(*self._phase)
+        for transfer in self._log:
+            transfer.read()
+        read = self._clock.read
+        step = Step(index, read(start), read(end), self._phases.take(), list(self._log), self._work.take())
         self._measured.append(step)
+        for mode in self._modes:
+            mode.timeline = None
 
     # -- all ranks ---------------------------------------------------------------------------------------------------
 
@@ -157,11 +173,11 @@ class OverlapProfiler(Callback):
         module.log_dict(values, rank_zero_only=True)
 
     def on_train_end(self, trainer: Trainer, module: LightningModule) -> None:
+        self._close()
         for group in self._groups:
-            group.log = None
+            group.log = group.clock = None
         if self._everyone is None:
             return
-        self._close(time.perf_counter())
         self._exchange()
         self._everyone.close()
         self._everyone = None
@@ -173,5 +189,4 @@ class OverlapProfiler(Callback):
             self._trace.parent.mkdir(parents=True, exist_ok=True)
             write_chrome_trace(list(self._drawn), self._trace)
         if self._report is not None:
-            self._report.parent.mkdir(parents=True, exist_ok=True)
             write_report(self.summary, list(self._drawn), trainer.strategy.plan.explain(), self._report)  # type: ignore[attr-defined]

@@ -1,4 +1,4 @@
-"""The report: one page that a browser opens without a network."""
+"""Reports: pages that a browser opens without a network."""
 
 from __future__ import annotations
 
@@ -20,8 +20,14 @@ COLOURS = {
     "waited": "#c44e52",
     "late peers": "#dd8452",
     "late peer": "#dd8452",
+    "forwards": "#55a868",
+    "backwards": "#8172b3",
+    "gradients of inputs": "#8172b3",
+    "gradients of weights": "#937860",
 }
 """Of what is drawn; transfers take plotly's own."""
+ACTIONS = {"F": "forwards", "B": "backwards", "I": "gradients of inputs", "W": "gradients of weights"}
+"""What the letters of a pipeline's actions mean."""
 
 
 def import_plotly() -> Any:
@@ -44,19 +50,41 @@ def write_report(summary: Summary, steps: Sequence[Sequence[Step]], plan: str, p
         plan: as text.
         path: the file.
     """
-    figures = [_bars(steps), _timeline(steps)]
+    _write(path, "What was hidden, and what was not", summary.table(), [_bars(steps), _timeline(steps)], plan)
+
+
+def write_figures(table: str, medians: dict[str, float], limit: float, plan: str, path: Path) -> None:
+    """Writes a benchmark's table and its bars.
+
+    Args:
+        table: as text.
+        medians: seconds a step by row.
+        limit: seconds; a line across the bars.
+        plan: as text.
+        path: the file.
+    """
+    graphs = import_plotly()
+    milliseconds = [seconds * 1e3 for seconds in medians.values()]
+    bars = graphs.Bar(x=milliseconds, y=list(medians), orientation="h", texttemplate="%{x:.0f}", marker_color=COLOURS["compute"])
+    figure = graphs.Figure([bars]).add_vline(limit * 1e3, line_dash="dash", annotation_text="limit")
+    figure.update_layout(title="Milliseconds a step", height=140 + 34 * len(medians)).update_yaxes(autorange="reversed")
+    _write(path, "What overlap buys", table, [figure], plan)
+
+
+def _write(path: Path, title: str, table: str, figures: Sequence[Any], plan: str) -> None:
     # plotly's script is in the page itself, once.
     drawn = "\n".join(
         f.to_html(full_html=False, include_plotlyjs=i == 0, config={"displaylogo": False}) for i, f in enumerate(figures)
     )
+    path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(
         f"""<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><title>lightning_overlap: what was hidden</title>
+<html lang="en"><head><meta charset="utf-8"><title>lightning_overlap: {title.lower()}</title>
 <style>body {{ font-family: sans-serif; margin: 2em }} pre {{ background: #f4f6f8; padding: 1em; overflow-x: auto }}</style></head>
-<body><h1>What was hidden, and what was not</h1>
-<pre id="table">{html.escape(summary.table())}</pre>
-<h2>The plan</h2><pre id="plan">{html.escape(plan)}</pre>
+<body><h1>{title}</h1>
+<pre id="table">{html.escape(table)}</pre>
 {drawn}
+<h2>The plan</h2><pre id="plan">{html.escape(plan)}</pre>
 </body></html>
 """,
         encoding="utf-8",
@@ -90,7 +118,7 @@ def _timeline(steps: Sequence[Sequence[Step]]) -> Any:
         for rank, lane, name, (start, end), nbytes in spans(step):
             row = f"rank {rank} {lane}"
             rows[row] = None
-            kind = name.split(":")[0] if lane == "waits" else name if lane == "compute" else lane
+            kind = {"waits": name.split(":")[0], "compute": name, "compute, stages": ACTIONS.get(name[0], name)}.get(lane, lane)
             bars = drawn[kind]
             bars["base"].append((start - origin) * 1e3)
             bars["x"].append((end - start) * 1e3)

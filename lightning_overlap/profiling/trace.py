@@ -28,6 +28,7 @@ class Step:
         end: when what belongs to it was over.
         phases: name, start and end of what the main thread did.
         transfers: those that were posted, in flight or waited for in it.
+        work: name, start and end of what modes computed: a pipeline's actions.
     """
 
     index: int
@@ -35,6 +36,7 @@ class Step:
     end: float
     phases: list[tuple[str, float, float]] = field(default_factory=list)
     transfers: list[Transfer] = field(default_factory=list)
+    work: list[tuple[str, float, float]] = field(default_factory=list)
 
     def on_clock(self, offset: float) -> Step:
         """The same on a clock that is ``offset`` seconds behind."""
@@ -49,11 +51,12 @@ class Step:
                 started=moved(t.started),
                 done=moved(t.done),
                 waited=None if t.waited is None else (t.waited[0] - offset, t.waited[1] - offset),
+                marks=None,
             )
             for t in self.transfers
         ]
-        phases = [(name, start - offset, end - offset) for name, start, end in self.phases]
-        return Step(self.index, self.start - offset, self.end - offset, phases, transfers)
+        phases, work = ([(name, a - offset, b - offset) for name, a, b in spans] for spans in (self.phases, self.work))
+        return Step(self.index, self.start - offset, self.end - offset, phases, transfers, work)
 
 
 @dataclass
@@ -257,6 +260,8 @@ class Summary:
         parts = f"compute {self.compute * 1e3:.1f} + exposed {all_of.exposed * 1e3:.1f} + late peers {all_of.late * 1e3:.1f}"
         lines.append(f"a step of {self.step * 1e3:.1f} ms = {parts}; {all_of.hidden_percent:.0f}% of the communication is hidden")
         longest = [f"{label} {seconds * 1e3:.1f}" for label, seconds in self.waited_for()[:5]]
+        if "pipeline" in self.names:
+            lines.append("late peers of a pipeline are its bubble, and stages that take longer than others")
         if longest:
             lines.append(f"waited for longest: {', '.join(longest)}")
         if (slow := self.straggler()) is not None:
@@ -276,6 +281,8 @@ def spans(steps: Sequence[Step]) -> Iterator[tuple[int, str, str, Interval, int]
     for rank, (step, seen) in enumerate(zip(steps, compare(steps), strict=True)):
         for name, start, end in step.phases:
             yield rank, "compute", name, (start, end), 0
+        for name, start, end in step.work:
+            yield rank, "compute, stages", name, (start, end), 0
         for s in seen:
             yield rank, s.label.split("[")[0], s.label, s.wire, s.nbytes
             for what, waited in (("waited", s.exposed), ("late peer", s.late)):

@@ -4,7 +4,7 @@ import subprocess
 import pytest
 
 from lightning_overlap.comm import Transfer
-from lightning_overlap.profiling.report import write_report
+from lightning_overlap.profiling.report import write_figures, write_report
 from lightning_overlap.profiling.trace import Step, Summary
 
 CHROMIUM = shutil.which("chromium")
@@ -16,7 +16,8 @@ def page(folder):
         start = 10.0 * index
         held = [Transfer("data.grads[0]", index, 5000, (0, 1), start + 2, start + 2, start + 6, (start + 4, start + 7))]
         phases = [("forward", start, start + 2), ("backward and step", start + 2, start + 8)]
-        steps.append([Step(index, start, start + 8, phases, held) for _ in range(2)])
+        work = [("F0.0", start, start + 1), ("B0.0", start + 3, start + 8)]
+        steps.append([Step(index, start, start + 8, phases, held, work) for _ in range(2)])
     summary = Summary()
     for step in steps:
         summary.add(step)
@@ -43,5 +44,11 @@ def test_a_browser_draws_it_without_a_network(tmp_path):
         capture_output=True, text=True, timeout=60,
     ).stdout  # fmt: skip
     drawn = shown[shown.index("main-svg") :]
-    assert all(row in drawn for row in ("rank 0 compute", "rank 1 data.grads", "rank 1 waits"))
-    assert all(name in drawn for name in ("exposed", "late peers", "step 2"))
+    assert all(row in drawn for row in ("rank 0 compute", "rank 0 compute, stages", "rank 1 data.grads", "rank 1 waits"))
+    assert all(name in drawn for name in ("exposed", "late peers", "step 2", "forwards", "backwards"))
+
+
+def test_a_benchmark_has_a_page(tmp_path):
+    write_figures("the table", {"overlapped": 0.2, "plain": 0.35}, 0.15, "the plan", tmp_path / "new" / "bench.html")
+    text = (tmp_path / "new" / "bench.html").read_text()
+    assert all(part in text for part in ("the table", "the plan", '"overlapped","plain"', "[200.0,350.0]", "limit"))

@@ -15,8 +15,9 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, DistributedSampler
 
-from lightning_overlap import ConfigError, DataParallel, OverlapStrategy, PipelineParallel
+from lightning_overlap import ConfigError, DataParallel, OverlapProfiler, OverlapStrategy, PipelineParallel
 from lightning_overlap.comm import TransferError
+from lightning_overlap.modes.pipeline.schedule import build
 
 QUIET = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
 
@@ -514,3 +515,27 @@ def test_fit_twice_and_evaluation_alone(world):
         torch.testing.assert_close(rank["predicted"], expected["predicted"], rtol=1e-4, atol=1e-5)
         assert rank["losses"] == pytest.approx(expected["losses"], rel=1e-5)
         assert rank["step"] == expected["step"] == 6
+
+
+def profiled(folder: Any) -> tuple[bool, list[Any], Any]:
+    profiler = OverlapProfiler(every_n_steps=1, warmup=1, report=str(folder / "report.html"))
+    how: Any = ({"size": 2, "schedule": "zb_h1", "microbatches": 4}, {"blocks": 4})
+    done = pipelined(*how, callbacks=[profiler], max_epochs=1)
+    alone = pipelined(*how, max_epochs=1)
+    return done["weights"].equal(alone["weights"]), list(profiler._drawn), profiler.summary
+
+
+def test_the_profiler_tells_a_pipelines_actions_and_its_bubble(world, tmp_path):
+    unchanged, steps, summary = world(2).run(profiled, tmp_path)[0]
+    assert unchanged, "looking changes nothing"
+    plan = build("zb_h1", 2, 1, 4)
+    for step in steps:
+        assert [[name for name, *_ in own.work] for own in step] == [[str(action) for action in row] for row in plan.actions]
+        for own in step:
+            assert all(own.start <= start <= end <= own.end for _, start, end in own.work)
+    assert len(steps) == summary.steps == 2
+    assert summary.mean("pipeline").late > 0, "the bubble"
+    assert "its bubble" in summary.table()
+    page = (tmp_path / "report.html").read_text()
+    assert "rank 1 compute, stages" in page
+    assert "gradients of weights" in page

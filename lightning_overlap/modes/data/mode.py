@@ -45,6 +45,8 @@ WORTH_IT = 0.1
 class DataMode(OverlapMode):
     """See the module's docstring."""
 
+    name = "data"
+
     def __init__(self, plan: Plan, config: OverlapConfig, mesh: ParallelMesh, timeout: timedelta) -> None:
         super().__init__(plan, config, mesh, timeout)
         self._buckets: list[LiveBucket] = []

@@ -38,6 +38,8 @@ CHECKED_BATCHES = 3
 class PipelineMode(OverlapMode):
     """See the module's docstring."""
 
+    name = "pipeline"
+
     def __init__(self, plan: Plan, config: OverlapConfig, mesh: ParallelMesh, timeout: timedelta) -> None:
         super().__init__(plan, config, mesh, timeout)
         self._own = config.pipeline_parallel
@@ -162,7 +164,7 @@ class PipelineMode(OverlapMode):
             check=checking,
         )
         with kept(self._device):
-            runtime.run(stages, [microbatches.kind(part) for part in parts])
+            runtime.run(stages, [microbatches.kind(part) for part in parts], self.timeline)
         stages.finish()
         step.log(self.with_the_loss(lambda: step.logged(shares)))
 

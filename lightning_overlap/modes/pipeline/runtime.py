@@ -13,6 +13,7 @@ transfers of the other would stand in front.
 from __future__ import annotations
 
 from collections.abc import Hashable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Protocol
@@ -20,6 +21,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from lightning_overlap.clock import Timeline
 from lightning_overlap.comm import Group, Pending
 from lightning_overlap.decision import ConfigError
 from lightning_overlap.modes.pipeline.schedule import Action, Schedule
@@ -127,31 +129,36 @@ class Runtime:
         """This rank's."""
         return self._schedule.actions[self._rank]
 
-    def run(self, compute: Compute, kinds: Sequence[Hashable]) -> None:
+    def run(self, compute: Compute, kinds: Sequence[Hashable], timeline: Timeline | None = None) -> None:
         """Runs all of this rank's actions.
 
         Args:
             compute: what they do.
             kinds: by microbatch, what decides the form of its hidden states, the same on all ranks.
+            timeline: is told when each of them ran, without what it waited for.
         """
         self._channels = self._incoming()
         self._kinds = kinds
         last = self._schedule.stages - 1
         for action in self.actions:
             stage, microbatch = action.stage, action.microbatch
+            running = nullcontext() if timeline is None else timeline.during(str(action))
             if action.kind == "F":
                 received, form = (None, None) if stage == 0 else self._take(Action("F", stage - 1, microbatch))
-                made = compute.forward(stage, microbatch, received, form)
+                with running:
+                    made = compute.forward(stage, microbatch, received, form)
                 if made is not None:
                     self._remember(stage, microbatch, made[1])
                     self._give(Action("F", stage, microbatch), made[0], made[1])
             elif action.kind == "W":
-                compute.weights(stage, microbatch)
+                with running:
+                    compute.weights(stage, microbatch)
             else:
                 gradient = None
                 if stage < last and self._forms[stage, kinds[microbatch]].trained:
                     gradient, _ = self._take(Action("B", stage, microbatch))
-                before = compute.backward(action, gradient)
+                with running:
+                    before = compute.backward(action, gradient)
                 if before is not None:
                     self._give(Action("B", stage - 1, microbatch), before, None)
 

@@ -1,0 +1,84 @@
+"""What a pipeline's schedule takes on paper, from what its actions and transfers were measured to take."""
+
+from __future__ import annotations
+
+import statistics
+from collections import Counter, defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+from lightning_overlap.comm import all_gather_objects
+from lightning_overlap.modes.pipeline.config import PipelineParallel
+from lightning_overlap.modes.pipeline.schedule import Schedule
+from lightning_overlap.modes.pipeline.simulate import simulate
+
+
+@dataclass
+class OnPaper:
+    """Seconds a step.
+
+    Attributes:
+        ideal: compute and the schedule's bubble, with transfers that take no time.
+        simulated: with transfers that take as long as they do, beside compute.
+        outside: of both, what is not the schedule's: the optimizer, the data loader.
+        forward: of a stage's forward of a microbatch, the mean of the stages.
+        backward: of its backward.
+        transfer: of one transfer.
+    """
+
+    ideal: float
+    simulated: float
+    outside: float
+    forward: float
+    backward: float
+    transfer: float
+
+    def told(self, measured: float) -> str:
+        """As text, beside the step that was measured."""
+        parts = f"forward {self.forward * 1e3:.1f}, backward {self.backward * 1e3:.1f}, transfer {self.transfer * 1e3:.1f}"
+        return (
+            f"on paper, with {parts}, outside the schedule {self.outside * 1e3:.0f}: {self.simulated * 1e3:.0f} "
+            f"(measured: {measured / self.simulated:.2f} x), with transfers that take no time {self.ideal * 1e3:.0f} "
+            f"(measured: {measured / self.ideal:.2f} x)"
+        )
+
+
+def pipeline_on_paper(
+    config: PipelineParallel, work: Sequence[tuple[str, float, float]], step: float, alone: Mapping[str, Sequence[float]], steps: int
+) -> OnPaper | None:
+    """Simulates the schedule that was measured; None without a pipeline of several ranks. Collective over the world.
+
+    Args:
+        config: the pipeline's.
+        work: of this rank, its actions of all steps without transfers: name, start and end.
+        step: seconds of such a step.
+        alone: by mode, seconds of its transfers alone.
+        steps: how many there were.
+    """
+    if config.size == 1:
+        return None
+    schedule = config.plan(config.count)
+    spans: dict[tuple[str, int], list[float]] = defaultdict(list)
+    outside = []
+    for of_rank, seconds in all_gather_objects((list(work), step)):
+        for name, start, end in of_rank:
+            spans[name[0], int(name[1:].split(".")[0])].append(end - start)
+        outside.append(seconds - sum(end - start for _, start, end in of_rank) / steps)
+    cost = {key: statistics.median(seconds) for key, seconds in spans.items()}
+    stages = range(schedule.stages)
+    weight = [cost.get(("W", s), 0.0) for s in stages]
+    backward = [cost[("B", s)] if ("B", s) in cost else cost[("I", s)] + weight[s] for s in stages]
+    forward = [cost["F", s] for s in stages]
+    transfer = statistics.median(alone["pipeline"]) / busiest(schedule)
+    free = simulate(schedule, forward=forward, backward=backward, weight=weight)
+    run = simulate(schedule, forward=forward, backward=backward, weight=weight, transfer=transfer)
+    rest = max(outside)
+    return OnPaper(free.seconds + rest, run.seconds + rest, rest, statistics.mean(forward), statistics.mean(backward), transfer)
+
+
+def busiest(schedule: Schedule) -> int:
+    """Transfers of a batch in one direction between two ranks, where there are most."""
+    place = schedule.placement
+    hops = [hop for pair in pairwise(place) if pair[0] != pair[1] for hop in (pair, pair[::-1])]
+    return schedule.microbatches * max(Counter(hops).values())
