@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import heapq
 import itertools
+import json
 import queue
 import threading
 import time
@@ -30,6 +31,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch._C import _distributed_c10d
 
 from lightning_overlap.clock import Clock, Marks
 from lightning_overlap.decision import ConfigError
@@ -49,6 +51,8 @@ ASK_FOR_PEERS = 2.0
 _MAX_CHUNKS = 1 << 14
 _REMEMBERED = 256
 """Transfers among which an error looks for those that are not complete."""
+_TOLD = 8
+"""Transfers that an error tells of."""
 _ASKED = 8
 """Times that a rank asks another one's clock."""
 T = TypeVar("T")
@@ -609,10 +613,11 @@ class Group:
         who = f"rank {self.ranks[peer] if 0 <= peer < self.size else others[0] if len(others) == 1 else others}"
         now = time.perf_counter()
         unread = [f"{t.label} ({now - t.posted:.1f} s ago)" for t in list(self._last) if t.waited is None and t.done is None]
+        more = f" and {len(unread) - _TOLD} more" if unread[_TOLD:] else ""
         return TransferError(
             f"transfer {label!r} of group {self.name!r} between rank {self.ranks[self.rank]} and {who} failed: {error}. "
             "The peer has ended or cannot be reached; see its log. Resume from the last checkpoint. "
-            f"Posted here and not yet waited for: {', '.join(unread[:8])}{f' and {len(unread) - 8} more' if unread[8:] else ''}."
+            f"Posted here and not yet waited for: {', '.join(unread[:_TOLD])}{more}.{_flight_record(self._native)}"
         )
 
     def post(self, label: str, transfer: Callable[..., Any], x: Tensor, peer: int, group: Any, tag: int) -> tuple[Any, int]:
@@ -643,6 +648,14 @@ class Group:
     def give_back(self, buffer: Tensor) -> None:
         """The buffer is free again."""
         self._free[buffer.dtype].append(buffer)
+
+
+def _flight_record(native: bool) -> str:
+    """The last collectives that torch's Flight Recorder knows of, which has any only if TORCH_FR_BUFFER_SIZE asks for it."""
+    recorder = getattr(_distributed_c10d, "_dump_nccl_trace_json" if native else "_dump_fr_trace_json")
+    entries = json.loads(recorder(includeCollectives=True, onlyActive=False)).get("entries", [])
+    said = [f"{e['profiling_name']} {e['input_sizes']} of {e['process_group'][1]} ({e['state']})" for e in entries[-_TOLD:]]
+    return f" Last in torch's Flight Recorder: {', '.join(said)}." if said else ""
 
 
 def _chunks(x: Tensor) -> Sequence[Tensor]:
