@@ -24,6 +24,10 @@ class Clock:
         """The stamp in seconds of :func:`time.perf_counter`."""
         return float(stamp)
 
+    def ran(self) -> float | None:
+        """Seconds for which the main thread has had a core; None where it does not compute itself."""
+        return time.thread_time()
+
 
 class DeviceClock(Clock):
     """Of what the current CUDA stream does, to which the main thread gives work long before it is done. Stamps are events."""
@@ -44,6 +48,9 @@ class DeviceClock(Clock):
     def read(self, stamp: Any) -> float:
         stamp.synchronize()
         return self._at + float(self._zero.elapsed_time(stamp)) / 1e3
+
+    def ran(self) -> float | None:
+        return None
 
 
 class Marks:

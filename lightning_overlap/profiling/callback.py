@@ -15,7 +15,7 @@ from lightning_overlap.comm import Group, Transfer, make_group
 from lightning_overlap.decision import ConfigError
 from lightning_overlap.modes.base import OverlapMode
 from lightning_overlap.profiling.report import import_plotly, write_report
-from lightning_overlap.profiling.trace import Step, Summary, write_chrome_trace
+from lightning_overlap.profiling.trace import BETWEEN, Step, Summary, write_chrome_trace
 
 DRAWN = 8
 """The last so many measured steps are drawn; the table and the log know of all."""
@@ -29,6 +29,7 @@ class OverlapProfiler(Callback):
 
     ``overlap/exposed_ms``: milliseconds a step in which a rank did nothing but wait for the wire.
     ``overlap/late_ms``: in which it waited for a rank that had not come yet.
+    ``overlap/core_taken_ms``: in which it waited for nothing and had no core, as transfers have a CPU's (0 on CUDA).
     ``overlap/hidden_percent``: the part of the time with transfers on the wire under which the ranks went on.
     ``overlap/<mode>/exposed_ms`` and ``overlap/<mode>/hidden_percent``: the same for one mode.
 
@@ -69,6 +70,8 @@ class OverlapProfiler(Callback):
         self._phases, self._work = Timeline(self._clock), Timeline(self._clock)
         self._open: tuple[int, Any] | None = None  # the step that is measured, and the stamp of its start
         self._phase: tuple[str, Any] = ("", None)
+        self._ran: float | None = None  # as Step.ran, and when it was counted last
+        self._at: float | None = None
         self._begun = -1
         self._last = 0.0  # when the step before began
         self._measured: list[Step] = []  # on this rank, not exchanged yet
@@ -102,11 +105,12 @@ class OverlapProfiler(Callback):
             if self._groups and step >= self._warmup and (step - self._warmup) % self._every == 0:
                 self._clock.start()
                 self._open = step, self._clock.now()
+                self._ran = 0.0
                 for mode in self._modes:
                     mode.timeline = self._work
             self._forget(self._last)
             self._last = time.perf_counter()
-        self._phase = ("forward", self._clock.now())
+        self._phase, self._at = ("forward", self._clock.now()), self._clock.ran()
 
     def _forget(self, before: float) -> None:
         """What is over is no step's any more. What only comes to this rank is over at some time before it was waited for."""
@@ -116,7 +120,7 @@ class OverlapProfiler(Callback):
         self._next_phase("backward and step")
 
     def on_train_batch_end(self, trainer: Trainer, module: LightningModule, *_: Any) -> None:
-        self._next_phase("between batches")
+        self._next_phase(BETWEEN)
         if trainer.global_step != self._begun and trainer.global_step % trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
             self._close()
             if (told := self._exchange()) is not None:
@@ -129,17 +133,28 @@ class OverlapProfiler(Callback):
         self._close()
 
     def _next_phase(self, name: str) -> None:
+        self._count()
         self._phase = (name, self._clock.now() if self._open is None else self._phases.add(*self._phase))
+
+    def _count(self) -> None:
+        """What the main thread has run since the last phase began."""
+        now = self._clock.ran()
+        if now is None or self._at is None:
+            self._ran = None
+        elif self._phase[0] != BETWEEN and self._ran is not None:
+            self._ran += now - self._at
+        self._at = now
 
     def _close(self) -> None:
         if self._open is None:
             return
+        self._count()
         (index, start), self._open = self._open, None
         end = self._phases.add(*self._phase)
         for transfer in self._log:
             transfer.read()
         read = self._clock.read
-        step = Step(index, read(start), read(end), self._phases.take(), list(self._log), self._work.take())
+        step = Step(index, read(start), read(end), self._phases.take(), list(self._log), self._work.take(), self._ran)
         self._measured.append(step)
         for mode in self._modes:
             mode.timeline = None
@@ -167,6 +182,7 @@ class OverlapProfiler(Callback):
         together = told.mean()
         module.log("overlap/exposed_ms", together.exposed * 1e3, prog_bar=self._prog_bar, rank_zero_only=True)
         values = {"overlap/late_ms": together.late * 1e3, "overlap/hidden_percent": together.hidden_percent}
+        values |= {"overlap/core_taken_ms": told.core_taken * 1e3}
         for mode in told.names:
             own = told.mean(mode)
             values |= {f"overlap/{mode}/exposed_ms": own.exposed * 1e3, f"overlap/{mode}/hidden_percent": own.hidden_percent}

@@ -20,6 +20,7 @@ COLOURS = {
     "waited": "#c44e52",
     "late peers": "#dd8452",
     "late peer": "#dd8452",
+    "core taken": "#ccb974",
     "forwards": "#55a868",
     "backwards": "#8172b3",
     "gradients of inputs": "#8172b3",
@@ -94,14 +95,16 @@ def _write(path: Path, title: str, table: str, figures: Sequence[Any], plan: str
 def _bars(steps: Sequence[Sequence[Step]]) -> Any:
     """A bar for each step: the means over ranks, stacked."""
     graphs = import_plotly()
-    parts: dict[str, list[float]] = {"compute": [], "exposed": [], "late peers": []}
+    parts: dict[str, list[float]] = {"compute": [], "exposed": [], "late peers": [], "core taken": []}
     for step in steps:
         together = Spent()
         for seen in compare(step):
             together.add(spent(seen))
         mean = together.over(len(step))
         length = sum(own.end - own.start for own in step) / len(step)
-        for name, seconds in zip(parts, (length - mean.exposed - mean.late, mean.exposed, mean.late), strict=True):
+        taken = sum(own.taken for own in step) / len(step)
+        shares = (length - mean.exposed - mean.late - taken, mean.exposed, mean.late, taken)
+        for name, seconds in zip(parts, shares, strict=True):
             parts[name].append(seconds * 1e3)
     names = [f"step {step[0].index}" for step in steps]
     figure = graphs.Figure([graphs.Bar(x=names, y=values, name=name, marker_color=COLOURS[name]) for name, values in parts.items()])

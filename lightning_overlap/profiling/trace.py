@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from lightning_overlap.comm import Transfer
 
 
+BETWEEN = "between batches"
+"""The phase in which the data loader may be waited for."""
 BLOCKED = 1e-4
 """Seconds: a wait that is shorter found its transfer complete."""
 
@@ -29,6 +31,7 @@ class Step:
         phases: name, start and end of what the main thread did.
         transfers: those that were posted, in flight or waited for in it.
         work: name, start and end of what modes computed: a pipeline's actions.
+        ran: seconds of the phases, but for those between batches, in which the main thread had a core; None: on a device.
     """
 
     index: int
@@ -37,6 +40,20 @@ class Step:
     phases: list[tuple[str, float, float]] = field(default_factory=list)
     transfers: list[Transfer] = field(default_factory=list)
     work: list[tuple[str, float, float]] = field(default_factory=list)
+    ran: float | None = None
+
+    @property
+    def taken(self) -> float:
+        """Seconds in which the main thread waited for nothing and yet stood: others had its core.
+
+        On a CPU these are mostly transfers: the threads that post and wait, and the kernel's part of sending and receiving.
+        """
+        if self.ran is None:
+            return 0.0
+        going_on = difference(
+            [(a, b) for name, a, b in self.phases if name != BETWEEN], [t.waited for t in self.transfers if t.waited]
+        )
+        return max(0.0, length(going_on) - self.ran)
 
     def on_clock(self, offset: float) -> Step:
         """The same on a clock that is ``offset`` seconds behind."""
@@ -56,7 +73,7 @@ class Step:
             for t in self.transfers
         ]
         phases, work = ([(name, a - offset, b - offset) for name, a, b in spans] for spans in (self.phases, self.work))
-        return Step(self.index, self.start - offset, self.end - offset, phases, transfers, work)
+        return Step(self.index, self.start - offset, self.end - offset, phases, transfers, work, self.ran)
 
 
 @dataclass
@@ -184,6 +201,7 @@ class Summary:
         steps: how many.
         ranks: how many.
         seconds: of all steps on all ranks.
+        taken: of them, those in which the main thread had no core, as :attr:`Step.taken` says.
         modes: by name, and all together under ``""``.
         blocked: seconds for which a transfer was waited for, by label.
         stragglers: seconds for which others waited, by the rank they waited for.
@@ -192,6 +210,7 @@ class Summary:
     steps: int = 0
     ranks: int = 0
     seconds: float = 0.0
+    taken: float = 0.0
     modes: dict[str, Spent] = field(default_factory=lambda: {"": Spent()})
     blocked: dict[str, float] = field(default_factory=dict)
     stragglers: dict[int, float] = field(default_factory=dict)
@@ -201,6 +220,7 @@ class Summary:
         self.steps, self.ranks = self.steps + 1, len(step)
         for own, seen in zip(step, compare(step), strict=True):
             self.seconds += own.end - own.start
+            self.taken += own.taken
             self.modes[""].add(spent(seen))
             for mode in sorted({s.mode for s in seen}):
                 self.modes.setdefault(mode, Spent()).add(spent([s for s in seen if s.mode == mode]))
@@ -210,7 +230,8 @@ class Summary:
 
     def merge(self, other: Summary) -> None:
         """The steps of another one."""
-        self.steps, self.ranks, self.seconds = self.steps + other.steps, other.ranks, self.seconds + other.seconds
+        self.steps, self.ranks = self.steps + other.steps, other.ranks
+        self.seconds, self.taken = self.seconds + other.seconds, self.taken + other.taken
         for mode, one in other.modes.items():
             self.modes.setdefault(mode, Spent()).add(one)
         for label, seconds in other.blocked.items():
@@ -233,9 +254,14 @@ class Summary:
         return self.seconds / max(1, self.steps * self.ranks)
 
     @property
+    def core_taken(self) -> float:
+        """Seconds of a step in which the main thread had no core."""
+        return self.taken / max(1, self.steps * self.ranks)
+
+    @property
     def compute(self) -> float:
         """What is left of it: nothing was waited for."""
-        return self.step - self.mean().exposed - self.mean().late
+        return self.step - self.mean().exposed - self.mean().late - self.core_taken
 
     def waited_for(self) -> list[tuple[str, float]]:
         """Labels, and the seconds a rank waits for them in a step; the longest first."""
@@ -258,6 +284,7 @@ class Summary:
             lines.append(f"{name or 'together':12}{times}{s.nbytes / 1e6:9.1f}{s.bandwidth / 1e6:8.0f}")
         all_of = self.mean()
         parts = f"compute {self.compute * 1e3:.1f} + exposed {all_of.exposed * 1e3:.1f} + late peers {all_of.late * 1e3:.1f}"
+        parts += f" + core taken {self.core_taken * 1e3:.1f}"
         lines.append(f"a step of {self.step * 1e3:.1f} ms = {parts}; {all_of.hidden_percent:.0f}% of the communication is hidden")
         longest = [f"{label} {seconds * 1e3:.1f}" for label, seconds in self.waited_for()[:5]]
         if "pipeline" in self.names:

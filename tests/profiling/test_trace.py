@@ -104,3 +104,16 @@ def test_chrome_trace(tmp_path):
     assert (wire["ts"], wire["dur"], wire["args"]["bytes"]) == (1e6, 3e6, 1000)
     assert next(e for e in complete if e["name"] == "waited: data.grads[0]")["dur"] == 2e6
     assert {e["args"]["name"] for e in events if e["name"] == "thread_name"} == {"compute", "data.grads", "waits"}
+
+
+def test_a_core_that_others_have_is_told_from_what_is_waited_for():
+    phases = [("forward", 0.0, 4.0), ("backward and step", 4.0, 9.0), ("between batches", 9.0, 12.0)]
+    # 9 seconds of compute, 2 of them waited for, 5.5 run: 1.5 were somebody else's. The data loader's 3 are not looked at.
+    step = Step(0, 0.0, 12.0, phases, [transfer(1, (5, 7), done=7)], ran=5.5)
+    assert step.taken == step.on_clock(3.0).taken == 1.5
+    assert Step(0, 0.0, 12.0, phases).taken == 0.0, "not known on a device"
+    told = Summary()
+    told.add([step, step])
+    assert told.core_taken == 1.5
+    assert told.compute + told.mean().exposed + told.mean().late + told.core_taken == told.step == 12.0
+    assert "core taken 1500.0" in told.table()
