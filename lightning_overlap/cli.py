@@ -13,6 +13,7 @@ from lightning.pytorch.cli import LightningCLI
 
 from lightning_overlap.bench.measure import measure, ranking
 from lightning_overlap.bench.measure import sweep as rank_values
+from lightning_overlap.bench.on_paper import what_it_takes
 from lightning_overlap.bench.runs import Runs
 from lightning_overlap.bench.verify import verify
 from lightning_overlap.decision import ConfigError
@@ -41,6 +42,7 @@ class _Trainer(Trainer):
         datamodule: LightningDataModule | None = None,
         ranks: int | None = None,
         schedule: bool = False,
+        times: str | None = None,
     ) -> None:
         """Resolves the plan for a number of ranks and prints it; starts nothing.
 
@@ -49,6 +51,8 @@ class _Trainer(Trainer):
             datamodule: not looked at.
             ranks: processes in all; by default the trainer's devices times nodes.
             schedule: print and draw the pipeline's schedule, too; a file with what is printed can be given as schedule.
+            times: milliseconds of a stage's forward of a microbatch, of its backward and of a transfer, such as 30,60,8: tells how
+                long the schedule takes.
         """
         strategy = self._overlap()
         facts = facts_of(
@@ -59,10 +63,12 @@ class _Trainer(Trainer):
             backend=strategy._get_process_group_backend(),
         )
         print(resolve(strategy.config, facts).explain())
+        pipeline = strategy.config.pipeline_parallel
+        made = pipeline.plan(pipeline.count)
         if schedule:
-            pipeline = strategy.config.pipeline_parallel
-            made = pipeline.plan(pipeline.count)
             print(made.text() + draw(made))
+        if times is not None:
+            print(what_it_takes(made, times))
 
     def bench(
         self,

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 from lightning_overlap.comm import all_gather_objects
+from lightning_overlap.decision import ConfigError
 from lightning_overlap.modes.pipeline.config import PipelineParallel
 from lightning_overlap.modes.pipeline.schedule import Schedule
 from lightning_overlap.modes.pipeline.simulate import simulate
@@ -82,3 +83,29 @@ def busiest(schedule: Schedule) -> int:
     place = schedule.placement
     hops = [hop for pair in pairwise(place) if pair[0] != pair[1] for hop in (pair, pair[::-1])]
     return schedule.microbatches * max(Counter(hops).values())
+
+
+def what_it_takes(schedule: Schedule, times: str) -> str:
+    """A schedule's time, as text.
+
+    Args:
+        schedule: of one batch.
+        times: milliseconds of a stage's forward of a microbatch, of its backward and of a transfer, between commas.
+
+    Raises:
+        ConfigError: they are not three numbers.
+    """
+    try:
+        forward, backward, transfer = map(float, times.split(","))
+    except ValueError as error:
+        raise ConfigError(f"--times {times}: it is FORWARD,BACKWARD,TRANSFER in milliseconds, such as 30,60,8") from error
+    hidden, plain = (
+        simulate(schedule, forward=forward, backward=backward, transfer=transfer, overlapped=overlapped)
+        for overlapped in (True, False)
+    )
+    free = hidden.seconds - hidden.exposed
+    bubble = 1 - sum(hidden.busy) / len(hidden.busy) / free
+    return (
+        f"on paper a batch takes {hidden.seconds:.0f} ms, {hidden.exposed:.0f} of them for transfers ({plain.seconds:.0f} ms if sends "
+        f"are waited for); without transfers {free:.0f}, of which the bubble is {bubble:.0%}"
+    )

@@ -1,9 +1,9 @@
 import pytest
 import torch.distributed as dist
 
-from lightning_overlap import PipelineParallel
+from lightning_overlap import ConfigError, PipelineParallel
 from lightning_overlap.bench.measure import Measured, Row
-from lightning_overlap.bench.on_paper import busiest, pipeline_on_paper
+from lightning_overlap.bench.on_paper import busiest, pipeline_on_paper, what_it_takes
 from lightning_overlap.modes.pipeline.schedule import build
 
 
@@ -48,3 +48,15 @@ def test_a_modes_efficiency_leaves_out_what_the_others_are_waited_for():
     assert measured.efficiency("data") == pytest.approx(1.2 / 1.7)
     assert measured.efficiency("pipeline") == pytest.approx(1.36 / 1.9)
     assert "pipeline: communication 1360, waited for 300, efficiency 72%" in measured.table()
+
+
+def test_a_schedule_is_told_from_given_times():
+    # Two ranks, four microbatches, 1 + 2 each: 12 of compute and 3 of bubble. 1F1B cannot hide transfers at its ends.
+    free = what_it_takes(build("1f1b", 2, 1, 4), "1,2,0")
+    assert free.startswith("on paper a batch takes 15 ms, 0 of them for transfers (15 ms if sends")
+    assert free.endswith("without transfers 15, of which the bubble is 20%")
+    slow = what_it_takes(build("1f1b", 2, 1, 4), "10,20,5")
+    assert "without transfers 150, of which the bubble is 20%" in slow
+    assert not slow.startswith("on paper a batch takes 150 ms")
+    with pytest.raises(ConfigError, match="it is FORWARD,BACKWARD,TRANSFER"):
+        what_it_takes(build("1f1b", 2, 1, 4), "1,2")

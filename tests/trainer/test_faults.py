@@ -71,10 +71,6 @@ def alone(function, *arguments):
     raise AssertionError("one rank was to fail")
 
 
-def told(module, error, kwargs, path):
-    path.write_text(fail(module, error, kwargs))
-
-
 def killed(folder):
     with pytest.raises((TransferError, RuntimeError)) as caught:
         saved_run(Killed, folder)
@@ -91,11 +87,13 @@ def test_the_others_name_the_peer_that_was_killed_and_the_run_resumes(world, tmp
     assert resumed[0]["hash"] == whole[0]["hash"]
 
 
-def test_a_silent_peer_is_named_within_the_timeout(tmp_path, monkeypatch):
+def test_a_silent_peer_is_named_within_the_timeout(monkeypatch):
     monkeypatch.setenv("TORCH_FR_BUFFER_SIZE", "100")
-    kwargs = {"strategy_kwargs": {"timeout": timedelta(seconds=3)}}
-    alone(told, Silent, TransferError, kwargs, tmp_path / "told")
-    message = (tmp_path / "told").read_text()
+    world = World(2)
+    try:
+        message = world.first(fail, Silent, TransferError, {"strategy_kwargs": {"timeout": timedelta(seconds=3)}})
+    finally:
+        world.close()
     assert "between rank 0 and rank" in message
     assert "Posted here and not yet waited for: data." in message
     assert "Last in torch's Flight Recorder: gloo:" in message
