@@ -33,7 +33,7 @@ class Seen:
     Attributes:
         losses: of each batch.
         norms: of the gradients that each step was made with, on this rank.
-        weights: by name, at the end.
+        weights: by name, at the end; those that this rank holds.
         read: for each batch, digests of the weights as forward read them, by name.
         batches: what was trained on.
     """
@@ -77,7 +77,9 @@ class _Witness(Callback):
             self._squares.clear()
 
     def on_train_end(self, trainer: Trainer, module: LightningModule) -> None:
-        self.seen.weights = {name: p.detach().cpu().clone() for name, p in module.named_parameters()}
+        # What a pipeline holds elsewhere is here a single element that stands for all.
+        held = {name: p.detach() for name, p in module.named_parameters() if not p.dim() or any(p.stride())}
+        self.seen.weights = {name: weight.cpu().clone() for name, weight in held.items()}
         for hook in self._hooks:
             hook.remove()
 
@@ -238,7 +240,7 @@ def _far(ours: Seen, single: Seen, close: float) -> list[str]:
             break
     for name, weight in ours.weights.items():
         a, b = weight.double(), single.weights[name].double()
-        if (far := ((a - b).norm() / b.norm().clamp_min(close)).item()) > close:
+        if not (far := ((a - b).norm() / b.norm().clamp_min(close)).item()) <= close:
             found.append(f"{name} differs by {far:.1e} (norm of the difference over its norm) at the end")
             break
     return found

@@ -86,12 +86,12 @@ class OverlapMode:
 
     @property
     def groups(self) -> dict[str, Group]:
-        """By attribute, and by key where an attribute has several."""
-        found = {name: value for name, value in vars(self).items() if isinstance(value, Group)}
+        """By attribute, and by key where an attribute has several. Each once."""
+        found = {value: name for name, value in vars(self).items() if isinstance(value, Group)}
         for name, several in vars(self).items():
             if isinstance(several, dict):
-                found |= {f"{name}[{key}]": value for key, value in several.items() if isinstance(value, Group)}
-        return found
+                found |= {value: f"{name}[{key}]" for key, value in several.items() if isinstance(value, Group)}
+        return {name: group for group, name in found.items()}
 
     def parallelize(self, model: nn.Module) -> None:
         """Takes this rank's share of the model."""

@@ -2,7 +2,9 @@
 
 import itertools
 import warnings
+from contextlib import nullcontext
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -15,8 +17,8 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, DistributedSampler
 
-from lightning_overlap import ConfigError, DataParallel, OverlapProfiler, OverlapStrategy, PipelineParallel
-from lightning_overlap.comm import TransferError
+from lightning_overlap import ConfigError, DataParallel, OverlapProfiler, OverlapStrategy, PipelineParallel, verify
+from lightning_overlap.comm import Group, TransferError
 from lightning_overlap.modes.pipeline.schedule import build
 
 QUIET = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
@@ -539,3 +541,35 @@ def test_the_profiler_tells_a_pipelines_actions_and_its_bubble(world, tmp_path):
     page = (tmp_path / "report.html").read_text()
     assert "rank 1 compute, stages" in page
     assert "gradients of weights" in page
+
+
+class WithData(Net):
+    def train_dataloader(self) -> DataLoader:
+        return loader(8)
+
+
+def verified(fault: bool) -> list[tuple[bool, str]]:
+    """``fault``: gradients of hidden states are sent with a wrong scale, with overlap on and off."""
+    warnings.simplefilter("ignore")
+    real = Group.send
+
+    def send(group: Group, x: torch.Tensor, to: int, **how: Any) -> Any:
+        return real(group, x * 1.5 if how["label"].startswith("pipeline.backward") else x, to, **how)
+
+    strategy = OverlapStrategy(
+        pipeline_parallel=PipelineParallel(size=2, virtual_stages=2, microbatches=4), cluster_environment=TorchElasticEnvironment()
+    )
+    strategy.parallel_devices = [torch.device("cpu")] * 2
+    given = {"accelerator": "cpu", "devices": 2, "plugins": [TorchElasticEnvironment()]}
+    with mock.patch.object(Group, "send", send) if fault else nullcontext():
+        verdicts = verify(WithData(4, tied=True), None, strategy, given, steps=3, against="single")
+    return [(verdict.equal, str(verdict)) for verdict in verdicts]
+
+
+def test_verify_compares_a_pipeline_with_one_process(world):
+    for equal, said in world(2).run(verified, False)[0]:
+        assert equal, said
+    (on_and_off, _), (single, said) = world(2).run(verified, True)[0]
+    assert on_and_off, "both are wrong"
+    assert not single
+    assert "tokens.weight differs by" in said

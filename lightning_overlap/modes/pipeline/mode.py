@@ -14,13 +14,13 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_overlap.block_stack import BlockStack, Pass
-from lightning_overlap.comm import Group, make_group
+from lightning_overlap.comm import Group, backend, make_group
 from lightning_overlap.decision import ConfigError
 from lightning_overlap.modes.base import COUNTED_ELSEWHERE, LATE_GRADIENT, OverlapMode, Step
 from lightning_overlap.modes.pipeline import layout, microbatches
 from lightning_overlap.modes.pipeline.partition import Partition, find_blocks
 from lightning_overlap.modes.pipeline.random_state import kept
-from lightning_overlap.modes.pipeline.runtime import Form, Runtime, channel_kinds
+from lightning_overlap.modes.pipeline.runtime import Form, Runtime, channel_kinds, lane
 from lightning_overlap.modes.pipeline.stage import Stages
 from lightning_overlap.modes.pipeline.weight_grad import WeightGradients
 from lightning_overlap.shared_state import share
@@ -47,10 +47,9 @@ class PipelineMode(OverlapMode):
         self._placement = self._own.plan(self._own.count).placement
         ranks = mesh.groups("pp")
         self.group: Group = make_group(ranks, "pipeline", timeout, gathers=False, threads=False)
-        self.channels = {
-            kind: make_group(ranks, f"pipeline.{kind[0]}.{'up' if kind[1] else 'down'}", timeout, gathers=False)
-            for kind in channel_kinds(self._placement)
-        }
+        lanes = {kind: lane(kind, backend()) for kind in channel_kinds(self._placement)}
+        made = {name: make_group(ranks, f"pipeline.{name}", timeout, gathers=False) for name in sorted(set(lanes.values()))}
+        self.channels = {kind: made[name] for kind, name in lanes.items()}
         overlapped = plan.choice("pipeline_parallel.overlap_p2p") == "beside compute"
         self._prefetch = self._own.p2p_prefetch if overlapped else None
         self._forms: dict[tuple[int, Hashable], Form] = {}
@@ -189,13 +188,16 @@ class PipelineMode(OverlapMode):
     def finish_backward(self) -> None:
         if self._held:
             return
+        sums = []
         for ranks, group in self._tied.items():
             for name in self.partition.shared()[ranks]:
                 parameter = self.partition.parameter(name)
                 if parameter.requires_grad:
                     if parameter.grad is None:
                         parameter.grad = torch.zeros_like(parameter)
-                    group.all_reduce(parameter.grad, label=f"pipeline.tied[{name}]").wait()
+                    sums.append(group.all_reduce(parameter.grad, label=f"pipeline.tied[{name}]"))
+        for pending in sums:
+            pending.wait()
 
     def reduce_norm(self, sum_of_squares: Tensor) -> Tensor:
         return self.group.all_reduce(sum_of_squares, label="pipeline.norm").wait()
@@ -306,9 +308,9 @@ class PipelineMode(OverlapMode):
             for marker in (LATE_GRADIENT, COUNTED_ELSEWHERE):
                 vars(parameter).pop(marker, None)
         if complete:
-            for group in self.channels.values():
+            for group in set(self.channels.values()):
                 group.rest()
 
     def close(self) -> None:
-        for group in [self.group, *self.channels.values(), *self._tied.values()]:
+        for group in self.groups.values():
             group.close()
