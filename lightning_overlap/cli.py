@@ -40,16 +40,14 @@ class _Trainer(Trainer):
         self,
         model: LightningModule,
         datamodule: LightningDataModule | None = None,
-        ranks: int | None = None,
         schedule: bool = False,
         times: str | None = None,
     ) -> None:
-        """Resolves the plan for a number of ranks and prints it; starts nothing.
+        """Resolves the plan for the trainer's devices and nodes and prints it; starts nothing.
 
         Args:
             model: the module.
             datamodule: not looked at.
-            ranks: processes in all; by default the trainer's devices times nodes.
             schedule: print and draw the pipeline's schedule, too; a file with what is printed can be given as schedule.
             times: milliseconds of a stage's forward of a microbatch, of its backward and of a transfer, such as 30,60,8: tells how
                 long the schedule takes.
@@ -58,7 +56,7 @@ class _Trainer(Trainer):
         facts = facts_of(
             self,
             model,
-            world_size=ranks or self.num_devices * self.num_nodes,
+            world_size=self.num_devices * self.num_nodes,
             device=strategy.root_device.type,
             backend=strategy._get_process_group_backend(),
         )
@@ -157,7 +155,7 @@ def main() -> None:
 
 
 def _ranks(arguments: list[str]) -> list[str]:
-    """``--devices 8 --num-nodes 2`` as ``--ranks 16``: a plan needs no such machine."""
+    """``--devices 8 --num-nodes 2`` as 16 nodes of one device: a plan needs no such machine."""
     numbers, rest = {"--devices": 0, "--num-nodes": 0}, []
     words = iter(word for given in arguments for word in (given.split("=", 1) if given.startswith("--") else [given]))
     for word in words:
@@ -168,7 +166,7 @@ def _ranks(arguments: list[str]) -> list[str]:
     devices, nodes = numbers.values()
     if nodes and not devices:
         sys.exit("error: --num-nodes needs --devices, the processes on each node")
-    return [*rest, "--ranks", str(devices * (nodes or 1))] if devices else rest
+    return [*rest, "--trainer.devices", "1", "--trainer.num_nodes", str(devices * (nodes or 1))] if devices else rest
 
 
 if __name__ == "__main__":

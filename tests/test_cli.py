@@ -36,3 +36,11 @@ def test_what_cannot_be_is_told(monkeypatch, capsys, arguments, words):
     with pytest.raises(SystemExit) as caught:
         plan(monkeypatch, capsys, "-c", "configs/base.yaml", *arguments)
     assert words in str(caught.value)
+
+
+def test_a_plan_needs_no_machine_of_its_size(monkeypatch, capsys):
+    pipeline = "--trainer.strategy.init_args.pipeline_parallel"
+    large = [f"{pipeline}.size", "64", f"{pipeline}.microbatches", "256", "--devices", "8", "--num-nodes", "16"]
+    told = plan(monkeypatch, capsys, "-c", "configs/base.yaml", "-c", "configs/pp.yaml", *large, "--times", "22.7,44.8,18.6")
+    assert "pipeline 64 x data 2" in told
+    assert "on paper a batch takes 43537 ms" in told
