@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, DistributedSampler
 
 from lightning_overlap import ConfigError, DataParallel, OverlapProfiler, OverlapStrategy, PipelineParallel, verify
+from lightning_overlap.bench.measure import measure
 from lightning_overlap.comm import Group, TransferError
 from lightning_overlap.modes.pipeline.schedule import build
 
@@ -573,3 +574,27 @@ def test_verify_compares_a_pipeline_with_one_process(world):
     assert on_and_off, "both are wrong"
     assert not single
     assert "tokens.weight differs by" in said
+
+
+def benched() -> tuple[dict[str, Any], str]:
+    warnings.simplefilter("ignore")
+    strategy = OverlapStrategy(
+        DataParallel(bucket_size=1000),
+        pipeline_parallel=PipelineParallel(size=2, microbatches=2),
+        cluster_environment=TorchElasticEnvironment(),
+    )
+    strategy.parallel_devices = [torch.device("cpu")] * 4
+    trainer = {"accelerator": "cpu", "devices": 4, "plugins": [TorchElasticEnvironment()]}
+    measured = measure(WithData(4), None, strategy, trainer, steps=1, warmup=1, repeats=1, with_peers=False)
+    return measured.as_dict(), measured.table()
+
+
+def test_a_benchmark_tells_modes_apart_and_simulates_the_schedule(world):
+    figures, table = world(4).run(benched)[0]
+    assert set(figures["modes"]) == set(figures["efficiency"]) == {"pipeline", "data"}
+    assert {kind.split(".")[0] for run in figures["rows"][0]["exposed"] for kind in run} == {"pipeline", "data"}
+    assert min(figures["efficiency"].values()) > 0
+    paper = figures["on_paper"]
+    assert 0 < paper["forward"] < paper["ideal"] <= paper["simulated"]
+    assert "pipeline: communication " in table
+    assert "on paper, with forward " in table
