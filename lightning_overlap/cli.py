@@ -56,6 +56,7 @@ class _Trainer(Trainer):
         facts = facts_of(
             self,
             model,
+            strategy.config,
             world_size=self.num_devices * self.num_nodes,
             device=strategy.root_device.type,
             backend=strategy._get_process_group_backend(),

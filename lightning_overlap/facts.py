@@ -41,3 +41,7 @@ class Facts:
     compiled: bool = False
     optimizers: tuple[OptimizerFacts, ...] | None = None
     parameters: int | None = None
+    stage_work: tuple[int, ...] = ()
+    """By stage of a pipeline, elements of the matrices that a token is multiplied by. Empty: not known."""
+    head_work: int = 0
+    """Of these, those of the last stage's linear layers after the blocks, whose weights' gradients can come later."""

@@ -20,9 +20,11 @@ from torch._dynamo import OptimizedModule
 from torch.jit import ScriptModule
 
 from lightning_overlap.facts import Facts
+from lightning_overlap.modes import MODES
 
 if TYPE_CHECKING:
     from lightning_overlap.comm import Group, Pending
+    from lightning_overlap.config import OverlapConfig
     from lightning_overlap.modes.base import OverlapMode
     from lightning_overlap.strategy import OverlapStrategy
 
@@ -92,8 +94,10 @@ def after_closure(plugin: Precision, model: LightningModule, optimizer: Any) -> 
     plugin._after_closure(model, optimizer)
 
 
-def facts_of(trainer: Trainer, module: LightningModule, **known: Any) -> Facts:
+def facts_of(trainer: Trainer, module: LightningModule, config: OverlapConfig, **known: Any) -> Facts:
     """The facts of a run; ``known`` are those that the caller has (ranks, device, backend, optimizers)."""
+    for mode in MODES:
+        known |= mode.look(module, config)
     return Facts(
         precision=str(trainer.precision),
         gradient_clip_val=trainer.gradient_clip_val,  # type: ignore[arg-type]

@@ -231,6 +231,7 @@ class OverlapStrategy(DDPStrategy):
         facts = facts_of(
             trainer,
             model,
+            self.config,
             world_size=self.world_size,
             device=self.root_device.type,
             backend=backend(),

@@ -1,10 +1,12 @@
 import ast
+import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 import lightning_overlap
-from lightning_overlap import ConfigError, DataParallel, OverlapConfig, OverlapStrategy, TensorParallel
+from lightning_overlap import ConfigError, DataParallel, OverlapConfig, OverlapStrategy, PipelineParallel, TensorParallel
 from lightning_overlap.config import Degrees
 from lightning_overlap.facts import Facts, OptimizerFacts
 from lightning_overlap.mesh import ParallelMesh
@@ -100,6 +102,63 @@ def test_overlap_off_keeps_the_layout():
 def test_explicit_requests_are_not_dropped(data, facts, words):
     with pytest.raises(ConfigError, match=words):
         choices(OverlapConfig(data_parallel=DataParallel(**data)), **facts)
+
+
+DEFER = "pipeline_parallel.defer_embedding_wgrad"
+EVEN = {"stage_work": (12, 12), "head_work": 4}
+
+
+@pytest.mark.parametrize(
+    ("pipeline", "facts", "choice", "why"),
+    [
+        ({}, EVEN, "in the bubble", r"waits, of at most 2 microbatches at once: on paper 3\.7% of a step"),
+        ({"wgrad_deferral_limit": 1}, EVEN, "in the bubble", r"at most 1 microbatches at once: on paper 2\.5%"),
+        ({"defer_embedding_wgrad": True}, EVEN, "in the bubble", r"at most 8 microbatches at once: on paper 7\.4%"),
+        ({"schedule": "zb_h1"}, EVEN, "in the bubble", "where its rank waits: on paper"),
+        ({}, {"stage_work": (12, 12), "head_work": 0}, "off", "no linear layer that is trained"),
+        ({}, {"stage_work": (120, 120), "head_work": 1}, "off", "on paper it wins 0"),
+        ({}, {}, "off", "the model is not known yet"),
+        ({"defer_embedding_wgrad": False}, EVEN, "off", "asked for"),
+        ({"size": 1, "microbatches": 4}, {}, "off", "one rank"),
+    ],
+)
+def test_the_heads_gradients_are_deferred_where_that_wins(pipeline, facts, choice, why):
+    config = OverlapConfig(pipeline_parallel=PipelineParallel(**{"size": 2, **pipeline}))
+    decision = next(d for d in resolve(config, Facts(world_size=2, **facts)).decisions if d.feature == DEFER)
+    assert decision.choice == choice
+    assert re.search(why, decision.why)
+
+
+def test_a_schedules_file_is_run_as_it_stands(tmp_path):
+    file = tmp_path / "mine.txt"
+    file.write_text("F0.0 B0.0\nF1.0 B1.0\n")
+    own = PipelineParallel(size=2, microbatches=1, schedule=str(file))
+    assert choices(OverlapConfig(pipeline_parallel=own), **EVEN)[DEFER] == "off"
+    asked = replace(own, defer_embedding_wgrad=True)
+    assert choices(OverlapConfig(pipeline_parallel=asked), **EVEN)[DEFER] == "in the bubble"
+
+
+@pytest.mark.parametrize(
+    ("pipeline", "facts", "words"),
+    [
+        ({}, {"stage_work": (12, 12)}, "no linear layer that is trained comes after the blocks"),
+        ({"size": 1, "microbatches": 4}, {}, "one rank, which waits for nobody"),
+        ({"schedule": "zb_h1", "wgrad_deferral_limit": 2}, EVEN, "leave out wgrad_deferral_limit"),
+    ],
+)
+def test_deferral_that_cannot_be_is_not_dropped(pipeline, facts, words):
+    config = OverlapConfig(pipeline_parallel=PipelineParallel(**{"size": 2, "defer_embedding_wgrad": True, **pipeline}))
+    with pytest.raises(ConfigError, match=words):
+        resolve(config, Facts(world_size=2, **facts))
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [{"wgrad_deferral_limit": -1}, {"defer_embedding_wgrad": "yes"}, {"wgrad_deferral_limit": 2, "defer_embedding_wgrad": False}],
+)
+def test_bad_values_of_deferral(bad):
+    with pytest.raises(ConfigError, match=next(iter(bad))):
+        PipelineParallel(size=2, **bad)
 
 
 @pytest.mark.parametrize("bad", [{"size": 0}, {"bucket_size": "big"}, {"overlap_grad_reduce": "yes"}, {"grad_reduce_dtype": "fp8"}])

@@ -268,7 +268,7 @@ def measure(
     measured = [row for row in rows.values() if row.name not in refused]
     doubts = [*refused.values(), *_doubts(measured, strategy.num_processes)]
     advice = advise(rows, strategy.config)
-    paper = pipeline_on_paper(strategy.config.pipeline_parallel, clock.work, rows["compute"].median, alone, steps)
+    paper = pipeline_on_paper(strategy.config.pipeline_parallel, overlapped.plan, clock.work, rows["compute"].median, alone, steps)
     plan = overlapped.plan.explain()
     return Measured(measured, strategy.world_size, steps, doubts, advice, dict(alone), plan, paper)
 

@@ -10,9 +10,10 @@ from itertools import pairwise
 
 from lightning_overlap.comm import all_gather_objects
 from lightning_overlap.decision import ConfigError
-from lightning_overlap.modes.pipeline.config import PipelineParallel
+from lightning_overlap.modes.pipeline.config import PipelineParallel, scheduled
 from lightning_overlap.modes.pipeline.schedule import Schedule
 from lightning_overlap.modes.pipeline.simulate import simulate
+from lightning_overlap.plan import Plan
 
 
 @dataclass
@@ -46,12 +47,18 @@ class OnPaper:
 
 
 def pipeline_on_paper(
-    config: PipelineParallel, work: Sequence[tuple[str, float, float]], step: float, alone: Mapping[str, Sequence[float]], steps: int
+    config: PipelineParallel,
+    plan: Plan,
+    work: Sequence[tuple[str, float, float]],
+    step: float,
+    alone: Mapping[str, Sequence[float]],
+    steps: int,
 ) -> OnPaper | None:
     """Simulates the schedule that was measured; None without a pipeline of several ranks. Collective over the world.
 
     Args:
         config: the pipeline's.
+        plan: of the run that was measured.
         work: of this rank, its actions of all steps without transfers: name, start and end.
         step: seconds of such a step.
         alone: by mode, seconds of its transfers alone.
@@ -59,7 +66,7 @@ def pipeline_on_paper(
     """
     if config.size == 1:
         return None
-    schedule = config.plan(config.count)
+    schedule = scheduled(config, plan, config.count)
     spans: dict[tuple[str, int], list[float]] = defaultdict(list)
     outside = []
     for of_rank, seconds in all_gather_objects((list(work), step)):

@@ -84,6 +84,15 @@ class OverlapMode:
         """Whether the plan has this mode do anything."""
         return True
 
+    @classmethod
+    def look(cls, model: nn.Module, config: OverlapConfig) -> dict[str, Any]:
+        """What its part of the plan depends on in the model, which is whole: fields of :class:`lightning_overlap.facts.Facts`.
+
+        Raises:
+            ConfigError: the model is none for this mode.
+        """
+        return {}
+
     @property
     def groups(self) -> dict[str, Group]:
         """By attribute, and by key where an attribute has several. Each once."""

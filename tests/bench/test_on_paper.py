@@ -1,10 +1,16 @@
 import pytest
 import torch.distributed as dist
 
-from lightning_overlap import ConfigError, PipelineParallel
+from lightning_overlap import ConfigError, OverlapConfig, PipelineParallel
 from lightning_overlap.bench.measure import Measured, Row
 from lightning_overlap.bench.on_paper import busiest, pipeline_on_paper, what_it_takes
+from lightning_overlap.facts import Facts
 from lightning_overlap.modes.pipeline.schedule import build
+from lightning_overlap.plan import resolve
+
+
+def planned(config):
+    return resolve(OverlapConfig(pipeline_parallel=config), Facts(world_size=config.size))
 
 
 def told(config, forward, backward):
@@ -16,7 +22,7 @@ def told(config, forward, backward):
         seconds *= 9 if not work else 1
         work.append((str(action), now, now + seconds))
         now += seconds
-    return pipeline_on_paper(config, work, now + 5.0, {"pipeline": [8.0]}, steps=1)
+    return pipeline_on_paper(config, planned(config), work, now + 5.0, {"pipeline": [8.0]}, steps=1)
 
 
 def test_a_schedule_is_simulated_from_what_was_measured(world):
@@ -32,7 +38,7 @@ def test_a_schedule_is_simulated_from_what_was_measured(world):
 
 
 def test_without_a_pipeline_there_is_nothing_to_simulate():
-    assert pipeline_on_paper(PipelineParallel(), [], 1.0, {}, 1) is None
+    assert pipeline_on_paper(PipelineParallel(), planned(PipelineParallel()), [], 1.0, {}, 1) is None
 
 
 @pytest.mark.parametrize(("name", "ranks", "virtual", "transfers"), [("1f1b", 4, 1, 6), ("interleaved", 4, 2, 12), ("zb_v", 2, 2, 12)])

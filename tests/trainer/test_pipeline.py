@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torchmetrics
-from lightning.pytorch import LightningModule, Trainer, seed_everything
+from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
 from lightning.pytorch.plugins.environments import TorchElasticEnvironment
 from lightning.pytorch.strategies import SingleDeviceStrategy
 from torch import nn
@@ -215,6 +215,65 @@ def test_overlap_changes_no_number(world, pipeline, model, trainer):
     assert on[0]["metrics"] == on[1]["metrics"]
 
 
+@pytest.mark.parametrize(("schedule", "virtual", "limit"), [("gpipe", 1, 0), ("1f1b", 1, 1), ("interleaved", 2, 2), ("zb_v", 2, 0)])
+def test_the_heads_gradients_come_later_and_are_the_same(world, schedule, virtual, limit):
+    how = {"schedule": schedule, "virtual_stages": virtual, "wgrad_deferral_limit": limit}
+    for rank in world(2).run(pipelined, {"size": 2, "microbatches": 4, "defer_embedding_wgrad": True, **how}):
+        assert torch.equal(rank["weights"], by_hand(4, {}))
+        assert "in the bubble" in rank["plan"]
+
+
+class Shares(Net):
+    """A norm and the head's weight are used on the first stage, too."""
+
+    def __init__(self) -> None:
+        super().__init__(blocks=4, tied=True)
+        self.norm = self.blocks[0].norm  # type: ignore[assignment]
+
+
+def sums_of_shared() -> list[str]:
+    """What one step does after its last forward."""
+    warnings.simplefilter("ignore")
+    events: list[str] = []
+
+    def listen(own: Any, verb: str, told: str, heard: Any = None) -> None:
+        act = getattr(own, verb)
+
+        def tells(*arguments: Any, **how: Any) -> Any:
+            events.append(told)
+            result = act(*arguments, **how)
+            if heard is not None:
+                heard(result)
+            return result
+
+        setattr(own, verb, tells)
+
+    class Listens(Callback):
+        def on_train_batch_start(self, trainer: Trainer, *_: Any) -> None:
+            events.clear()
+
+        def on_train_start(self, trainer: Trainer, module: Any) -> None:
+            mode: Any = trainer.strategy.modes[0]  # type: ignore[attr-defined]
+            listen(mode._weight_gradients, "run", "weights")
+            for group in mode._tied.values():
+                listen(group, "all_reduce", "sum", lambda pending: listen(pending, "wait", "wait"))
+
+    env = {"cluster_environment": TorchElasticEnvironment(), "process_group_backend": "gloo"}
+    how: Any = {"size": 2, "schedule": "zb_h1", "microbatches": 4, "defer_embedding_wgrad": False}
+    strategy = OverlapStrategy(pipeline_parallel=PipelineParallel(**how), **env)  # type: ignore[arg-type]
+    given = {"limit_val_batches": 0, "max_steps": 1, "callbacks": [Listens()], "use_distributed_sampler": False}
+    Trainer(**QUIET, accelerator="cpu", devices=2, strategy=strategy, **given).fit(Shares(), loader(8))
+    return events
+
+
+def test_shared_gradients_are_summed_under_what_is_left_of_backward(world):
+    first, second = world(2).run(sums_of_shared)
+    for told, row in zip((first, second), build("zb_h1", 2, 1, 4).actions, strict=True):
+        after = [action.kind for action in reversed(row)].index("I")
+        assert after > 0
+        assert told == ["weights"] * (4 - after) + ["sum"] * 3 + ["weights"] * after + ["wait"] * 3
+
+
 def with_trainer(pipeline, model, overlap, trainer):
     return pipelined(pipeline, model, overlap, **trainer)
 
@@ -247,12 +306,23 @@ def test_close_to_plain_lightning(world, size, virtual, model, trainer):
         assert rank["step"] == expected["step"]
 
 
-@pytest.mark.parametrize("tied", [False, True])
-@pytest.mark.parametrize("trainer", [{}, {"gradient_clip_val": 0.1}, {"accumulate_grad_batches": 3}])
-@pytest.mark.parametrize("virtual", [1, 2])
-def test_with_data_parallelism(world, virtual, tied, trainer):
-    ranks = world(4).run(with_trainer, {"size": 2, "virtual_stages": virtual, "microbatches": 2}, {"tied": tied}, "auto", trainer)
-    plain = world(4).run(with_trainer, {"size": 2, "virtual_stages": virtual, "microbatches": 2}, {"tied": tied}, "off", trainer)
+LATE = {"defer_embedding_wgrad": True}  # no bucket may be reduced before the head's last gradient is in it
+ONE_RANK = {"virtual_stages": 2, "schedule": "zb_v"}  # has both the embedding and the head, each with a last backward of its own
+CLIP, ACCUMULATE = {"gradient_clip_val": 0.1}, {"accumulate_grad_batches": 3}
+
+
+@pytest.mark.parametrize(
+    ("pipeline", "tied", "trainer"),
+    [
+        *[(LATE, False, {}), (LATE, False, ACCUMULATE), (LATE, True, {}), (LATE, True, CLIP)],
+        *[({"virtual_stages": 2}, tied, how) for tied, how in [(False, CLIP), (False, ACCUMULATE), (True, {}), (True, ACCUMULATE)]],
+        *[(ONE_RANK, True, {}), (ONE_RANK, True, ACCUMULATE)],
+    ],
+)
+def test_with_data_parallelism(world, pipeline, tied, trainer):
+    pipeline = {"size": 2, "microbatches": 2, **pipeline}
+    ranks = world(4).run(with_trainer, pipeline, {"tied": tied}, "auto", trainer)
+    plain = world(4).run(with_trainer, pipeline, {"tied": tied}, "off", trainer)
     for rank, other in zip(ranks, plain, strict=True):
         assert torch.equal(rank["weights"], ranks[0]["weights"])
         assert torch.equal(rank["weights"], other["weights"])

@@ -7,11 +7,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from lightning_overlap.decision import ConfigError, Decision, settle
-from lightning_overlap.modes.pipeline.schedule import SCHEDULES, Schedule, build, parse, simulate, validate
+from lightning_overlap.modes.pipeline.schedule import SCHEDULES, Schedule, build, deferred, parse, simulate, validate
 
 if TYPE_CHECKING:
     from lightning_overlap.config import OverlapConfig
     from lightning_overlap.facts import Facts
+    from lightning_overlap.plan import Plan
+
+WORTH_IT = 0.01
+"""The part of a step that deferring the head's gradients must win on paper: for less, nobody's memory is taken."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,6 +42,11 @@ class PipelineParallel:
     """Transfers between stages run beside compute: receives are posted ahead and nobody waits for a send."""
     p2p_prefetch: int = 2
     """Receives that are posted ahead, for each direction."""
+    defer_embedding_wgrad: bool | Literal["auto"] = "auto"
+    """The gradients of the head's weight, of linear layers after the blocks, are computed where the last stage's rank waits, and
+    what it sends goes out sooner. Takes the memory of a microbatch's logits for each microbatch that is left."""
+    wgrad_deferral_limit: int = 0
+    """Microbatches of which the head's gradients are left at once. 0: any number; where ``auto`` has turned it on, ``size``."""
 
     def advice(self, kind: str) -> str:
         """What may help where a kind of transfer is exposed: ``forward``, ``backward``, ``tied``; ``bytes``: the link is too slow."""
@@ -55,13 +64,21 @@ class PipelineParallel:
                 continue
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ConfigError(f"pipeline_parallel.{name} must be an integer of at least 1, got {value!r}")
+        if not isinstance(self.wgrad_deferral_limit, int) or self.wgrad_deferral_limit < 0:
+            raise ConfigError(
+                "pipeline_parallel.wgrad_deferral_limit must be a number of microbatches, or 0 for any, "
+                f"got {self.wgrad_deferral_limit!r}"
+            )
+        if self.wgrad_deferral_limit and self.defer_embedding_wgrad is False:
+            raise ConfigError("pipeline_parallel.wgrad_deferral_limit limits nothing with defer_embedding_wgrad: false: leave one out")
         if self.microbatch_group is not None and self.microbatch_group < self.size:
             raise ConfigError(
                 f"pipeline_parallel.microbatch_group={self.microbatch_group} is below size={self.size}: a rank would wait for its own "
                 f"microbatches to come round; set {self.size} or more, or leave it out"
             )
-        if self.overlap_p2p not in (True, False, "auto"):
-            raise ConfigError(f"pipeline_parallel.overlap_p2p must be true, false or auto, got {self.overlap_p2p!r}")
+        for name in ("overlap_p2p", "defer_embedding_wgrad"):
+            if getattr(self, name) not in (True, False, "auto"):
+                raise ConfigError(f"pipeline_parallel.{name} must be true, false or auto, got {getattr(self, name)!r}")
         if self.layout is not None and self.layers_per_stage is not None:
             raise ConfigError("pipeline_parallel has both layout and layers_per_stage, which say the same: give one")
         if self.size > 1 or self.microbatches != "auto":
@@ -87,6 +104,11 @@ class PipelineParallel:
                 return "interleaved" if self.size > 1 else "gpipe"
             return "1f1b" if self.overlap_p2p is False else "eager_1f1b"
         return self.schedule
+
+    @property
+    def kept(self) -> int:
+        """Microbatches of which the head's gradients may be left at once, where they are deferred; 0: any number."""
+        return self.wgrad_deferral_limit or (self.size if self.defer_embedding_wgrad == "auto" else 0)
 
     @property
     def stages(self) -> int:
@@ -145,7 +167,58 @@ def decide(own: PipelineParallel, whole: OverlapConfig, facts: Facts) -> list[De
             because=f"{own.p2p_prefetch} receives are posted ahead in each direction, sends are never waited for",
             blockers=[(own.size == 1, "there is one rank, which sends nothing")],
         ),
+        _deferral(own, whole, facts, schedule),
     ]
+
+
+def scheduled(own: PipelineParallel, plan: Plan, microbatches: int) -> Schedule:
+    """The schedule that is run, of so many microbatches."""
+    schedule = own.plan(microbatches)
+    if plan.choice("pipeline_parallel.defer_embedding_wgrad") == "off":
+        return schedule
+    return _deferred(own, plan.facts, schedule)
+
+
+def _deferred(own: PipelineParallel, facts: Facts, schedule: Schedule) -> Schedule:
+    """On paper a token costs what it is multiplied by, and backward twice that. Where backward is split the head's are in its W."""
+    if schedule.splits_backward:
+        return schedule
+    return deferred(schedule, facts.stage_work, [2 * work for work in facts.stage_work], facts.head_work, own.kept)
+
+
+def _deferral(own: PipelineParallel, whole: OverlapConfig, facts: Facts, schedule: Schedule) -> Decision:
+    feature, asked = "pipeline_parallel.defer_embedding_wgrad", own.defer_embedding_wgrad
+    quiet = whole.overlap == "off" or asked is False
+    if own.size > 1 and not facts.stage_work and not quiet:
+        return Decision(feature, "on" if asked is True else "auto", "off", "the model is not known yet")
+    found = own.size > 1 and facts.head_work > 0
+    gain = _gain(own, facts, schedule) if found and not quiet else 0.0
+    of = "" if schedule.splits_backward else f", of at most {own.kept or own.count} microbatches at once"
+    return settle(
+        feature,
+        False if quiet else asked,
+        best="in the bubble",
+        because=f"the gradients of the head's weight are computed where its rank waits{of}: on paper {gain:.1%} of a step",
+        blockers=[
+            (own.size == 1, "there is one rank, which waits for nobody"),
+            (own.size > 1 and not found, "no linear layer that is trained comes after the blocks: nn.Linear, and no other class"),
+            (
+                schedule.splits_backward and own.wgrad_deferral_limit > 0,
+                f"{own.chosen} splits backward and says itself where weights' gradients are computed: leave out wgrad_deferral_limit",
+            ),
+            (asked == "auto" and found and own.chosen not in SCHEDULES, "the schedule is a file's, and run as it stands"),
+            (asked == "auto" and found and gain < WORTH_IT, f"on paper it wins {gain:.1%} of a step"),
+        ],
+    )
+
+
+def _gain(own: PipelineParallel, facts: Facts, schedule: Schedule) -> float:
+    """The part of a step that it wins on paper."""
+    forward, backward = facts.stage_work, [2 * work for work in facts.stage_work]
+    head = facts.head_work
+    at_once, later = ([*forward[:-1], forward[-1] - head], forward) if schedule.splits_backward else (forward, [*forward[:-1], head])
+    before = simulate(schedule, forward=forward, backward=backward, weight=at_once).seconds
+    return 1 - simulate(_deferred(own, facts, schedule), forward=forward, backward=backward, weight=later).seconds / before
 
 
 def _refuse_what_cannot_run(own: PipelineParallel, facts: Facts) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
@@ -14,11 +15,12 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_overlap.block_stack import BlockStack, Pass
-from lightning_overlap.comm import Group, backend, make_group
+from lightning_overlap.comm import Group, Pending, backend, make_group
 from lightning_overlap.decision import ConfigError
 from lightning_overlap.modes.base import COUNTED_ELSEWHERE, LATE_GRADIENT, OverlapMode, Step
 from lightning_overlap.modes.pipeline import layout, microbatches
-from lightning_overlap.modes.pipeline.partition import Partition, find_blocks
+from lightning_overlap.modes.pipeline.config import PipelineParallel, scheduled
+from lightning_overlap.modes.pipeline.partition import Blocks, Partition, find_blocks, heads, work
 from lightning_overlap.modes.pipeline.random_state import kept
 from lightning_overlap.modes.pipeline.runtime import Form, Runtime, channel_kinds, lane
 from lightning_overlap.modes.pipeline.stage import Stages
@@ -55,6 +57,8 @@ class PipelineMode(OverlapMode):
         self._forms: dict[tuple[int, Hashable], Form] = {}
         self._announced: set[tuple[int, Hashable]] = set()
         self._tied: dict[tuple[int, ...], Group] = {}
+        self._unsummed: deque[tuple[int, ...]] = deque()  # of these, whose gradients are still to be posted
+        self._summing: list[Pending] = []
         self._stack: BlockStack | None = None
         self._weight_gradients: WeightGradients | None = None
         self._checked = 0
@@ -65,25 +69,47 @@ class PipelineMode(OverlapMode):
     def runs(cls, plan: Plan) -> bool:
         return plan.choice("pipeline_parallel") != "off"
 
+    @classmethod
+    def look(cls, model: nn.Module, config: OverlapConfig) -> dict[str, Any]:
+        if config.pipeline_parallel.size == 1:
+            return {}
+        name, blocks, stages = cls._cut(model, config)
+        costs = [work(block) for block in blocks]
+        head = sum(layer.weight.numel() for layer in heads(model, name, blocks))
+        by_stage = [sum(costs[number] for number in numbers) for numbers in stages]
+        return {"stage_work": (*by_stage[:-1], by_stage[-1] + head), "head_work": head}
+
     # -- set-up ------------------------------------------------------------------------------------------------------
 
     def parallelize(self, model: nn.Module) -> None:
         own = self._own
-        roles = {role: name for name, role in self.config.parallel_plan.items()}
-        given = own.layout is not None or own.layers_per_stage is not None  # which may leave stages without blocks
-        name, blocks = find_blocks(model, roles.get("blocks"), 1 if given else own.stages)
-        self._stages = self._lay_out(model, name, list(blocks))
+        name, blocks, self._stages = self._cut(model, self.config)
         self.partition = Partition(model, name, blocks, self._stages, self._placement)
         self._tie()
         self.partition.keep(self._rank)
         self._device = next(model.parameters()).device
         self._stack = BlockStack(blocks, name)
-        if own.plan(own.count).splits_backward:
-            mine = [self._stages[stage] for stage, rank in enumerate(self._placement) if rank == self._rank]
-            self._weight_gradients = WeightGradients(blocks[number] for numbers in mine for number in numbers)
+        deferring = self.plan.choice("pipeline_parallel.defer_embedding_wgrad") != "off"
+        if own.plan(own.count).splits_backward or deferring:
+            mine = own.plan(own.count).stages_of(self._rank)
+            modules: list[nn.Module] = []
+            if own.plan(own.count).splits_backward:
+                modules += [blocks[number] for stage in mine for number in self._stages[stage]]
+            if deferring and own.stages - 1 in mine:
+                modules += heads(model, name, blocks)
+            self._weight_gradients = WeightGradients(modules)
 
-    def _lay_out(self, model: nn.Module, name: str, blocks: Sequence[nn.Module]) -> tuple[range, ...]:
-        own = self._own
+    @classmethod
+    def _cut(cls, model: nn.Module, config: OverlapConfig) -> tuple[str, Blocks, layout.Layout]:
+        """The list of blocks, its name, and by stage the numbers of its blocks."""
+        own = config.pipeline_parallel
+        roles = {role: name for name, role in config.parallel_plan.items()}
+        given = own.layout is not None or own.layers_per_stage is not None  # which may leave stages without blocks
+        name, blocks = find_blocks(model, roles.get("blocks"), 1 if given else own.stages)
+        return name, blocks, cls._lay_out(own, model, name, list(blocks))
+
+    @staticmethod
+    def _lay_out(own: PipelineParallel, model: nn.Module, name: str, blocks: Sequence[nn.Module]) -> layout.Layout:
         if own.layout is not None:
             return layout.parse(own.layout, len(blocks), own.stages)
         if own.layers_per_stage is not None:
@@ -110,6 +136,9 @@ class PipelineMode(OverlapMode):
                     parameter = self.partition.parameter(name)
                     setattr(parameter, LATE_GRADIENT, True)
                     setattr(parameter, COUNTED_ELSEWHERE, self._rank != ranks[0])
+        own = [stage for stage, rank in enumerate(self._placement) if rank == self._rank]
+        for name in self.partition.repeated(own):  # each stage has a last backward, and none tells whether it is the last of all
+            setattr(self.partition.parameter(name), LATE_GRADIENT, True)
 
     def prepare_optimizers(self, optimizers: Sequence[Optimizer]) -> None:
         everything = {id(p) for p in self.partition.parameters()}
@@ -136,7 +165,13 @@ class PipelineMode(OverlapMode):
     def _runtime(self, count: int) -> Runtime:
         if count not in self._runtimes:
             made = Runtime(
-                self._own.plan(count), self._rank, self.channels, self._forms, self._announced, self._device, self._prefetch
+                scheduled(self._own, self.plan, count),
+                self._rank,
+                self.channels,
+                self._forms,
+                self._announced,
+                self._device,
+                self._prefetch,
             )
             self._runtimes[count] = made
         return self._runtimes[count]
@@ -160,8 +195,10 @@ class PipelineMode(OverlapMode):
             step.place,
             self._weight_gradients,
             runtime.actions,
+            self._sum_tied,
             check=checking,
         )
+        self._unsummed = deque(self._tied)
         with kept(self._device):
             runtime.run(stages, [microbatches.kind(part) for part in parts], self.timeline)
         stages.finish()
@@ -188,16 +225,29 @@ class PipelineMode(OverlapMode):
     def finish_backward(self) -> None:
         if self._held:
             return
-        sums = []
-        for ranks, group in self._tied.items():
-            for name in self.partition.shared()[ranks]:
-                parameter = self.partition.parameter(name)
+        self._sum_tied(complete=True)
+        for pending in self._summing:
+            pending.wait()
+        self._summing.clear()
+
+    def _sum_tied(self, *, complete: bool = False) -> None:
+        """Posts the sums over the stages, all in one order on all ranks, as far as this rank's part is complete.
+
+        Args:
+            complete: nothing is left of backward; otherwise weights' gradients that were put off are.
+        """
+        if self._held:
+            return
+        while self._unsummed:
+            parameters = {name: self.partition.parameter(name) for name in self.partition.shared()[self._unsummed[0]]}
+            if not complete and self._weight_gradients is not None and any(map(self._weight_gradients.defers, parameters.values())):
+                return
+            group = self._tied[self._unsummed.popleft()]
+            for name, parameter in parameters.items():
                 if parameter.requires_grad:
                     if parameter.grad is None:
                         parameter.grad = torch.zeros_like(parameter)
-                    sums.append(group.all_reduce(parameter.grad, label=f"pipeline.tied[{name}]"))
-        for pending in sums:
-            pending.wait()
+                    self._summing.append(group.all_reduce(parameter.grad, label=f"pipeline.tied[{name}]"))
 
     def reduce_norm(self, sum_of_squares: Tensor) -> Tensor:
         return self.group.all_reduce(sum_of_squares, label="pipeline.norm").wait()

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from lightning_overlap.decision import ConfigError
+from lightning_overlap.modes.pipeline.weight_grad import is_plain
 
 Blocks = nn.ModuleList | nn.Sequential
 
@@ -43,6 +44,18 @@ def find_blocks(model: nn.Module, asked: str | None, stages: int) -> tuple[str, 
     return longest[0], alike[longest[0]]
 
 
+def heads(model: nn.Module, name: str, blocks: Blocks) -> list[nn.Linear]:
+    """The linear layers that are registered after the blocks, with weights whose gradients can come later: the head."""
+    modules = list(model.named_modules())
+    behind = modules[[module for _, module in modules].index(blocks) + 1 :]
+    return [module for path, module in behind if not path.startswith(f"{name}." if name else "") and is_plain(module)]
+
+
+def work(module: nn.Module) -> int:
+    """Elements of its matrices, which is about what it costs a token."""
+    return sum(p.numel() for p in module.parameters() if p.dim() > 1)
+
+
 @dataclass(frozen=True)
 class Held:
     """A parameter that was given up: what it was."""
@@ -63,12 +76,10 @@ class Partition:
     """
 
     def __init__(self, model: nn.Module, name: str, blocks: Blocks, stages: Sequence[range], placement: Sequence[int]) -> None:
-        self.owners: dict[str, tuple[int, ...]] = {}
-        """By parameter and buffer, the ranks whose stages use it."""
         self._parameters = dict(model.named_parameters())
         self._buffers = dict(model.named_buffers())
         stage_of_block = {number: stage for stage, numbers in enumerate(stages) for number in numbers}
-        ranks_of: dict[int, set[int]] = {}
+        users: dict[int, set[int]] = {}
         names: dict[int, str] = {}
         after: dict[int, None] = {}
         behind = False
@@ -77,16 +88,19 @@ class Partition:
             behind = behind or module is blocks
             if inside:
                 keys = list(blocks._modules)
-                rank = placement[stage_of_block[keys.index(inside.split(".")[0])]]
+                stage = stage_of_block[keys.index(inside.split(".")[0])]
             else:
-                rank = placement[-1 if behind else 0]
+                stage = len(stages) - 1 if behind else 0
             for key, tensor in [*module._parameters.items(), *module._buffers.items()]:
                 if tensor is not None:
                     if behind and not inside:
                         after.setdefault(id(tensor))
-                    ranks_of.setdefault(id(tensor), set()).add(rank)
+                    users.setdefault(id(tensor), set()).add(stage)
                     names.setdefault(id(tensor), f"{path}.{key}".lstrip("."))
-        self.owners = {names[tensor]: tuple(sorted(ranks)) for tensor, ranks in ranks_of.items()}
+        self.users = {names[tensor]: tuple(sorted(numbers)) for tensor, numbers in users.items()}
+        """By parameter and buffer, the stages that use it."""
+        self.owners = {name: tuple(sorted({placement[stage] for stage in numbers})) for name, numbers in self.users.items()}
+        """By parameter and buffer, the ranks of these."""
         self.tail = [names[tensor] for tensor in after]
         """Parameters and buffers of what comes after the blocks."""
         self.foreign: dict[str, Held] = {}
@@ -116,6 +130,10 @@ class Partition:
             if len(ranks) > 1 and name in self._parameters:
                 found.setdefault(ranks, []).append(name)
         return found
+
+    def repeated(self, stages: Sequence[int]) -> list[str]:
+        """Parameters that several of these stages use."""
+        return [name for name in self._parameters if len(set(stages).intersection(self.users[name])) > 1]
 
     def parameters(self) -> list[nn.Parameter]:
         return list(self._parameters.values())

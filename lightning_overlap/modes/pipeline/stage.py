@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -44,6 +44,7 @@ class Stages:
         seed: what random numbers are drawn from, besides microbatch and block; the same on all ranks of the pipeline.
         weight_gradients: what a schedule that splits backward needs.
         actions: the rank's, all of them.
+        backward_done: called after the last backward; weights' gradients that it has left may follow.
         check: look whether the loss is a number, which it is not if a parameter of another rank was used.
     """
 
@@ -57,6 +58,7 @@ class Stages:
         seed: Sequence[int],
         weight_gradients: WeightGradients | None,
         actions: Sequence[Action],
+        backward_done: Callable[[], None],
         *,
         check: bool,
     ) -> None:
@@ -69,6 +71,8 @@ class Stages:
         self._weight_gradients = weight_gradients
         self._actions = frozenset(actions)
         self._finals = finals(actions)
+        self._last_backward = [action for action in actions if action.kind in "BI"][-1]
+        self._backward_done = backward_done
         self._check = check
         self._kept: dict[tuple[int, int], tuple[Tensor | None, Tensor]] = {}
         self._deferred: dict[tuple[int, int], Any] = {}
@@ -139,6 +143,8 @@ class Stages:
                 self._deferred[stage, microbatch] = deferred
             else:
                 self._run_backward(stage, out, gradient, microbatch)
+        if action == self._last_backward:
+            self._backward_done()
         return received.grad if received is not None and received.requires_grad else None
 
     def _run_backward(self, stage: int, out: Tensor, gradient: Tensor | None, microbatch: int) -> None:

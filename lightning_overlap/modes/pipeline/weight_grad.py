@@ -58,9 +58,9 @@ class WeightGradients:
 
     def __init__(self, modules: Iterable[nn.Module]) -> None:
         inside = list(dict.fromkeys(inner for module in modules for inner in module.modules()))
-        linears = [module for module in inside if _is_plain(module)]
+        linears = [module for module in inside if is_plain(module)]
         elsewhere = {
-            id(p) for module in inside for name, p in module._parameters.items() if not (name == "weight" and _is_plain(module))
+            id(p) for module in inside for name, p in module._parameters.items() if not (name == "weight" and is_plain(module))
         }
         self._linears = [module for module in linears if id(module.weight) not in elsewhere]
         if any(isinstance(module.forward, _Forward) for module in self._linears):
@@ -75,6 +75,10 @@ class WeightGradients:
         )
         self._splitting = False
         self._recording: Deferred | None = None
+
+    def defers(self, weight: nn.Parameter) -> bool:
+        """Whether its gradients come with :meth:`run`."""
+        return any(module.weight is weight for module in self._linears)
 
     def remove(self) -> None:
         """Leaves the modules as they were."""
@@ -221,7 +225,7 @@ class _WeightGradient(torch.autograd.Function):
         return product.to(ctx.dtype), None, None, None
 
 
-def _is_plain(module: nn.Module) -> TypeGuard[nn.Linear]:
+def is_plain(module: nn.Module) -> TypeGuard[nn.Linear]:
     """Whether a module computes ``F.linear`` with a weight that is trained."""
     return (
         type(module) is nn.Linear
