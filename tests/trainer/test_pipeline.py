@@ -231,47 +231,61 @@ class Shares(Net):
         self.norm = self.blocks[0].norm  # type: ignore[assignment]
 
 
-def sums_of_shared() -> list[str]:
-    """What one step does after its last forward."""
+def order(kind: type[Net], pipeline: dict[str, Any]) -> tuple[list[str], str]:
+    """What one step's backward does, and the schedule's row that it follows."""
     warnings.simplefilter("ignore")
     events: list[str] = []
 
-    def listen(own: Any, verb: str, told: str, heard: Any = None) -> None:
+    def listen(own: Any, verb: str, said: str, heard: Any = None) -> None:
         act = getattr(own, verb)
 
-        def tells(*arguments: Any, **how: Any) -> Any:
-            events.append(told)
+        def says(*arguments: Any, **how: Any) -> Any:
+            events.append(said)
             result = act(*arguments, **how)
             if heard is not None:
                 heard(result)
             return result
 
-        setattr(own, verb, tells)
+        setattr(own, verb, says)
 
     class Listens(Callback):
-        def on_train_batch_start(self, trainer: Trainer, *_: Any) -> None:
-            events.clear()
-
         def on_train_start(self, trainer: Trainer, module: Any) -> None:
             mode: Any = trainer.strategy.modes[0]  # type: ignore[attr-defined]
             listen(mode._weight_gradients, "run", "weights")
+            listen(mode.channels["B", False], "send", "sent")
             for group in mode._tied.values():
                 listen(group, "all_reduce", "sum", lambda pending: listen(pending, "wait", "wait"))
+            if module.head.weight.requires_grad:
+                module.head.weight.register_post_accumulate_grad_hook(lambda _: events.append("head"))
+
+        def on_train_end(self, trainer: Trainer, *_: Any) -> None:
+            (runtime,) = trainer.strategy.modes[0]._runtimes.values()  # type: ignore[attr-defined]
+            events.append(" ".join(map(str, runtime.actions)))
 
     env = {"cluster_environment": TorchElasticEnvironment(), "process_group_backend": "gloo"}
-    how: Any = {"size": 2, "schedule": "zb_h1", "microbatches": 4, "defer_embedding_wgrad": False}
-    strategy = OverlapStrategy(pipeline_parallel=PipelineParallel(**how), **env)  # type: ignore[arg-type]
-    given = {"limit_val_batches": 0, "max_steps": 1, "callbacks": [Listens()], "use_distributed_sampler": False}
-    Trainer(**QUIET, accelerator="cpu", devices=2, strategy=strategy, **given).fit(Shares(), loader(8))
-    return events
+    own = PipelineParallel(size=2, microbatches=4, **pipeline)
+    strategy = OverlapStrategy(pipeline_parallel=own, **env)  # type: ignore[arg-type]
+    given: Any = {"limit_val_batches": 0, "max_steps": 1, "callbacks": [Listens()], "use_distributed_sampler": False}
+    Trainer(**QUIET, accelerator="cpu", devices=2, strategy=strategy, **given).fit(kind(), loader(8))
+    return events[:-1], events[-1]
 
 
 def test_shared_gradients_are_summed_under_what_is_left_of_backward(world):
-    first, second = world(2).run(sums_of_shared)
-    for told, row in zip((first, second), build("zb_h1", 2, 1, 4).actions, strict=True):
-        after = [action.kind for action in reversed(row)].index("I")
+    for events, row in world(2).run(order, Shares, {"schedule": "zb_h1", "defer_embedding_wgrad": False}):
+        told = [event for event in events if event in ("weights", "sum", "wait")]
+        after = row.rpartition("I")[2].count("W")
         assert after > 0
         assert told == ["weights"] * (4 - after) + ["sum"] * 3 + ["weights"] * after + ["wait"] * 3
+
+
+def test_the_heads_gradients_come_after_what_the_stage_before_waits_for(world):
+    events, row = world(2).run(order, Net, {"schedule": "1f1b", "defer_embedding_wgrad": True, "wgrad_deferral_limit": 1})[1]
+    assert row == "F1.0 I1.0 F1.1 I1.1 W1.0 F1.2 I1.2 W1.1 F1.3 I1.3 W1.2 W1.3"
+    for action in row.split():
+        expected = {"F": [], "I": ["sent"], "W": ["weights", "head"]}[action[0]]
+        assert events[: len(expected)] == expected
+        del events[: len(expected)]
+    assert not events
 
 
 def with_trainer(pipeline, model, overlap, trainer):

@@ -1,0 +1,45 @@
+"""What of a model a rank holds, and what its plan is made from."""
+
+import pytest
+from torch import nn
+
+from lightning_overlap.config import OverlapConfig
+from lightning_overlap.modes.pipeline.config import PipelineParallel
+from lightning_overlap.modes.pipeline.mode import PipelineMode
+from lightning_overlap.modes.pipeline.partition import find_blocks, heads
+
+
+class Model(nn.Module):
+    def __init__(self, after):
+        super().__init__()
+        self.before = nn.Linear(4, 4)
+        self.blocks = nn.ModuleList(nn.Linear(4, 4) for _ in range(4))
+        self.after = after
+
+
+class Own(nn.Linear):
+    """May compute anything."""
+
+
+@pytest.mark.parametrize(
+    ("after", "names"),
+    [
+        (nn.Linear(4, 9), [""]),
+        (nn.Sequential(nn.LayerNorm(4), nn.Linear(4, 9, bias=False)), ["1"]),
+        (nn.LayerNorm(4), []),
+        (nn.Linear(4, 9).requires_grad_(False), []),
+        (Own(4, 9), []),
+    ],
+)
+def test_the_head_is_what_is_linear_after_the_blocks(after, names):
+    model = Model(after)
+    name, blocks = find_blocks(model, None, 2)
+    assert heads(model, name, blocks) == [after.get_submodule(name) for name in names]
+    seen = PipelineMode.look(model, OverlapConfig(pipeline_parallel=PipelineParallel(size=2, layers_per_stage=(3, 1))))
+    head = 36 * len(names)
+    assert seen == {"stage_work": (3 * 16, 16 + head), "head_work": head}
+
+
+def test_blocks_that_are_the_model_have_no_head():
+    model = nn.Sequential(*(nn.Linear(4, 4) for _ in range(4)))
+    assert heads(model, *find_blocks(model, None, 2)) == []
