@@ -12,6 +12,7 @@ block, not inside a block: there it could stand in an activation checkpoint, whi
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -115,8 +116,26 @@ class BlockStack:
         finally:
             self._active = None
 
+    @contextmanager
+    def unsplit(self, before: Callable[[int], None]) -> Iterator[None]:
+        """One forward over all blocks, without stand-ins; ``before``: as in :class:`Pass`."""
+        called = itertools.count()
+
+        def tell(*_: Any) -> None:
+            before(next(called))
+
+        blocks = list(self.blocks._modules.values())
+        hooks = [block.register_forward_pre_hook(tell) for block in dict.fromkeys(blocks) if block is not None]
+        # What comes after the last block draws random numbers of its own.
+        hooks += [blocks[-1].register_forward_hook(lambda *_: before(self.size))] if blocks[-1] is not None else []
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+
     def _refuse_if_unfinished(self, how: Pass) -> None:
-        if how.stop < self.size:
+        if how.stop < self.size and (how.again is None or how.next > 0):
             raise ConfigError(
                 f"the forward should have been left at block {how.stop} of {self.name}, and went on: something in it catches every "
                 f"exception (a bare `except:`), or the loop ended at block {how.next}. Catch `Exception` instead, and run all blocks."

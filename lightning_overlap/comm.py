@@ -26,7 +26,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -518,12 +518,9 @@ class Group:
     def announce(self, error: BaseException) -> None:
         """Has the others know why this rank makes no more transfers: their waits raise it."""
         if self.reduces is not None:
-            rank = self.ranks[self.rank]
-            kind = "ConfigError" if isinstance(error, ConfigError) else "TransferError"
-            told = str(error) if kind == "ConfigError" else f"rank {rank} has failed: {type(error).__name__}: {error}"
             # The store is rank 0's. If that is gone, so are its connections, which the others see; the user's error goes on from here.
             with suppress(dist.DistError):
-                dist.distributed_c10d._get_default_store().set(self._place_of_errors, f"{kind}:{told}")
+                dist.distributed_c10d._get_default_store().set(self._place_of_errors, in_words(error))
 
     def raise_what_was_announced(self) -> None:
         """Raises:
@@ -538,8 +535,7 @@ class Group:
         except dist.DistError:  # rank 0 is gone, and the store with it: its connections tell
             return
         if found is not None:
-            kind, told = found.decode().split(":", 1)
-            raise ConfigError(told) if kind == "ConfigError" else TransferError(told)
+            raise_from_words(found.decode())
 
     @property
     def _place_of_errors(self) -> str:
@@ -656,6 +652,22 @@ def _flight_record(native: bool) -> str:
     entries = json.loads(recorder(includeCollectives=True, onlyActive=False)).get("entries", [])
     said = [f"{e['profiling_name']} {e['input_sizes']} of {e['process_group'][1]} ({e['state']})" for e in entries[-_TOLD:]]
     return f" Last in torch's Flight Recorder: {', '.join(said)}." if said else ""
+
+
+def in_words(error: BaseException) -> str:
+    """A rank's error for the others, which call :func:`raise_from_words`."""
+    if isinstance(error, ConfigError):
+        return f"ConfigError:{error}"
+    return f"TransferError:rank {rank()} has failed: {type(error).__name__}: {error}"
+
+
+def raise_from_words(words: str) -> NoReturn:
+    """Raises:
+    ConfigError: it was one.
+    TransferError: it was another error.
+    """
+    kind, told = words.split(":", 1)
+    raise ConfigError(told) if kind == "ConfigError" else TransferError(told)
 
 
 def _chunks(x: Tensor) -> Sequence[Tensor]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from copy import copy
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,6 +17,7 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 from torchmetrics import Metric
 
+from lightning_overlap.decision import ConfigError
 from lightning_overlap.optimization import held, logs_go_to
 
 if TYPE_CHECKING:
@@ -64,13 +66,7 @@ class DrivenStep:
         if not isinstance(loss, Tensor):
             return None
         extra = {k: v for k, v in output.items() if k != "loss"} if isinstance(output, Mapping) else {}
-        if left_out := [key for key, value in extra.items() if not _is_number(value)]:
-            warnings.warn(
-                f"training_step returns {', '.join(map(str, left_out))}, which are no numbers: with a pipeline, on_train_batch_end "
-                "does not get them (said once)",
-                stacklevel=2,
-            )
-        self._outputs[number] = loss.detach(), {k: _said(v) for k, v in extra.items() if _is_number(v)}, isinstance(output, Mapping)
+        self._outputs[number] = loss.detach(), _numbers(extra, "training_step", "on_train_batch_end"), isinstance(output, Mapping)
         return loss
 
     def backward(self, loss: Tensor, share: float) -> None:
@@ -88,6 +84,13 @@ class DrivenStep:
         for mode in self._strategy.modes:
             mode.finish_backward()
 
+    @contextmanager
+    def trial(self) -> Iterator[None]:
+        with unchanged(self._module):
+            yield
+        self._outputs.clear()
+        self._logs.clear()
+
     def logged(self, shares: Sequence[float]) -> Any:
         """The mean over the parts, each with its share, unless ``reduce_fx`` says otherwise."""
         losses = torch.stack([self._outputs[i][0].double() for i in range(len(shares))])
@@ -103,10 +106,10 @@ class DrivenStep:
                 entry["sizes"].append(how.get("batch_size"))
         logs = []
         for (fx, name), entry in values.items():
-            how = {key: value for key, value in entry["how"].items() if key not in ("batch_size", "sync_dist_fn", "sync_dist_group")}
+            how = _told(entry["how"])
             sizes = entry["sizes"]
             weights = entry["shares"] if None in sizes else sizes
-            how["reduce_fx"] = reduce = _name(entry["how"].get("reduce_fx", torch.mean))
+            reduce = how["reduce_fx"]
             how["batch_size"] = None if None in sizes else sum(sizes)
             logs.append((fx, name, _together(entry["values"], weights, reduce), how))
         return loss.to(self._outputs[0][0].dtype).cpu(), extra, self._outputs[0][2], logs
@@ -115,18 +118,139 @@ class DrivenStep:
         loss, extra, as_mapping, logs = said
         loss = loss.to(self._strategy.root_device)
         self.output = {"loss": loss, **extra} if as_mapping else loss
-        results = self._trainer._results
-        if results is None:
-            return
-        for fx, name, value, how in logs:
-            metric = self._module.get_submodule(how["metric_attribute"]) if how.get("metric_attribute") else None
-            if metric is not None:
-                metric._forward_cache = value
-            shown = metric if metric is not None else value.to(self._strategy.root_device)
-            if self._trainer._logger_connector.should_reset_tensors(fx):
-                results.reset(metrics=False, fx=fx)
-            self._trainer._logger_connector._current_fx = fx
-            results.log(fx, name, shown, sync_dist_fn=self._strategy.reduce, **how)
+        _log(self._strategy, self._trainer, self._module, logs)
+
+
+def mirrored_step(
+    strategy: OverlapStrategy, trainer: Trainer, module: LightningModule, mode: OverlapMode, step: Callable[[], Any]
+) -> Any:
+    """A step of evaluation that only the rank with the loss takes to its end: what it logs, and the numbers that it returns.
+
+    Args:
+        strategy: the modes'.
+        trainer: its trainer.
+        module: the user's.
+        mode: that the other ranks leave the step for.
+        step: calls ``validation_step``.
+    """
+
+    def run() -> tuple[Any, list[Any]]:
+        logs: list[Any] = []
+        output = None
+
+        def keep(fx: str, name: str, value: Any, **how: Any) -> None:
+            logs.append((fx, name, _said(value), _told(how)))
+
+        with logs_go_to(trainer, keep), mode.evaluating():
+            output = step()
+        if isinstance(output, Mapping):
+            return _numbers(output, "validation_step", "on_validation_batch_end"), logs
+        return _numbers({"output": output}, "validation_step", "on_validation_batch_end").get("output"), logs
+
+    if not mode.has_the_loss:
+        run()  # to where it is left; what fails here is no answer that the others wait for
+    output, logs = mode.with_the_loss(run)
+    _log(strategy, trainer, module, logs)
+    return output
+
+
+@contextmanager
+def failing_together(module: LightningModule, mode: OverlapMode) -> Iterator[None]:
+    """What ``validation_step`` collects on the module is where the loss is. A hook that fails without it says so, on all ranks.
+
+    Args:
+        module: the user's.
+        mode: that other ranks leave the steps for.
+    """
+    hook = module.on_validation_epoch_end
+
+    def on_validation_epoch_end() -> None:
+        failed: Exception | None = None
+        try:
+            hook()
+        except Exception as error:
+            failed = error
+        said = mode.failed_without_loss(f"{type(failed).__name__}: {failed}" if failed else None)
+        if said is not None:
+            raise ConfigError(
+                f"on_validation_epoch_end fails on the ranks that validation_step is left on ({said}): what it collects on self is on "
+                "the last stage only with pipeline_parallel.evaluation='mirror'. Set evaluation='replicate', or collect in a "
+                "torchmetrics.Metric"
+            ) from failed
+        if failed is not None:
+            raise failed
+
+    module.on_validation_epoch_end = on_validation_epoch_end  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        del module.on_validation_epoch_end  # type: ignore[method-assign]
+
+
+_KEPT_BY_MODULES = frozenset(vars(torch.nn.Module()))
+
+
+@contextmanager
+def unchanged(module: LightningModule) -> Iterator[None]:
+    """Buffers and attributes, metrics' states among them, are afterwards what they were: tensors, lists, dicts and sets by content."""
+    kept: list[tuple[dict[str, Any], str, Any, Any]] = []
+    for part in module.modules():
+        own = {name: value for name, value in vars(part).items() if name not in _KEPT_BY_MODULES}
+        for store, values in ((vars(part), own), (part._buffers, dict(part._buffers))):
+            for name, value in values.items():
+                if isinstance(value, Tensor):
+                    kept.append((store, name, value, value.detach().clone()))
+                else:
+                    kept.append((store, name, value, copy(value) if type(value) in (list, dict, set) else None))
+    before = [(vars(part), set(vars(part))) for part in module.modules()]
+    try:
+        yield
+    finally:
+        for store, names in before:
+            for name in set(store) - names:
+                del store[name]
+        for store, name, value, content in kept:
+            store[name] = value
+            if isinstance(value, Tensor):
+                value.data.copy_(content)  # not counted as a change: buffers that steps change are found by that
+            elif type(value) is list:
+                value[:] = content
+            elif content is not None:
+                value.clear()
+                value.update(content)
+
+
+def _log(strategy: OverlapStrategy, trainer: Trainer, module: LightningModule, logs: Sequence[Any]) -> None:
+    """As ``self.log`` would have, on every rank."""
+    results = trainer._results
+    if results is None:
+        return
+    for fx, name, value, how in logs:
+        metric = module.get_submodule(how["metric_attribute"]) if how.get("metric_attribute") else None
+        if metric is not None:
+            metric._forward_cache = value
+        shown = metric if metric is not None else value.to(strategy.root_device)
+        if trainer._logger_connector.should_reset_tensors(fx):
+            results.reset(metrics=False, fx=fx)
+        trainer._logger_connector._current_fx = fx
+        results.log(fx, name, shown, sync_dist_fn=strategy.reduce, **how)
+
+
+def _told(how: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments of a log that other ranks can be told."""
+    kept = {key: value for key, value in how.items() if key not in ("sync_dist_fn", "sync_dist_group")}
+    return {**kept, "reduce_fx": _name(how.get("reduce_fx", torch.mean))}
+
+
+def _numbers(output: Mapping[str, Any], step: str, reader: str) -> dict[str, Any]:
+    """What other ranks can be told of a step's output."""
+    if left_out := [key for key, value in output.items() if value is not None and not _is_number(value)]:
+        warnings.warn(
+            f"{step} returns {', '.join(map(str, left_out))}, which are no numbers: with a pipeline, {reader} "
+            "does not get them (said once)",
+            stacklevel=3,
+        )
+    return {key: _said(value) for key, value in output.items() if _is_number(value)}
 
 
 def _is_number(value: Any) -> bool:

@@ -30,7 +30,7 @@ from lightning_overlap.checkpoint import AtomicCheckpointIO, Saves, compact, in_
 from lightning_overlap.comm import Group, agree, all_gather_objects, backend, broadcast_object, make_group, world_size
 from lightning_overlap.config import OverlapConfig
 from lightning_overlap.decision import ConfigError
-from lightning_overlap.driven import DrivenStep, mirrored_metrics
+from lightning_overlap.driven import DrivenStep, failing_together, mirrored_metrics, mirrored_step
 from lightning_overlap.facts import Facts
 from lightning_overlap.mesh import ParallelMesh
 from lightning_overlap.modes import MODES
@@ -222,6 +222,8 @@ class OverlapStrategy(DDPStrategy):
                 if self._driver is not None:
                     mirrored = mirrored_metrics(trainer.lightning_module, self._driver, self._alike, lambda: self._in_step)
                     self._until_teardown.enter_context(mirrored)
+                    if self._driver.mirrors_evaluation:
+                        self._until_teardown.enter_context(failing_together(trainer.lightning_module, self._driver))
         self.setup_precision_plugin()
 
     def setup_optimizers(self, trainer: Trainer) -> None:
@@ -313,6 +315,15 @@ class OverlapStrategy(DDPStrategy):
         return next((mode for mode in self.modes if mode.runs_steps), None)
 
     def validation_step(self, *args: Any, **kwargs: Any) -> Any:
+        driver, module = self._driver, self.lightning_module
+        if driver is not None and driver.mirrors_evaluation:
+            assert module is not None, "Lightning connects the module"
+            step = partial(super().validation_step, *args, **kwargs)
+            self._in_step = True
+            try:
+                return mirrored_step(self, module.trainer, module, driver, step)
+            finally:
+                self._in_step = False
         with contextlib.ExitStack() as stack:
             for mode in self.modes:
                 stack.enter_context(mode.evaluating())

@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader
 from lightning_overlap.bench.runs import Runs
 from lightning_overlap.comm import all_gather_objects, rank, world_size
 from lightning_overlap.decision import ConfigError
+from lightning_overlap.mesh import ParallelMesh
 from lightning_overlap.shared_state import share
 from lightning_overlap.strategy import OverlapStrategy
 
@@ -77,11 +78,13 @@ class _Witness(Callback):
             self._squares.clear()
 
     def on_train_end(self, trainer: Trainer, module: LightningModule) -> None:
-        # What a pipeline holds elsewhere is here a single element that stands for all.
-        held = {name: p.detach() for name, p in module.named_parameters() if not p.dim() or any(p.stride())}
-        self.seen.weights = {name: weight.cpu().clone() for name, weight in held.items()}
         for hook in self._hooks:
             hook.remove()
+
+    def after(self, module: LightningModule) -> Seen:
+        """What has been seen, and the weights, which are whole on every rank after a fit."""
+        self.seen.weights = {name: p.detach().cpu().clone() for name, p in module.named_parameters()}
+        return self.seen
 
     def _stepped(self, optimizer: Any, args: Any, kwargs: Any) -> None:
         gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
@@ -163,8 +166,9 @@ def verify(
 
     def run(overlap: str, **looks: bool) -> Seen:
         witness = _Witness(**looks)
-        runs.fit(runs.ours(overlap=overlap), steps, witness)
-        return witness.seen
+        module = copy.deepcopy(model)
+        runs.fit(runs.ours(overlap=overlap), steps, witness, module)
+        return witness.after(module)
 
     on = run(strategy.config.overlap, batches=against == "single")
     if world_size() == 1:
@@ -179,7 +183,7 @@ def verify(
     verdicts = [Verdict(f"overlap on and off, {counted} on each of {world_size()} ranks, bit by bit", differences)]
     if against == "single":
         close = CLOSE if "16" not in str(trainer.get("precision")) else CLOSE_HALF
-        far = _far(on, _single(runs, on.batches, steps), close)
+        far = _far(on, _single(runs, on.batches, steps), close, _mesh(runs))
         verdicts.append(Verdict(f"{world_size()} ranks and one process, losses and weights to {close:g}", _shared(far)))
     return verdicts
 
@@ -217,7 +221,8 @@ def _weights_read(first: Seen, second: Seen) -> list[str]:
 def _single(runs: Runs, mine: list[Any], steps: int) -> Seen:
     """This rank trains alone, on the batches of all ranks."""
     everyone = all_gather_objects(mine)
-    batches = [batch for together in zip(*everyone, strict=True) for batch in together]
+    different = next(row for row in _mesh(runs).groups("dp") if 0 in row)  # the other ranks have had the same batches
+    batches = [batch for together in zip(*(everyone[r] for r in different), strict=True) for batch in together]
     each = len(batches) // steps  # of all ranks and of an accumulation window
     witness = _Witness()
     alone = SingleDeviceStrategy(runs.strategy.root_device)
@@ -228,13 +233,17 @@ def _single(runs: Runs, mine: list[Any], steps: int) -> Seen:
         alone, steps, witness, module, devices=1, num_nodes=1, plugins=None, sync_batchnorm=False, limit_train_batches=1.0,
         accumulate_grad_batches=each, train_dataloaders=DataLoader(batches, batch_size=None),  # type: ignore[arg-type]
     )  # fmt: skip
-    return witness.seen
+    return witness.after(module)
 
 
-def _far(ours: Seen, single: Seen, close: float) -> list[str]:
+def _mesh(runs: Runs) -> ParallelMesh:
+    return ParallelMesh(runs.strategy.config.degrees(world_size()), rank())
+
+
+def _far(ours: Seen, single: Seen, close: float, mesh: ParallelMesh) -> list[str]:
     """The first of each kind that is not close, in words."""
     found = []
-    for i, (x, y) in enumerate(zip(ours.losses, single.losses[rank() :: world_size()], strict=False)):
+    for i, (x, y) in enumerate(zip(ours.losses, single.losses[mesh.coordinates()["dp"] :: mesh.sizes["dp"]], strict=True)):
         if not math.isclose(x, y, rel_tol=close, abs_tol=close):
             found.append(f"loss of batch {i} is {x!r}, on one process {y!r}")
             break

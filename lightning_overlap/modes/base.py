@@ -48,6 +48,9 @@ class Step(Protocol):
     def finish_backward(self) -> None:
         """After the last one's: gradients are complete."""
 
+    def trial(self) -> AbstractContextManager[None]:
+        """Forwards inside leave nothing behind: the module's buffers, metrics and attributes, what it logs."""
+
     def logged(self, shares: Sequence[float]) -> Any:
         """What all parts together have logged and returned, on the rank that has losses; can be pickled."""
 
@@ -128,9 +131,31 @@ class OverlapMode:
     def run_step(self, step: Step) -> None:
         """Runs one, if it :attr:`runs_steps`."""
 
+    @property
+    def has_the_loss(self) -> bool:
+        """Whether this rank comes to the loss."""
+        return True
+
     def with_the_loss(self, compute: Callable[[], Any]) -> Any:
-        """What ``compute`` gives on the rank that comes to the loss, on every rank. Collective."""
+        """What ``compute`` gives on the rank that comes to the loss, on every rank, which alone calls it. Collective.
+
+        Raises:
+            Exception: what it raises there; elsewhere a :class:`ConfigError` or ``TransferError`` with its words.
+        """
         return compute()
+
+    @property
+    def mirrors_evaluation(self) -> bool:
+        """Whether ranks without the loss leave the steps of a validation in the middle of a fit."""
+        return False
+
+    def failed_without_loss(self, said: str | None) -> str | None:
+        """What failed on a rank that does not come to the loss where it did not on the one that does. Collective.
+
+        Args:
+            said: what failed on this rank; None if nothing did.
+        """
+        return None
 
     def start_evaluation(self) -> None:
         """Before a validation in the middle of a fit."""

@@ -9,10 +9,14 @@ import torch
 import torch.distributed as dist
 from lightning.pytorch.plugins.environments import TorchElasticEnvironment
 
-from lightning_overlap import ConfigError, DataParallel, OverlapStrategy, verify
+from lightning_overlap import ConfigError, DataParallel, OverlapStrategy, PipelineParallel, verify
 from lightning_overlap.comm import Group, Pending
 from lightning_overlap.modes.data.mode import DataMode
+from lightning_overlap.modes.pipeline.runtime import Runtime
+from lightning_overlap.modes.pipeline.schedule import Action
 from tests.helpers.training import Net
+from tests.trainer.test_pipeline import Net as PipelineNet
+from tests.trainer.test_pipeline import loader
 
 BUCKET = "data.grads[1]"
 
@@ -128,3 +132,39 @@ def one_rank():
 
 def test_one_rank_has_nothing_to_compare(world):
     world(1).run(one_rank)
+
+
+class Piped(PipelineNet):
+    def __init__(self):
+        super().__init__(blocks=4, optimizer="sgd")
+
+    def train_dataloader(self):
+        return loader(8)
+
+
+def pipelined(size, fault):
+    """With a fault, rank 0 hands on its second microbatch's hidden states wrongly while transfers run beside compute."""
+    warnings.simplefilter("ignore")
+    ranks = dist.get_world_size()
+    given = {"accelerator": "cpu", "devices": ranks, "plugins": [TorchElasticEnvironment()]}
+    pipeline = PipelineParallel(size=size, virtual_stages=2, microbatches=4)
+    strategy = OverlapStrategy(pipeline_parallel=pipeline, cluster_environment=TorchElasticEnvironment())
+    strategy.parallel_devices = [torch.device("cpu")] * ranks
+    real = Runtime._send
+
+    def send(runtime, item, target, x, form):
+        wrong = fault and runtime._prefetch is not None and item == Action("F", 0, 1)
+        return real(runtime, item, target, x * 1.01 if wrong else x, form)
+
+    with mock.patch.object(Runtime, "_send", send):
+        return [(v.equal, str(v)) for v in verify(Piped(), None, strategy, given, steps=3, against="single")]
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_a_pipeline_is_compared_whole(world, ranks):
+    for verdicts in world(ranks).run(pipelined, 2, False):
+        assert [equal for equal, _ in verdicts] == [True, True], verdicts
+    verdicts = world(ranks).run(pipelined, 2, True)
+    assert verdicts == [verdicts[0]] * ranks
+    assert [equal for equal, _ in verdicts[0]] == [False, False]
+    assert all(f"rank {rank}: 28 of 28 parameters differ" in verdicts[0][0][1] for rank in range(ranks)), verdicts[0][0][1]

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from torch.distributed.pipelining import schedules as torch_schedules
 
 from lightning_overlap.decision import ConfigError
+from lightning_overlap.modes.pipeline.runtime import between, sent_after
 from lightning_overlap.modes.pipeline.schedule import SCHEDULES, STAGES_OF_A_RANK, Action, Schedule, build, deferred, parse, validate
 from lightning_overlap.modes.pipeline.simulate import draw, simulate
 
@@ -335,12 +336,39 @@ def test_a_link_carries_one_transfer_at_a_time():
     assert [starts[f"B0.{m}"] for m in range(3)] == [12.0, 14.0, 16.0]
 
 
-def test_the_plain_twin_stands_still_while_it_sends():
+def test_the_plain_twin_stands_still_at_both_ends():
     run = simulate(build("gpipe", 2, 1, 3), transfer=2.0, overlapped=False)
     spans = {str(action): (start, end) for _, action, start, end in run.spans}
-    assert [spans[f"F0.{m}"] for m in range(3)] == [(0.0, 3.0), (3.0, 6.0), (6.0, 9.0)]
-    assert spans["B1.0"] == (10.0, 14.0)
+    assert [spans[f"F0.{m}"] for m in range(3)] == [(0.0, 1.0), (3.0, 4.0), (6.0, 7.0)]
+    assert [spans[f"F1.{m}"] for m in range(3)] == [(3.0, 4.0), (6.0, 7.0), (9.0, 10.0)]
+    assert spans["B1.0"] == (10.0, 12.0)
     assert (run.seconds, run.busy) == (24.0, (9.0, 9.0))
+
+
+@settings(deadline=None, max_examples=150)
+@given(made=schedules)
+def test_the_plain_twin_never_waits_for_ever(made):
+    """Run by ranks that know their own places only: a transfer is over when both ends have come to it."""
+    places = [between(made, rank) for rank in range(made.ranks)]
+    at, posted, over = [0] * made.ranks, Counter(), []
+    for rank in range(made.ranks):
+        posted.update(places[rank][0])
+    moved = True
+    while moved:
+        moved = False
+        for rank, row in enumerate(made.actions):
+            if at[rank] < len(row) and all(posted[item] == 2 for item in places[rank][at[rank]]):
+                gave = {*sent_after(over, made.stages)}
+                stage, microbatch = row[at[rank]].stage, row[at[rank]].microbatch
+                needs = [Action("F", stage - 1, microbatch)] if row[at[rank]].kind == "F" and stage else []
+                assert gave.issuperset(needs)
+                over.append(row[at[rank]])
+                at[rank] += 1
+                posted.update(places[rank][at[rank]])
+                moved = True
+    assert at == [len(row) for row in made.actions]
+    hops = sum(a != b for a, b in pairwise(made.placement))
+    assert Counter(posted.values()) == Counter({2: 2 * hops * made.microbatches} if hops else {})
 
 
 def test_nothing_is_sent_within_a_rank():

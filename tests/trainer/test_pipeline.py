@@ -1,6 +1,7 @@
 """Pipeline parallelism through Trainer: the numbers of one process, for every schedule, and what Lightning's users rely on."""
 
 import itertools
+import re
 import warnings
 from contextlib import nullcontext
 from typing import Any
@@ -575,6 +576,77 @@ def test_ranks_of_a_pipeline_that_read_different_batches_are_told(world):
         assert "have read another batch than rank 0" in answer
 
 
+class Leaves(Block):
+    left = torch.zeros(())
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.left = x.detach().abs().mean()
+        return super().forward(x)
+
+
+class LeavesBehind(Net):
+    """What blocks leave behind is added to the loss: that of another stage's is not there."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(Leaves(16, 0.0) for _ in range(4))
+
+    def training_step(self, batch, index):
+        loss = self.loss(batch) + sum(block.left for block in self.blocks)
+        return {"loss": loss, "twice": 2 * loss.detach()}
+
+
+def test_what_the_unsplit_model_knows_better_is_found_in_the_first_batch(world):
+    pipeline = {"size": 2, "microbatches": 2}
+    assert world(2).run(refused, LeavesBehind, pipeline) == ["trained"] * 2
+    said = world(2).run(refused, LeavesBehind, {**pipeline, "verify_first_batch": True})
+    assert said[0] == said[1]
+    found, expected = map(float, re.match(r"ConfigError: .* is ([\d.]+) in .* and ([\d.]+) in the unsplit", said[0]).groups())
+    assert expected - found > 0.1
+
+
+class Counts(Net):
+    """With a batch norm, and a list that training_step fills."""
+
+    def __init__(self, **model: Any) -> None:
+        super().__init__(**{"blocks": 4, "dropout": 0.2, **model})
+        self.extra = nn.BatchNorm1d(8)
+        self.steps: list[int] = []
+
+    def training_step(self, batch, index):
+        self.steps.append(index)
+        return super().training_step(batch, index)
+
+    def forward(self, ids):
+        return self.extra(super().forward(ids))
+
+
+def verified(pipeline, trainer, tied):
+    warnings.simplefilter("ignore")
+    seed_everything(1, verbose=False)
+    env = {"cluster_environment": TorchElasticEnvironment(), "process_group_backend": "gloo"}
+    strategy = OverlapStrategy(DataParallel(bucket_size=1000), pipeline_parallel=PipelineParallel(**pipeline), **env)
+    module = Counts(tied=tied)
+    given = {"devices": dist.get_world_size(), "strategy": strategy, "use_distributed_sampler": False, "limit_val_batches": 0}
+    run = Trainer(**QUIET, accelerator="cpu", max_epochs=1, limit_train_batches=2, **given, **trainer)
+    run.fit(module, loader(8))
+    return {**told(run, module), "buffers": torch.cat([b.double().flatten() for b in module.buffers()]), "steps": module.steps}
+
+
+@pytest.mark.parametrize(
+    ("ranks", "pipeline", "trainer", "tied"),
+    [(2, {"virtual_stages": 2}, {}, True), (4, {"schedule": "zb_h1"}, {"precision": "bf16-mixed"}, False)],
+)
+def test_verifying_the_first_batch_leaves_nothing_behind(world, ranks, pipeline, trainer, tied):
+    pipeline = {"size": 2, "microbatches": 4, **pipeline}
+    plain = world(ranks).run(verified, pipeline, trainer, tied)
+    looked = world(ranks).run(verified, {**pipeline, "verify_first_batch": True}, trainer, tied)
+    for one, other in zip(plain, looked, strict=True):
+        assert torch.equal(one.pop("weights"), other.pop("weights"))
+        assert torch.equal(one.pop("buffers"), other.pop("buffers"))
+        assert one == other
+
+
 def fit_twice_and_more(with_pipeline):
     """A second fit of the same Trainer, and evaluation between and after, when every rank has the whole model."""
     warnings.simplefilter("ignore")
@@ -633,7 +705,7 @@ class WithData(Net):
         return loader(8)
 
 
-def verified(fault: bool) -> list[tuple[bool, str]]:
+def proven(fault: bool) -> list[tuple[bool, str]]:
     """``fault``: gradients of hidden states are sent with a wrong scale, with overlap on and off."""
     warnings.simplefilter("ignore")
     real = Group.send
@@ -652,9 +724,9 @@ def verified(fault: bool) -> list[tuple[bool, str]]:
 
 
 def test_verify_compares_a_pipeline_with_one_process(world):
-    for equal, said in world(2).run(verified, False)[0]:
+    for equal, said in world(2).run(proven, False)[0]:
         assert equal, said
-    (on_and_off, _), (single, said) = world(2).run(verified, True)[0]
+    (on_and_off, _), (single, said) = world(2).run(proven, True)[0]
     assert on_and_off, "both are wrong"
     assert not single
     assert "tokens.weight differs by" in said
@@ -682,3 +754,93 @@ def test_a_benchmark_tells_modes_apart_and_simulates_the_schedule(world):
     assert 0 < paper["forward"] < paper["ideal"] <= paper["simulated"]
     assert "pipeline: communication " in table
     assert "on paper, with forward " in table
+
+
+class OneForward(Net):
+    """A validation that calls the model once, logs, has a metric's batch value, and returns numbers."""
+
+    def __init__(self, **model: Any) -> None:
+        super().__init__(**model)
+        self.returned: list[float] = []
+        self.held: list[int] = []
+
+    def validation_step(self, batch, index):
+        loss = self.loss(batch)
+        self.held.append(sum({p.untyped_storage().data_ptr(): p.untyped_storage().nbytes() for p in self.parameters()}.values()))
+        self.log("val_loss", loss, sync_dist=True, on_step=True, on_epoch=True)
+        self.val_seen(loss)
+        self.log("val_seen", self.val_seen)
+        return {"twice": 2 * loss}
+
+    def on_validation_batch_end(self, outputs, batch, index):
+        self.returned.append(float(outputs["twice"]))
+
+    def on_validation_epoch_end(self):
+        self.log("val_again", self.val_seen.compute())
+
+
+class Collects(OneForward):
+    def validation_step(self, batch, index):
+        self.returned.append(self.loss(batch).detach())
+
+    def on_validation_epoch_end(self):
+        self.log("val_loss", torch.stack(self.returned).mean())
+
+    on_validation_batch_end = LightningModule.on_validation_batch_end
+
+
+class TwiceInValidation(OneForward):
+    def validation_step(self, batch, index):
+        return {"twice": self.loss(batch) + self.loss(batch)}
+
+
+def validated(kind, pipeline):
+    warnings.simplefilter("ignore")
+    seed_everything(1, verbose=False)
+    env = {"cluster_environment": TorchElasticEnvironment(), "process_group_backend": "gloo"}
+    strategy = OverlapStrategy(pipeline_parallel=PipelineParallel(**pipeline), **env)
+    module = kind()
+    given = {"devices": dist.get_world_size(), "strategy": strategy, "use_distributed_sampler": False}
+    run = Trainer(**QUIET, accelerator="cpu", max_epochs=2, limit_train_batches=2, limit_val_batches=2, **given)
+    try:
+        run.fit(module, loader(8), loader(8))
+    except (ConfigError, TransferError) as error:
+        return {"said": f"{type(error).__name__}: {error}"}
+    weights = sum(p.nbytes for p in module.parameters())
+    return {**told(run, module), "returned": module.returned, "held": max(module.held, default=0) / weights}
+
+
+@pytest.mark.parametrize(
+    ("ranks", "pipeline"),
+    [
+        (2, {"size": 2, "virtual_stages": 2}),
+        (4, {"size": 4, "schedule": "zb_v", "virtual_stages": 2}),
+        (4, {"size": 2}),
+        (2, {"size": 2, "layout": "E|t*12L"}),
+        (2, {"size": 2, "layout": "Et*12|L"}),
+    ],
+)
+def test_mirrored_and_replicated_validation_tell_the_same(world, ranks, pipeline):
+    pipeline = {"microbatches": 2, **pipeline}
+    replicated = world(ranks).run(validated, OneForward, pipeline)
+    mirrored = world(ranks).run(validated, OneForward, {**pipeline, "evaluation": "mirror"})
+    for one, other in zip(replicated, mirrored, strict=True):
+        assert {"val_loss", "val_seen", "val_again"} <= one["metrics"].keys()
+        assert one["metrics"] == other["metrics"]
+        assert one["returned"] == other["returned"]
+        assert torch.equal(one["weights"], other["weights"])
+    assert len(mirrored[0]["returned"]) == 4 + 2  # and the sanity check
+
+
+def test_mirrored_validation_holds_its_own_weights_only(world):
+    for rank in world(4).run(validated, OneForward, {"size": 4, "microbatches": 2, "evaluation": "mirror"}):
+        assert rank["held"] < 1 / 4 * 1.2
+
+
+@pytest.mark.parametrize("size", [2, 4])
+@pytest.mark.parametrize("kind", [Collects, TwiceInValidation])
+def test_what_mirrored_validation_cannot_do_names_the_other_way(world, kind, size):
+    said = [rank["said"] for rank in world(size).run(validated, kind, {"size": size, "microbatches": 2, "evaluation": "mirror"})]
+    assert said == [said[0]] * size
+    assert said[0].startswith("ConfigError")
+    assert "evaluation='replicate'" in said[0]

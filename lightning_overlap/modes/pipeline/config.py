@@ -18,6 +18,13 @@ WORTH_IT = 0.01
 """The part of a step that deferring the head's gradients must win on paper: for less, nobody's memory is taken."""
 
 
+EVALUATION = {
+    "replicate": "the last hidden states go to all ranks, which all go on to the loss",
+    "mirror": "the last stage goes on to the loss, and tells the others what it logs and returns",
+}
+"""What each does in a validation inside fit."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class PipelineParallel:
     """Pipeline parallelism: ranks hold consecutive blocks, and a batch passes them in microbatches."""
@@ -47,6 +54,13 @@ class PipelineParallel:
     what it sends goes out sooner. Takes the memory of a microbatch's logits for each microbatch that is left."""
     wgrad_deferral_limit: int = 0
     """Microbatches of which the head's gradients are left at once. 0: any number; where ``auto`` has turned it on, ``size``."""
+    evaluation: Literal["replicate", "mirror"] = "replicate"
+    """A validation inside fit: ``replicate`` gives the last hidden states to all ranks, each of which goes on to the loss;
+    ``mirror`` has the last stage alone go on, and tells the others what it logs, its metrics and the numbers that it returns. It
+    sends less, and no rank holds the weights of another; what ``validation_step`` collects on ``self`` is then on the last
+    stage only."""
+    verify_first_batch: bool = False
+    """The first batch's loss is compared with that of the unsplit model, for which the last stage needs the whole model once."""
 
     def advice(self, kind: str) -> str:
         """What may help where a kind of transfer is exposed: ``forward``, ``backward``, ``tied``; ``bytes``: the link is too slow."""
@@ -79,6 +93,8 @@ class PipelineParallel:
         for name in ("overlap_p2p", "defer_embedding_wgrad"):
             if getattr(self, name) not in (True, False, "auto"):
                 raise ConfigError(f"pipeline_parallel.{name} must be true, false or auto, got {getattr(self, name)!r}")
+        if self.evaluation not in ("replicate", "mirror"):
+            raise ConfigError(f"pipeline_parallel.evaluation must be replicate or mirror, got {self.evaluation!r}")
         if self.layout is not None and self.layers_per_stage is not None:
             raise ConfigError("pipeline_parallel has both layout and layers_per_stage, which say the same: give one")
         if self.size > 1 or self.microbatches != "auto":
@@ -150,6 +166,7 @@ def decide(own: PipelineParallel, whole: OverlapConfig, facts: Facts) -> list[De
     _refuse_what_cannot_run(own, facts)
     schedule = own.plan(own.count)
     free = simulate(schedule)
+    verified = [Decision("pipeline_parallel.verify_first_batch", "on", "on", "the whole model is held once")]
     held = ", ".join(str(n) for n in free.peak)
     return [
         Decision("pipeline_parallel", str(own.size), str(own.size), f"{own.stages} stages, {own.virtual_stages} a rank"),
@@ -168,6 +185,8 @@ def decide(own: PipelineParallel, whole: OverlapConfig, facts: Facts) -> list[De
             blockers=[(own.size == 1, "there is one rank, which sends nothing")],
         ),
         _deferral(own, whole, facts, schedule),
+        Decision("pipeline_parallel.evaluation", own.evaluation, own.evaluation, EVALUATION[own.evaluation]),
+        *(verified if own.verify_first_batch else []),
     ]
 
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections import deque
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from functools import partial
@@ -15,15 +16,15 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_overlap.block_stack import BlockStack, Pass
-from lightning_overlap.comm import Group, Pending, backend, make_group
+from lightning_overlap.comm import Group, Pending, backend, in_words, make_group, raise_from_words
 from lightning_overlap.decision import ConfigError
 from lightning_overlap.modes.base import COUNTED_ELSEWHERE, LATE_GRADIENT, OverlapMode, Step
 from lightning_overlap.modes.pipeline import layout, microbatches
 from lightning_overlap.modes.pipeline.config import PipelineParallel, scheduled
 from lightning_overlap.modes.pipeline.partition import Blocks, Partition, find_blocks, heads, work
-from lightning_overlap.modes.pipeline.random_state import kept
+from lightning_overlap.modes.pipeline.random_state import kept, pin
 from lightning_overlap.modes.pipeline.runtime import Form, Runtime, channel_kinds, lane
-from lightning_overlap.modes.pipeline.stage import Stages
+from lightning_overlap.modes.pipeline.stage import Stages, block_seeds
 from lightning_overlap.modes.pipeline.weight_grad import WeightGradients
 from lightning_overlap.shared_state import share
 
@@ -33,6 +34,8 @@ if TYPE_CHECKING:
     from lightning_overlap.plan import Plan
 
 
+SAME_LOSS = 1e-5
+"""Relative difference that is none, though the same operations on the same numbers give the same bits."""
 CHECKED_BATCHES = 3
 """Batches at the start of a fit that are compared between the ranks of a pipeline."""
 
@@ -62,6 +65,7 @@ class PipelineMode(OverlapMode):
         self._stack: BlockStack | None = None
         self._weight_gradients: WeightGradients | None = None
         self._checked = 0
+        self._verified = False
         self._lent: list[str] = []
         self._runtimes: dict[int, Runtime] = {}
 
@@ -199,14 +203,70 @@ class PipelineMode(OverlapMode):
             check=checking,
         )
         self._unsummed = deque(self._tied)
+        expected = self._unsplit_loss(step, parts, shares) if self._own.verify_first_batch and not self._verified else None
         with kept(self._device):
             runtime.run(stages, [microbatches.kind(part) for part in parts], self.timeline)
         stages.finish()
+        if self._own.verify_first_batch and not self._verified:
+            self._verified = True
+            self.with_the_loss(lambda: self._compare(expected, _whole_loss(stages.losses, shares)))
         step.log(self.with_the_loss(lambda: step.logged(shares)))
 
+    def _unsplit_loss(self, step: Step, parts: Sequence[Any], shares: Sequence[float]) -> float | None:
+        """The batch's loss by the whole model, of the same microbatches and random numbers, on the rank with the last stage."""
+        assert self._stack is not None, "the model is parallelized before it is trained"
+        taken = self._gather(buffers=False)  # which nobody has changed yet
+        losses: dict[int, Tensor] = {}
+        if self.has_the_loss:
+            with step.trial(), kept(self._device):
+                for number, part in enumerate(parts):
+                    pin(*step.place, number)
+                    with self._stack.unsplit(block_seeds(step.place, number)):
+                        loss = step.forward(part, number)
+                    if loss is not None:  # training says it
+                        losses[number] = loss.detach()
+        self.partition.keep(self._rank, taken)
+        return _whole_loss(losses, shares) if len(losses) == len(parts) else None
+
+    @staticmethod
+    def _compare(expected: float | None, found: float) -> None:
+        """Raises:
+        ConfigError: they differ.
+        """
+        assert expected is not None, "a microbatch without a loss is refused by the stage that should have it"
+        if not (math.isclose(found, expected, rel_tol=SAME_LOSS) or (math.isnan(found) and math.isnan(expected))):
+            raise ConfigError(
+                f"the first batch's loss is {found!r} in the pipeline and {expected!r} in the unsplit model, on the same microbatches "
+                "and random numbers: something in training_step reads what is on another stage (sums over all blocks or parameters, "
+                "what a block has left behind). Give it to the loss through the hidden states"
+            )
+
+    def _gather(self, *, buffers: bool) -> list[str]:
+        """Every rank gets the whole model; the names of the parameters that it had not."""
+        taken = self.partition.take_back()
+        for rank in range(self.group.size):
+            names = [name for name in self.partition.owned(rank) if buffers or not self.partition.is_buffer(name)]
+            share([self.partition.tensor(name) for name in names], self.group, rank)
+        return taken
+
+    @property
+    def has_the_loss(self) -> bool:
+        return self._rank == self._placement[-1]
+
     def with_the_loss(self, compute: Callable[[], Any]) -> Any:
-        source = self._placement[-1]
-        return self.group.share_object(compute() if self._rank == source else None, source)
+        found: Any = None
+        failed: Exception | None = None
+        if self.has_the_loss:
+            try:
+                found = compute()
+            except Exception as error:  # the others wait for an answer
+                failed = error
+        found, words = self.group.share_object((found, in_words(failed) if failed else None), self._placement[-1])
+        if failed is not None:
+            raise failed
+        if words is not None:
+            raise_from_words(words)
+        return found
 
     def _check_batch(self, batch: Any) -> None:
         """The first batches of a fit are compared: stages that see different ones would train on nothing.
@@ -254,9 +314,18 @@ class PipelineMode(OverlapMode):
 
     # -- evaluation --------------------------------------------------------------------------------------------------
 
+    @property
+    def mirrors_evaluation(self) -> bool:
+        return self._stack is not None and self._own.evaluation == "mirror" and self.group.size > 1
+
+    def failed_without_loss(self, said: str | None) -> str | None:
+        # On connections of their own: where this was not reached, others may be in the middle of something on the group's.
+        everyone = next(iter(self.channels.values())).all_gather_objects(said)
+        return next(filter(None, everyone), None) if everyone[self._placement[-1]] is None else None
+
     @contextmanager
     def evaluating(self) -> Iterator[None]:
-        """Hidden states go from stage to stage, and the last ones to all ranks, which run what comes after the blocks."""
+        """Hidden states go from stage to stage; the last ones to all ranks, or to the one with the loss, and the others leave."""
         if self._stack is None:  # after a fit, when every rank has the whole model
             yield
             return
@@ -269,7 +338,8 @@ class PipelineMode(OverlapMode):
                 arrived[stage] = self._fetch(how, stage, sources[stage])
             return arrived[stage]
 
-        how = Pass(run=frozenset(), stop=self._stack.size, enter={}, leave={}, again=arrived.clear)
+        mirrored = self.mirrors_evaluation
+        how = Pass(run=frozenset(), stop=self._stack.size, again=self._refuse_to_go_again if mirrored else arrived.clear)
         how.learn = lambda: arrive(next(iter(sources)))
         for before, stage in pairwise(filled):
             # Stage -1 is what comes before the blocks, on the first stage's rank.
@@ -283,14 +353,24 @@ class PipelineMode(OverlapMode):
                 sources[before] = source
                 how.enter[blocks[0]] = partial(arrive, before)
         end = filled[-1]
+        going_on = [rank for rank in range(self.group.size) if not mirrored or rank == self._placement[-1]]
         if self._placement[end] == self._rank:
-            others = tuple(rank for rank in range(self.group.size) if rank != self._rank)
+            others = tuple(rank for rank in going_on if rank != self._rank)
             how.leave[self._stages[end][-1]] = partial(self._hand_on, how, end, others)
-        else:
+        elif self._rank in going_on:
             sources[end] = self._placement[end]
             how.last = partial(arrive, end)
+        if self._rank not in going_on:
+            how.stop = max(how.run, default=-1) + 1
         with self._stack.passing(how):
             yield
+
+    @staticmethod
+    def _refuse_to_go_again() -> None:
+        raise ConfigError(
+            "validation_step calls the model a second time, and with pipeline_parallel.evaluation='mirror' the other stages have left "
+            "it: set evaluation='replicate'"
+        )
 
     def _hand_on(self, how: Pass, stage: int, targets: tuple[int, ...], x: Tensor) -> None:
         form = Form(tuple(x.shape), x.dtype, trained=False, items=how.items or 0)
@@ -311,8 +391,8 @@ class PipelineMode(OverlapMode):
         return receive(torch.empty(form.shape, dtype=form.dtype, device=self._device), 2 * stage + 3)
 
     def start_evaluation(self) -> None:
-        """Every rank gets what comes after the blocks, until :meth:`finish_evaluation`."""
-        if self._stack is None:
+        """Every rank gets what comes after the blocks, until :meth:`finish_evaluation`; not if one alone goes on."""
+        if self._stack is None or self.mirrors_evaluation:
             return
         self._lent = self.partition.take_back(self.partition.tail)
         with torch.no_grad():
@@ -351,9 +431,10 @@ class PipelineMode(OverlapMode):
             runtime.finish()
         if self._weight_gradients is not None:
             self._weight_gradients.remove()
-        self.partition.take_back()
-        for rank in range(self.group.size) if complete else ():
-            share([self.partition.tensor(name) for name in self.partition.owned(rank)], self.group, rank)
+        if complete:
+            self._gather(buffers=True)
+        else:
+            self.partition.take_back()
         for parameter in self.partition.parameters():
             for marker in (LATE_GRADIENT, COUNTED_ELSEWHERE):
                 vars(parameter).pop(marker, None)
@@ -364,3 +445,8 @@ class PipelineMode(OverlapMode):
     def close(self) -> None:
         for group in self.groups.values():
             group.close()
+
+
+def _whole_loss(losses: Mapping[int, Tensor], shares: Sequence[float]) -> float:
+    """Of the batch, from those of its microbatches."""
+    return sum(share * losses[number].item() for number, share in enumerate(shares)) if losses else math.nan

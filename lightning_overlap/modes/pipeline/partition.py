@@ -145,6 +145,9 @@ class Partition:
         """A parameter or buffer."""
         return self._parameters[name] if name in self._parameters else self._buffers[name]
 
+    def is_buffer(self, name: str) -> bool:
+        return name not in self._parameters
+
     def take_back(self, names: Iterable[str] | None = None) -> list[str]:
         """Makes room for what was given up, all of it by default. Until it is filled in, it is not a number."""
         taken = list(self.foreign) if names is None else [name for name in names if name in self.foreign]

@@ -8,6 +8,9 @@
 Both ends know the whole schedule, so that a receive is posted before it is needed, in the order in which its peer sends, and
 a send is never waited for: its tensor is let go of when it has gone. No transfer stands behind one of the other direction, see
 :func:`lane`.
+
+The plain twin posts transfers between two actions, those that :func:`in_turn` has there, and waits for all of them at once:
+nothing is on its way while either end computes.
 """
 
 from __future__ import annotations
@@ -25,6 +28,7 @@ from lightning_overlap.clock import Timeline
 from lightning_overlap.comm import Group, Pending
 from lightning_overlap.decision import ConfigError
 from lightning_overlap.modes.pipeline.schedule import Action, Schedule
+from lightning_overlap.modes.pipeline.simulate import Handover, in_turn
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _HEADER = 12
@@ -100,8 +104,7 @@ class Runtime:
         forms: what is known of hidden states, by stage and kind of microbatch; it grows, and other runtimes share it.
         announced: what of it this rank has told its receiver; shared as well.
         device: where tensors are.
-        prefetch: receives that are posted ahead for each channel. None, for the plain twin: each send is waited for where it is
-            posted, and all receives are posted ahead, since two ranks that send to each other would wait for ever otherwise.
+        prefetch: receives that are posted ahead for each channel; None for the plain twin.
     """
 
     def __init__(
@@ -123,6 +126,7 @@ class Runtime:
         self._prefetch = prefetch
         self._sends: list[Pending] = []
         self._here: dict[Action, tuple[Tensor, Form | None]] = {}  # from one stage of this rank to another
+        self._between = between(schedule, rank) if prefetch is None else None
 
     @property
     def actions(self) -> tuple[Action, ...]:
@@ -139,9 +143,12 @@ class Runtime:
         """
         self._channels = self._incoming()
         self._kinds = kinds
+        self._made: dict[Action, tuple[Tensor, Form | None]] = {}
         last = self._schedule.stages - 1
-        for action in self.actions:
+        for place, action in enumerate(self.actions):
             stage, microbatch = action.stage, action.microbatch
+            if self._between is not None:
+                self._exchange(self._between[place])
             running = nullcontext() if timeline is None else timeline.during(str(action))
             if action.kind == "F":
                 received, form = (None, None) if stage == 0 else self._take(Action("F", stage - 1, microbatch))
@@ -161,6 +168,8 @@ class Runtime:
                     before = compute.backward(action, gradient)
                 if before is not None:
                     self._give(Action("B", stage - 1, microbatch), before, None)
+        if self._between is not None:
+            self._exchange(self._between[-1])
 
     def finish(self) -> None:
         """Waits until everything has been sent."""
@@ -220,35 +229,56 @@ class Runtime:
         source, target = self._ends(item)
         if source == target:
             self._here[item] = x, form
-            return
+        elif self._between is not None:
+            self._made[item] = x, form
+        else:
+            self._sends = [pending for pending in self._sends if not pending.arrived()]
+            self._send(item, target, x, form)
+            self._post_ahead()
+
+    def _send(self, item: Action, target: int, x: Tensor, form: Form | None) -> None:
         group, label = self._group(item), self._label(item)
         known = (item.stage, self._kinds[item.microbatch])
         if form is not None and known not in self._announced:
             self._announced.add(known)
             header = form.pack().to(self._device)
             self._sends.append(group.send(header, target, key=self._key(item) + 1, label="pipeline.form"))
-        self._sends = [pending for pending in self._sends if not pending.arrived()]
         self._sends.append(group.send(x.contiguous(), target, key=self._key(item), label=label))
-        self._post_ahead()
-        if self._prefetch is None:
-            self.finish()
 
     def _take(self, item: Action) -> tuple[Tensor, Form | None]:
         source, target = self._ends(item)
         if source == target:
             return self._here.pop(item)
         channel = self._channels[item.kind, source]
-        while item not in channel.pending:
-            self._post(channel, wait=True)
-        channel.taken += 1
-        self._post_ahead()
+        if self._between is None:
+            while item not in channel.pending:
+                self._post(channel, wait=True)
+            channel.taken += 1
+            self._post_ahead()
         pending, form = channel.pending.pop(item)
         return pending.wait(), form
 
+    def _exchange(self, items: Sequence[Action]) -> None:
+        """The plain twin's transfers before an action, and after the last one: all posted, then all waited for."""
+        for item in items:
+            source, target = self._ends(item)
+            if source == self._rank and item in self._made:  # not if it is the gradient of what is not trained
+                self._send(item, target, *self._made.pop(item))
+        posted = []
+        for item in items:
+            source, target = self._ends(item)
+            if target == self._rank:
+                channel = self._channels[item.kind, source]
+                self._post(channel, wait=True)
+                posted += [channel.pending[item][0]] if item in channel.pending else []
+        for pending in posted:
+            pending.wait()
+        self.finish()
+
     def _post_ahead(self) -> None:
         for channel in self._channels.values():
-            ahead = len(channel.items) if self._prefetch is None else channel.taken + self._prefetch
-            while channel.posted < min(len(channel.items), ahead) and self._post(channel, wait=False):
+            ahead = min(len(channel.items), channel.taken + (self._prefetch or 0))
+            while channel.posted < ahead and self._post(channel, wait=False):
                 pass
 
     def _post(self, channel: Channel, *, wait: bool) -> bool:
@@ -279,6 +309,18 @@ def sent_after(actions: Sequence[Action], stages: int) -> Iterator[Action]:
             yield Action("F", action.stage, action.microbatch)
         elif action.kind in "BI" and action.stage > 0:
             yield Action("B", action.stage - 1, action.microbatch)
+
+
+def between(schedule: Schedule, rank: int) -> list[list[Action]]:
+    """What the plain twin sends and receives before each of a rank's actions, and after the last one, as :func:`sent_after` has it."""
+    places: list[list[Action]] = [[]]
+    for event in in_turn(schedule):
+        if not isinstance(event, Handover):
+            if schedule.placement[event.stage] == rank:
+                places.append([])
+        elif rank in (event.source, event.target):
+            places[-1] += sent_after([event.after], schedule.stages)
+    return places
 
 
 def channel_kinds(placement: Sequence[int]) -> list[tuple[str, bool]]:

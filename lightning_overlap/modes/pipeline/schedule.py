@@ -114,6 +114,13 @@ class Schedule:
         after = [Action("B", stage + 1, microbatch)] if stage + 1 < self.stages else []
         return [Action("F", stage, microbatch), *after]
 
+    def receiver(self, action: Action) -> int | None:
+        """The other rank that goes on from an action; None if it is the same one, or none."""
+        stage = action.stage + (1 if action.kind == "F" else -1)
+        if action.kind == "W" or stage not in range(self.stages) or self.placement[stage] == self.placement[action.stage]:
+            return None
+        return self.placement[stage]
+
     def order(self) -> list[Action]:
         """All ranks' actions in one order in which they can be run: a rank's in its own, each after what it needs.
 

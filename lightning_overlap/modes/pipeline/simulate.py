@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from lightning_overlap.decision import ConfigError
 
@@ -56,8 +56,8 @@ def simulate(
         weight: seconds of the weights' part of it; by default half of it.
         transfer: seconds of a transfer between two ranks. A rank has one on its way to each other rank at a time, in the order of
             its actions.
-        overlapped: transfers run beside compute. Otherwise an action that sends ends only when its transfer has: the plain twin,
-            whose receives are posted ahead, so that nothing else holds up the receiver than that it has not got what it needs.
+        overlapped: transfers run beside compute. Otherwise sender and receiver both stand still for it, at its place in
+            :func:`in_turn`: the plain twin.
 
     Raises:
         ConfigError: as many times are given as there are not stages; or the schedule stands still.
@@ -69,31 +69,66 @@ def simulate(
 
     free, busy = [0.0] * schedule.ranks, [0.0] * schedule.ranks
     held, peak = [0] * schedule.ranks, [0] * schedule.ranks
+    computed = [0.0] * schedule.ranks  # until when a rank's last action ran, after which its transfers can begin
     link_free: dict[tuple[int, int], float] = {}
     here: dict[Action, float] = {}  # when its own stage can go on from it
     there: dict[Action, float] = {}  # when the next or previous stage can
     spans = []
-    for action in schedule.order():
+
+    def send(action: Action, source: int, target: int) -> None:
+        begin = max(here[action.gives], link_free.get((source, target), 0.0), 0.0 if overlapped else computed[target])
+        there[action.gives] = link_free[source, target] = arrival = begin + transfer
+        if not overlapped:
+            free[source], free[target] = max(free[source], arrival), max(free[target], arrival)
+
+    for event in schedule.order() if overlapped else in_turn(schedule):
+        if isinstance(event, Handover):
+            send(event.after, event.source, event.target)
+            continue
+        action = event
         rank, seconds = schedule.placement[action.stage], cost[action.kind][action.stage]
         arrived = [(here if need.stage == action.stage else there)[need] for need in schedule.needs(action)]
         start = max(free[rank], *arrived, 0.0)
-        end = start + seconds
         busy[rank] += seconds
         held[rank] += {"F": 1, "I": 0, "B": -1, "W": -1}[action.kind]
         peak[rank] = max(peak[rank], held[rank])
-
-        arrival = end
-        target = action.stage + (1 if action.kind == "F" else -1)
-        if action.kind != "W" and target in stages and schedule.placement[target] != rank:
-            link = rank, schedule.placement[target]
-            link_free[link] = arrival = max(end, link_free.get(link, 0.0)) + transfer
-            if not overlapped:
-                end = arrival
-        here[action.gives], there[action.gives], free[rank] = end, arrival, end
-        spans.append((rank, action, start, end))
+        free[rank] = computed[rank] = here[action.gives] = there[action.gives] = start + seconds
+        if overlapped and (target := schedule.receiver(action)) is not None:
+            send(action, rank, target)
+        spans.append((rank, action, start, start + seconds))
     seconds = max(free)
-    unhindered = simulate(schedule, forward=forwards, backward=backwards, weight=weights).seconds if transfer else seconds
+    hindered = transfer or not overlapped
+    unhindered = simulate(schedule, forward=forwards, backward=backwards, weight=weights).seconds if hindered else seconds
     return Simulation(seconds, tuple(spans), tuple(busy), tuple(peak), seconds - unhindered)
+
+
+class Handover(NamedTuple):
+    """What an action gives to another rank.
+
+    Attributes:
+        after: the action.
+        source: its rank.
+        target: the rank that needs it.
+    """
+
+    after: Action
+    source: int
+    target: int
+
+
+def in_turn(schedule: Schedule) -> list[Action | Handover]:
+    """All ranks' actions and transfers in one order, for the plain twin, in which both ends stand still for a transfer.
+
+    It is that of a run with transfers that take no time and backwards of two forwards: each transfer comes when its action is over,
+    before whatever either end has not begun by then. A rank that does its part of one order for all can wait for no other for
+    ever: of what is not over yet, the first in the order has both its ends ready.
+    """
+    events: list[tuple[float, bool, int, Action | Handover]] = []
+    for rank, action, start, end in simulate(schedule).spans:
+        events.append((start, True, rank, action))
+        if (target := schedule.receiver(action)) is not None:
+            events.append((end, False, rank, Handover(action, rank, target)))
+    return [event for *_, event in sorted(events, key=lambda event: event[:3])]
 
 
 def _by_stage(name: str, seconds: float | Sequence[float], schedule: Schedule) -> list[float]:

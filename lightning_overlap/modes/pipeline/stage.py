@@ -76,6 +76,8 @@ class Stages:
         self._check = check
         self._kept: dict[tuple[int, int], tuple[Tensor | None, Tensor]] = {}
         self._deferred: dict[tuple[int, int], Any] = {}
+        self.losses: dict[int, Tensor] = {}
+        """By microbatch, where the last stage is."""
         self._backward = False
 
     def forward(self, stage: int, microbatch: int, received: Tensor | None, form: Form | None) -> tuple[Tensor, Form] | None:
@@ -91,7 +93,7 @@ class Stages:
         how = Pass(
             run=frozenset(blocks),
             stop=self._stack.size if last else blocks.stop if blocks else 0,
-            before=lambda block: pin_torch(hash((*self._seed, microbatch, block)) & SEEDS),
+            before=block_seeds(self._seed, microbatch),
             items=form.items if form is not None else None,
         )
         if received is not None:
@@ -117,6 +119,7 @@ class Stages:
                     "`head.weight = tokens.weight`."
                 )
             self._kept[stage, microbatch] = received, loss
+            self.losses[microbatch] = loss.detach()
             return None
         (out,) = sent
         self._kept[stage, microbatch] = received, _LetGo.apply(out) if out.requires_grad else out
@@ -171,6 +174,11 @@ class Stages:
         if not self._backward:
             raise ConfigError("no stage of this rank ran a backward: nothing of its model is trained; use fewer stages")
         self._step.finish_backward()
+
+
+def block_seeds(seed: Sequence[int], microbatch: int) -> Callable[[int], None]:
+    """Told a block's number, pins its random numbers: those of the microbatch and the block, wherever they are run."""
+    return lambda block: pin_torch(hash((*seed, microbatch, block)) & SEEDS)
 
 
 def finals(actions: Sequence[Action]) -> frozenset[Action]:
