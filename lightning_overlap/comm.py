@@ -365,7 +365,8 @@ class Group:
 
         Args:
             x: 1-d tensor, contiguous; what is outside this rank's piece is undefined afterwards where ``wire`` is set.
-            bounds: ``size + 1`` offsets into ``x``; the piece of rank r is ``x[bounds[r]:bounds[r + 1]]``. May be uneven.
+            bounds: ``size + 1`` offsets into ``x``; the piece of rank r is ``x[bounds[r]:bounds[r + 1]]``. May be uneven. Where the
+                group is keyed, without ``wire``, this rank's own piece may still be written to until the transfer is waited for.
             key: tells this transfer from others in flight; the same on all ranks.
             label: names it in traces and errors.
             average: divide by the size of the group.

@@ -1,0 +1,252 @@
+"""Products with a weight that is cut over the ranks, and the transfers that run beside them.
+
+Activations are ``(..., tokens, features)``. Tokens are cut into one part a rank (sequence parallelism), or every rank has them all.
+
+    gathered   what is there is multiplied while the other ranks' parts arrive, each as soon as it is there
+    reduced    the other ranks' parts are multiplied first and sent as soon as they are ready, this rank's own part last
+
+A part travels in ``splits`` pieces: what stays exposed is the first or last piece. Both orders are those of a ring exchange on two
+ranks; on more, each rank sends to each directly, which takes a full-duplex link as long and needs no step in between. (The idea:
+S. Wang et al., Overlap Communication with Dependent Computation via Decomposition, ASPLOS 2023.)
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from lightning_overlap.comm import Group, Pending
+
+MOST_SPLITS = 8
+PIECE_BYTES = 256 << 10
+"""A piece is not smaller, if the user does not say how many there are: each costs a tenth of a millisecond on the host."""
+_KEYS = 1 << 12
+
+
+def shares(n: int, size: int) -> tuple[int, ...]:
+    """``size + 1`` offsets that deal out ``n`` as evenly as can be."""
+    return tuple(n * r // size for r in range(size + 1))
+
+
+@dataclass
+class Exchange:
+    """How the ranks of a tensor group exchange activations.
+
+    Attributes:
+        group: the ranks.
+        scattered: tokens are cut over them; otherwise every rank has all tokens.
+        overlapped: False: each transfer is waited for where it is posted (the plain twin).
+        splits: pieces of a part; None: by its size.
+        keep_gathered: what was gathered for a forward is kept for its backward, rather than gathered again.
+    """
+
+    group: Group
+    scattered: bool
+    overlapped: bool = True
+    splits: int | None = None
+    keep_gathered: bool = False
+    _keys: Iterator[int] = field(default_factory=itertools.count)
+
+    def key(self) -> int:
+        """Tells a transfer from those that are in flight with it. Ranks post in the same order."""
+        return next(self._keys) % _KEYS
+
+    def pieces(self, nbytes: int) -> int:
+        """Into how many a part of so many bytes is cut."""
+        if not self.overlapped:
+            return 1
+        return self.splits or max(1, min(MOST_SPLITS, nbytes // PIECE_BYTES))
+
+    def parts(self, tokens: int) -> tuple[int, ...]:
+        """Offsets of the parts of that many tokens: one for each rank, or one for all."""
+        return shares(tokens, self.group.size) if self.scattered else (0, tokens)
+
+    @property
+    def own(self) -> int:
+        """The part that this rank has."""
+        return self.group.rank if self.scattered else 0
+
+
+def part(x: Tensor, bounds: Sequence[int], number: int) -> Tensor:
+    """The rows ``(n, features)`` of one part of the tokens of ``x``: a view, if it can be one."""
+    return x.narrow(-2, bounds[number], bounds[number + 1] - bounds[number]).reshape(-1, x.shape[-1])
+
+
+class Gathered:
+    """The tokens of all ranks, arriving.
+
+    Args:
+        own: this rank's tokens ``(..., own tokens, features)``.
+        tokens: number of all.
+        exchange: the ranks.
+        label: names the transfers.
+        splits: pieces of a part; None: as the exchange says.
+    """
+
+    def __init__(self, own: Tensor, tokens: int, exchange: Exchange, label: str, splits: int | None = None) -> None:
+        self.shape = (*own.shape[:-2], tokens, own.shape[-1])
+        self.own = own.reshape(-1, own.shape[-1])
+        self._exchange = exchange
+        self._pieces: list[tuple[Tensor, list[int], list[list[int]]]] = []
+        self._pending: list[Pending] = []
+        if not exchange.scattered:
+            return
+        group, width = exchange.group, own.shape[-1]
+        others = own.shape[:-2].numel()
+        rows = [others * (b - a) for a, b in itertools.pairwise(exchange.parts(tokens))]
+        pieces = splits or exchange.pieces(self.own.nbytes)
+        cuts = [shares(n, pieces) for n in rows]
+        for i in range(pieces):
+            bounds = [0, *itertools.accumulate(width * (cut[i + 1] - cut[i]) for cut in cuts)]
+            buffer = own.new_empty(bounds[-1])
+            buffer[bounds[group.rank] : bounds[group.rank + 1]] = self.own[cuts[group.rank][i] : cuts[group.rank][i + 1]].flatten()
+            self._pieces.append((buffer, bounds, [[cut[i], cut[i + 1]] for cut in cuts]))
+            self._pending.append(group.all_gather(buffer, bounds, key=exchange.key(), label=label))
+        # A gather is held back behind reduces of its own step. Here a GEMM waits for it, as one does for them: first come, first served.
+        group.start_step()
+        if not exchange.overlapped:
+            for pending in self._pending:
+                pending.wait()
+
+    def arriving(self) -> Iterator[tuple[int, int, Tensor]]:
+        """The others' rows as they come: rank, number of the first row in its part, rows ``(n, features)``."""
+        width = self.own.shape[-1]
+        for pending, (buffer, bounds, cuts) in zip(self._pending, self._pieces, strict=True):
+            pending.wait()
+            for rank, (low, _) in enumerate(cuts):
+                if rank != self._exchange.group.rank and bounds[rank] < bounds[rank + 1]:
+                    yield rank, low, buffer[bounds[rank] : bounds[rank + 1]].view(-1, width)
+
+    def rows(self, number: int) -> Tensor:
+        """All rows of a part."""
+        if number == self._exchange.own:
+            return self.own
+        found = [rows for rank, _, rows in self.arriving() if rank == number]
+        return found[0] if len(found) == 1 else torch.cat(found) if found else self.own[:0]
+
+    def whole(self) -> Tensor:
+        """All tokens ``(..., tokens, features)``."""
+        bounds = self._exchange.parts(self.shape[-2])
+        leading = self.shape[:-2]
+        parts = [self.rows(r).view(*leading, b - a, self.shape[-1]) for r, (a, b) in enumerate(itertools.pairwise(bounds))]
+        return torch.cat(parts, dim=-2) if len(parts) > 1 else parts[0]
+
+
+def gathered_product(x: Gathered, weight: Tensor, bias: Tensor | None, exchange: Exchange) -> Tensor:
+    """``x @ weight.T + bias`` of all tokens, in pieces as they arrive.
+
+    Args:
+        x: ``(..., tokens, in)``.
+        weight: ``(out, in)``.
+        bias: ``(out,)``.
+        exchange: the ranks.
+
+    Returns:
+        ``(..., tokens, out)``.
+    """
+    out = x.own.new_empty(*x.shape[:-1], weight.shape[0])
+    bounds = exchange.parts(x.shape[-2])
+
+    def put(number: int, low: int, rows: Tensor) -> None:
+        target = out.narrow(-2, bounds[number], bounds[number + 1] - bounds[number])
+        if target.is_contiguous():
+            _product(rows, weight.t(), bias, target.view(-1, out.shape[-1])[low : low + len(rows)])
+        else:  # several sequences: their rows of one part are not together
+            apart.setdefault(number, []).append(_product(rows, weight.t(), bias, rows.new_empty(len(rows), out.shape[-1])))
+
+    apart: dict[int, list[Tensor]] = {}
+    put(exchange.own, 0, x.own)
+    for number, low, rows in x.arriving():
+        put(number, low, rows)
+    for number, found in apart.items():
+        target = out.narrow(-2, bounds[number], bounds[number + 1] - bounds[number])
+        target.copy_(torch.cat(found).view(target.shape))
+    return out
+
+
+def _product(rows: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> Tensor:
+    return torch.mm(rows, weight, out=out) if bias is None else torch.addmm(bias, rows, weight, out=out)
+
+
+class Reduced:
+    """A sum over the ranks of products, of which each rank has a summand: in pieces, sent as soon as they are ready.
+
+    Args:
+        factors: the summand is the sum of ``x @ w`` over these: ``x`` ``(..., tokens, in)``, ``w`` ``(in, out)``.
+        exchange: the ranks. Where tokens are cut, each rank gets its own; otherwise all get all.
+        label: names the transfers.
+        more: something that is added to the summand, ``(..., tokens, out)``.
+    """
+
+    def __init__(self, factors: Sequence[tuple[Tensor, Tensor]], exchange: Exchange, label: str, more: Tensor | None = None) -> None:
+        x, w = factors[0]
+        group, tokens, width = exchange.group, x.shape[-2], w.shape[-1]
+        bounds = exchange.parts(tokens)
+        count = len(bounds) - 1
+        parts = [[part(x, bounds, p) for x, _ in factors] for p in range(count)]
+        added = None if more is None else [part(more, bounds, p) for p in range(count)]
+        weights = [w for _, w in factors]
+        own = exchange.own
+        rows = [len(found[0]) for found in parts]
+        pieces = exchange.pieces(rows[own] * width * x.element_size())
+        cuts = [shares(n, pieces) for n in rows]
+        self.shape = (*x.shape[:-2], bounds[own + 1] - bounds[own], width)
+
+        def compute(number: int, i: int) -> None:
+            low, high = cuts[number][i], cuts[number][i + 1]
+            if low == high:
+                return
+            out = buffers[i][offsets[i][number] : offsets[i][number + 1]].view(-1, width)
+            torch.mm(parts[number][0][low:high], weights[0], out=out)
+            for rows, weight in zip(parts[number][1:], weights[1:], strict=True):
+                out.addmm_(rows[low:high], weight)
+            if added is not None:
+                out.add_(added[number][low:high])
+
+        offsets = [[0, *itertools.accumulate(width * (cut[i + 1] - cut[i]) for cut in cuts)] for i in range(pieces)]
+        buffers = [x.new_empty(bounds[-1]) for bounds in offsets]
+        # This rank's own part is last where a reduce-scatter takes it when it is waited for: see Group.reduce_scatter.
+        late = exchange.scattered and group.keyed and exchange.overlapped
+        self._pending: list[Pending] = []
+        for i in range(pieces):
+            for number in [(own + step) % count for step in range(1, count)]:
+                compute(number, i)
+            if not late:
+                compute(own, i)
+            if exchange.scattered:
+                posted = group.reduce_scatter(buffers[i], offsets[i], key=exchange.key(), label=label)
+            else:
+                posted = group.all_reduce(buffers[i], label=label)
+            self._pending.append(posted)
+            if not exchange.overlapped:
+                posted.wait()
+        for i in range(pieces if late else 0):
+            compute(own, i)
+
+    def wait(self) -> Tensor:
+        """The sum, ``(..., own tokens, out)``."""
+        found = [pending.wait() for pending in self._pending]
+        return (found[0] if len(found) == 1 else torch.cat(found)).view(self.shape)
+
+
+def weight_gradient(grad: Tensor, x: Gathered, exchange: Exchange) -> Tensor:
+    """``grad.T @ x`` over all tokens: this rank's own first, the others' when they have come.
+
+    Args:
+        grad: of a product's output, ``(..., tokens, out)``.
+        x: its input, ``(..., tokens, in)``.
+        exchange: the ranks.
+
+    Returns:
+        ``(out, in)``.
+    """
+    bounds = exchange.parts(x.shape[-2])
+    total = part(grad, bounds, exchange.own).t() @ x.own
+    for number in range(len(bounds) - 1):
+        if number != exchange.own:
+            total.addmm_(part(grad, bounds, number).t(), x.rows(number))
+    return total
