@@ -12,22 +12,38 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
 
 
-class Block(nn.Module):
+class Attention(nn.Module):
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
-        self.heads = heads
-        self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.head_dim = width // heads
         self.qkv = nn.Linear(width, 3 * width, bias=False)
         self.proj = nn.Linear(width, width, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        # As many heads as the weight has rows for: under tensor parallelism these are this rank's.
+        q, k, v = self.qkv(x).unflatten(-1, (3, -1, self.head_dim)).permute(2, 0, 3, 1, 4)
+        return self.proj(F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(2))
+
+
+class MLP(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
         self.up = nn.Linear(width, 4 * width, bias=False)
         self.down = nn.Linear(4 * width, width, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        batch, tokens, width = x.shape
-        q, k, v = self.qkv(self.norm1(x)).view(batch, tokens, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).reshape(batch, tokens, width)
-        x = x + self.proj(y)
-        return x + self.down(F.gelu(self.up(self.norm2(x))))
+        return self.down(F.gelu(self.up(x)))
+
+
+class Block(nn.Module):
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.attention, self.mlp = Attention(width, heads), MLP(width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.attention(self.norm1(x))
+        return x + self.mlp(self.norm2(x))
 
 
 class GPT(nn.Module):
@@ -53,6 +69,16 @@ class GPT(nn.Module):
 
 
 class GPTModule(LightningModule):
+    # Read where tensor_parallel is asked for; the list of blocks is found.
+    parallel_plan = {
+        "blocks.*.attention.qkv": "column[3]",
+        "blocks.*.attention.proj": "row",
+        "blocks.*.mlp.up": "column",
+        "blocks.*.mlp.down": "row",
+        "tokens": "vocab_embedding",
+        "head": "vocab_head",
+    }
+
     def __init__(
         self, n_layer: int = 4, n_head: int = 4, n_embd: int = 128, block_size: int = 128, vocab_size: int = 256, lr: float = 1e-3
     ) -> None:

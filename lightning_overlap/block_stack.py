@@ -157,17 +157,22 @@ class BlockStack:
             raise LeaveForward
         return _StandIn(self, how, number, list(self.blocks._modules.values())[number])
 
-    def hidden(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[int | str, Tensor]:
-        """Where a block's hidden states stand in its arguments, and what they are."""
-        if args and isinstance(args[0], Tensor):
-            return 0, args[0]
-        for name in HIDDEN_ARGUMENTS:
-            if isinstance(kwargs.get(name), Tensor):
-                return name, kwargs[name]
-        raise ConfigError(
-            f"a block of {self.name} is called without hidden states that can be found: pass them as the first argument, or as "
-            f"one of {', '.join(HIDDEN_ARGUMENTS)}"
-        )
+
+def find_hidden(args: tuple[Any, ...], kwargs: Mapping[str, Any], who: str) -> tuple[int | str, Tensor]:
+    """Where the hidden states stand in a module's arguments, and what they are.
+
+    Raises:
+        ConfigError: there are none that could be told.
+    """
+    if args and isinstance(args[0], Tensor):
+        return 0, args[0]
+    for name in HIDDEN_ARGUMENTS:
+        if isinstance(kwargs.get(name), Tensor):
+            return name, kwargs[name]
+    raise ConfigError(
+        f"{who} is called without hidden states that can be found: pass them as the first argument, or as one of "
+        f"{', '.join(HIDDEN_ARGUMENTS)}"
+    )
 
 
 class _Part:
@@ -204,7 +209,7 @@ class _StandIn:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         stack, how, number = self._stack, self._how, self._number
         again, self._called = self._called, True
-        place, hidden = stack.hidden(args, kwargs)
+        place, hidden = find_hidden(args, kwargs, f"a block of {stack.name}")
         if not again:
             self._check_order(hidden)
         if number == 0 and -1 in how.leave and not again:

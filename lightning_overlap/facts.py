@@ -26,6 +26,14 @@ def versions() -> dict[str, str]:
 
 
 @dataclass(frozen=True)
+class TensorFacts:
+    """What can be cut over a tensor axis: in words, and the modules in the blocks that may mix tokens."""
+
+    said: str
+    loose: tuple[str, ...]
+
+
+@dataclass(frozen=True)
 class Facts:
     """Facts about a run. ``optimizers`` and ``parameters`` are None until the model is known."""
 
@@ -45,3 +53,5 @@ class Facts:
     """By stage of a pipeline, elements of the matrices that a token is multiplied by. Empty: not known."""
     head_work: int = 0
     """Of these, those of the last stage's linear layers after the blocks, whose weights' gradients can come later."""
+    tensor: TensorFacts | None = None
+    """None: the model is not known, or not to be cut over a tensor axis."""

@@ -87,3 +87,8 @@ class Run:
                 return self.flat[place : place + size].view(chunk.sizes)
             place += size
         raise ValueError(f"{index} is no box of this run")
+
+
+def is_absent(tensor: Tensor) -> bool:
+    """Whether it stands for a tensor that is on another rank: of its shape, and with the memory of one element."""
+    return tensor.numel() > 1 and all(stride == 0 for n, stride in zip(tensor.shape, tensor.stride(), strict=True) if n > 1)

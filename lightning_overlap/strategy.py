@@ -26,6 +26,7 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch import Tensor
 from torch.optim import Optimizer
 
+from lightning_overlap.batches import refuse_different
 from lightning_overlap.checkpoint import AtomicCheckpointIO, Saves, compact, in_place, is_local, load_file
 from lightning_overlap.comm import Group, agree, all_gather_objects, backend, broadcast_object, make_group, world_size
 from lightning_overlap.config import OverlapConfig
@@ -45,6 +46,9 @@ from lightning_overlap.plan import Plan, resolve
 from lightning_overlap.probe import examine
 from lightning_overlap.sharded_checkpoint import Folders, SavedOptimizer, describe, is_folder, names_of
 from lightning_overlap.shared_state import SharedBuffers, share
+
+CHECKED_BATCHES = 3
+"""Batches at the start of a fit that are compared between the ranks that share them."""
 
 
 class OverlapStrategy(DDPStrategy):
@@ -122,8 +126,9 @@ class OverlapStrategy(DDPStrategy):
         )
         if state_dict_type not in ("full", "sharded"):
             raise ConfigError(f"state_dict_type={state_dict_type!r}: it is 'full' or 'sharded'")
-        if state_dict_type == "sharded" and self.config.pipeline_parallel.size > 1:
-            raise ConfigError("state_dict_type='sharded' with pipeline_parallel is not in this version: use 'full'")
+        for axis in ("pipeline_parallel", "tensor_parallel"):
+            if state_dict_type == "sharded" and getattr(self.config, axis).size > 1:
+                raise ConfigError(f"state_dict_type='sharded' with {axis} is not in this version: use 'full'")
         self._state_dict_type = state_dict_type
         self._async_save = async_save
         self._saves = Saves()
@@ -137,6 +142,9 @@ class OverlapStrategy(DDPStrategy):
         self._buffers: SharedBuffers | None = None
         self._alike: Group | None = None
         """While fitting: ranks that hold the same of the model and see different data."""
+        self._sharing: Group | None = None
+        """While fitting: ranks that see the same data."""
+        self._unchecked = CHECKED_BATCHES
         self._until_teardown = contextlib.ExitStack()
 
     @property
@@ -219,6 +227,9 @@ class OverlapStrategy(DDPStrategy):
                 self._preemption = Preemption(trainer, everyone)
                 self._alike = make_group(self.mesh.groups("dp"), "alike", self.time_limit, gathers=False, threads=False)
                 self._buffers = SharedBuffers(self.model, self._alike)
+                sharing = self.mesh.groups(*(axis for axis in self.mesh.sizes if axis != "dp"))
+                self._sharing = make_group(sharing, "batch", self.time_limit, gathers=False, threads=False)
+                self._unchecked = CHECKED_BATCHES
                 if self._driver is not None:
                     mirrored = mirrored_metrics(trainer.lightning_module, self._driver, self._alike, lambda: self._in_step)
                     self._until_teardown.enter_context(mirrored)
@@ -288,13 +299,16 @@ class OverlapStrategy(DDPStrategy):
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
         if self._buffers is not None:
             self._buffers.before_forward()
+        batch, *rest = [*args, *kwargs.values()]
+        if self._sharing is not None and self._sharing.size > 1 and self._unchecked:
+            self._unchecked -= 1
+            refuse_different(batch, self._sharing)
         for mode in self.modes:
             mode.start_forward()
         if self._driver is None:
             return super().training_step(*args, **kwargs)
         module = self.lightning_module
         assert module is not None, "Lightning connects the module"
-        batch, *rest = [*args, *kwargs.values()]
         place = (
             self._seed or 0,
             self.mesh.coordinates()["dp"],
@@ -461,7 +475,7 @@ class OverlapStrategy(DDPStrategy):
         if self._state_dict_type == "sharded" and self.lightning_module is not None:
             share(self.lightning_module.buffers(), self._alike)  # every rank writes a part of them
         state = super().lightning_module_state_dict()
-        for mode in self.modes:
+        for mode in reversed(self.modes):  # put together in the reverse of the order in which it was cut
             state = mode.whole_model(state)
         return state
 
@@ -471,8 +485,8 @@ class OverlapStrategy(DDPStrategy):
             return describe(plain, self._optimizer_shards(plain), self._parameter_names())
         found = (state for mode in self.modes if (state := mode.optimizer_state(plain)) is not None)
         whole = next(found, None) or super().optimizer_state(optimizer)
-        for mode in self.modes:
-            whole = mode.whole_optimizer(whole)
+        for mode in reversed(self.modes):
+            whole = mode.whole_optimizer(plain, whole)
         return whole
 
     def _optimizer_shards(self, optimizer: Optimizer, saved: Any = None) -> dict[str, dict[str, Any]] | None:
@@ -498,7 +512,10 @@ class OverlapStrategy(DDPStrategy):
         for optimizer, state in zip(self.optimizers, checkpoint["optimizer_states"], strict=False):
             if isinstance(state, SavedOptimizer):
                 self._folders.load_optimizer(state, optimizer, self._parameter_names(), partial(self._optimizer_shards, optimizer))
-            elif not any(mode.load_optimizer_state(optimizer, state) for mode in self.modes):
+                continue
+            for mode in self.modes:
+                state = mode.own_optimizer(optimizer, state)
+            if not any(mode.load_optimizer_state(optimizer, state) for mode in self.modes):
                 optimizer.load_state_dict(state)
         for mode in self.modes:
             mode.adopt_parameters()
@@ -557,9 +574,10 @@ class OverlapStrategy(DDPStrategy):
         if self._preemption is not None:
             self._preemption.close(complete=not self._failed)
             self._preemption = self._buffers = None
-        if self._alike is not None and not self._failed:
-            self._alike.close()
-        self._alike = None
+        for group in (self._alike, self._sharing):
+            if group is not None and not self._failed:
+                group.close()
+        self._alike = self._sharing = None
         for mode in reversed(self.modes):
             mode.release(complete=not self._failed)
         if self._failed and self.modes:

@@ -6,7 +6,15 @@ from pathlib import Path
 import pytest
 
 import lightning_overlap
-from lightning_overlap import ConfigError, DataParallel, OverlapConfig, OverlapStrategy, PipelineParallel, TensorParallel
+from lightning_overlap import (
+    ConfigError,
+    ContextParallel,
+    DataParallel,
+    OverlapConfig,
+    OverlapStrategy,
+    PipelineParallel,
+    TensorParallel,
+)
 from lightning_overlap.config import Degrees
 from lightning_overlap.facts import Facts, OptimizerFacts
 from lightning_overlap.mesh import ParallelMesh
@@ -168,8 +176,8 @@ def test_bad_values(bad):
 
 
 def test_modes_to_come_are_refused():
-    config = OverlapConfig(tensor_parallel=TensorParallel(size=2))
-    with pytest.raises(ConfigError, match="tensor parallelism is not in this version; set tensor_parallel: 1"):
+    config = OverlapConfig(context_parallel=ContextParallel(size=2))
+    with pytest.raises(ConfigError, match="context parallelism is not in this version; set context_parallel: 1"):
         resolve(config, Facts(world_size=4))
 
 

@@ -188,8 +188,12 @@ class OverlapMode:
         """The module's ``state_dict`` with what other ranks hold of it, on the first rank. Collective."""
         return state
 
-    def whole_optimizer(self, state: dict[str, Any]) -> dict[str, Any]:
+    def whole_optimizer(self, optimizer: Optimizer, state: dict[str, Any]) -> dict[str, Any]:
         """An optimizer's ``state_dict()`` with what other ranks hold of it, on the first rank. Collective."""
+        return state
+
+    def own_optimizer(self, optimizer: Optimizer, state: dict[str, Any]) -> dict[str, Any]:
+        """What this rank holds of an optimizer's ``state_dict()``, which is whole."""
         return state
 
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any] | None:

@@ -63,12 +63,6 @@ def test_reference_bucket_sizes(parameters, bucket_size, plain, sharded, shards)
     assert list(zip(unpadded(buckets), sizes(buckets), strict=True)) == sharded
 
 
-@pytest.mark.parametrize(("bucket_size", "expected"), [(None, [9025, 81729]), (20000, [9025, 27201, 27201, 27201])])
-def test_a_shared_embedding_is_alone(bucket_size, expected):
-    buckets = lay_out(LINEAR, bucket_size=bucket_size, shards=2, sharded=True, isolated={9})
-    assert unpadded(buckets) == expected
-
-
 @given(
     parameters=st.lists(st.integers(1, 5000), min_size=1, max_size=30),
     bucket_size=st.none() | st.integers(1, 20000),

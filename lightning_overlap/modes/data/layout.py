@@ -9,7 +9,7 @@ a parameter. With sharding, each parameter starts at a multiple of 64 elements a
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 PARAMETER_ALIGNMENT = 64
@@ -67,7 +67,6 @@ def lay_out(
     shards: int = 1,
     sharded: bool,
     high_busbw: bool = False,
-    isolated: Collection[int] = (),
 ) -> tuple[Bucket, ...]:
     """Buckets of parameters.
 
@@ -77,7 +76,6 @@ def lay_out(
         shards: ranks over which a bucket is sharded.
         sharded: whether the optimizer is distributed; without, nothing is padded.
         high_busbw: pad the ends of buckets further.
-        isolated: parameters that get a bucket of their own (tied embeddings that another stage shards alike).
     """
     buckets: list[Bucket] = []
     slots: list[Slot] = []
@@ -91,14 +89,11 @@ def lay_out(
             start, offset, slots = end, end, []
 
     for parameter in reversed(range(len(sizes))):
-        alone = sharded and parameter in isolated
-        if alone:
-            close()
         if sharded:
             offset = pad(offset, PARAMETER_ALIGNMENT)
         slots.append(Slot(parameter, offset, offset + sizes[parameter]))
         offset += sizes[parameter]
-        if alone or (bucket_size is not None and offset - start >= bucket_size):
+        if bucket_size is not None and offset - start >= bucket_size:
             close()
     close()
     return tuple(buckets)

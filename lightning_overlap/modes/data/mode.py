@@ -25,7 +25,7 @@ from torch.optim import Optimizer
 
 from lightning_overlap.comm import Group, Pending, make_group
 from lightning_overlap.decision import ConfigError
-from lightning_overlap.modes.base import LATE_GRADIENT, OverlapMode
+from lightning_overlap.modes.base import COUNTED_ELSEWHERE, LATE_GRADIENT, OverlapMode
 from lightning_overlap.modes.data.buffers import HALF, LiveBucket, flatten, unflatten
 from lightning_overlap.modes.data.gathers import Gathers
 from lightning_overlap.modes.data.guard import CompleteBefore, GuardedParameters
@@ -93,13 +93,15 @@ class DataMode(OverlapMode):
     # -- set-up ------------------------------------------------------------------------------------------------------
 
     def parallelize(self, model: nn.Module) -> None:
-        kinds: dict[tuple[torch.dtype, torch.device], list[tuple[str, nn.Parameter]]] = {}
+        # What another mode completes after backward is sent after all else, and a shard is counted in the norm as a whole.
+        kinds: dict[tuple[bool, bool, str, str], list[tuple[str, nn.Parameter]]] = {}
         for name, parameter in model.named_parameters():
             if parameter.requires_grad or self.plan.facts.unfreezers:
-                kinds.setdefault((parameter.dtype, parameter.device), []).append((name, parameter))
+                late, elsewhere = (bool(getattr(parameter, marker, False)) for marker in (LATE_GRADIENT, COUNTED_ELSEWHERE))
+                kinds.setdefault((late, elsewhere, str(parameter.dtype), str(parameter.device)), []).append((name, parameter))
             else:
                 self._frozen.append((name, parameter))
-        self._kinds = list(kinds.values())
+        self._kinds = [kinds[kind] for kind in sorted(kinds, key=lambda kind: kind[0])]
         self._build()
         for bucket in self._buckets:
             for parameter in bucket.parameters:
@@ -113,7 +115,6 @@ class DataMode(OverlapMode):
     def _lay_out(self, named: Sequence[tuple[str, nn.Parameter]]) -> tuple[Bucket, ...]:
         return lay_out(
             [p.numel() for _, p in named],
-            isolated=[i for i, (_, p) in enumerate(named) if getattr(p, LATE_GRADIENT, False)],
             bucket_size=int(self.plan.choice("data_parallel.bucket_size")),
             shards=self.group.size,
             sharded=self._sharded,

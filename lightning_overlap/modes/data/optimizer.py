@@ -107,7 +107,7 @@ class ShardedOptimizer:
         for group, start, end, first in runs:
             flat = bucket.data[start:end] if bucket.main is None else bucket.main[start - own.start : end - own.start]
             parameter = nn.Parameter(flat.view(first.shape) if self._whole else flat)
-            setattr(parameter, COUNTED_ELSEWHERE, getattr(first, COUNTED_ELSEWHERE, False))  # such a one has a bucket of its own
+            setattr(parameter, COUNTED_ELSEWHERE, getattr(first, COUNTED_ELSEWHERE, False))  # as all of a bucket
             bucket.segments.append(Segment(parameter, group, start, end))
 
     def move(self, old: Sequence[LiveBucket]) -> None:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Hashable, Iterator, Mapping
+from collections.abc import Mapping
 from itertools import pairwise
 from typing import Any
 
 from torch import Tensor
 
+from lightning_overlap.batches import leaves
 from lightning_overlap.decision import ConfigError
 
 
@@ -18,7 +19,7 @@ def samples(batch: Any) -> int:
     Raises:
         ConfigError: it has no such tensor.
     """
-    for leaf in _leaves(batch):
+    for leaf in leaves(batch):
         if isinstance(leaf, Tensor) and leaf.dim():
             return len(leaf)
     raise ConfigError("a batch without a tensor cannot be cut into microbatches: have the data loader collate tensors")
@@ -34,30 +35,6 @@ def cut(batch: Any, parts: int) -> list[Any]:
     for i in range(parts):
         bounds.append(bounds[-1] + size // parts + (i < size % parts))
     return [_narrow(batch, size, start, end) for start, end in pairwise(bounds)]
-
-
-def kind(part: Any) -> Hashable:
-    """What decides the shapes of all that is computed from a part: the shapes of its tensors."""
-    return tuple((tuple(leaf.shape), str(leaf.dtype)) for leaf in _leaves(part) if isinstance(leaf, Tensor))
-
-
-def digest(batch: Any) -> Hashable:
-    """Tells batches apart."""
-    leaves = [leaf for leaf in _leaves(batch) if isinstance(leaf, Tensor)]
-    return kind(batch), tuple(repr(leaf.double().sum().item()) for leaf in leaves if not leaf.is_complex())
-
-
-def _leaves(value: Any) -> Iterator[Any]:
-    if isinstance(value, Mapping):
-        for item in value.values():
-            yield from _leaves(item)
-    elif isinstance(value, list | tuple):
-        for item in value:
-            yield from _leaves(item)
-    elif dataclasses.is_dataclass(value) and not isinstance(value, type):
-        yield from _leaves(vars(value))
-    else:
-        yield value
 
 
 def _narrow(value: Any, size: int, start: int, end: int) -> Any:

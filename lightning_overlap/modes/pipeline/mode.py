@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from lightning_overlap.batches import kind
 from lightning_overlap.block_stack import BlockStack, Pass
 from lightning_overlap.comm import Group, Pending, backend, in_words, make_group, raise_from_words
 from lightning_overlap.decision import ConfigError
@@ -37,7 +38,7 @@ if TYPE_CHECKING:
 SAME_LOSS = 1e-5
 """Relative difference that is none, though the same operations on the same numbers give the same bits."""
 CHECKED_BATCHES = 3
-"""Batches at the start of a fit that are compared between the ranks of a pipeline."""
+"""Batches at the start of a fit whose losses are looked at."""
 
 
 class PipelineMode(OverlapMode):
@@ -185,8 +186,7 @@ class PipelineMode(OverlapMode):
         size = microbatches.samples(step.batch)
         count = min(self._own.count, size)
         checking = self._checked < CHECKED_BATCHES
-        if checking:
-            self._check_batch(step.batch)
+        self._checked += 1
         runtime = self._runtime(count)
         parts = microbatches.cut(step.batch, count)
         shares = [microbatches.samples(part) / size for part in parts]
@@ -205,7 +205,7 @@ class PipelineMode(OverlapMode):
         self._unsummed = deque(self._tied)
         expected = self._unsplit_loss(step, parts, shares) if self._own.verify_first_batch and not self._verified else None
         with kept(self._device):
-            runtime.run(stages, [microbatches.kind(part) for part in parts], self.timeline)
+            runtime.run(stages, [kind(part) for part in parts], self.timeline)
         stages.finish()
         if self._own.verify_first_batch and not self._verified:
             self._verified = True
@@ -267,20 +267,6 @@ class PipelineMode(OverlapMode):
         if words is not None:
             raise_from_words(words)
         return found
-
-    def _check_batch(self, batch: Any) -> None:
-        """The first batches of a fit are compared: stages that see different ones would train on nothing.
-
-        Raises:
-            ConfigError: on every rank of the pipeline.
-        """
-        self._checked += 1
-        everyone = self.group.all_gather_objects(microbatches.digest(batch))
-        if different := [self.group.ranks[r] for r, said in enumerate(everyone) if said != everyone[0]]:
-            raise ConfigError(
-                f"ranks {different} have read another batch than rank {self.group.ranks[0]} of the same pipeline: a data loader that "
-                "shuffles or augments on its own must draw the same on all ranks (seed_everything, or Lightning's sampler)"
-            )
 
     def finish_backward(self) -> None:
         if self._held:
@@ -414,7 +400,7 @@ class PipelineMode(OverlapMode):
         parts = self.group.gather_objects({name: state[name].cpu() for name in mine if name in state and self._rank > 0})
         return {**state, **{name: value for part in parts for name, value in part.items()}}
 
-    def whole_optimizer(self, state: dict[str, Any]) -> dict[str, Any]:
+    def whole_optimizer(self, optimizer: Optimizer, state: dict[str, Any]) -> dict[str, Any]:
         """The optimizer's ``state_dict()`` with every stage's values, on the pipeline's first rank."""
         if self.group.ranks[0] != 0:
             return state

@@ -1,11 +1,11 @@
-"""Configuration and gates of tensor parallelism. Standard library only."""
+"""Configuration and gates of tensor and sequence parallelism. Standard library only."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
-from lightning_overlap.decision import ConfigError, Decision
+from lightning_overlap.decision import ConfigError, Decision, settle
 
 if TYPE_CHECKING:
     from lightning_overlap.config import OverlapConfig
@@ -14,18 +14,85 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class TensorParallel:
-    """Tensor parallelism. Only ``size=1`` is possible in this version."""
+    """Tensor parallelism: the weights of linear layers are cut over the ranks, which share each batch."""
 
     size: int = 1
     """Ranks along the axis."""
+    sequence_parallel: bool | Literal["auto"] = "auto"
+    """Inside the list of blocks each rank has its part of the tokens only, except in attention and mlp (Korthikanti et al., 2022)."""
+    overlap: bool | Literal["auto"] = "auto"
+    """Transfers run beside the products that need them or make them."""
+    splits: int | Literal["auto"] = "auto"
+    """Pieces in which a rank's part of the tokens travels; ``auto``: of at least 256 KiB, at most 8."""
+    keep_gathered_input: bool = False
+    """Backward uses the input that forward has gathered, instead of gathering it again: memory for traffic."""
+    verify_blocks: bool = True
+    """In the first training step, a block's output is compared with that of the block as it was before it was cut."""
 
     def __post_init__(self) -> None:
         if self.size < 1:
             raise ConfigError(f"tensor_parallel.size must be at least 1, got {self.size}")
+        if self.splits != "auto" and self.splits < 1:
+            raise ConfigError(f"tensor_parallel.splits must be at least 1 or auto, got {self.splits}")
 
 
 def decide(own: TensorParallel, whole: OverlapConfig, facts: Facts) -> list[Decision]:
     """The home of this mode's gates."""
-    if own.size > 1:
-        raise ConfigError(f"tensor_parallel.size={own.size}: tensor parallelism is not in this version; set tensor_parallel: 1")
-    return [Decision("tensor_parallel", "1", "off", "its size is 1")]
+    if own.size == 1:
+        if own.sequence_parallel is True:
+            raise ConfigError("tensor_parallel.sequence_parallel: true needs tensor_parallel.size of at least 2")
+        return [Decision("tensor_parallel", "1", "off", "its size is 1")]
+    _refuse_what_cannot_run(own, facts)
+    found = facts.tensor
+    loose = found.loose if found is not None else ()
+    more = f" and {len(loose) - 3} more" if loose[3:] else ""
+    sequence = settle(
+        "tensor_parallel.sequence_parallel",
+        own.sequence_parallel,
+        best="on",
+        because="between attention and mlp a rank has its part of the tokens only",
+        blockers=[
+            (
+                bool(loose),
+                f"{', '.join(loose[:3])}{more} may mix tokens, or stand in a block's own forward, which would see a part of the tokens "
+                "only: put attention and mlp into modules of their own",
+            )
+        ],
+    )
+    scattered = sequence.choice == "on"
+    quiet = whole.overlap == "off"
+    explicit = own.overlap is True and not scattered
+    overlap = settle(
+        "tensor_parallel.overlap",
+        False if quiet else own.overlap,
+        best="beside products" if scattered else "gradients beside products",
+        because="parts of the tokens are multiplied as they arrive, and sent as they are ready"
+        if scattered
+        else "sums of inputs' gradients travel while weights' gradients are computed, outputs' while the rest of them is",
+        blockers=[(explicit, "it hides gathers and reduce-scatters, which only sequence_parallel has: set overlap to auto")],
+    )
+    return [
+        Decision("tensor_parallel", str(own.size), str(own.size), found.said if found is not None else "the model is not known yet"),
+        sequence,
+        overlap,
+        *([_again(own)] if scattered else []),
+    ]
+
+
+def _again(own: TensorParallel) -> Decision:
+    kept = own.keep_gathered_input
+    why = "backward reads what forward has gathered" if kept else "backward gathers inputs again, beside the inputs' gradients"
+    return Decision("tensor_parallel.keep_gathered_input", "on" if kept else "off", "on" if kept else "off", why)
+
+
+def _refuse_what_cannot_run(own: TensorParallel, facts: Facts) -> None:
+    """Raises:
+    ConfigError: with every reason.
+    """
+    whole = [o.name for o in facts.optimizers or () if not o.elementwise]
+    reasons = [
+        (facts.precision == "16-mixed", "precision 16-mixed scales the loss, which is not in this version: use bf16-mixed"),
+        (bool(whole), f"{', '.join(whole)} looks at whole matrices, and a rank has a part of each: use an elementwise optimizer"),
+    ]
+    if said := [reason for applies, reason in reasons if applies]:
+        raise ConfigError(f"tensor_parallel.size={own.size} cannot run here: {'; '.join(said)}")

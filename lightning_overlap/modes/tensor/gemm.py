@@ -106,7 +106,7 @@ class Gathered:
             buffer[bounds[group.rank] : bounds[group.rank + 1]] = self.own[cuts[group.rank][i] : cuts[group.rank][i + 1]].flatten()
             self._pieces.append((buffer, bounds, [[cut[i], cut[i + 1]] for cut in cuts]))
             self._pending.append(group.all_gather(buffer, bounds, key=exchange.key(), label=label))
-        # A gather is held back behind reduces of its own step. Here a GEMM waits for it, as one does for them: first come, first served.
+        # A gather is held back behind reduces of its own step. Here products wait for both alike: first come, first served.
         group.start_step()
         if not exchange.overlapped:
             for pending in self._pending:

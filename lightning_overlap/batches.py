@@ -1,0 +1,51 @@
+"""What is known of a batch without knowing what it is."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Hashable, Iterator, Mapping
+from typing import Any
+
+from torch import Tensor
+
+from lightning_overlap.comm import Group
+from lightning_overlap.decision import ConfigError
+
+
+def kind(batch: Any) -> Hashable:
+    """What decides the shapes of all that is computed from a batch: the shapes of its tensors."""
+    return tuple((tuple(leaf.shape), str(leaf.dtype)) for leaf in leaves(batch) if isinstance(leaf, Tensor))
+
+
+def digest(batch: Any) -> Hashable:
+    """Tells batches apart."""
+    tensors = [leaf for leaf in leaves(batch) if isinstance(leaf, Tensor)]
+    return kind(batch), tuple(repr(leaf.double().sum().item()) for leaf in tensors if not leaf.is_complex())
+
+
+def leaves(value: Any) -> Iterator[Any]:
+    """What is in a batch: in its mappings, lists, tuples and dataclasses."""
+    if isinstance(value, Mapping):
+        for item in value.values():
+            yield from leaves(item)
+    elif isinstance(value, list | tuple):
+        for item in value:
+            yield from leaves(item)
+    elif dataclasses.is_dataclass(value) and not isinstance(value, type):
+        yield from leaves(vars(value))
+    else:
+        yield value
+
+
+def refuse_different(batch: Any, group: Group) -> None:
+    """Ranks that share a batch and see different ones would train on nothing. Collective.
+
+    Raises:
+        ConfigError: on every rank of the group.
+    """
+    everyone = group.all_gather_objects(digest(batch))
+    if different := [group.ranks[r] for r, said in enumerate(everyone) if said != everyone[0]]:
+        raise ConfigError(
+            f"ranks {different} have read another batch than rank {group.ranks[0]}, with which they share each batch: a data loader "
+            "that shuffles or augments on its own must draw the same on all ranks (seed_everything, or Lightning's sampler)"
+        )

@@ -1,0 +1,280 @@
+"""The tensor mode: each rank has a part of every linear layer in the blocks, of the embedding and of the head."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from lightning_overlap.block_stack import find_hidden
+from lightning_overlap.comm import Group, make_group
+from lightning_overlap.decision import ConfigError
+from lightning_overlap.facts import TensorFacts
+from lightning_overlap.modes.base import COUNTED_ELSEWHERE, LATE_GRADIENT, OverlapMode
+from lightning_overlap.modes.tensor.gemm import Exchange
+from lightning_overlap.modes.tensor.linear import column_forward, read, row_forward
+from lightning_overlap.modes.tensor.partition import Partition
+from lightning_overlap.modes.tensor.random_state import OwnNumbers
+from lightning_overlap.modes.tensor.sequence import enter, leave
+from lightning_overlap.parallel_plan import Region, TensorPlan, find
+
+if TYPE_CHECKING:
+    from lightning_overlap.config import OverlapConfig
+    from lightning_overlap.mesh import ParallelMesh
+    from lightning_overlap.plan import Plan
+
+
+class TensorMode(OverlapMode):
+    """See the module's docstring."""
+
+    name = "tensor"
+
+    def __init__(self, plan: Plan, config: OverlapConfig, mesh: ParallelMesh, timeout: timedelta) -> None:
+        super().__init__(plan, config, mesh, timeout)
+        own = config.tensor_parallel
+        self.group: Group = make_group(mesh.groups("tp"), "tensor", timeout)
+        self._scattered = plan.choice("tensor_parallel.sequence_parallel") == "on"
+        self._exchange = Exchange(
+            self.group,
+            scattered=self._scattered,
+            overlapped=plan.choice("tensor_parallel.overlap") != "off",
+            splits=None if own.splits == "auto" else own.splits,
+            keep_gathered=own.keep_gathered_input,
+        )
+        self._undo: list[Callable[[], None]] = []
+        self._tokens = 0  # of the sequence that is in the blocks
+        self._first_rank = all(mesh.coordinates()[axis] == 0 for axis in ("dp", "ep", "cp"))
+
+    @classmethod
+    def runs(cls, plan: Plan) -> bool:
+        return plan.choice("tensor_parallel") != "off"
+
+    @classmethod
+    def look(cls, model: nn.Module, config: OverlapConfig) -> dict[str, Any]:
+        if config.tensor_parallel.size == 1:
+            return {}
+        return {"tensor": _facts(find(model, config.parallel_plan, config.tensor_parallel.size))}
+
+    # -- set-up ------------------------------------------------------------------------------------------------------
+
+    def parallelize(self, model: nn.Module) -> None:
+        found = find(model, self.config.parallel_plan, self.group.size)
+        blocks = list(model.get_submodule(found.blocks).children())
+        self._device = next(model.parameters()).device
+        self._own_numbers = OwnNumbers(self.group.rank, self._device)
+        self._names = {name: id(parameter) for name, parameter in model.named_parameters(remove_duplicate=False)}
+        self._partition = Partition(found.cuts, self.group)
+        self._mark(model, found, blocks)
+        self._partition.keep()
+        for cut in found.cuts:
+            if cut.role == "column" and type(cut.module).forward is not nn.Linear.forward:
+                self._replace(cut.module, "forward", column_forward(cut.module))
+            elif cut.role == "row":
+                self._replace(cut.module, "forward", self._row(cut.module, f"tensor.{cut.name}"))
+        for region in found.regions:
+            self._read_at(region)
+        if self._scattered:
+            self._scatter_tokens(blocks)
+
+    def _mark(self, model: nn.Module, found: TensorPlan, blocks: Sequence[nn.Module]) -> None:
+        """Replicated parameters: whose gradients each rank has a summand of, and which rank counts them."""
+        inside = [region.module for region in found.regions]
+        if self._scattered:
+            inside = list(blocks)
+        # Where all ranks have all tokens, a row's bias is added after the sum, to the same numbers on each.
+        after = {id(cut.module.bias) for cut in found.cuts if cut.role == "row" and not self._scattered}
+        self._partial = {
+            id(parameter): parameter
+            for module in inside
+            for parameter in module.parameters()
+            if id(parameter) not in self._partition.pieces and id(parameter) not in after
+        }
+        for parameter in self._partial.values():
+            self._set(parameter, LATE_GRADIENT)
+        for parameter in model.parameters():
+            if id(parameter) not in self._partition.pieces and self.group.rank > 0:
+                self._set(parameter, COUNTED_ELSEWHERE)
+
+    def _set(self, parameter: nn.Parameter, marker: str) -> None:
+        setattr(parameter, marker, True)
+        self._undo.append(lambda: vars(parameter).pop(marker, None))
+
+    def _replace(self, module: nn.Module, name: str, value: Any) -> None:
+        """Sets an attribute of a module until the release."""
+        before = vars(module).get(name, self)
+        setattr(module, name, value)
+        self._undo.append(lambda: delattr(module, name) if before is self else setattr(module, name, before))
+
+    def _row(self, layer: nn.Module, label: str) -> Callable[[Tensor], Tensor]:
+        forward = row_forward(layer, self._exchange, label)
+
+        def run(x: Tensor) -> Tensor:
+            y = forward(x)
+            if not self._scattered:
+                self._own_numbers.stop()  # from here on all ranks have the same again
+            return y
+
+        return run
+
+    def _read_at(self, region: Region) -> None:
+        columns = [cut.module for cut in region.columns]
+        label = f"tensor.{region.name}"
+
+        def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
+            place, x = find_hidden(args, kwargs, region.name)
+            self._refuse_second_input(region.name, x, (*args, *kwargs.values()))
+            handle = read(x, columns, self._exchange, label, self._tokens_of(x, region.name))
+            if not self._scattered and module.training:
+                self._own_numbers.start()
+            return _put(args, kwargs, place, handle)
+
+        self._undo.append(region.module.register_forward_pre_hook(before, with_kwargs=True).remove)
+        for path, value in region.heads.items():
+            owner, _, name = path.rpartition(".")
+            self._replace(region.module.get_submodule(owner), name, value // self.group.size)
+
+    @staticmethod
+    def _refuse_second_input(name: str, x: Tensor, inputs: Sequence[Any]) -> None:
+        for other in inputs:
+            if isinstance(other, Tensor) and other is not x and other.requires_grad:
+                raise ConfigError(
+                    f"{name} is called with a second tensor that gradients flow through (cross-attention, say), of which a rank would "
+                    "have a part only: leave it out of the parallel_plan"
+                )
+
+    def _tokens_of(self, x: Tensor, name: str) -> int:
+        """Number of all tokens, of which a region gets this rank's."""
+        if not self._scattered:
+            return x.shape[-2]
+        if self.mesh.sizes["pp"] > 1:  # the blocks of a stage get what another stage has sent
+            return x.shape[-2] * self.group.size
+        low, high = self._exchange.parts(self._tokens)[self.group.rank : self.group.rank + 2]
+        if x.shape[-2] != high - low:
+            raise ConfigError(
+                f"{name} is called with {x.shape[-2]} tokens, where rank {self.group.rank} has {high - low} of the {self._tokens} "
+                "that have entered the blocks: with sequence_parallel blocks run one after the other, from the first one on, on one "
+                "sequence. Set tensor_parallel.sequence_parallel: false"
+            )
+        return x.shape[-2] if self._tokens == 0 else self._tokens
+
+    def _scatter_tokens(self, blocks: Sequence[nn.Module]) -> None:
+        def entering(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
+            place, x = find_hidden(args, kwargs, "the first block")
+            self._tokens = x.shape[-2]
+            if self.mesh.sizes["pp"] > 1 and self._tokens % self.group.size:
+                raise ConfigError(
+                    f"a sequence of {self._tokens} tokens is not divisible by tensor_parallel.size={self.group.size}, which it "
+                    "must be with sequence_parallel in a pipeline: pad it, or set tensor_parallel.sequence_parallel: false"
+                )
+            return _put(args, kwargs, place, enter(x, self._exchange))
+
+        def leaving(module: nn.Module, args: Any, result: Any) -> Any:
+            x = result[0] if isinstance(result, tuple) else result
+            tokens = x.shape[-2] * self.group.size if self.mesh.sizes["pp"] > 1 else self._tokens
+            whole = leave(x, tokens, self._exchange)
+            return (whole, *result[1:]) if isinstance(result, tuple) else whole
+
+        def start(module: nn.Module, _: Any) -> None:
+            if module.training:
+                self._own_numbers.start()
+
+        def stop(*_: Any) -> None:
+            self._own_numbers.stop()
+
+        for block in blocks:
+            self._undo.append(block.register_forward_pre_hook(start).remove)
+            self._undo.append(block.register_forward_hook(stop, always_call=True).remove)
+        self._undo.append(blocks[0].register_forward_pre_hook(entering, with_kwargs=True).remove)
+        self._undo.append(blocks[-1].register_forward_hook(leaving).remove)
+
+    # -- training ----------------------------------------------------------------------------------------------------
+
+    def finish_backward(self) -> None:
+        """Gradients of replicated parameters that the ranks have summands of are summed, all in one transfer."""
+        if self._held:
+            return
+        trained = [p for p in self._partial.values() if p.requires_grad]
+        for dtype in sorted({p.dtype for p in trained}, key=str):
+            together = [p for p in trained if p.dtype == dtype]
+            grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in together]
+            flat = self.group.all_reduce(torch.cat([grad.flatten() for grad in grads]), label="tensor.replicated").wait()
+            for parameter, grad, total in zip(together, grads, flat.split([grad.numel() for grad in grads]), strict=True):
+                grad.copy_(total.view(grad.shape))
+                parameter.grad = grad
+
+    def reduce_norm(self, sum_of_squares: Tensor) -> Tensor:
+        return self.group.all_reduce(sum_of_squares, label="tensor.norm").wait()
+
+    # -- weights are read --------------------------------------------------------------------------------------------
+
+    def whole_model(self, state: dict[str, Any]) -> dict[str, Any]:
+        if not self._undo or not self._first_rank:
+            return state
+        whole: dict[str, Any] = {}
+        names = {name: self._partition.pieces[number] for name, number in self._names.items() if number in self._partition.pieces}
+        done: dict[int, Tensor] = {}
+        for name, value in state.items():
+            piece = names.get(name)
+            if piece is not None and value.shape == piece.shape_of(self.group.rank, self.group.size):
+                if id(piece) not in done:
+                    done[id(piece)] = self._partition.whole(piece, value)
+                value = done[id(piece)] if self.group.rank == 0 else value
+            whole[name] = value
+        return whole
+
+    def whole_optimizer(self, optimizer: Optimizer, state: dict[str, Any]) -> dict[str, Any]:
+        if not self._first_rank:
+            return state
+        return self._each(optimizer, state, lambda piece, value: self._partition.whole(piece, value).cpu(), cut=True)
+
+    def own_optimizer(self, optimizer: Optimizer, state: dict[str, Any]) -> dict[str, Any]:
+        rank, size = self.group.rank, self.group.size
+        return self._each(optimizer, state, lambda piece, value: piece.of(value, rank, size).clone(), cut=False)
+
+    def _each(
+        self, optimizer: Optimizer, state: dict[str, Any], change: Callable[[Any, Tensor], Tensor], *, cut: bool
+    ) -> dict[str, Any]:
+        """The state with what is cut, or is to be cut, like its parameter changed."""
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        changed: dict[int, dict[str, Any]] = {}
+        for number in sorted(state["state"]):
+            piece, values = self._partition.pieces.get(id(parameters[number])), state["state"][number]
+            if piece is not None:
+                shape = piece.shape_of(self.group.rank, self.group.size) if cut else piece.shape
+                values = {
+                    key: change(piece, value) if isinstance(value, Tensor) and value.shape == shape else value
+                    for key, value in values.items()
+                }
+            changed[number] = values
+        return {**state, "state": changed}
+
+    def release(self, *, complete: bool = True) -> None:
+        """The model is whole again on every rank."""
+        if not self._undo:
+            return
+        for undo in reversed(self._undo):
+            undo()
+        self._undo.clear()
+        self._own_numbers.stop()
+        self._partition.give_back(complete=complete)
+        if complete:
+            self.group.rest()
+
+    def close(self) -> None:
+        self.group.close()
+
+
+def _put(args: tuple[Any, ...], kwargs: dict[str, Any], place: int | str, x: Tensor) -> tuple[Any, Any]:
+    """Arguments with ``x`` in the place of the hidden states."""
+    return (args, {**kwargs, place: x}) if isinstance(place, str) else ((x, *args[1:]), kwargs)
+
+
+def _facts(found: TensorPlan) -> TensorFacts:
+    counts: dict[str, int] = {}
+    for cut in found.cuts:
+        counts[cut.role] = counts.get(cut.role, 0) + 1
+    return TensorFacts(f"{found.source}: " + ", ".join(f"{n} {role}" for role, n in sorted(counts.items())), found.loose)
