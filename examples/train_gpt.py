@@ -3,7 +3,7 @@
 import sysconfig
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from lightning.pytorch import LightningDataModule, LightningModule
@@ -70,7 +70,7 @@ class GPT(nn.Module):
 
 class GPTModule(LightningModule):
     # Read where tensor_parallel is asked for; the list of blocks is found.
-    parallel_plan = {
+    parallel_plan: ClassVar = {
         "blocks.*.attention.qkv": "column[3]",
         "blocks.*.attention.proj": "row",
         "blocks.*.mlp.up": "column",

@@ -13,7 +13,6 @@ from lightning_overlap import (
     OverlapConfig,
     OverlapStrategy,
     PipelineParallel,
-    TensorParallel,
 )
 from lightning_overlap.config import Degrees
 from lightning_overlap.facts import Facts, OptimizerFacts

@@ -1,7 +1,7 @@
 """Tensor and sequence parallelism through Trainer: the numbers of one process, and what Lightning's users rely on."""
 
 import warnings
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader
 
-from lightning_overlap import OverlapStrategy, PipelineParallel, TensorParallel
+from lightning_overlap import OverlapStrategy, TensorParallel
 
 QUIET = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
 
@@ -54,7 +54,7 @@ class Block(nn.Module):
 
 
 class Net(LightningModule):
-    parallel_plan = {
+    parallel_plan: ClassVar = {
         "attention.qkv": "column[3]",
         "attention.out": "row",
         "mlp.gate": "column",

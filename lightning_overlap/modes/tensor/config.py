@@ -23,7 +23,7 @@ class TensorParallel:
     overlap: bool | Literal["auto"] = "auto"
     """Transfers run beside the products that need them or make them."""
     splits: int | Literal["auto"] = "auto"
-    """Pieces in which a rank's part of the tokens travels; ``auto``: of at least 256 KiB, at most 8."""
+    """Pieces in which a rank's part of the tokens travels; ``auto``: of at least 256 KiB, at most 4."""
     keep_gathered_input: bool = False
     """Backward uses the input that forward has gathered, instead of gathering it again: memory for traffic."""
     verify_blocks: bool = True

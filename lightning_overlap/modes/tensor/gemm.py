@@ -21,7 +21,7 @@ from torch import Tensor
 
 from lightning_overlap.comm import Group, Pending
 
-MOST_SPLITS = 8
+MOST_SPLITS = 4
 PIECE_BYTES = 256 << 10
 """A piece is not smaller, if the user does not say how many there are: each costs a tenth of a millisecond on the host."""
 _KEYS = 1 << 12
