@@ -12,9 +12,7 @@ from lightning_overlap.modes.data.config import DataParallel
 from lightning_overlap.modes.expert.config import ExpertParallel
 from lightning_overlap.modes.pipeline.config import PipelineParallel
 from lightning_overlap.modes.tensor.config import TensorParallel
-
-ROLES = ("blocks", "column", "row", "vocab_embedding", "vocab_head")
-"""Roles that a part of the model may have: ``blocks``, the list of alike layers."""
+from lightning_overlap.roles import parse_role
 
 
 @dataclass(frozen=True)
@@ -41,8 +39,8 @@ class OverlapConfig:
     parallel_plan: dict[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if strange := sorted({role.partition("[")[0] for role in self.parallel_plan.values()} - set(ROLES)):
-            raise ConfigError(f"parallel_plan has the roles {', '.join(strange)}; there are: {', '.join(ROLES)}")
+        for role in self.parallel_plan.values():
+            parse_role(role)
         if self.overlap not in ("auto", "off"):
             raise ConfigError(f"overlap must be auto or off, got {self.overlap!r}")
 

@@ -1,19 +1,54 @@
-"""Roles of a model's parts: how they are cut over the tensor axis."""
+"""Roles of a model's parts: its list of blocks, and how layers are cut over the tensor axis.
+
+Roles come from the strategy's ``parallel_plan``, else from the module's attribute of that name, else from a Hugging Face model's
+own plan. Keys are names of modules, or ends of names, with ``*`` for one component: ``blocks.*.attention.qkv``.
+"""
 
 from __future__ import annotations
 
+import difflib
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 
 from lightning_overlap.decision import ConfigError
+from lightning_overlap.roles import parse_role
+
+Blocks = nn.ModuleList | nn.Sequential
+STYLES = {"colwise": "column", "rowwise": "row", "embedding_rowwise": "vocab_embedding", "replicated_with_grad_allreduce": ""}
+"""Hugging Face's words for roles; the empty one: the layer stays as it is."""
+PLANS: dict[str, dict[str, str]] = {
+    "gpt2": {
+        "h.*.attn.c_attn": "column[3]",
+        "h.*.attn.c_proj": "row",
+        "h.*.mlp.c_fc": "column",
+        "h.*.mlp.c_proj": "row",
+    },
+}
+"""By ``model_type``, plans of Hugging Face models that have none."""
+FUSED = ("qkv", "qkv_proj", "c_attn", "Wqkv", "in_proj")
+"""Names of layers with three times as many outputs as inputs that are q, k and v, one after the other."""
+QUERY_HEADS = ("num_heads", "n_head", "n_heads", "heads", "num_attention_heads")
+KEY_HEADS = ("num_key_value_heads", "n_kv_heads", "n_kv_head", "num_kv_heads")
+COUNTS = (*QUERY_HEADS, *KEY_HEADS, "split_size")
+"""Attributes of an attention module that are this rank's share while it is cut: numbers of heads, features of a fused part."""
+TOKEN_WISE = (nn.Linear, nn.Embedding, nn.Identity, nn.Dropout, nn.ReLU, nn.GELU, nn.SiLU, nn.Tanh, nn.Sigmoid)
 
 
 @dataclass(frozen=True)
 class Cut:
-    """A module whose weight is cut."""
+    """A layer whose weight is cut.
+
+    Attributes:
+        name: of the module.
+        module: the layer.
+        role: ``column``, ``row``, ``vocab_embedding`` or ``vocab_head``.
+        parts: sizes along ``dim`` of what is fused (q, k, v; gate, up): each is cut by itself.
+        dim: of the weight that is cut.
+    """
 
     name: str
     module: nn.Module
@@ -24,57 +59,272 @@ class Cut:
 
 @dataclass(frozen=True)
 class Region:
-    """Column linears and the row linear that they lead to."""
+    """A module in a block (attention, mlp) that reads its input by column layers and gives its output by row layers.
+
+    A layer that stands in a block itself, beside norms, is a region of its own.
+    """
 
     name: str
     module: nn.Module
     columns: tuple[Cut, ...]
-    rows: tuple[Cut, ...]
-    heads: dict[str, int]
 
 
 @dataclass(frozen=True)
 class TensorPlan:
-    """What is cut."""
+    """How a model is cut.
+
+    Attributes:
+        cuts: the layers.
+        regions: of all blocks.
+        blocks: name of the list of blocks.
+        source: where the roles come from.
+        counts: attributes, by the names of module and attribute, that are divided by the number of ranks.
+        loose: modules that keep the blocks' tokens from being cut, by name.
+    """
 
     cuts: tuple[Cut, ...]
     regions: tuple[Region, ...]
-    source: str
     blocks: str
+    source: str
+    counts: dict[tuple[str, str], int]
     loose: tuple[str, ...]
 
 
-def find(model: nn.Module, given: Mapping[str, str], size: int) -> TensorPlan:
-    plan = dict(given) or dict(getattr(model, "parallel_plan", {}))
-    lists = {n: m for n, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m) > 1}
-    blocks = max(lists, key=lambda n: len(lists[n]))
-    cuts = []
-    for pattern, role in plan.items():
-        expression = re.compile("(.*\\.)?" + re.escape(pattern).replace("\\*", "[^.]+") + "$")
-        names = [n for n, _ in model.named_modules() if expression.match(n)]
-        if not names:
-            raise ConfigError(f"parallel_plan: {pattern} matches nothing")
-        for name in names:
-            module = model.get_submodule(name)
-            kind, _, rest = role.partition("[")
-            dim = 1 if kind == "row" else 0
-            if not isinstance(module, nn.Linear | nn.Embedding):
-                dim = 1 - dim
-            n = module.weight.shape[dim]
-            count = int(rest.rstrip("]")) if rest else 1
-            cuts.append(Cut(name, module, kind, (n // count,) * count, dim))
-    regions: dict[str, list[Cut]] = {}
-    for cut in cuts:
-        if cut.role in ("column", "row"):
-            regions.setdefault(cut.name.rpartition(".")[0], []).append(cut)
-    found = tuple(
-        Region(
-            name,
-            model.get_submodule(name),
-            tuple(c for c in members if c.role == "column"),
-            tuple(c for c in members if c.role == "row"),
-            {},
+def find_blocks(model: nn.Module, asked: str | None, stages: int) -> tuple[str, Blocks]:
+    """The list of alike blocks, and its name: the one that was asked for, or the longest of alike modules.
+
+    Raises:
+        ConfigError: there is none, it is too short, or two are equally long.
+    """
+    lists = {name: m for name, m in model.named_modules() if isinstance(m, nn.ModuleList | nn.Sequential) and len(m) > 0}
+    if asked is not None:
+        if asked not in lists:
+            near = ", ".join(f"{name} ({len(m)})" for name, m in lists.items()) or "none"
+            raise ConfigError(f"the module has no list of blocks at {asked!r}; its ModuleLists and Sequentials are: {near}")
+        return asked, lists[asked]
+    alike = {name: m for name, m in lists.items() if len(m) >= max(2, stages) and len({type(b) for b in m}) == 1}
+    most = max((len(m) for m in alike.values()), default=0)
+    longest = [name for name, m in alike.items() if len(m) == most]
+    if len(longest) != 1:
+        found = (
+            f"{' and '.join(longest)} are equally long" if longest else f"there is no list of at least {max(2, stages)} alike modules"
         )
-        for name, members in regions.items()
+        raise ConfigError(
+            f"the stack of blocks was not found: {found}. Name it, OverlapStrategy(parallel_plan={{'model.layers': 'blocks'}}) say"
+        )
+    return longest[0], alike[longest[0]]
+
+
+def find(model: nn.Module, given: Mapping[str, str], size: int) -> TensorPlan:
+    """How a whole model is cut over so many ranks.
+
+    Args:
+        model: the LightningModule.
+        given: the strategy's ``parallel_plan``.
+        size: ranks of the tensor axis.
+
+    Raises:
+        ConfigError: there is no plan, or it does not fit the model; with every reason.
+    """
+    source, roles = _roles(model, given)
+    asked = [name for name, role in {**roles, **given}.items() if role == "blocks"]
+    blocks, _ = find_blocks(model, asked[0] if asked else None, 1)
+    problems: list[str] = []
+    cuts: dict[str, Cut] = {}
+    whole: set[str] = set()
+    for pattern, role in roles.items():
+        if role == "blocks":
+            continue
+        names = _matches(model, pattern)
+        if not names:
+            near = difflib.get_close_matches(pattern, [name for name, _ in model.named_modules()], 3, 0.4)
+            problems.append(f"{pattern!r} matches no module; near names are: {', '.join(near) or 'none'}")
+        whole.update(name for name in names if role == "token_wise")
+        for name in names if role != "token_wise" else ():
+            try:
+                cuts[name] = _cut(name, model.get_submodule(name), role)
+            except ConfigError as error:
+                problems.append(str(error))
+    _add_tied(model, cuts, problems)
+    regions, direct = _regions(model, blocks, cuts, problems)
+    counts = _counts(model, regions, cuts, size, problems)
+    for cut in cuts.values():
+        least = min(cut.parts)
+        if cut.role in ("column", "row") and any(n % size for n in cut.parts):
+            said = " + ".join(map(str, cut.parts))
+            problems.append(f"{cut.name} has {said} features to cut, which {size} does not divide")
+        elif least < size:
+            problems.append(f"{cut.name} has {least} entries, fewer than ranks")
+    if problems:
+        raise ConfigError(f"tensor_parallel.size={size} with the {source} cannot cut the model: {'; '.join(dict.fromkeys(problems))}")
+    loose = [*direct, *_mixing(model, blocks, regions, whole)]
+    return TensorPlan(tuple(cuts.values()), tuple(regions), blocks, source, counts, tuple(dict.fromkeys(loose)))
+
+
+def _roles(model: nn.Module, given: Mapping[str, str]) -> tuple[str, dict[str, str]]:
+    """Where they come from, and the roles by pattern."""
+    if any(role != "blocks" for role in given.values()):
+        return "strategy's parallel_plan", dict(given)
+    own = getattr(model, "parallel_plan", None)
+    if isinstance(own, Mapping):
+        return f"parallel_plan of {type(model).__name__}", {pattern: str(role) for pattern, role in own.items()}
+    for name, module in model.named_modules():
+        if hasattr(module, "tp_plan") and hasattr(module, "get_input_embeddings"):
+            return f"plan of {type(module).__name__}", dict(_of_hugging_face(name, module))
+    raise ConfigError(
+        "tensor_parallel needs to know which layers to cut: no Hugging Face model with a plan was found. Give the "
+        "strategy parallel_plan={'attention.qkv': 'column[3]', 'attention.proj': 'row', 'mlp.up': 'column', 'mlp.down': 'row'}, say, "
+        "or the module an attribute of that name"
     )
-    return TensorPlan(tuple(cuts), found, "parallel_plan", blocks, ())
+
+
+def _of_hugging_face(prefix: str, model: Any) -> Iterator[tuple[str, str]]:
+    styles: dict[str, str] = {name: style for name, style in (model.tp_plan or {}).items() if "*" in name}
+    kind = model.config.model_type
+    if not styles and kind not in PLANS:
+        raise ConfigError(
+            f"{type(model).__name__} has no plan of its own for tensor_parallel: give OverlapStrategy(parallel_plan=...)"
+        )
+    for name, style in styles.items():
+        if style not in STYLES:
+            raise ConfigError(
+                f"{type(model).__name__}'s own plan has the style {style!r} for {name}, which is not in this version: give "
+                "OverlapStrategy(parallel_plan=...) with roles for all its layers"
+            )
+        if STYLES[style]:
+            yield f"{prefix}.{name}".lstrip("."), STYLES[style]
+    if not styles:
+        yield from PLANS[kind].items()
+    for role, module in (("vocab_embedding", model.get_input_embeddings()), ("vocab_head", model.get_output_embeddings())):
+        yield from ((f"{prefix}.{name}".lstrip("."), role) for name, found in model.named_modules() if found is module)
+
+
+def _matches(model: nn.Module, pattern: str) -> list[str]:
+    """Names of modules that end in the pattern."""
+    expression = re.compile(r"(?:.*\.)?" + re.escape(pattern).replace(r"\*", "[^.]+"))
+    return [name for name, _ in model.named_modules() if expression.fullmatch(name)]
+
+
+def _is_linear(module: nn.Module) -> bool:
+    """Of torch, or transformers' Conv1D, whose weight is (in, out)."""
+    return type(module).forward is nn.Linear.forward or type(module).__name__ == "Conv1D"
+
+
+def _cut(name: str, module: nn.Module, role: str) -> Cut:
+    kind, proportions = parse_role(role)
+    fits = isinstance(module, nn.Embedding) if kind == "vocab_embedding" else _is_linear(module)
+    if kind == "vocab_head":
+        fits = type(module).forward is nn.Linear.forward
+    if not fits:
+        raise ConfigError(f"{name} is a {type(module).__name__}, which cannot be {role!r}")
+    if isinstance(module, nn.Embedding) and (module.max_norm is not None or module.sparse or module.scale_grad_by_freq):
+        raise ConfigError(f"{name} has max_norm, sparse or scale_grad_by_freq, which look at all its entries")
+    transposed = not isinstance(module, nn.Linear | nn.Embedding)
+    dim = int(kind == "row") ^ int(transposed)
+    weight: Any = module.weight
+    features = weight.shape[dim]
+    if kind == "column" and proportions is None and name.rpartition(".")[2] in FUSED and features == 3 * weight.shape[1 - dim]:
+        proportions = (1, 1, 1)
+    proportions = proportions or (1,)
+    if features % sum(proportions):
+        raise ConfigError(f"{name} has {features} outputs, which are not in the proportions {proportions}")
+    return Cut(name, module, kind, tuple(features // sum(proportions) * n for n in proportions), dim)
+
+
+def _add_tied(model: nn.Module, cuts: dict[str, Cut], problems: list[str]) -> None:
+    """What shares a weight with a layer that is cut is cut with it, if it is an embedding or a head."""
+    cut_by = {id(cut.module.weight): cut for cut in cuts.values()}
+    for name, module in model.named_modules():
+        for parameter in module._parameters.values():
+            first = cut_by.get(id(parameter))
+            if first is None or name in cuts or module is first.module:
+                continue
+            if first.role in ("vocab_embedding", "vocab_head") and isinstance(module, nn.Linear | nn.Embedding):
+                role = "vocab_embedding" if isinstance(module, nn.Embedding) else "vocab_head"
+                cuts[name] = _cut(name, module, role)
+            else:
+                problems.append(f"{name} shares its weight with {first.name}, and is not cut")
+
+
+def _regions(model: nn.Module, blocks: str, cuts: Mapping[str, Cut], problems: list[str]) -> tuple[list[Region], list[str]]:
+    """The regions, and the names of layers that stand in a block itself."""
+    regions: dict[str, list[Cut]] = {}
+    direct: list[str] = []
+    columns = {name: cut for name, cut in cuts.items() if cut.role == "column"}
+    rows = [name for name, cut in cuts.items() if cut.role == "row"]
+    for name in (*columns, *rows):
+        if not name.startswith(f"{blocks}."):
+            problems.append(f"{name} is not in the list of blocks, {blocks}")
+    for row in rows:
+        place = row.rpartition(".")[0]
+        while place.count(".") > blocks.count(".") and not any(name.startswith(f"{place}.") for name in columns):
+            place = place.rpartition(".")[0]
+        if place.count(".") <= blocks.count("."):
+            problems.append(f"{row} is a row layer without column layers before it, in the same block")
+        elif place.count(".") == blocks.count(".") + 1:  # the block itself
+            direct.append(row)
+        else:
+            regions.setdefault(place, [])
+    for name, cut in columns.items():
+        places = [place for place in regions if name.startswith(f"{place}.")]
+        if places:
+            regions[max(places, key=len)].append(cut)
+        else:
+            direct.append(name)
+            regions[name] = [cut]
+            block = ".".join(name.split(".")[: blocks.count(".") + 2])
+            if not any(row.startswith(f"{block}.") for row in rows):
+                problems.append(f"{name} is a column layer without a row layer after it, in the same block")
+    return [Region(name, model.get_submodule(name), tuple(found)) for name, found in regions.items()], direct
+
+
+def _counts(
+    model: nn.Module, regions: list[Region], cuts: Mapping[str, Cut], size: int, problems: list[str]
+) -> dict[tuple[str, str], int]:
+    """Attributes that count heads, which every rank has a share of."""
+    counts: dict[tuple[str, str], int] = {}
+    for region in regions:
+        direct = region.name in cuts
+        owner = region.name.rpartition(".")[0] if direct else region.name
+        module = model.get_submodule(owner)
+        found = {name: value for name in COUNTS if isinstance(value := getattr(module, name, None), int)}
+        head_dim = next((v for name in ("head_dim", "head_size") if isinstance(v := getattr(module, name, None), int)), None)
+        if not found and head_dim is None:
+            continue
+        configured = getattr(module, "config", None)
+        for names in (QUERY_HEADS, KEY_HEADS):
+            for name in names:
+                value = found.get(name, getattr(configured, name, None))
+                if isinstance(value, int) and value % size:
+                    problems.append(f"{name}={value} is not divisible by {size}")
+        for cut in region.columns if head_dim else ():
+            for part in cut.parts:
+                if part % (head_dim or 1) == 0 and part // (head_dim or 1) % size:
+                    problems.append(
+                        f"{cut.name} has {part // (head_dim or 1)} heads of {head_dim} features, which {size} does not divide"
+                    )
+        counts |= {(owner, name): value for name, value in found.items()}
+    return counts
+
+
+def _mixing(model: nn.Module, blocks: str, regions: list[Region], token_wise: set[str]) -> Iterator[str]:
+    """Modules in the blocks, outside of regions, that may look at more than one token."""
+    inside = {region.name for region in regions}
+
+    def look(name: str, module: nn.Module) -> Iterator[str]:
+        if name in inside or name in token_wise or _is_token_wise(module):
+            return
+        children = list(module.named_children())
+        if not children:
+            yield name
+        for key, child in children:
+            yield from look(f"{name}.{key}", child)
+
+    for key, block in model.get_submodule(blocks).named_children():
+        yield from look(f"{blocks}.{key}", block)
+
+
+def _is_token_wise(module: nn.Module) -> bool:
+    kind = type(module)
+    norm = "Norm" in kind.__name__ and not any(other in kind.__name__ for other in ("Batch", "Instance", "Group"))
+    return norm or isinstance(module, TOKEN_WISE) or _is_linear(module) or kind.__module__ == "transformers.activations"

@@ -6,7 +6,8 @@ from torch import nn
 from lightning_overlap.config import OverlapConfig
 from lightning_overlap.modes.pipeline.config import PipelineParallel
 from lightning_overlap.modes.pipeline.mode import PipelineMode
-from lightning_overlap.modes.pipeline.partition import find_blocks, heads
+from lightning_overlap.modes.pipeline.partition import heads
+from lightning_overlap.parallel_plan import find_blocks
 
 
 class Model(nn.Module):

@@ -1,26 +1,16 @@
 """Cut linear layers against whole ones: values and gradients, in real worlds."""
 
 import itertools
-from datetime import timedelta
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
-from lightning_overlap.comm import make_group
 from lightning_overlap.modes.tensor.gemm import Exchange, shares
 from lightning_overlap.modes.tensor.linear import read, row_forward
-
-SEEN: dict[int, Any] = {}
-"""A group of each world, in its workers."""
-
-
-def tensor_group() -> Any:
-    size = torch.distributed.get_world_size()
-    if size not in SEEN:
-        SEEN[size] = make_group([range(size)], "tensor", timedelta(seconds=60))
-    return SEEN[size]
+from tests.tensor.group import tensor_group
 
 
 class Region(nn.Module):
@@ -47,7 +37,7 @@ class Region(nn.Module):
 
 def against_whole(settings: dict[str, Any], tokens: int, leading: tuple[int, ...], bias: bool, dtype: str, beside: bool) -> float:
     """The largest difference, of output, the input's gradient and every parameter's, to the uncut region."""
-    group = tensor_group()
+    group = tensor_group(dist.get_world_size())
     exchange = Exchange(group, **settings)
     kind = getattr(torch, dtype)
     whole, cut = Region(bias, kind), Region(bias, kind)
@@ -104,7 +94,7 @@ def test_in_lower_precision(world: Any, dtype: str, close: float) -> None:
 
 
 def transfers(settings: dict[str, Any], beside: bool) -> list[str]:
-    group = tensor_group()
+    group = tensor_group(dist.get_world_size())
     group.log = []
     try:
         against_whole(settings, 8, (1,), False, "float32", beside)

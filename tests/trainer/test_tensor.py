@@ -12,9 +12,10 @@ from lightning.pytorch.strategies import SingleDeviceStrategy
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, DistributedSampler
 
-from lightning_overlap import OverlapStrategy, TensorParallel
+from lightning_overlap import OverlapStrategy, PipelineParallel, TensorParallel
+from lightning_overlap.mesh import ParallelMesh
 
 QUIET = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
 
@@ -54,12 +55,16 @@ class Block(nn.Module):
 
 
 class Net(LightningModule):
-    parallel_plan: ClassVar = {
+    """A vocabulary that nothing divides, biases, a norm of each query's head; blocks recomputed in backward, or not."""
+
+    parallel_plan: ClassVar[dict[str, str]] = {
         "attention.qkv": "column[3]",
         "attention.out": "row",
         "mlp.gate": "column",
         "mlp.up": "column",
         "mlp.down": "row",
+        "embedding": "vocab_embedding",
+        "head": "vocab_head",
     }
 
     def __init__(
@@ -70,12 +75,14 @@ class Net(LightningModule):
         recompute: bool | None = None,
         tokens: int = 9,
         optimizer: str = "sgd",
+        plan: dict[str, Any] | None = None,
     ) -> None:
         super().__init__()
+        self.__dict__["parallel_plan"] = {name: role for name, role in {**self.parallel_plan, **(plan or {})}.items() if role}
         self.recompute, self.length, self.optimizer = recompute, tokens, optimizer
-        self.embedding = nn.Embedding(32, 16)
+        self.embedding = nn.Embedding(31, 16)
         self.blocks = nn.ModuleList(Block(16, bias, dropout) for _ in range(3))
-        self.norm, self.head = nn.LayerNorm(16), nn.Linear(16, 32, bias=False)
+        self.norm, self.head = nn.LayerNorm(16), nn.Linear(16, 31, bias=False)
         if tied:
             self.head.weight = self.embedding.weight
         self.losses: list[float] = []
@@ -105,11 +112,12 @@ class Net(LightningModule):
         return torch.optim.SGD(self.parameters(), 0.1, momentum=0.9)
 
     def loader(self) -> DataLoader:
-        data = torch.randint(0, 32, (40, self.length + 1), generator=torch.Generator().manual_seed(3))
-        return DataLoader(data, batch_size=self.per_rank)  # type: ignore[arg-type]
+        data = torch.randint(0, 31, (40, self.length + 1), generator=torch.Generator().manual_seed(3))
+        sampler = DistributedSampler(data, *self.share, shuffle=False)  # type: ignore[arg-type]
+        return DataLoader(data, batch_size=4 // self.share[0], sampler=sampler)  # type: ignore[arg-type]
 
     train_dataloader = val_dataloader = loader
-    per_rank = 4
+    share = (1, 0)
 
 
 def train(
@@ -125,7 +133,8 @@ def train(
         devices = dist.get_world_size()
         env = {"cluster_environment": TorchElasticEnvironment(), "process_group_backend": "gloo"}
         chosen = OverlapStrategy(**strategy, **env)
-        module.per_rank = 4 // chosen.config.degrees(devices).dp
+        mesh = ParallelMesh(chosen.config.degrees(devices), dist.get_rank())
+        module.share = (mesh.sizes["dp"], mesh.coordinates()["dp"])
     length = {"max_steps": 5, "limit_val_batches": 1, "num_sanity_val_steps": 0, "val_check_interval": 2}
     length["use_distributed_sampler"] = False  # it shuffles
     run = Trainer(**{"accelerator": "cpu", "devices": devices, "strategy": chosen, **QUIET, **length, **trainer})  # type: ignore[arg-type]
@@ -153,6 +162,7 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "no bias, tied": ({"bias": False, "tied": True}, {}),
     "one token": ({"tokens": 1}, {}),
     "accumulation and clipping": ({}, {"accumulate_grad_batches": 3, "gradient_clip_val": 0.1}),
+    "vocabulary whole": ({"plan": {"embedding": None, "head": None}}, {}),
     "recomputed": ({"recompute": False}, {}),
     "recomputed, reentrant": ({"recompute": True}, {}),
 }
@@ -173,3 +183,89 @@ def test_close_to_one_process(world: Any, case: str, size: int, sequence: bool) 
 
 def train_with(strategy: dict[str, Any], model: dict[str, Any], trainer: dict[str, Any]) -> Any:
     return train(strategy, model, **trainer)
+
+
+MIXTURES: dict[str, tuple[int, dict[str, Any]]] = {
+    "tensor x data": (4, {"tensor_parallel": TensorParallel(size=2)}),
+    "tensor x data, replicated tokens": (4, {"tensor_parallel": TensorParallel(size=2, sequence_parallel=False)}),
+    "tensor x data, plain": (4, {"tensor_parallel": 2, "overlap": "off"}),
+    "tensor x pipeline": (4, {"tensor_parallel": 2, "pipeline_parallel": PipelineParallel(size=2, microbatches=2)}),
+    "tensor x pipeline x data": (8, {"tensor_parallel": 2, "pipeline_parallel": PipelineParallel(size=2, microbatches=2)}),
+}
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("mixture", MIXTURES)
+def test_with_other_modes(world: Any, mixture: str, tied: bool) -> None:
+    size, strategy = MIXTURES[mixture]
+    model = {"tied": tied, "tokens": 8}
+    trainer = {"gradient_clip_val": 0.5}
+    for found in world(size).run(train_with, strategy, model, trainer):
+        compare({**found, "losses": []}, {**train(None, model, **trainer), "losses": []})
+
+
+@pytest.mark.parametrize("sequence", [True, False])
+def test_bf16(world: Any, sequence: bool) -> None:
+    trainer = {"precision": "bf16-mixed", "gradient_clip_val": 0.5, "accumulate_grad_batches": 2}
+    expected = train(None, {}, **trainer)
+    for found in world(2).run(train_with, {"tensor_parallel": TensorParallel(size=2, sequence_parallel=sequence)}, {}, trainer):
+        compare(found, expected, tolerance=1e-2)  # bf16 keeps 8 bits of each activation, and a sum of two halves rounds twice
+
+
+def test_off_and_keeping_inputs_are_the_same_layout(world: Any) -> None:
+    expected = train(None, {})
+    for strategy in ({"overlap": "off"}, {}):
+        keeping = TensorParallel(size=2, keep_gathered_input=True, splits=3)
+        for found in world(2).run(train_with, {"tensor_parallel": keeping, **strategy}, {}, {}):
+            compare(found, expected)
+
+
+@pytest.mark.parametrize("data", [1, 2])
+def test_checkpoints_are_of_the_whole_model(world: Any, data: int, tmp_path: Any) -> None:
+    """From two ranks to one, to four, to a single device; and back."""
+    path, other = str(tmp_path / "cut.ckpt"), str(tmp_path / "whole.ckpt")
+    # Without biases: a key's has no gradient but rounding, of which Adam makes whole steps.
+    model = {"optimizer": "adamw", "tied": True, "bias": False}
+    half = {"max_steps": 2}
+    expected = train(None, model)
+    world(2 * data).run(train_with, {"tensor_parallel": 2}, model, {**half, "save": path})
+    train(None, model, save=other, **half)
+    mine, theirs = torch.load(path, weights_only=False), torch.load(other, weights_only=False)
+    assert mine["state_dict"].keys() == theirs["state_dict"].keys()
+    for name, value in theirs["state_dict"].items():
+        torch.testing.assert_close(mine["state_dict"][name], value, rtol=1e-4, atol=1e-4)
+    for number, state in theirs["optimizer_states"][0]["state"].items():
+        for key, value in state.items():
+            torch.testing.assert_close(mine["optimizer_states"][0]["state"][number][key], value, rtol=1e-4, atol=1e-5)
+    # Adam divides by roots of sums that begin near zero, so that rounding shows.
+    compare({**train(None, model, resume=path), "losses": []}, {**expected, "losses": []}, tolerance=1e-4)
+    for saved in (path, other):
+        for size in (2, 4):
+            for found in world(size).run(train_with, {"tensor_parallel": size}, model, {"resume": saved}):
+                compare({**found, "losses": []}, {**expected, "losses": []}, tolerance=1e-4)
+
+
+def dropped(strategy: dict[str, Any]) -> Any:
+    """The masks of dropout in the first block, by rank: of the residual stream, then whether the embedding's are the same."""
+    masks: list[Tensor] = []
+
+    class Seen(Net):
+        def training_step(self, batch: Tensor, index: int) -> Tensor:
+            self.masks.append(F.dropout(torch.ones(64), 0.5))
+            return super().training_step(batch, index)
+
+    warnings.simplefilter("ignore")
+    seed_everything(5, verbose=False)
+    module = Seen(dropout=0.5, tokens=8)
+    module.blocks[0].dropout.register_forward_hook(lambda m, args, out: masks.append((out == 0).float().detach()))
+    env = {"cluster_environment": TorchElasticEnvironment(), "process_group_backend": "gloo"}
+    run = Trainer(accelerator="cpu", devices=2, strategy=OverlapStrategy(**strategy, **env), max_steps=1, limit_val_batches=0, **QUIET)
+    run.fit(module)
+    return masks[0].tolist(), module.masks[0].tolist()
+
+
+def test_dropout_differs_where_tokens_are_cut_and_nowhere_else(world: Any) -> None:
+    for sequence in (True, False):
+        first, second = world(2).run(dropped, {"tensor_parallel": TensorParallel(size=2, sequence_parallel=sequence)})
+        assert (first[0] != second[0]) == sequence, "the residual stream"
+        assert first[1] == second[1], "outside of the blocks"

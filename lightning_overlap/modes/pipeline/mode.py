@@ -22,11 +22,12 @@ from lightning_overlap.decision import ConfigError
 from lightning_overlap.modes.base import COUNTED_ELSEWHERE, LATE_GRADIENT, OverlapMode, Step
 from lightning_overlap.modes.pipeline import layout, microbatches
 from lightning_overlap.modes.pipeline.config import PipelineParallel, scheduled
-from lightning_overlap.modes.pipeline.partition import Blocks, Partition, find_blocks, heads, work
+from lightning_overlap.modes.pipeline.partition import Partition, heads, work
 from lightning_overlap.modes.pipeline.random_state import kept, pin
 from lightning_overlap.modes.pipeline.runtime import Form, Runtime, channel_kinds, lane
 from lightning_overlap.modes.pipeline.stage import Stages, block_seeds
 from lightning_overlap.modes.pipeline.weight_grad import WeightGradients
+from lightning_overlap.parallel_plan import Blocks, find_blocks
 from lightning_overlap.shared_state import share
 
 if TYPE_CHECKING:

@@ -54,8 +54,8 @@ def decide(own: TensorParallel, whole: OverlapConfig, facts: Facts) -> list[Deci
         blockers=[
             (
                 bool(loose),
-                f"{', '.join(loose[:3])}{more} may mix tokens, or stand in a block's own forward, which would see a part of the tokens "
-                "only: put attention and mlp into modules of their own",
+                f"{', '.join(loose[:3])}{more} may mix tokens, or stand in a block's own forward, which would see a part of them: "
+                "put attention and mlp into modules of their own, or give what works on each token by itself the role token_wise",
             )
         ],
     )

@@ -15,11 +15,12 @@ from lightning_overlap.comm import Group, make_group
 from lightning_overlap.decision import ConfigError
 from lightning_overlap.facts import TensorFacts
 from lightning_overlap.modes.base import COUNTED_ELSEWHERE, LATE_GRADIENT, OverlapMode
-from lightning_overlap.modes.tensor.gemm import Exchange
+from lightning_overlap.modes.tensor.gemm import Exchange, shares
 from lightning_overlap.modes.tensor.linear import column_forward, read, row_forward
 from lightning_overlap.modes.tensor.partition import Partition
 from lightning_overlap.modes.tensor.random_state import OwnNumbers
 from lightning_overlap.modes.tensor.sequence import enter, leave
+from lightning_overlap.modes.tensor.vocab import Vocabulary, embedding_forward, head_forward
 from lightning_overlap.parallel_plan import Region, TensorPlan, find
 
 if TYPE_CHECKING:
@@ -75,6 +76,12 @@ class TensorMode(OverlapMode):
                 self._replace(cut.module, "forward", column_forward(cut.module))
             elif cut.role == "row":
                 self._replace(cut.module, "forward", self._row(cut.module, f"tensor.{cut.name}"))
+            elif cut.role in ("vocab_embedding", "vocab_head"):
+                vocabulary = Vocabulary(self.group, shares(cut.parts[0], self.group.size), self._exchange.overlapped)
+                make = embedding_forward if cut.role == "vocab_embedding" else head_forward
+                self._replace(cut.module, "forward", make(cut.module, vocabulary))
+        for (owner, name), count in found.counts.items():
+            self._replace(model.get_submodule(owner), name, count // self.group.size)
         for region in found.regions:
             self._read_at(region)
         if self._scattered:
@@ -133,9 +140,6 @@ class TensorMode(OverlapMode):
             return _put(args, kwargs, place, handle)
 
         self._undo.append(region.module.register_forward_pre_hook(before, with_kwargs=True).remove)
-        for path, value in region.heads.items():
-            owner, _, name = path.rpartition(".")
-            self._replace(region.module.get_submodule(owner), name, value // self.group.size)
 
     @staticmethod
     def _refuse_second_input(name: str, x: Tensor, inputs: Sequence[Any]) -> None:
