@@ -41,6 +41,8 @@ class LiveBucket:
     label: str
     names: tuple[str, ...]
     parameters: tuple[nn.Parameter, ...]
+    shapes: tuple[torch.Size, ...]
+    """Of the parameters while they train: other modes may make them whole again."""
     data: Tensor
     grads: Tensor
     bounds: tuple[int, ...]
@@ -69,8 +71,8 @@ class LiveBucket:
         """Each parameter's part of ``flat`` (``data`` or ``grads``), in the parameter's shape."""
         start = self.layout.start
         return [
-            flat[slot.start - start : slot.end - start].view(p.shape)
-            for slot, p in zip(self.layout.slots, self.parameters, strict=True)
+            flat[slot.start - start : slot.end - start].view(shape)
+            for slot, shape in zip(self.layout.slots, self.shapes, strict=True)
         ]
 
 
@@ -98,6 +100,7 @@ def flatten(
             label=f"[{key}]",
             names=tuple(name for name, _ in chosen),
             parameters=tuple(p for _, p in chosen),
+            shapes=tuple(p.shape for _, p in chosen),
             data=data[bucket.start : bucket.end],
             grads=grads[bucket.start : bucket.end],
             bounds=bucket.bounds(shards, whole=whole),

@@ -30,11 +30,11 @@ def original_names(optimizer: Optimizer, buckets: Sequence[LiveBucket]) -> list[
 def _pieces(bucket: LiveBucket, segment: Segment) -> list[tuple[str, torch.Size, int, int, int]]:
     """The parameters in a segment: name, shape, and [start, end) of the segment, and where that starts in the parameter."""
     found = []
-    for slot, name, parameter in zip(bucket.layout.slots, bucket.names, bucket.parameters, strict=True):
+    for slot, name, shape in zip(bucket.layout.slots, bucket.names, bucket.shapes, strict=True):
         first = slot.start - bucket.layout.start
         start, end = max(first, segment.start), min(slot.end - bucket.layout.start, segment.end)
         if start < end:
-            found.append((name, parameter.shape, start - segment.start, end - segment.start, start - first))
+            found.append((name, shape, start - segment.start, end - segment.start, start - first))
     return found
 
 
@@ -72,7 +72,7 @@ def shards(
 
 def _shaped(buckets: Sequence[LiveBucket], saved: Mapping[str, Mapping[str, Any]]) -> set[str]:
     """The keys of values that have their parameter's shape; known from parameters with dimensions, since a count has none."""
-    shapes = {name: parameter.shape for bucket in buckets for name, parameter in zip(bucket.names, bucket.parameters, strict=True)}
+    shapes = {name: shape for bucket in buckets for name, shape in zip(bucket.names, bucket.shapes, strict=True)}
     return {
         key
         for name, state in saved.items()
