@@ -71,8 +71,7 @@ class LiveBucket:
         """Each parameter's part of ``flat`` (``data`` or ``grads``), in the parameter's shape."""
         start = self.layout.start
         return [
-            flat[slot.start - start : slot.end - start].view(shape)
-            for slot, shape in zip(self.layout.slots, self.shapes, strict=True)
+            flat[slot.start - start : slot.end - start].view(shape) for slot, shape in zip(self.layout.slots, self.shapes, strict=True)
         ]
 
 

@@ -1,0 +1,114 @@
+"""Hugging Face models as they are under tensor parallelism: the numbers of one process."""
+
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from lightning.pytorch import LightningModule, Trainer, seed_everything
+from lightning.pytorch.plugins.environments import TorchElasticEnvironment
+from lightning.pytorch.strategies import SingleDeviceStrategy
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from lightning_overlap import OverlapStrategy, TensorParallel
+
+VOCABULARY = 33
+SIZES = {"vocab_size": VOCABULARY, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "max_position_embeddings": 32}
+LLAMA_LIKE = {**SIZES, "intermediate_size": 64, "num_key_value_heads": 2, "head_dim": 8}
+GPT2 = {"vocab_size": VOCABULARY, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 32}
+STILL = {"resid_pdrop": 0, "embd_pdrop": 0, "attn_pdrop": 0}
+CONFIGS = {
+    "llama": transformers.LlamaConfig(**LLAMA_LIKE),
+    "qwen2": transformers.Qwen2Config(**LLAMA_LIKE),
+    "qwen3": transformers.Qwen3Config(**LLAMA_LIKE, tie_word_embeddings=True),
+    "mistral": transformers.MistralConfig(**LLAMA_LIKE),
+    "gemma": transformers.GemmaConfig(**LLAMA_LIKE),
+    "gemma2": transformers.Gemma2Config(**LLAMA_LIKE),
+    "gpt2": transformers.GPT2Config(**GPT2, **STILL),
+    "gpt_neox": transformers.GPTNeoXConfig(**SIZES, intermediate_size=64),
+}
+
+
+class Hugging(LightningModule):
+    def __init__(self, kind: str, recompute: bool) -> None:
+        super().__init__()
+        self.model = transformers.AutoModelForCausalLM.from_config(CONFIGS[kind])
+        if recompute:
+            self.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        self.losses: list[float] = []
+        self.written: list[Any] = []
+
+    def training_step(self, batch: Tensor, index: int) -> Tensor:
+        loss: Tensor = self.model(input_ids=batch, labels=batch).loss
+        self.losses.append(loss.item())
+        return loss
+
+    def validation_step(self, batch: Tensor, index: int) -> None:
+        was = self.model.config.use_cache
+        self.written.append(
+            self.model.generate(batch[:, :5], max_new_tokens=4, do_sample=False, pad_token_id=0, use_cache=was).tolist()
+        )
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), 0.1)
+
+    def loader(self) -> DataLoader:
+        data = torch.randint(0, VOCABULARY, (16, 9), generator=torch.Generator().manual_seed(3))
+        return DataLoader(data, batch_size=4)  # type: ignore[arg-type]
+
+    train_dataloader = val_dataloader = loader
+
+
+def train(kind: str, tensor: dict[str, Any] | None, recompute: bool = False, export: str | None = None) -> Any:
+    warnings.simplefilter("ignore")
+    seed_everything(5, verbose=False)
+    strategy: Any = SingleDeviceStrategy(torch.device("cpu"))
+    if tensor is not None:
+        env = {"cluster_environment": TorchElasticEnvironment(), "process_group_backend": "gloo"}
+        strategy = OverlapStrategy(tensor_parallel=TensorParallel(**tensor), **env)
+    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
+    run = Trainer(
+        accelerator="cpu",
+        devices=1 if tensor is None else tensor["size"],
+        strategy=strategy,
+        max_steps=4,
+        limit_val_batches=1,
+        num_sanity_val_steps=0,
+        use_distributed_sampler=False,
+        **quiet,
+    )
+    module = Hugging(kind, recompute)
+    run.fit(module)
+    if export is not None and run.is_global_zero:
+        module.model.save_pretrained(export)
+    weights = {name: p.detach().clone() for name, p in module.named_parameters()}
+    return module.losses, weights, module.written, "" if tensor is None else strategy.plan.explain()
+
+
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_the_numbers_of_one_process(world: Any, kind: str) -> None:
+    losses, weights, written, _ = train(kind, None)
+    settings: list[tuple[dict[str, Any], bool]] = [({"size": 2}, False), ({"size": 2, "sequence_parallel": False}, True)]
+    for tensor, recompute in settings:
+        for found in world(2).run(train, kind, tensor, recompute):
+            torch.testing.assert_close(found[0], losses, rtol=1e-5, atol=1e-5)
+            for name, weight in weights.items():
+                torch.testing.assert_close(found[1][name], weight, rtol=1e-4, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
+            assert found[2] == written, "greedy generation, with a cache of this rank's heads"
+
+
+def test_recomputed_with_cut_tokens(world: Any) -> None:
+    losses, *_ = train("llama", None)
+    for found in world(2).run(train, "llama", {"size": 2}, True):
+        torch.testing.assert_close(found[0], losses, rtol=1e-5, atol=1e-5)
+
+
+def test_export(world: Any, tmp_path: Path) -> None:
+    folder = str(tmp_path / "model")
+    _, weights, *_ = world(2).run(train, "qwen3", {"size": 2}, False, folder)[0]
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder)
+    for name, parameter in model.named_parameters():
+        assert parameter.equal(weights[f"model.{name}"])
