@@ -42,7 +42,7 @@ def against_whole(settings: dict[str, Any], tokens: int, leading: tuple[int, ...
     kind = getattr(torch, dtype)
     whole, cut = Region(bias, kind), Region(bias, kind)
     cut.cut(group.rank, group.size)
-    cut.out.forward = row_forward(cut.out, exchange, "tensor.region")  # type: ignore[method-assign]
+    cut.out.forward = row_forward(cut.out, exchange, "region")  # type: ignore[method-assign]
     x = torch.randn(*leading, tokens, 8, dtype=kind, generator=torch.Generator().manual_seed(1))
     weights = torch.randn(*leading, tokens, 8, dtype=kind, generator=torch.Generator().manual_seed(2))
     a, b = exchange.parts(tokens)[exchange.own : exchange.own + 2]
@@ -52,7 +52,7 @@ def against_whole(settings: dict[str, Any], tokens: int, leading: tuple[int, ...
     expected = whole(expected_in * 1, beside)
     (expected * weights).sum().backward()
     own = x[..., a:b, :].clone().requires_grad_()
-    handle = read(own * 1, [cut.q, cut.k], exchange, "tensor.region", tokens)
+    handle = read(own * 1, [cut.q, cut.k], exchange, "region", tokens)
     assert handle.shape == x.shape
     found = cut(handle, beside)
     (found * weights[..., a:b, :]).sum().backward()
@@ -98,7 +98,7 @@ def transfers(settings: dict[str, Any], beside: bool) -> list[str]:
     group.log = []
     try:
         against_whole(settings, 8, (1,), False, "float32", beside)
-        return [transfer.label.removeprefix("tensor.region.") for transfer in group.log]
+        return [transfer.label.removeprefix("tensor.").removesuffix("[region]") for transfer in group.log]
     finally:
         group.log = None
 

@@ -31,7 +31,7 @@ class Reading:
     """What the nodes of one reading share, for its backward."""
 
     exchange: Exchange
-    label: str
+    name: str
     tokens: int
     ports: dict[int, tuple[Tensor, Tensor | None]] = field(default_factory=dict)
     """By id of a weight, what stands for it and its bias in the graph."""
@@ -97,7 +97,7 @@ class _Gather(Function):
         reading: Reading = ctx.reading
         factors, reading.factors = reading.factors, []
         if factors or others is not None:
-            reading.reduced = Reduced(factors, reading.exchange, f"{reading.label}.input_grad", others)
+            reading.reduced = Reduced(factors, reading.exchange, f"tensor.input_grad[{reading.name}]", others)
         return None, None
 
 
@@ -125,7 +125,7 @@ class _Column(Function):
             if ctx.needs_input_grad[1] and reading.again is None:
                 shape = (*ctx.shape[:-2], -1, ctx.shape[-1])
                 reading.again = ctx.kept or Gathered(
-                    own.view(shape), reading.tokens, reading.exchange, f"{reading.label}.input", splits=1
+                    own.view(shape), reading.tokens, reading.exchange, f"tensor.input[{reading.name}]", splits=1
                 )
         return None, None, None, None, None, None
 
@@ -144,10 +144,10 @@ class _Whole(Function):
 
 class _Row(Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, exchange: Exchange, label: str) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, exchange: Exchange, name: str) -> Tensor:
         ctx.save_for_backward(x, weight)
-        ctx.exchange, ctx.label = exchange, label
-        return Reduced([(x, weight.t())], exchange, f"{label}.output").wait()
+        ctx.exchange, ctx.name = exchange, name
+        return Reduced([(x, weight.t())], exchange, f"tensor.output[{name}]").wait()
 
     @staticmethod
     @once_differentiable
@@ -156,7 +156,7 @@ class _Row(Function):
         exchange: Exchange = ctx.exchange
         tokens = x.shape[-2]
         bounds = exchange.parts(tokens)
-        gathered = Gathered(grad, tokens, exchange, f"{ctx.label}.output_grad")
+        gathered = Gathered(grad, tokens, exchange, f"tensor.output_grad[{ctx.name}]")
         of_x = of_weight = None
         if ctx.needs_input_grad[1]:
             of_weight = gathered.own.t() @ part(x, bounds, exchange.own)
@@ -224,20 +224,20 @@ def matrix(layer: nn.Module) -> Tensor:
     return weight if isinstance(layer, nn.Linear) else weight.t()
 
 
-def read(x: Tensor, layers: Sequence[nn.Module], exchange: Exchange, label: str, tokens: int) -> Arriving:
+def read(x: Tensor, layers: Sequence[nn.Module], exchange: Exchange, name: str, tokens: int) -> Arriving:
     """Starts a region's reading.
 
     Args:
         x: this rank's tokens, ``(..., own tokens, features)``; all of them where tokens are not cut.
         layers: its column linears.
         exchange: the ranks.
-        label: names its transfers.
+        name: of the region, for its transfers.
         tokens: number of all.
 
     Returns:
         ``(..., tokens, features)``.
     """
-    reading = Reading(exchange, label, tokens)
+    reading = Reading(exchange, name, tokens)
     x = _Finish.apply(x, reading)  # type: ignore[no-untyped-call]
     x = cast(x)
     for layer in layers:
@@ -245,7 +245,7 @@ def read(x: Tensor, layers: Sequence[nn.Module], exchange: Exchange, label: str,
         number = id(layer.weight)
         reading.ports[number] = _Port.apply(weight, None if bias is None else cast(bias), reading, number)  # type: ignore
     with torch.no_grad():
-        gathered = Gathered(x, tokens, exchange, f"{label}.input")
+        gathered = Gathered(x, tokens, exchange, f"tensor.input[{name}]")
     handle = _Gather.apply(x, reading).as_subclass(Arriving)  # type: ignore[no-untyped-call]
     handle.reading, handle.gathered = reading, gathered
     return handle  # type: ignore[no-any-return]
@@ -262,11 +262,11 @@ def column_forward(layer: nn.Module) -> Callable[[Tensor], Tensor]:
     return forward
 
 
-def row_forward(layer: nn.Module, exchange: Exchange, label: str) -> Callable[[Tensor], Tensor]:
+def row_forward(layer: nn.Module, exchange: Exchange, name: str) -> Callable[[Tensor], Tensor]:
     """A row linear's forward: ``(..., tokens, own features)`` to ``(..., own tokens, out)``."""
 
     def forward(x: Tensor) -> Tensor:
-        y: Tensor = _Row.apply(cast(x), cast(matrix(layer)), exchange, label)  # type: ignore[no-untyped-call]
+        y: Tensor = _Row.apply(cast(x), cast(matrix(layer)), exchange, name)  # type: ignore[no-untyped-call]
         return y if layer.bias is None else y + cast(layer.bias)  # type: ignore[arg-type]
 
     return forward

@@ -75,7 +75,7 @@ class TensorMode(OverlapMode):
             if cut.role == "column" and type(cut.module).forward is not nn.Linear.forward:
                 self._replace(cut.module, "forward", column_forward(cut.module))
             elif cut.role == "row":
-                self._replace(cut.module, "forward", self._row(cut.module, f"tensor.{cut.name}"))
+                self._replace(cut.module, "forward", self._row(cut.module, cut.name))
             elif cut.role in ("vocab_embedding", "vocab_head"):
                 vocabulary = Vocabulary(self.group, shares(cut.parts[0], self.group.size), self._exchange.overlapped)
                 make = embedding_forward if cut.role == "vocab_embedding" else head_forward
@@ -116,8 +116,8 @@ class TensorMode(OverlapMode):
         setattr(module, name, value)
         self._undo.append(lambda: delattr(module, name) if before is self else setattr(module, name, before))
 
-    def _row(self, layer: nn.Module, label: str) -> Callable[[Tensor], Tensor]:
-        forward = row_forward(layer, self._exchange, label)
+    def _row(self, layer: nn.Module, name: str) -> Callable[[Tensor], Tensor]:
+        forward = row_forward(layer, self._exchange, name)
 
         def run(x: Tensor) -> Tensor:
             y = forward(x)
@@ -129,12 +129,11 @@ class TensorMode(OverlapMode):
 
     def _read_at(self, region: Region) -> None:
         columns = [cut.module for cut in region.columns]
-        label = f"tensor.{region.name}"
 
         def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
             place, x = find_hidden(args, kwargs, region.name)
             self._refuse_second_input(region.name, x, (*args, *kwargs.values()))
-            handle = read(x, columns, self._exchange, label, self._tokens_of(x, region.name))
+            handle = read(x, columns, self._exchange, region.name, self._tokens_of(x, region.name))
             if not self._scattered and module.training:
                 self._own_numbers.start()
             return _put(args, kwargs, place, handle)
