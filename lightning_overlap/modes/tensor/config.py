@@ -29,11 +29,23 @@ class TensorParallel:
     verify_blocks: bool = True
     """In the first training step, a block's output is compared with that of the block as it was before it was cut."""
 
+    def advice(self, kind: str) -> str:
+        """What may help where a kind of transfer is exposed: ``input``, ``output``, ...; ``bytes``: the link is too slow."""
+        known = {
+            "bytes": "keep_gathered_input: true, which gathers once where twice is the default; or fewer ranks on this axis",
+            "input": "keep_gathered_input: true, or other splits",
+            "replicated": "longer sequences, against which the sum of the norms' gradients is short",
+        }
+        return f"tensor_parallel: {known.get(kind, 'other splits')}"
+
     def __post_init__(self) -> None:
         if self.size < 1:
             raise ConfigError(f"tensor_parallel.size must be at least 1, got {self.size}")
-        if self.splits != "auto" and self.splits < 1:
-            raise ConfigError(f"tensor_parallel.splits must be at least 1 or auto, got {self.splits}")
+        if self.splits != "auto" and (not isinstance(self.splits, int) or isinstance(self.splits, bool) or self.splits < 1):
+            raise ConfigError(f"tensor_parallel.splits must be at least 1, or auto, got {self.splits!r}")
+        for name in ("sequence_parallel", "overlap"):
+            if getattr(self, name) not in (True, False, "auto"):
+                raise ConfigError(f"tensor_parallel.{name} must be true, false or auto, got {getattr(self, name)!r}")
 
 
 def decide(own: TensorParallel, whole: OverlapConfig, facts: Facts) -> list[Decision]:
