@@ -27,10 +27,11 @@ def versions() -> dict[str, str]:
 
 @dataclass(frozen=True)
 class TensorFacts:
-    """What can be cut over a tensor axis: in words, and the modules in the blocks that may mix tokens."""
+    """What can be cut over a tensor axis: in words, the modules in the blocks that may mix tokens, and the vocabulary's entries."""
 
     said: str
     loose: tuple[str, ...]
+    entries: int
 
 
 @dataclass(frozen=True)

@@ -162,7 +162,6 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "no bias, tied": ({"bias": False, "tied": True}, {}),
     "one token": ({"tokens": 1}, {}),
     "accumulation and clipping": ({}, {"accumulate_grad_batches": 3, "gradient_clip_val": 0.1}),
-    "vocabulary whole": ({"plan": {"embedding": None, "head": None}}, {}),
     "recomputed": ({"recompute": False}, {}),
     "recomputed, reentrant": ({"recompute": True}, {}),
 }
@@ -174,7 +173,7 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 def test_close_to_one_process(world: Any, case: str, size: int, sequence: bool) -> None:
     model, trainer = CASES[case]
     expected = train(None, model, **trainer)
-    strategy = {"tensor_parallel": TensorParallel(size=size, sequence_parallel=sequence)}
+    strategy = {"tensor_parallel": TensorParallel(vocab_parallel=True, size=size, sequence_parallel=sequence)}
     found = world(size).run(train_with, strategy, model, trainer)
     for rank in range(size):
         compare(found[rank], expected)
@@ -186,11 +185,23 @@ def train_with(strategy: dict[str, Any], model: dict[str, Any], trainer: dict[st
 
 
 MIXTURES: dict[str, tuple[int, dict[str, Any]]] = {
-    "tensor x data": (4, {"tensor_parallel": TensorParallel(size=2)}),
-    "tensor x data, replicated tokens": (4, {"tensor_parallel": TensorParallel(size=2, sequence_parallel=False)}),
-    "tensor x data, plain": (4, {"tensor_parallel": 2, "overlap": "off"}),
-    "tensor x pipeline": (4, {"tensor_parallel": 2, "pipeline_parallel": PipelineParallel(size=2, microbatches=2)}),
-    "tensor x pipeline x data": (8, {"tensor_parallel": 2, "pipeline_parallel": PipelineParallel(size=2, microbatches=2)}),
+    "tensor x data": (4, {"tensor_parallel": TensorParallel(vocab_parallel=True, size=2)}),
+    "tensor x data, replicated tokens": (4, {"tensor_parallel": TensorParallel(vocab_parallel=True, size=2, sequence_parallel=False)}),
+    "tensor x data, plain": (4, {"tensor_parallel": TensorParallel(vocab_parallel=True, size=2), "overlap": "off"}),
+    "tensor x pipeline": (
+        4,
+        {
+            "tensor_parallel": TensorParallel(vocab_parallel=True, size=2),
+            "pipeline_parallel": PipelineParallel(size=2, microbatches=2),
+        },
+    ),
+    "tensor x pipeline x data": (
+        8,
+        {
+            "tensor_parallel": TensorParallel(vocab_parallel=True, size=2),
+            "pipeline_parallel": PipelineParallel(size=2, microbatches=2),
+        },
+    ),
 }
 
 
@@ -208,14 +219,23 @@ def test_with_other_modes(world: Any, mixture: str, tied: bool) -> None:
 def test_bf16(world: Any, sequence: bool) -> None:
     trainer = {"precision": "bf16-mixed", "gradient_clip_val": 0.5, "accumulate_grad_batches": 2}
     expected = train(None, {}, **trainer)
-    for found in world(2).run(train_with, {"tensor_parallel": TensorParallel(size=2, sequence_parallel=sequence)}, {}, trainer):
+    for found in world(2).run(
+        train_with, {"tensor_parallel": TensorParallel(vocab_parallel=True, size=2, sequence_parallel=sequence)}, {}, trainer
+    ):
         compare(found, expected, tolerance=1e-2)  # bf16 keeps 8 bits of each activation, and a sum of two halves rounds twice
+
+
+def test_a_whole_vocabulary(world: Any) -> None:
+    expected = train(None, {})
+    for found in world(2).run(train_with, {"tensor_parallel": 2}, {}, {}):
+        compare(found, expected)
+        assert "31 entries: sums" in found["plan"]
 
 
 def test_off_and_keeping_inputs_are_the_same_layout(world: Any) -> None:
     expected = train(None, {})
     for strategy in ({"overlap": "off"}, {}):
-        keeping = TensorParallel(size=2, keep_gathered_input=True, splits=3)
+        keeping = TensorParallel(vocab_parallel=True, size=2, keep_gathered_input=True, splits=3)
         for found in world(2).run(train_with, {"tensor_parallel": keeping, **strategy}, {}, {}):
             compare(found, expected)
 
@@ -227,7 +247,7 @@ def test_checkpoints_are_of_the_whole_model(world: Any, data: int, tmp_path: Any
     # Without biases: a key's has no gradient but rounding, of which Adam makes whole steps.
     model = {"optimizer": "adamw", "tied": True, "bias": False}
     half = {"max_steps": 2}
-    world(2 * data).run(train_with, {"tensor_parallel": 2}, model, {**half, "save": path})
+    world(2 * data).run(train_with, {"tensor_parallel": TensorParallel(vocab_parallel=True, size=2)}, model, {**half, "save": path})
     train(None, model, save=other, **half)
     expected = train(None, model, resume=other)
     mine, theirs = torch.load(path, weights_only=False), torch.load(other, weights_only=False)
@@ -245,7 +265,9 @@ def test_checkpoints_are_of_the_whole_model(world: Any, data: int, tmp_path: Any
     close(train(None, model, resume=path))
     for saved in (path, other):
         for size in (2, 4):
-            for found in world(size).run(train_with, {"tensor_parallel": size}, model, {"resume": saved}):
+            for found in world(size).run(
+                train_with, {"tensor_parallel": TensorParallel(vocab_parallel=True, size=size)}, model, {"resume": saved}
+            ):
                 close(found)
 
 
@@ -270,6 +292,8 @@ def dropped(strategy: dict[str, Any]) -> Any:
 
 def test_dropout_differs_where_tokens_are_cut_and_nowhere_else(world: Any) -> None:
     for sequence in (True, False):
-        first, second = world(2).run(dropped, {"tensor_parallel": TensorParallel(size=2, sequence_parallel=sequence)})
+        first, second = world(2).run(
+            dropped, {"tensor_parallel": TensorParallel(vocab_parallel=True, size=2, sequence_parallel=sequence)}
+        )
         assert (first[0] != second[0]) == sequence, "the residual stream"
         assert first[1] == second[1], "outside of the blocks"

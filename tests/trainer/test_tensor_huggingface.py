@@ -68,7 +68,7 @@ def train(kind: str, tensor: dict[str, Any] | None, recompute: bool = False, exp
     strategy: Any = SingleDeviceStrategy(torch.device("cpu"))
     if tensor is not None:
         env = {"cluster_environment": TorchElasticEnvironment(), "process_group_backend": "gloo"}
-        strategy = OverlapStrategy(tensor_parallel=TensorParallel(**tensor), **env)
+        strategy = OverlapStrategy(tensor_parallel=TensorParallel(vocab_parallel=True, **tensor), **env)
     quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
     run = Trainer(
         accelerator="cpu",

@@ -12,6 +12,10 @@ if TYPE_CHECKING:
     from lightning_overlap.facts import Facts
 
 
+WORTH_CUTTING = 8192
+"""Entries of a vocabulary below which a rank has less work with all of it than with two sums over the ranks of whole activations."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class TensorParallel:
     """Tensor parallelism: the weights of linear layers are cut over the ranks, which share each batch."""
@@ -26,6 +30,8 @@ class TensorParallel:
     """Pieces in which a rank's part of the tokens travels; ``auto``: of at least 256 KiB, at most 4."""
     keep_gathered_input: bool = False
     """Backward uses the input that forward has gathered, instead of gathering it again: memory for traffic."""
+    vocab_parallel: bool | Literal["auto"] = "auto"
+    """Embedding and head are cut along the vocabulary, and logits stay cut until they are a loss; ``auto``: a large one is."""
     verify_blocks: bool = True
     """In the first training step, a block's output is compared with that of the block as it was before it was cut."""
 
@@ -43,7 +49,7 @@ class TensorParallel:
             raise ConfigError(f"tensor_parallel.size must be at least 1, got {self.size}")
         if self.splits != "auto" and (not isinstance(self.splits, int) or isinstance(self.splits, bool) or self.splits < 1):
             raise ConfigError(f"tensor_parallel.splits must be at least 1, or auto, got {self.splits!r}")
-        for name in ("sequence_parallel", "overlap"):
+        for name in ("sequence_parallel", "overlap", "vocab_parallel"):
             if getattr(self, name) not in (True, False, "auto"):
                 raise ConfigError(f"tensor_parallel.{name} must be true, false or auto, got {getattr(self, name)!r}")
 
@@ -87,8 +93,26 @@ def decide(own: TensorParallel, whole: OverlapConfig, facts: Facts) -> list[Deci
         Decision("tensor_parallel", str(own.size), str(own.size), found.said if found is not None else "the model is not known yet"),
         sequence,
         overlap,
+        _vocabulary(own, facts),
         *([_again(own)] if scattered else []),
     ]
+
+
+def _vocabulary(own: TensorParallel, facts: Facts) -> Decision:
+    entries = facts.tensor.entries if facts.tensor is not None else 0
+    return settle(
+        "tensor_parallel.vocab_parallel",
+        own.vocab_parallel,
+        best="on",
+        because=f"embedding, head and loss have {entries} entries",
+        blockers=[
+            (facts.tensor is not None and entries == 0, "no embedding or head has the role vocab_embedding or vocab_head"),
+            (
+                own.vocab_parallel == "auto" and 0 < entries < WORTH_CUTTING,
+                f"{entries} entries: sums of what is looked up, and of the gradient of the head's input, cost more than it saves",
+            ),
+        ],
+    )
 
 
 def _again(own: TensorParallel) -> Decision:

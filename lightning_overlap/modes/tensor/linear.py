@@ -32,7 +32,8 @@ class Reading:
 
     exchange: Exchange
     name: str
-    tokens: int
+    shape: torch.Size
+    """Of all tokens, ``(..., tokens, features)``."""
     ports: dict[int, tuple[Tensor, Tensor | None]] = field(default_factory=dict)
     """By id of a weight, what stands for it and its bias in the graph."""
     left: dict[int, list[Tensor]] = field(default_factory=dict)
@@ -41,6 +42,17 @@ class Reading:
     """Gradients of outputs and weights, whose products are the input's gradient."""
     again: Gathered | None = None
     reduced: Reduced | None = None
+
+    def gather_again(self, own: Tensor) -> None:
+        """Has the input gathered for the weights' gradients, if it is not yet.
+
+        Args:
+            own: this rank's tokens, ``(n, features)``.
+        """
+        if self.again is None:
+            self.again = Gathered(
+                own.view(*self.shape[:-2], -1, self.shape[-1]), self.shape[-2], self.exchange, f"tensor.input[{self.name}]", 1
+            )
 
 
 class _Finish(Function):
@@ -89,7 +101,7 @@ class _Gather(Function):
         ctx.set_materialize_grads(False)
         ctx.reading = reading
         # All that is asked of it is its shape. The storage of one element has nothing to be read.
-        return x.new_empty(1).expand(*x.shape[:-2], reading.tokens, x.shape[-1])
+        return x.new_empty(1).expand(reading.shape)
 
     @staticmethod
     @once_differentiable
@@ -107,7 +119,7 @@ class _Column(Function):
         ctx: Any, handle: Tensor, weight: Tensor, bias: Tensor | None, gathered: Gathered, reading: Reading, number: int
     ) -> Tensor:
         ctx.set_materialize_grads(False)
-        ctx.reading, ctx.number, ctx.shape = reading, number, gathered.shape
+        ctx.reading, ctx.number = reading, number
         ctx.kept = gathered if reading.exchange.keep_gathered else None
         ctx.save_for_backward(gathered.own, weight)
         return gathered_product(gathered, weight, bias, reading.exchange)
@@ -122,11 +134,9 @@ class _Column(Function):
                 reading.factors.append((grad, weight))
             if ctx.needs_input_grad[1] or ctx.needs_input_grad[2]:
                 reading.left.setdefault(ctx.number, []).append(grad)
-            if ctx.needs_input_grad[1] and reading.again is None:
-                shape = (*ctx.shape[:-2], -1, ctx.shape[-1])
-                reading.again = ctx.kept or Gathered(
-                    own.view(shape), reading.tokens, reading.exchange, f"tensor.input[{reading.name}]", splits=1
-                )
+            if ctx.needs_input_grad[1]:
+                reading.again = reading.again or ctx.kept
+                reading.gather_again(own)
         return None, None, None, None, None, None
 
 
@@ -144,19 +154,24 @@ class _Whole(Function):
 
 class _Row(Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, exchange: Exchange, name: str) -> Tensor:
-        ctx.save_for_backward(x, weight)
-        ctx.exchange, ctx.name = exchange, name
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, exchange: Exchange, name: str, reading: Reading | None, own: Tensor | None
+    ) -> Tensor:
+        ctx.save_for_backward(x, weight, own)
+        ctx.exchange, ctx.name, ctx.reading = exchange, name, reading
         return Reduced([(x, weight.t())], exchange, f"tensor.output[{name}]").wait()
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> Any:
-        x, weight = ctx.saved_tensors
+        x, weight, own = ctx.saved_tensors
         exchange: Exchange = ctx.exchange
         tokens = x.shape[-2]
         bounds = exchange.parts(tokens)
         gathered = Gathered(grad, tokens, exchange, f"tensor.output_grad[{ctx.name}]")
+        if ctx.reading is not None and own is not None:
+            # What the region's column layers will need, behind what is needed now: the link would be idle until then.
+            ctx.reading.gather_again(own)
         of_x = of_weight = None
         if ctx.needs_input_grad[1]:
             of_weight = gathered.own.t() @ part(x, bounds, exchange.own)
@@ -166,7 +181,7 @@ class _Row(Function):
             for number in range(len(bounds) - 1):
                 if number != exchange.own:
                     of_weight.addmm_(gathered.rows(number).t(), part(x, bounds, number))
-        return of_x, of_weight, None, None
+        return of_x, of_weight, None, None, None, None
 
 
 ASKED = {
@@ -237,7 +252,7 @@ def read(x: Tensor, layers: Sequence[nn.Module], exchange: Exchange, name: str, 
     Returns:
         ``(..., tokens, features)``.
     """
-    reading = Reading(exchange, name, tokens)
+    reading = Reading(exchange, name, torch.Size([*x.shape[:-2], tokens, x.shape[-1]]))
     x = _Finish.apply(x, reading)  # type: ignore[no-untyped-call]
     x = cast(x)
     for layer in layers:
@@ -262,11 +277,20 @@ def column_forward(layer: nn.Module) -> Callable[[Tensor], Tensor]:
     return forward
 
 
-def row_forward(layer: nn.Module, exchange: Exchange, name: str) -> Callable[[Tensor], Tensor]:
-    """A row linear's forward: ``(..., tokens, own features)`` to ``(..., own tokens, out)``."""
+def row_forward(
+    layer: nn.Module, exchange: Exchange, name: str, take: Callable[[], tuple[Reading, Tensor] | None] = lambda: None
+) -> Callable[[Tensor], Tensor]:
+    """A row linear's forward: ``(..., tokens, own features)`` to ``(..., own tokens, out)``.
+
+    Args:
+        layer: whose forward it is.
+        exchange: the ranks.
+        name: of the layer, for its transfers.
+        take: gives the reading of the layer's region, and this rank's tokens of it, if there is one that will gather them again.
+    """
 
     def forward(x: Tensor) -> Tensor:
-        y: Tensor = _Row.apply(cast(x), cast(matrix(layer)), exchange, name)  # type: ignore[no-untyped-call]
+        y: Tensor = _Row.apply(cast(x), cast(matrix(layer)), exchange, name, *(take() or (None, None)))  # type: ignore[no-untyped-call]
         return y if layer.bias is None else y + cast(layer.bias)  # type: ignore[arg-type]
 
     return forward

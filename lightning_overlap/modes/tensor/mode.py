@@ -16,7 +16,7 @@ from lightning_overlap.decision import ConfigError
 from lightning_overlap.facts import TensorFacts
 from lightning_overlap.modes.base import COUNTED_ELSEWHERE, LATE_GRADIENT, OverlapMode
 from lightning_overlap.modes.tensor.gemm import Exchange, shares
-from lightning_overlap.modes.tensor.linear import column_forward, read, row_forward
+from lightning_overlap.modes.tensor.linear import Reading, column_forward, read, row_forward
 from lightning_overlap.modes.tensor.partition import Partition
 from lightning_overlap.modes.tensor.random_state import OwnNumbers
 from lightning_overlap.modes.tensor.sequence import enter, leave
@@ -27,6 +27,9 @@ if TYPE_CHECKING:
     from lightning_overlap.config import OverlapConfig
     from lightning_overlap.mesh import ParallelMesh
     from lightning_overlap.plan import Plan
+
+
+VOCABULARY = ("vocab_embedding", "vocab_head")
 
 
 class TensorMode(OverlapMode):
@@ -64,19 +67,21 @@ class TensorMode(OverlapMode):
 
     def parallelize(self, model: nn.Module) -> None:
         found = find(model, self.config.parallel_plan, self.group.size)
+        cuts = [cut for cut in found.cuts if cut.role not in VOCABULARY or self.plan.choice("tensor_parallel.vocab_parallel") == "on"]
         blocks = list(model.get_submodule(found.blocks).children())
         self._device = next(model.parameters()).device
         self._own_numbers = OwnNumbers(self.group.rank, self._device)
         self._names = {name: id(parameter) for name, parameter in model.named_parameters(remove_duplicate=False)}
-        self._partition = Partition(found.cuts, self.group)
+        self._partition = Partition(cuts, self.group)
         self._mark(model, found, blocks)
         self._partition.keep()
-        for cut in found.cuts:
+        self._latest: dict[str, tuple[Reading, Tensor] | None] = {region.name: None for region in found.regions}
+        for cut in cuts:
             if cut.role == "column" and type(cut.module).forward is not nn.Linear.forward:
                 self._replace(cut.module, "forward", column_forward(cut.module))
             elif cut.role == "row":
                 self._replace(cut.module, "forward", self._row(cut.module, cut.name))
-            elif cut.role in ("vocab_embedding", "vocab_head"):
+            elif cut.role in VOCABULARY:
                 vocabulary = Vocabulary(self.group, shares(cut.parts[0], self.group.size), self._exchange.overlapped)
                 make = embedding_forward if cut.role == "vocab_embedding" else head_forward
                 self._replace(cut.module, "forward", make(cut.module, vocabulary))
@@ -117,10 +122,13 @@ class TensorMode(OverlapMode):
         self._undo.append(lambda: delattr(module, name) if before is self else setattr(module, name, before))
 
     def _row(self, layer: nn.Module, name: str) -> Callable[[Tensor], Tensor]:
-        forward = row_forward(layer, self._exchange, name)
+        region = max((region for region in self._latest if name.startswith(f"{region}.")), key=len, default="")
+        forward = row_forward(layer, self._exchange, name, lambda: self._latest.get(region))
 
         def run(x: Tensor) -> Tensor:
             y = forward(x)
+            if region:
+                self._latest[region] = None
             if not self._scattered:
                 self._own_numbers.stop()  # from here on all ranks have the same again
             return y
@@ -134,6 +142,10 @@ class TensorMode(OverlapMode):
             place, x = find_hidden(args, kwargs, region.name)
             self._refuse_second_input(region.name, x, (*args, *kwargs.values()))
             handle = read(x, columns, self._exchange, region.name, self._tokens_of(x, region.name))
+            again = self._scattered and not self._exchange.keep_gathered and torch.is_grad_enabled()
+            self._latest[region.name] = (
+                (handle.reading, handle.gathered.own) if again and any(c.weight.requires_grad for c in columns) else None
+            )
             if not self._scattered and module.training:
                 self._own_numbers.start()
             return _put(args, kwargs, place, handle)
@@ -280,4 +292,6 @@ def _facts(found: TensorPlan) -> TensorFacts:
     counts: dict[str, int] = {}
     for cut in found.cuts:
         counts[cut.role] = counts.get(cut.role, 0) + 1
-    return TensorFacts(f"{found.source}: " + ", ".join(f"{n} {role}" for role, n in sorted(counts.items())), found.loose)
+    said = ", ".join(f"{n} {role}" for role, n in sorted(counts.items()))
+    entries = max((cut.parts[0] for cut in found.cuts if cut.role in VOCABULARY), default=0)
+    return TensorFacts(f"{found.source}: {said}", found.loose, entries)
