@@ -1,6 +1,7 @@
 """Cut linear layers against whole ones: values and gradients, in real worlds."""
 
 import itertools
+from functools import partial
 from typing import Any
 
 import pytest
@@ -9,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from lightning_overlap.modes.tensor.gemm import Exchange, shares
-from lightning_overlap.modes.tensor.linear import read, row_forward
+from lightning_overlap.modes.tensor.linear import prepare, read, row_product
 from tests.tensor.group import tensor_group
 
 
@@ -42,7 +43,7 @@ def against_whole(settings: dict[str, Any], tokens: int, leading: tuple[int, ...
     kind = getattr(torch, dtype)
     whole, cut = Region(bias, kind), Region(bias, kind)
     cut.cut(group.rank, group.size)
-    cut.out.forward = row_forward(cut.out, exchange, "region")  # type: ignore[method-assign]
+    cut.out.forward = partial(row_product, layer=cut.out, exchange=exchange, name="region")  # type: ignore[method-assign]
     x = torch.randn(*leading, tokens, 8, dtype=kind, generator=torch.Generator().manual_seed(1))
     weights = torch.randn(*leading, tokens, 8, dtype=kind, generator=torch.Generator().manual_seed(2))
     a, b = exchange.parts(tokens)[exchange.own : exchange.own + 2]
@@ -52,7 +53,7 @@ def against_whole(settings: dict[str, Any], tokens: int, leading: tuple[int, ...
     expected = whole(expected_in * 1, beside)
     (expected * weights).sum().backward()
     own = x[..., a:b, :].clone().requires_grad_()
-    handle = read(own * 1, [cut.q, cut.k], exchange, "region", tokens)
+    handle = read(own * 1, [cut.q, cut.k], prepare([cut.q, cut.k], exchange, "region"), tokens)
     assert handle.shape == x.shape
     found = cut(handle, beside)
     (found * weights[..., a:b, :]).sum().backward()

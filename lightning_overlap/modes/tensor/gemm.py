@@ -148,27 +148,43 @@ def gathered_product(x: Gathered, weight: Tensor, bias: Tensor | None, exchange:
     Returns:
         ``(..., tokens, out)``.
     """
-    out = x.own.new_empty(*x.shape[:-1], weight.shape[0])
-    bounds = exchange.parts(x.shape[-2])
-
-    def put(number: int, low: int, rows: Tensor) -> None:
-        target = out.narrow(-2, bounds[number], bounds[number + 1] - bounds[number])
-        if target.is_contiguous():
-            _product(rows, weight.t(), bias, target.view(-1, out.shape[-1])[low : low + len(rows)])
-        else:  # several sequences: their rows of one part are not together
-            apart.setdefault(number, []).append(_product(rows, weight.t(), bias, rows.new_empty(len(rows), out.shape[-1])))
-
-    apart: dict[int, list[Tensor]] = {}
-    put(exchange.own, 0, x.own)
-    for number, low, rows in x.arriving():
-        put(number, low, rows)
-    for number, found in apart.items():
-        target = out.narrow(-2, bounds[number], bounds[number + 1] - bounds[number])
-        target.copy_(torch.cat(found).view(target.shape))
+    out = own_product(x, weight, bias, exchange)
+    add_arriving_product(out, x, weight, bias, exchange)
     return out
 
 
-def _product(rows: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> Tensor:
+def own_product(x: Gathered, weight: Tensor, bias: Tensor | None, exchange: Exchange) -> Tensor:
+    """As :func:`gathered_product`, of which only this rank's tokens are set."""
+    out = x.own.new_empty(*x.shape[:-1], weight.shape[0])
+    target = _tokens(out, exchange, exchange.own)
+    if target.is_contiguous():
+        _product(x.own, weight.t(), bias, target.view(-1, out.shape[-1]))
+    else:
+        target.copy_(_product(x.own, weight.t(), bias).view(target.shape))
+    return out
+
+
+def add_arriving_product(out: Tensor, x: Gathered, weight: Tensor, bias: Tensor | None, exchange: Exchange) -> None:
+    """Sets the rest of what :func:`own_product` has given."""
+    apart: dict[int, list[Tensor]] = {}
+    for number, low, rows in x.arriving():
+        target = _tokens(out, exchange, number)
+        if target.is_contiguous():
+            _product(rows, weight.t(), bias, target.view(-1, out.shape[-1])[low : low + len(rows)])
+        else:  # of several sequences: rows of one part are not together
+            apart.setdefault(number, []).append(_product(rows, weight.t(), bias))
+    for number, found in apart.items():
+        target = _tokens(out, exchange, number)
+        target.copy_(torch.cat(found).view(target.shape))
+
+
+def _tokens(out: Tensor, exchange: Exchange, number: int) -> Tensor:
+    """Of one part."""
+    low, high = exchange.parts(out.shape[-2])[number : number + 2]
+    return out.narrow(-2, low, high - low)
+
+
+def _product(rows: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor | None = None) -> Tensor:
     return torch.mm(rows, weight, out=out) if bias is None else torch.addmm(bias, rows, weight, out=out)
 
 
@@ -233,8 +249,8 @@ class Reduced:
         return (found[0] if len(found) == 1 else torch.cat(found)).view(self.shape)
 
 
-def weight_gradient(grad: Tensor, x: Gathered, exchange: Exchange) -> Tensor:
-    """``grad.T @ x`` over all tokens: this rank's own first, the others' when they have come.
+def own_weight_gradient(grad: Tensor, x: Gathered, exchange: Exchange) -> Tensor:
+    """``grad.T @ x`` over this rank's tokens.
 
     Args:
         grad: of a product's output, ``(..., tokens, out)``.
@@ -244,9 +260,12 @@ def weight_gradient(grad: Tensor, x: Gathered, exchange: Exchange) -> Tensor:
     Returns:
         ``(out, in)``.
     """
-    bounds = exchange.parts(x.shape[-2])
-    total = part(grad, bounds, exchange.own).t() @ x.own
+    return part(grad, exchange.parts(grad.shape[-2]), exchange.own).t() @ x.own
+
+
+def add_weight_gradient(total: Tensor, grad: Tensor, x: Gathered, exchange: Exchange) -> None:
+    """Adds what the others' tokens give."""
+    bounds = exchange.parts(grad.shape[-2])
     for number in range(len(bounds) - 1):
         if number != exchange.own:
             total.addmm_(part(grad, bounds, number).t(), x.rows(number))
-    return total

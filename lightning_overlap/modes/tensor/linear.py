@@ -1,13 +1,19 @@
 """Column and row linear layers in autograd: what waits for what.
 
-A region (attention, mlp) reads its input through a gather and gives its output through a row linear's reduction. Its column
-linears (q, k, v; gate, up) read the same gather, as it arrives. Backward goes the way back in the order in which autograd runs
-nodes that are ready: the latest made first. Hence the order in which :func:`read` makes them:
+A region (attention, mlp) reads its input through a gather and gives its output through a row layer's reduction. Its column layers
+(q, k, v; gate, up) read the same gather, as it arrives. Backward goes the way back in the order in which autograd runs nodes that
+are ready: the latest made first. Hence the order in which nodes are made:
 
-    finish      4. waits for the sum over the ranks of the input's gradient
-    ports       3. the weights' gradients, under which that sum travels
-    gather      2. the input's gradient of all linears together, sent piece by piece as it is computed
-    linears     1. leave the gradient of their output; the first has the input gathered again, beside what follows
+    of a row layer    input    5. the gradients of input and weight, with the others' parts of the output's as they arrive
+                      rest     4. of what reads the output (below): the weights' gradients from the others' tokens
+                      output   3. posts the gather of the output's gradient, and computes what can be had from this rank's part
+    of a reading      rest     as above, if there is a row layer before it; else here
+                      finish   2. waits for the sum over the ranks of the input's gradient
+                      own      1. the weights' gradients from this rank's tokens, under which that sum travels
+                      gather   0. the input's gradient of all column layers together, sent piece by piece as it is computed
+                      columns  leave the gradient of their output
+
+What the weights' gradients need of the input is gathered again when the row layer's output gradient is.
 """
 
 from __future__ import annotations
@@ -23,17 +29,29 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 from torch.utils._pytree import tree_map
 
-from lightning_overlap.modes.tensor.gemm import Exchange, Gathered, Reduced, gathered_product, part, weight_gradient
+from lightning_overlap.modes.tensor.gemm import (
+    Exchange,
+    Gathered,
+    Reduced,
+    add_arriving_product,
+    add_weight_gradient,
+    gathered_product,
+    own_product,
+    own_weight_gradient,
+    part,
+)
 
 
 @dataclass
 class Reading:
-    """What the nodes of one reading share, for its backward."""
+    """What the nodes of one reading share, for its backward. Made before what is read is known, see :func:`prepare`."""
 
     exchange: Exchange
     name: str
-    shape: torch.Size
+    shape: tuple[int, ...] = ()
     """Of all tokens, ``(..., tokens, features)``."""
+    weights: dict[int, Tensor] = field(default_factory=dict)
+    """By id of a weight, the node that adds the rest of its gradient."""
     ports: dict[int, tuple[Tensor, Tensor | None]] = field(default_factory=dict)
     """By id of a weight, what stands for it and its bias in the graph."""
     left: dict[int, list[Tensor]] = field(default_factory=dict)
@@ -69,7 +87,27 @@ class _Finish(Function):
         return reduced.wait() if reduced is not None else None, None
 
 
-class _Port(Function):
+class _Rest(Function):
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, reading: Reading, number: int) -> Any:
+        ctx.set_materialize_grads(False)
+        ctx.reading, ctx.number = reading, number
+        return weight.view_as(weight)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, total: Tensor | None) -> Any:
+        reading: Reading = ctx.reading
+        for grad in reading.left.pop(ctx.number, []):
+            assert reading.again is not None, "the column layer has had it gathered"
+            assert total is not None, "this rank's part comes first"
+            add_weight_gradient(total, grad, reading.again, reading.exchange)
+        if not reading.left:
+            reading.again = None
+        return total, None, None
+
+
+class _Own(Function):
     @staticmethod
     def forward(ctx: Any, weight: Tensor, bias: Tensor | None, reading: Reading, number: int) -> Any:
         ctx.set_materialize_grads(False)
@@ -80,18 +118,17 @@ class _Port(Function):
     @once_differentiable
     def backward(ctx: Any, *_: None) -> Any:
         reading: Reading = ctx.reading
-        grads = reading.left.pop(ctx.number, [])
         of_weight = of_bias = None
-        for grad in grads:
+        for grad in reading.left.get(ctx.number, []):
             if ctx.needs_input_grad[0]:
-                assert reading.again is not None, "the linear has had it gathered"
-                found = weight_gradient(grad, reading.again, reading.exchange)
+                assert reading.again is not None, "the column layer has had it gathered"
+                found = own_weight_gradient(grad, reading.again, reading.exchange)
                 of_weight = found if of_weight is None else of_weight.add_(found)
             if ctx.needs_input_grad[1]:
                 summed = grad.flatten(0, -2).sum(0)
                 of_bias = summed if of_bias is None else of_bias.add_(summed)
-        if not reading.left:
-            reading.again = None
+        if not ctx.needs_input_grad[0]:
+            reading.left.pop(ctx.number, None)
         return of_weight, of_bias, None, None
 
 
@@ -152,36 +189,65 @@ class _Whole(Function):
         return grad, None
 
 
-class _Row(Function):
+@dataclass
+class _RowState:
+    """What the nodes of one row product share."""
+
+    exchange: Exchange
+    name: str
+    reading: Reading | None
+    gathered: Gathered | None = None
+    of_x: Tensor | None = None
+    of_weight: Tensor | None = None
+
+
+class _RowInput(Function):
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, weight: Tensor, exchange: Exchange, name: str, reading: Reading | None, own: Tensor | None
-    ) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, state: _RowState) -> Any:
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(x, weight)
+        ctx.state = state
+        return x.view_as(x), weight.view_as(weight)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *_: None) -> Any:
+        x, weight = ctx.saved_tensors
+        state: _RowState = ctx.state
+        gathered, of_x, of_weight = state.gathered, state.of_x, state.of_weight
+        state.gathered = state.of_x = state.of_weight = None
+        if gathered is not None and of_x is not None:
+            add_arriving_product(of_x, gathered, weight.t(), None, state.exchange)
+        if gathered is not None and of_weight is not None:
+            bounds = state.exchange.parts(x.shape[-2])
+            for number in range(len(bounds) - 1):
+                if number != state.exchange.own:
+                    of_weight.addmm_(gathered.rows(number).t(), part(x, bounds, number))
+        return of_x, of_weight, None
+
+
+class _RowOutput(Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, state: _RowState, own: Tensor | None) -> Tensor:
         ctx.save_for_backward(x, weight, own)
-        ctx.exchange, ctx.name, ctx.reading = exchange, name, reading
-        return Reduced([(x, weight.t())], exchange, f"tensor.output[{name}]").wait()
+        ctx.state = state
+        return Reduced([(x, weight.t())], state.exchange, f"tensor.output[{state.name}]").wait()
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> Any:
         x, weight, own = ctx.saved_tensors
-        exchange: Exchange = ctx.exchange
+        state: _RowState = ctx.state
         tokens = x.shape[-2]
-        bounds = exchange.parts(tokens)
-        gathered = Gathered(grad, tokens, exchange, f"tensor.output_grad[{ctx.name}]")
-        if ctx.reading is not None and own is not None:
+        gathered = state.gathered = Gathered(grad, tokens, state.exchange, f"tensor.output_grad[{state.name}]")
+        if state.reading is not None and own is not None:
             # What the region's column layers will need, behind what is needed now: the link would be idle until then.
-            ctx.reading.gather_again(own)
-        of_x = of_weight = None
-        if ctx.needs_input_grad[1]:
-            of_weight = gathered.own.t() @ part(x, bounds, exchange.own)
+            state.reading.gather_again(own)
         if ctx.needs_input_grad[0]:
-            of_x = gathered_product(gathered, weight.t(), None, exchange)
-        if of_weight is not None:
-            for number in range(len(bounds) - 1):
-                if number != exchange.own:
-                    of_weight.addmm_(gathered.rows(number).t(), part(x, bounds, number))
-        return of_x, of_weight, None, None, None, None
+            state.of_x = own_product(gathered, weight.t(), None, state.exchange)
+        if ctx.needs_input_grad[1]:
+            state.of_weight = gathered.own.t() @ part(x, state.exchange.parts(tokens), state.exchange.own)
+        return None, None, None, None
 
 
 ASKED = {
@@ -239,28 +305,41 @@ def matrix(layer: nn.Module) -> Tensor:
     return weight if isinstance(layer, nn.Linear) else weight.t()
 
 
-def read(x: Tensor, layers: Sequence[nn.Module], exchange: Exchange, name: str, tokens: int) -> Arriving:
+def prepare(layers: Sequence[nn.Module], exchange: Exchange, name: str) -> Reading:
+    """A reading to come: from here on the rest of its weights' gradients is computed, on the way back.
+
+    Args:
+        layers: the region's column layers.
+        exchange: the ranks.
+        name: of the region, for its transfers.
+    """
+    reading = Reading(exchange, name)
+    for layer in layers:
+        number = id(layer.weight)
+        reading.weights[number] = _Rest.apply(cast(matrix(layer)), reading, number)  # type: ignore[no-untyped-call]
+    return reading
+
+
+def read(x: Tensor, layers: Sequence[nn.Module], reading: Reading, tokens: int) -> Arriving:
     """Starts a region's reading.
 
     Args:
         x: this rank's tokens, ``(..., own tokens, features)``; all of them where tokens are not cut.
-        layers: its column linears.
-        exchange: the ranks.
-        name: of the region, for its transfers.
+        layers: its column layers.
+        reading: as :func:`prepare` gives it.
         tokens: number of all.
 
     Returns:
         ``(..., tokens, features)``.
     """
-    reading = Reading(exchange, name, torch.Size([*x.shape[:-2], tokens, x.shape[-1]]))
-    x = _Finish.apply(x, reading)  # type: ignore[no-untyped-call]
-    x = cast(x)
+    reading.shape = (*x.shape[:-2], tokens, x.shape[-1])
+    x = cast(_Finish.apply(x, reading))  # type: ignore[no-untyped-call]
     for layer in layers:
-        weight, bias = cast(matrix(layer)), layer.bias
-        number = id(layer.weight)
-        reading.ports[number] = _Port.apply(weight, None if bias is None else cast(bias), reading, number)  # type: ignore
+        number, bias = id(layer.weight), layer.bias
+        of_layer = (reading.weights.pop(number), None if bias is None else cast(bias))  # type: ignore[arg-type]
+        reading.ports[number] = _Own.apply(*of_layer, reading, number)  # type: ignore[no-untyped-call]
     with torch.no_grad():
-        gathered = Gathered(x, tokens, exchange, f"tensor.input[{name}]")
+        gathered = Gathered(x, tokens, reading.exchange, f"tensor.input[{reading.name}]")
     handle = _Gather.apply(x, reading).as_subclass(Arriving)  # type: ignore[no-untyped-call]
     handle.reading, handle.gathered = reading, gathered
     return handle  # type: ignore[no-any-return]
@@ -277,20 +356,32 @@ def column_forward(layer: nn.Module) -> Callable[[Tensor], Tensor]:
     return forward
 
 
-def row_forward(
-    layer: nn.Module, exchange: Exchange, name: str, take: Callable[[], tuple[Reading, Tensor] | None] = lambda: None
-) -> Callable[[Tensor], Tensor]:
-    """A row linear's forward: ``(..., tokens, own features)`` to ``(..., own tokens, out)``.
+def row_product(
+    x: Tensor,
+    layer: nn.Module,
+    exchange: Exchange,
+    name: str,
+    *,
+    reading: Reading | None = None,
+    own: Tensor | None = None,
+    between: Callable[[], None] = lambda: None,
+) -> Tensor:
+    """A row layer's output.
 
     Args:
-        layer: whose forward it is.
+        x: ``(..., tokens, own features)``.
+        layer: the layer.
         exchange: the ranks.
         name: of the layer, for its transfers.
-        take: gives the reading of the layer's region, and this rank's tokens of it, if there is one that will gather them again.
+        reading: of the layer's region, whose input is to be gathered again in backward.
+        own: this rank's tokens of that.
+        between: called where a reading to come can be prepared.
+
+    Returns:
+        ``(..., own tokens, out)``; all tokens where they are not cut.
     """
-
-    def forward(x: Tensor) -> Tensor:
-        y: Tensor = _Row.apply(cast(x), cast(matrix(layer)), exchange, name, *(take() or (None, None)))  # type: ignore[no-untyped-call]
-        return y if layer.bias is None else y + cast(layer.bias)  # type: ignore[arg-type]
-
-    return forward
+    state = _RowState(exchange, name, reading)
+    x, weight = _RowInput.apply(cast(x), cast(matrix(layer)), state)  # type: ignore[no-untyped-call]
+    between()
+    y: Tensor = _RowOutput.apply(x, weight, state, own)  # type: ignore[no-untyped-call]
+    return y if layer.bias is None else y + cast(layer.bias)  # type: ignore[arg-type]

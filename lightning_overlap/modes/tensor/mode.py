@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from datetime import timedelta
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,7 +17,7 @@ from lightning_overlap.decision import ConfigError
 from lightning_overlap.facts import TensorFacts
 from lightning_overlap.modes.base import COUNTED_ELSEWHERE, LATE_GRADIENT, OverlapMode
 from lightning_overlap.modes.tensor.gemm import Exchange, shares
-from lightning_overlap.modes.tensor.linear import Reading, column_forward, read, row_forward
+from lightning_overlap.modes.tensor.linear import Reading, column_forward, prepare, read, row_product
 from lightning_overlap.modes.tensor.partition import Partition
 from lightning_overlap.modes.tensor.random_state import OwnNumbers
 from lightning_overlap.modes.tensor.sequence import enter, leave
@@ -51,6 +52,11 @@ class TensorMode(OverlapMode):
         )
         self._undo: list[Callable[[], None]] = []
         self._tokens = 0  # of the sequence that is in the blocks
+        self._step = 0
+        self._place = ""  # the row layer that was the last one to run
+        self._after: dict[str, str] = {}  # by row layer, the region that reads next
+        self._prepared: tuple[str, int, Reading] | None = None
+        self._latest: dict[str, tuple[Reading, Tensor]] = {}  # by region, what it has read, until its row layer runs
         self._first_rank = all(mesh.coordinates()[axis] == 0 for axis in ("dp", "ep", "cp"))
 
     @classmethod
@@ -75,7 +81,7 @@ class TensorMode(OverlapMode):
         self._partition = Partition(cuts, self.group)
         self._mark(model, found, blocks)
         self._partition.keep()
-        self._latest: dict[str, tuple[Reading, Tensor] | None] = {region.name: None for region in found.regions}
+        self._columns = {region.name: [cut.module for cut in region.columns] for region in found.regions}
         for cut in cuts:
             if cut.role == "column" and type(cut.module).forward is not nn.Linear.forward:
                 self._replace(cut.module, "forward", column_forward(cut.module))
@@ -122,30 +128,46 @@ class TensorMode(OverlapMode):
         self._undo.append(lambda: delattr(module, name) if before is self else setattr(module, name, before))
 
     def _row(self, layer: nn.Module, name: str) -> Callable[[Tensor], Tensor]:
-        region = max((region for region in self._latest if name.startswith(f"{region}.")), key=len, default="")
-        forward = row_forward(layer, self._exchange, name, lambda: self._latest.get(region))
+        region = max((region for region in self._columns if name.startswith(f"{region}.")), key=len, default="")
 
-        def run(x: Tensor) -> Tensor:
-            y = forward(x)
-            if region:
-                self._latest[region] = None
+        def forward(x: Tensor) -> Tensor:
+            reading, own = self._latest.pop(region, None) or (None, None)
+            between = partial(self._prepare_next, name)
+            y = row_product(x, layer, self._exchange, name, reading=reading, own=own, between=between)
             if not self._scattered:
                 self._own_numbers.stop()  # from here on all ranks have the same again
             return y
 
-        return run
+        return forward
+
+    def _prepare_next(self, place: str) -> None:
+        """Prepares the reading that comes after the entry, or after a row layer: known from the forward before."""
+        self._place = place
+        region = self._after.get(place)
+        if region is not None and self._scattered and self._exchange.overlapped and torch.is_grad_enabled():
+            self._prepared = (region, self._step, prepare(self._columns[region], self._exchange, region))
+
+    def _reading(self, region: str) -> Reading:
+        self._after[self._place] = region
+        prepared, self._prepared = self._prepared, None
+        # Not one that an activation checkpoint has left, which went no further than its block: weights may be others since.
+        if prepared is not None and prepared[:2] == (region, self._step) and torch.is_grad_enabled():
+            return prepared[2]
+        return prepare(self._columns[region], self._exchange, region)
+
+    def start_forward(self) -> None:
+        self._step += 1
 
     def _read_at(self, region: Region) -> None:
-        columns = [cut.module for cut in region.columns]
+        columns = self._columns[region.name]
 
         def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
             place, x = find_hidden(args, kwargs, region.name)
             self._refuse_second_input(region.name, x, (*args, *kwargs.values()))
-            handle = read(x, columns, self._exchange, region.name, self._tokens_of(x, region.name))
+            handle = read(x, columns, self._reading(region.name), self._tokens_of(x, region.name))
             again = self._scattered and not self._exchange.keep_gathered and torch.is_grad_enabled()
-            self._latest[region.name] = (
-                (handle.reading, handle.gathered.own) if again and any(c.weight.requires_grad for c in columns) else None
-            )
+            if again and any(layer.weight.requires_grad for layer in columns):
+                self._latest[region.name] = (handle.reading, handle.gathered.own)
             if not self._scattered and module.training:
                 self._own_numbers.start()
             return _put(args, kwargs, place, handle)
@@ -185,7 +207,7 @@ class TensorMode(OverlapMode):
                     f"a sequence of {self._tokens} tokens is not divisible by tensor_parallel.size={self.group.size}, which it "
                     "must be with sequence_parallel in a pipeline: pad it, or set tensor_parallel.sequence_parallel: false"
                 )
-            return _put(args, kwargs, place, enter(x, self._exchange))
+            return _put(args, kwargs, place, enter(x, self._exchange, partial(self._prepare_next, "")))
 
         def leaving(module: nn.Module, args: Any, result: Any) -> Any:
             x = result[0] if isinstance(result, tuple) else result

@@ -6,6 +6,8 @@ What works on each token by itself (norms, dropout, residual sums) then costs, a
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,15 +17,37 @@ from torch.autograd import Function
 from lightning_overlap.modes.tensor.gemm import Exchange, Gathered
 
 
-class _Enter(Function):
+@dataclass
+class _Entry:
+    """What the two nodes of an entry share."""
+
+    exchange: Exchange
+    gathered: Gathered | None = None
+
+
+class _Wait(Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, exchange: Exchange) -> Tensor:
-        ctx.exchange, ctx.tokens = exchange, x.shape[-2]
-        return own_tokens(x, exchange)
+    def forward(ctx: Any, x: Tensor, entry: _Entry) -> Tensor:
+        ctx.set_materialize_grads(False)
+        ctx.entry = entry
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, _: None) -> Any:
+        gathered, ctx.entry.gathered = ctx.entry.gathered, None
+        return None if gathered is None else gathered.whole(), None
+
+
+class _Cut(Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, entry: _Entry) -> Tensor:
+        ctx.entry, ctx.tokens = entry, x.shape[-2]
+        return own_tokens(x, entry.exchange)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
-        return Gathered(grad, ctx.tokens, ctx.exchange, "tensor.entry_grad").whole(), None
+        ctx.entry.gathered = Gathered(grad, ctx.tokens, ctx.entry.exchange, "tensor.entry_grad")
+        return None, None
 
 
 class _Leave(Function):
@@ -43,9 +67,18 @@ def own_tokens(x: Tensor, exchange: Exchange) -> Tensor:
     return x.narrow(-2, low, high - low).clone(memory_format=torch.contiguous_format)
 
 
-def enter(x: Tensor, exchange: Exchange) -> Tensor:
-    """``(..., tokens, features)``, the same on all ranks, to this rank's tokens. Backward gathers the gradient."""
-    return _Enter.apply(x, exchange)  # type: ignore[no-untyped-call, no-any-return]
+def enter(x: Tensor, exchange: Exchange, between: Callable[[], None]) -> Tensor:
+    """``(..., tokens, features)``, the same on all ranks, to this rank's tokens. Backward gathers the gradient.
+
+    Args:
+        x: all tokens.
+        exchange: the ranks.
+        between: called where a reading to come can be prepared, whose rest then runs beside that gather.
+    """
+    entry = _Entry(exchange)
+    x = _Wait.apply(x, entry)  # type: ignore[no-untyped-call]
+    between()
+    return _Cut.apply(x, entry)  # type: ignore[no-untyped-call, no-any-return]
 
 
 def leave(x: Tensor, tokens: int, exchange: Exchange) -> Tensor:
