@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, DistributedSampler
 
-from lightning_overlap import OverlapStrategy, PipelineParallel, TensorParallel
+from lightning_overlap import ConfigError, OverlapStrategy, PipelineParallel, TensorParallel
 from lightning_overlap.mesh import ParallelMesh
 
 QUIET = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
@@ -283,7 +283,7 @@ def dropped(strategy: dict[str, Any]) -> Any:
     warnings.simplefilter("ignore")
     seed_everything(5, verbose=False)
     module = Seen(dropout=0.5, tokens=8)
-    module.blocks[0].dropout.register_forward_hook(lambda m, args, out: masks.append((out == 0).float().detach()))
+    module.blocks[0].dropout.register_forward_hook(lambda m, _, out: masks.append((out == 0).float()) if m.training else None)
     env = {"cluster_environment": TorchElasticEnvironment(), "process_group_backend": "gloo"}
     run = Trainer(accelerator="cpu", devices=2, strategy=OverlapStrategy(**strategy, **env), max_steps=1, limit_val_batches=0, **QUIET)
     run.fit(module)
@@ -297,3 +297,54 @@ def test_dropout_differs_where_tokens_are_cut_and_nowhere_else(world: Any) -> No
         )
         assert (first[0] != second[0]) == sequence, "the residual stream"
         assert first[1] == second[1], "outside of the blocks"
+
+
+class Halved(Attention):
+    """Takes a part of each head's features, where it should take a part of the heads: no shape tells."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.qkv(x).unflatten(-1, (3, 4, -1)).permute(2, 0, 3, 1, 4)
+        return self.out(F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(2))
+
+
+def refused(kind: str, strategy: dict[str, Any], plan: dict[str, Any] | None = None) -> str:
+    warnings.simplefilter("ignore")
+    seed_everything(5, verbose=False)
+    module = Net(plan=plan)
+    if kind == "heads":
+        for block in module.blocks:
+            block.attention.__class__ = Halved
+    if kind == "convolution":
+        module.blocks[1].norm1 = nn.Sequential(nn.LayerNorm(16), nn.Conv1d(9, 9, 1))
+    env = {"cluster_environment": TorchElasticEnvironment(), "process_group_backend": "gloo"}
+    with pytest.raises(ConfigError) as error:
+        Trainer(
+            accelerator="cpu", devices=2, strategy=OverlapStrategy(**strategy, **env), max_steps=1, limit_val_batches=0, **QUIET
+        ).fit(module)
+    return str(error.value)
+
+
+REFUSED: dict[str, tuple[str, dict[str, Any], dict[str, Any] | None, str]] = {
+    "cut heads": ("heads", {"tensor_parallel": 2}, None, "blocks.0 gives another output when its layers are cut"),
+    "parts not told": ("", {"tensor_parallel": 2}, {"attention.qkv": "column[1]"}, "blocks.0 gives another output"),
+    "a layer that mixes tokens": (
+        "convolution",
+        {"tensor_parallel": TensorParallel(size=2, sequence_parallel=True)},
+        None,
+        "blocks.1.norm1.1 may mix tokens",
+    ),
+    "overlap of what is not cut": (
+        "",
+        {"tensor_parallel": TensorParallel(size=2, sequence_parallel=False, overlap=True)},
+        None,
+        "which only sequence_parallel has",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_refused_on_every_rank(world: Any, case: str) -> None:
+    kind, strategy, plan, words = REFUSED[case]
+    said = world(2).run(refused, kind, strategy, plan)
+    assert said[0] == said[1]
+    assert words in said[0]

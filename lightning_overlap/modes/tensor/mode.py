@@ -16,6 +16,7 @@ from lightning_overlap.comm import Group, make_group
 from lightning_overlap.decision import ConfigError
 from lightning_overlap.facts import TensorFacts
 from lightning_overlap.modes.base import COUNTED_ELSEWHERE, LATE_GRADIENT, OverlapMode
+from lightning_overlap.modes.tensor.check import FirstBlock
 from lightning_overlap.modes.tensor.gemm import Exchange, shares
 from lightning_overlap.modes.tensor.linear import Reading, column_forward, prepare, read, row_product
 from lightning_overlap.modes.tensor.partition import Partition
@@ -23,6 +24,7 @@ from lightning_overlap.modes.tensor.random_state import OwnNumbers
 from lightning_overlap.modes.tensor.sequence import enter, leave
 from lightning_overlap.modes.tensor.vocab import Vocabulary, embedding_forward, head_forward
 from lightning_overlap.parallel_plan import Region, TensorPlan, find
+from lightning_overlap.shards import is_absent
 
 if TYPE_CHECKING:
     from lightning_overlap.config import OverlapConfig
@@ -79,6 +81,8 @@ class TensorMode(OverlapMode):
         self._own_numbers = OwnNumbers(self.group.rank, self._device)
         self._names = {name: id(parameter) for name, parameter in model.named_parameters(remove_duplicate=False)}
         self._partition = Partition(cuts, self.group)
+        absent = any(map(is_absent, blocks[0].parameters()))  # in a pipeline
+        self._first = None if absent or not self.config.tensor_parallel.verify_blocks else FirstBlock(blocks[0], f"{found.blocks}.0")
         self._mark(model, found, blocks)
         self._partition.keep()
         self._columns = {region.name: [cut.module for cut in region.columns] for region in found.regions}
@@ -95,8 +99,18 @@ class TensorMode(OverlapMode):
             self._replace(model.get_submodule(owner), name, count // self.group.size)
         for region in found.regions:
             self._read_at(region)
+        if self._first is not None:
+            self._undo.append(blocks[0].register_forward_pre_hook(self._check, with_kwargs=True).remove)
         if self._scattered:
             self._scatter_tokens(blocks)
+
+    def _check(self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        def whole(x: Tensor, tokens: int) -> Tensor:
+            return leave(x, tokens, self._exchange) if self._scattered else x
+
+        if self._first is not None and not self._first.running and block.training:
+            self._first.check(args, kwargs, whole)
+            self._first = None
 
     def _mark(self, model: nn.Module, found: TensorPlan, blocks: Sequence[nn.Module]) -> None:
         """Replicated parameters: whose gradients each rank has a summand of, and which rank counts them."""

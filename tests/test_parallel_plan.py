@@ -1,0 +1,183 @@
+"""Roles: where they come from, what is cut, and what is refused."""
+
+import re
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from torch import nn
+
+from lightning_overlap import ConfigError, OverlapConfig
+from lightning_overlap.parallel_plan import find
+from lightning_overlap.roles import parse_role
+
+
+class Attention(nn.Module):
+    def __init__(self, heads: int = 4) -> None:
+        super().__init__()
+        self.n_head, self.head_dim = heads, 4
+        self.qkv, self.proj = nn.Linear(16, 48), nn.Linear(16, 16)
+
+
+class MLP(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(16, 64), nn.Linear(64, 16)
+
+
+class Block(nn.Module):
+    def __init__(self, heads: int) -> None:
+        super().__init__()
+        self.norm, self.attention, self.mlp, self.dropout = nn.LayerNorm(16), Attention(heads), MLP(), nn.Dropout()
+
+
+class Model(nn.Module):
+    def __init__(self, heads: int = 4, tied: bool = False) -> None:
+        super().__init__()
+        self.tokens = nn.Embedding(31, 16)
+        self.blocks = nn.ModuleList(Block(heads) for _ in range(2))
+        self.head = nn.Linear(16, 31, bias=False)
+        if tied:
+            self.head.weight = self.tokens.weight
+
+
+PLAN = {"attention.qkv": "column", "attention.proj": "row", "blocks.*.mlp.up": "column", "mlp.down": "row", "head": "vocab_head"}
+
+
+def test_what_is_cut() -> None:
+    found = find(Model(), PLAN, 2)
+    cuts = {cut.name: (cut.role, cut.parts, cut.dim) for cut in found.cuts}
+    assert cuts["blocks.1.attention.qkv"] == ("column", (16, 16, 16), 0), "q, k and v are told by the name"
+    assert cuts["blocks.0.mlp.up"] == ("column", (64,), 0)
+    assert cuts["blocks.0.mlp.down"] == ("row", (64,), 1)
+    assert cuts["head"] == ("vocab_head", (31,), 0)
+    assert sorted(region.name for region in found.regions) == [f"blocks.{n}.{part}" for n in (0, 1) for part in ("attention", "mlp")]
+    assert found.counts == {(f"blocks.{n}.attention", "n_head"): 4 for n in (0, 1)}
+    assert found.blocks == "blocks"
+    assert found.loose == ()
+    assert found.source == "strategy's parallel_plan"
+
+
+def test_the_module_may_have_the_plan() -> None:
+    model = Model()
+    model.parallel_plan = PLAN  # type: ignore[assignment]
+    assert find(model, {"blocks": "blocks"}, 2).source == "parallel_plan of Model"
+    assert find(model, {}, 2).cuts == find(model, PLAN, 2).cuts
+
+
+def test_what_is_tied_is_cut_together() -> None:
+    assert {cut.name for cut in find(Model(tied=True), PLAN, 2).cuts} >= {"head", "tokens"}
+    assert "tokens" not in {cut.name for cut in find(Model(), PLAN, 2).cuts}
+
+
+SIZES = {"vocab_size": 33, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
+HUGGING: dict[str, tuple[Any, set[str]]] = {
+    "llama": (
+        transformers.LlamaConfig(**SIZES, num_key_value_heads=2),
+        {"model.model.layers.0.self_attn.q_proj", "model.lm_head", "model.model.embed_tokens"},
+    ),
+    "gpt2": (
+        transformers.GPT2Config(vocab_size=33, n_embd=32, n_layer=2, n_head=4),
+        {"model.transformer.h.0.attn.c_attn", "model.lm_head"},
+    ),
+    "gpt_neox": (transformers.GPTNeoXConfig(**SIZES), {"model.gpt_neox.layers.1.attention.query_key_value"}),
+}
+
+
+@pytest.mark.parametrize("kind", HUGGING)
+def test_hugging_face(kind: str) -> None:
+    config, expected = HUGGING[kind]
+    module = nn.Module()
+    with torch.device("meta"):
+        module.model = transformers.AutoModelForCausalLM.from_config(config)
+    found = find(module, {}, 2)
+    assert expected <= {cut.name for cut in found.cuts}
+    assert {cut.role for cut in found.cuts} == {"column", "row", "vocab_embedding", "vocab_head"}
+    assert len(found.regions) == 4
+    assert found.loose == ()
+    if kind == "gpt2":
+        fused = next(cut for cut in found.cuts if cut.name.endswith("c_attn"))
+        assert (fused.parts, fused.dim) == ((32, 32, 32), 1)
+        assert ("model.transformer.h.0.attn", "split_size") in found.counts
+
+
+def refused(plan: dict[str, str], size: int = 2, model: nn.Module | None = None) -> str:
+    with pytest.raises(ConfigError) as error:
+        find(model or Model(), plan, size)
+    return str(error.value)
+
+
+def test_every_reason_is_told_at_once() -> None:
+    said = refused({**PLAN, "mlp.upp": "column", "norm": "column"}, 3)
+    assert re.search(r"'mlp.upp' matches no module; near names are: .*mlp", said)
+    assert "blocks.0.norm is a LayerNorm, which cannot be 'column'" in said
+    assert "n_head=4 is not divisible by 3" in said
+    assert "blocks.0.attention.qkv has 16 + 16 + 16 features to cut, which 3 does not divide" in said
+    assert "blocks.0.mlp.down has 64 features to cut, which 3 does not divide" in said
+
+
+@pytest.mark.parametrize(
+    ("plan", "words"),
+    [
+        ({"mlp.up": "column"}, "blocks.0.mlp.up is a column layer without a row layer after it"),
+        ({"mlp.down": "row"}, "blocks.0.mlp.down is a row layer without column layers before it"),
+        ({**PLAN, "head": "column"}, "head is not in the list of blocks, blocks"),
+        ({**PLAN, "attention.qkv": "column[5]"}, "has 48 outputs, which are not in the proportions (1, 1, 1, 1, 1)"),
+        ({**PLAN, "tokens": "vocab_head"}, "tokens is a Embedding, which cannot be 'vocab_head'"),
+    ],
+)
+def test_plans_that_do_not_fit(plan: dict[str, str], words: str) -> None:
+    assert words in refused(plan)
+
+
+def test_half_a_head_is_refused() -> None:
+    assert "4 heads of 4 features, which 8 does not divide" in refused(PLAN, 8)
+
+
+def test_key_heads_are_looked_at() -> None:
+    module = nn.Module()
+    with torch.device("meta"):
+        module.model = transformers.AutoModelForCausalLM.from_config(transformers.LlamaConfig(**SIZES, num_key_value_heads=2))
+    assert "num_key_value_heads=2 is not divisible by 4" in refused({}, 4, module)
+
+
+def test_a_style_of_hugging_faces_that_is_not_known() -> None:
+    module = nn.Module()
+    with torch.device("meta"):
+        module.model = transformers.AutoModelForCausalLM.from_config(transformers.Phi3Config(**SIZES, pad_token_id=0))
+    assert "Phi3ForCausalLM's own plan has the style 'colwise_gather_output'" in refused({}, 2, module)
+
+
+def test_no_plan() -> None:
+    assert "needs to know which layers to cut" in refused({})
+
+
+def test_what_may_mix_tokens() -> None:
+    model = Model()
+    model.blocks[0].dropout = nn.Conv1d(4, 4, 1)
+    assert find(model, PLAN, 2).loose == ("blocks.0.dropout",)
+    assert find(model, {**PLAN, "dropout": "token_wise"}, 2).loose == ()
+
+
+def test_layers_in_the_block_itself_keep_tokens_from_being_cut() -> None:
+    model = Model()
+    for block in model.blocks:
+        block.up, block.down = block.mlp.up, block.mlp.down
+        del block.mlp
+    plan = {"attention.qkv": "column", "attention.proj": "row", "blocks.*.up": "column", "blocks.*.down": "row"}
+    found = find(model, plan, 2)
+    assert set(found.loose) == {f"blocks.{n}.{name}" for n in (0, 1) for name in ("up", "down")}
+    assert "blocks.0.up" in [region.name for region in found.regions]
+
+
+@pytest.mark.parametrize("role", ["columns", "column[", "row[2]", "column[0]", ""])
+def test_no_role(role: str) -> None:
+    with pytest.raises(ConfigError, match="parallel_plan has the role " + re.escape(repr(role))):
+        OverlapConfig(parallel_plan={"x": role})
+
+
+def test_roles() -> None:
+    assert parse_role("column[3]") == ("column", (1, 1, 1))
+    assert parse_role("column[4, 1,1]") == ("column", (4, 1, 1))
+    assert parse_role("blocks") == ("blocks", None)
