@@ -162,7 +162,8 @@ def _bucket_size(own: DataParallel, whole: OverlapConfig, facts: Facts) -> Decis
     large = max(40_000_000, 1_000_000 * whole.degrees(facts.world_size).dp)
     if facts.parameters is None:
         return Decision(feature, "auto", str(large), "elements; a smaller model gets 32 buckets")
-    here = facts.parameters // whole.degrees(facts.world_size).pp
+    degrees = whole.degrees(facts.world_size)
+    here = facts.parameters // (degrees.pp * degrees.tp)
     size = min(large, max(here // 32, 65_536))
     return Decision(feature, "auto", str(size), f"elements; {here:,} in all on a rank, 32 buckets leave a short tail")
 
