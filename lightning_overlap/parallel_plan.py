@@ -1,7 +1,8 @@
 """Roles of a model's parts: its list of blocks, and how layers are cut over the tensor axis.
 
-Roles come from the strategy's ``parallel_plan``, else from the module's attribute of that name, else from a Hugging Face model's
-own plan. Keys are names of modules, or ends of names, with ``*`` for one component: ``blocks.*.attention.qkv``.
+Roles come from the strategy's ``parallel_plan``, else from the module's attribute of that name, else from layers of
+:mod:`lightning_overlap.nn`, else from a Hugging Face model's own plan. Keys are names of modules, or ends of names, with ``*`` for
+one component: ``blocks.*.attention.qkv``.
 """
 
 from __future__ import annotations
@@ -168,13 +169,15 @@ def _roles(model: nn.Module, given: Mapping[str, str]) -> tuple[str, dict[str, s
     own = getattr(model, "parallel_plan", None)
     if isinstance(own, Mapping):
         return f"parallel_plan of {type(model).__name__}", {pattern: str(role) for pattern, role in own.items()}
+    if said := {name: m.parallel_role for name, m in model.named_modules() if isinstance(getattr(m, "parallel_role", None), str)}:
+        return "layers of lightning_overlap.nn", said  # type: ignore[return-value]
     for name, module in model.named_modules():
         if hasattr(module, "tp_plan") and hasattr(module, "get_input_embeddings"):
             return f"plan of {type(module).__name__}", dict(_of_hugging_face(name, module))
     raise ConfigError(
         "tensor_parallel needs to know which layers to cut: no Hugging Face model with a plan was found. Give the "
         "strategy parallel_plan={'attention.qkv': 'column[3]', 'attention.proj': 'row', 'mlp.up': 'column', 'mlp.down': 'row'}, say, "
-        "or the module an attribute of that name"
+        "or the module an attribute of that name, or take layers of lightning_overlap.nn"
     )
 
 
@@ -200,7 +203,9 @@ def _of_hugging_face(prefix: str, model: Any) -> Iterator[tuple[str, str]]:
 
 
 def _matches(model: nn.Module, pattern: str) -> list[str]:
-    """Names of modules that end in the pattern."""
+    """Names of modules that end in the pattern; the one that is the pattern, if there is one."""
+    if any(name == pattern for name, _ in model.named_modules()):
+        return [pattern]
     expression = re.compile(r"(?:.*\.)?" + re.escape(pattern).replace(r"\*", "[^.]+"))
     return [name for name, _ in model.named_modules() if expression.fullmatch(name)]
 

@@ -81,6 +81,8 @@ class OverlapStrategy(DDPStrategy):
         ConfigError: a request that cannot be met; when the strategy is made, or before the first step.
     """
 
+    mode_types: tuple[type[OverlapMode], ...] = MODES
+
     def __init__(
         self,
         data_parallel: int | Literal["auto"] | DataParallel = "auto",
@@ -255,7 +257,7 @@ class OverlapStrategy(DDPStrategy):
         self._plan = resolve(self.config, facts)
         rank_zero_info(self._plan.explain())
         earlier = self.modes
-        self.modes = [m(self._plan, self.config, self.mesh, self.time_limit) for m in MODES if m.runs(self._plan)]
+        self.modes = [m(self._plan, self.config, self.mesh, self.time_limit) for m in self.mode_types if m.runs(self._plan)]
         for mode in self.modes:
             mode.parallelize(model)
         for mode in self.modes:

@@ -12,7 +12,16 @@ FILES = {str(path.relative_to(ROOT)): path for path in ROOT.rglob("*.py")}
 PURE = ["modes/data/layout.py", "modes/pipeline/layout.py", "modes/pipeline/schedule.py", "modes/pipeline/simulate.py"]
 STDLIB_ONLY = ["config.py", "decision.py", "plan.py", "roles.py", *PURE, *[f for f in FILES if f.endswith("/config.py")]]
 # The doors to collectives, and what reads and writes torch's distributed checkpoints.
-DISTRIBUTED = {"comm.py", "mesh.py", "shared_state.py", "checkpoint.py", "sharded_checkpoint.py", "shards.py", "bench/peers.py"}
+DISTRIBUTED = {
+    "comm.py",
+    "mesh.py",
+    "shared_state.py",
+    "checkpoint.py",
+    "sharded_checkpoint.py",
+    "shards.py",
+    "bench/peers.py",
+    "bench/pipelining.py",
+}
 
 
 def imports(path):

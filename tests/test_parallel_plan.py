@@ -9,6 +9,7 @@ import transformers
 from torch import nn
 
 from lightning_overlap import ConfigError, OverlapConfig
+from lightning_overlap.nn import ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding, VocabParallelHead
 from lightning_overlap.parallel_plan import find
 from lightning_overlap.roles import parse_role
 
@@ -181,3 +182,31 @@ def test_roles() -> None:
     assert parse_role("column[3]") == ("column", (1, 1, 1))
     assert parse_role("column[4, 1,1]") == ("column", (4, 1, 1))
     assert parse_role("blocks") == ("blocks", None)
+
+
+class Made(nn.Module):
+    """Of layers that say themselves how they are cut."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tokens = VocabParallelEmbedding(31, 16)
+        self.blocks = nn.ModuleList(nn.Module() for _ in range(2))
+        for block in self.blocks:
+            block.attention = nn.Module()
+            block.attention.mixed = ColumnParallelLinear(16, 24, parts=(4, 1, 1), bias=False)
+            block.attention.out = RowParallelLinear(16, 16)
+            block.mlp = nn.Module()
+            block.mlp.wide = ColumnParallelLinear(16, 64, parts=(1, 1))
+            block.mlp.down = RowParallelLinear(32, 16)
+        self.head = VocabParallelHead(16, 31)
+
+
+def test_layers_that_say_it_themselves() -> None:
+    found = find(Made(), {}, 2)
+    assert found.source == "layers of lightning_overlap.nn"
+    assert {cut.name: cut.parts for cut in found.cuts if cut.role == "column"} == {
+        **{f"blocks.{n}.attention.mixed": (16, 4, 4) for n in (0, 1)},
+        **{f"blocks.{n}.mlp.wide": (32, 32) for n in (0, 1)},
+    }
+    assert {cut.role for cut in found.cuts} == {"column", "row", "vocab_embedding", "vocab_head"}
+    assert ColumnParallelLinear(4, 8)(torch.ones(1, 4)).shape == (1, 8), "whole, where nothing cuts it"

@@ -13,9 +13,10 @@ from lightning_overlap import (
     OverlapConfig,
     OverlapStrategy,
     PipelineParallel,
+    TensorParallel,
 )
 from lightning_overlap.config import Degrees
-from lightning_overlap.facts import Facts, OptimizerFacts
+from lightning_overlap.facts import Facts, OptimizerFacts, TensorFacts
 from lightning_overlap.mesh import ParallelMesh
 from lightning_overlap.plan import resolve
 
@@ -193,3 +194,56 @@ def test_mesh():
     assert mesh.groups("dp") == [[0, 2], [1, 3], [4, 6], [5, 7]]
     assert [4, 5] in mesh.groups("tp")
     assert [4, 5, 6, 7] in mesh.groups("dp", "tp")
+
+
+def tensor_plan(*, found=("plan of Llama: 4 column", (), 32000), overall="auto", pipeline=None, facts=None, **given):
+    own = TensorParallel(size=2, **given)
+    config = OverlapConfig(tensor_parallel=own, overlap=overall, pipeline_parallel=pipeline or PipelineParallel())
+    return resolve(config, Facts(world_size=4, tensor=found and TensorFacts(*found), **(facts or {})))
+
+
+def test_tensor_parallelism_says_what_it_does():
+    plan = tensor_plan()
+    assert [plan.choice(f"tensor_parallel.{name}") for name in ("sequence_parallel", "overlap", "vocab_parallel")] == [
+        "on",
+        "beside products",
+        "on",
+    ]
+    assert "plan of Llama: 4 column" in plan.explain()
+    assert tensor_plan(found=None).choice("tensor_parallel") == "2", "before the model is known"
+    assert tensor_plan(overall="off").choice("tensor_parallel.overlap") == "off"
+    assert tensor_plan(found=("", (), 256)).choice("tensor_parallel.vocab_parallel") == "off"
+    assert tensor_plan(found=("", (), 256), vocab_parallel=True).choice("tensor_parallel.vocab_parallel") == "on"
+    loose = tensor_plan(found=("", ("blocks.0.conv", "b", "c", "d"), 32000))
+    assert loose.choice("tensor_parallel.sequence_parallel") == "off"
+    assert "blocks.0.conv, b, c and 1 more may mix tokens" in loose.explain()
+    assert loose.choice("tensor_parallel.overlap") == "gradients beside products"
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ({"found": ("", ("blocks.0.conv",), 0), "sequence_parallel": True}, "blocks.0.conv may mix tokens"),
+        ({"sequence_parallel": False, "overlap": True}, "which only sequence_parallel has"),
+        ({"found": ("", (), 0), "vocab_parallel": True}, "no embedding or head has the role"),
+        ({"facts": {"precision": "16-mixed"}}, "precision 16-mixed scales the loss"),
+        ({"facts": {"optimizers": (OptimizerFacts("Muon", True, False, True, ""),)}}, "Muon looks at whole matrices"),
+        ({"pipeline": PipelineParallel(size=2, microbatches=4, schedule="zb_h1")}, "zb_h1 splits backward"),
+        (
+            {
+                "pipeline": PipelineParallel(size=2, microbatches=4, defer_embedding_wgrad=True),
+                "facts": {"head_work": 5, "stage_work": (9, 9)},
+            },
+            "in an order of its own",
+        ),
+    ],
+)
+def test_tensor_parallelism_refuses(given, words):
+    with pytest.raises(ConfigError, match=re.escape(words)):
+        tensor_plan(**given)
+
+
+@pytest.mark.parametrize("bad", [{"size": 0}, {"splits": 0}, {"splits": True}, {"sequence_parallel": "yes"}, {"overlap": 1.5}])
+def test_bad_values_of_tensor_parallelism(bad):
+    with pytest.raises(ConfigError, match=f"tensor_parallel.{next(iter(bad))}"):
+        TensorParallel(**{"size": 2, **bad})

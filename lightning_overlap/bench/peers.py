@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping
+from dataclasses import fields
 from functools import partial
 from typing import Any
 
@@ -22,6 +23,7 @@ from torch.distributed.tensor.parallel import (
     parallelize_module,
 )
 
+from lightning_overlap.bench.pipelining import SCHEDULES, TorchPipelining
 from lightning_overlap.config import OverlapConfig
 from lightning_overlap.decision import ConfigError
 from lightning_overlap.modes.tensor.partition import Piece
@@ -36,7 +38,7 @@ def peers(
     Args:
         backend: of the process group, the same for all.
         ranks: in all.
-        config: ours. Those that cut nothing are no peers where tensors are cut: they would train on another batch a step.
+        config: ours. Those that only have data parallelism are no peers of other kinds: they would train on another batch a step.
     """
     size = config.tensor_parallel.size
 
@@ -49,6 +51,15 @@ def peers(
     def cut() -> Strategy:
         return ModelParallelStrategy(data_parallel_size=1, tensor_parallel_size=size, process_group_backend=backend)
 
+    pipeline = config.pipeline_parallel
+    if ranks == pipeline.size > 1:
+        asked = {field.name: getattr(config, field.name) for field in fields(config)}
+        known: dict[str, Any] = {
+            "torch.distributed.pipelining": (partial(TorchPipelining, **asked, process_group_backend=backend), lambda m: m)
+        }
+        return known if pipeline.chosen in SCHEDULES else {}
+    if pipeline.size > 1:
+        return {}
     if ranks == size > 1:
         return {"Lightning ModelParallel (DTensor)": (cut, partial(_cut_layers, config.parallel_plan, size))}
     return {

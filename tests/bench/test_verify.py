@@ -14,9 +14,11 @@ from lightning_overlap.comm import Group, Pending
 from lightning_overlap.modes.data.mode import DataMode
 from lightning_overlap.modes.pipeline.runtime import Runtime
 from lightning_overlap.modes.pipeline.schedule import Action
+from lightning_overlap.modes.tensor.gemm import Gathered
 from tests.helpers.training import Net
 from tests.trainer.test_pipeline import Net as PipelineNet
 from tests.trainer.test_pipeline import loader
+from tests.trainer.test_tensor import Net as TensorNet
 
 BUCKET = "data.grads[1]"
 
@@ -168,3 +170,34 @@ def test_a_pipeline_is_compared_whole(world, ranks):
     assert verdicts == [verdicts[0]] * ranks
     assert [equal for equal, _ in verdicts[0]] == [False, False]
     assert all(f"rank {rank}: 28 of 28 parameters differ" in verdicts[0][0][1] for rank in range(ranks)), verdicts[0][0][1]
+
+
+class CutNet(TensorNet):
+    def __init__(self):
+        super().__init__(bias=False)
+
+
+def cut(fault):
+    """With a fault, what rank 0 gathers beside its products is wrong."""
+    warnings.simplefilter("ignore")
+    given = {"accelerator": "cpu", "devices": 2, "plugins": [TorchElasticEnvironment()]}
+    strategy = OverlapStrategy(tensor_parallel=2, cluster_environment=TorchElasticEnvironment())
+    strategy.parallel_devices = [torch.device("cpu")] * 2
+    real = Gathered.arriving
+
+    def arriving(gathered):
+        for rank, low, rows in real(gathered):
+            wrong = fault and gathered._exchange.overlapped
+            yield rank, low, rows * 1.01 if wrong else rows
+
+    with mock.patch.object(Gathered, "arriving", arriving):
+        return [(v.equal, str(v)) for v in verify(CutNet(), None, strategy, given, steps=3, against="single")]
+
+
+def test_cut_layers_are_compared_by_how_close_they_are(world):
+    for verdicts in world(2).run(cut, False):
+        assert [equal for equal, _ in verdicts] == [True, True], verdicts
+        assert "to 1e-05" in verdicts[0][1]
+    verdicts = world(2).run(cut, True)
+    assert [equal for equal, _ in verdicts[0]] == [False, False]
+    assert "without overlap" in verdicts[0][0][1]

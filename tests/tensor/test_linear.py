@@ -3,12 +3,15 @@
 import itertools
 from functools import partial
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from lightning_overlap.comm import Pending
 from lightning_overlap.modes.tensor.gemm import Exchange, shares
 from lightning_overlap.modes.tensor.linear import prepare, read, row_product
 from tests.tensor.group import tensor_group
@@ -109,3 +112,88 @@ def test_what_is_transferred_and_in_which_order(world: Any) -> None:
     assert world(2).run(transfers, {"scattered": True}, False)[0] == forward + backward  # one gather for both columns
     assert world(2).run(transfers, {"scattered": True, "keep_gathered": True}, False)[0] == [*forward, "output_grad", "input_grad"]
     assert world(2).run(transfers, {"scattered": False}, False)[0] == ["output", "input_grad"]
+
+
+class Products(TorchDispatchMode):
+    """Puts down matrix products among what is posted and waited for."""
+
+    def __init__(self, seen: list[str]) -> None:
+        super().__init__()
+        self.seen = seen
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.addmm_):
+            self.seen.append("product")
+        return func(*args, **(kwargs or {}))
+
+
+def order(overlapped: bool, prepared: bool) -> list[str]:
+    """Of one forward and backward of two regions, one after the other, on two ranks."""
+    group = tensor_group(2)
+    exchange = Exchange(group, scattered=True, overlapped=overlapped, splits=1)
+    first, second = Region(False, torch.float32), Region(False, torch.float32)
+    seen: list[str] = []
+    readings: list[Any] = [None, None]
+
+    def label(transfer: Any) -> str:
+        return str(transfer.label.removeprefix("tensor."))
+
+    def wait(pending: Any) -> Any:
+        if pending._finish is not None:
+            seen.append(f"wait {label(pending.transfer)}")
+        return real_wait(pending)
+
+    def note(*args: Any) -> Any:
+        transfer = real_note(*args)
+        seen.append(f"post {label(transfer)}")
+        return transfer
+
+    def make(number: int) -> None:
+        readings[number] = prepare([regions[number].q, regions[number].k], exchange, f"{number}")
+
+    def run(number: int, x: Tensor) -> Tensor:
+        region = regions[number]
+        if readings[number] is None:
+            make(number)
+        handle = read(x, [region.q, region.k], readings[number], 8)
+        between = partial(make, 1) if prepared and number == 0 else lambda: None
+        more = {"reading": handle.reading, "own": handle.gathered.own, "between": between}
+        region.out.forward = partial(row_product, layer=region.out, exchange=exchange, name=f"{number}", **more)  # type: ignore[method-assign]
+        return region(handle, False)
+
+    regions = [first, second]
+    for region in regions:
+        region.cut(group.rank, 2)
+    x = torch.randn(4, 8, requires_grad=True)
+    real_wait, real_note = Pending.wait, group.note
+    with mock.patch.object(Pending, "wait", wait), mock.patch.object(group, "note", note), Products(seen):
+        y = run(1, run(0, x * 1))
+        seen.append("backward")
+        y.sum().backward()
+    return seen
+
+
+def test_each_transfer_runs_beside_products(world: Any) -> None:
+    said = world(2).run(order, True, True)[0]
+    assert said == [
+        *["post input[0]", *["product"] * 1, "wait input[0]", *["product"] * 3],  # this rank's tokens, then the others'
+        *[*["product"] * 1, "post output[0]", *["product"] * 1, "wait output[0]"],  # the others' tokens, then this rank's
+        *["post input[1]", *["product"] * 1, "wait input[1]", *["product"] * 3],
+        *[*["product"] * 1, "post output[1]", *["product"] * 1, "wait output[1]"],
+        "backward",
+        *["post output_grad[1]", "post input[1]", *["product"] * 2, "wait output_grad[1]", *["product"] * 2],
+        *[*["product"] * 2, "post input_grad[1]", *["product"] * 2],  # of both layers, the others' tokens first
+        *[*["product"] * 2, "wait input_grad[1]"],  # the weights' gradients from this rank's tokens
+        *["post output_grad[0]", "post input[0]", *["product"] * 2],
+        *["wait input[1]", *["product"] * 2],  # from the others' tokens, under the gather of the layer before
+        *["wait output_grad[0]", *["product"] * 2],
+        *[*["product"] * 2, "post input_grad[0]", *["product"] * 2],
+        *[*["product"] * 2, "wait input_grad[0]", "wait input[0]", *["product"] * 2],  # nothing comes before this region
+    ]
+
+
+def test_the_plain_twin_waits_where_it_posts(world: Any) -> None:
+    said = world(2).run(order, False, False)[0]
+    posts = [i for i, what in enumerate(said) if what.startswith("post")]
+    assert len(posts) == 10
+    assert all(said[i + 1] == said[i].replace("post", "wait") for i in posts)

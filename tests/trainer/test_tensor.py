@@ -10,6 +10,7 @@ from lightning.pytorch import LightningModule, Trainer, seed_everything
 from lightning.pytorch.plugins.environments import TorchElasticEnvironment
 from lightning.pytorch.strategies import SingleDeviceStrategy
 from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, DistributedSampler
@@ -348,3 +349,46 @@ def test_refused_on_every_rank(world: Any, case: str) -> None:
     said = world(2).run(refused, kind, strategy, plan)
     assert said[0] == said[1]
     assert words in said[0]
+
+
+def saved(strategy: dict[str, Any] | None) -> float:
+    """Bytes that the blocks keep for backward in a step, weights left out."""
+    kept: dict[int, int] = {}
+    inside: list[bool] = []
+
+    class Counted(Net):
+        def training_step(self, batch: Tensor, index: int) -> Tensor:
+            weights = {p.untyped_storage().data_ptr() for p in self.parameters()}
+
+            def pack(x: Tensor) -> Tensor:
+                storage = x.untyped_storage()
+                if inside and storage.data_ptr() not in weights:
+                    kept[storage.data_ptr()] = storage.nbytes()
+                return x
+
+            kept.clear()
+            with saved_tensors_hooks(pack, lambda x: x):
+                return super().training_step(batch, index)
+
+    warnings.simplefilter("ignore")
+    seed_everything(5, verbose=False)
+    module = Counted(tokens=64)
+    for block in module.blocks:
+        block.register_forward_pre_hook(lambda *_: inside.append(True))
+        block.register_forward_hook(lambda *_: inside.pop() and None)
+    env = {"cluster_environment": TorchElasticEnvironment(), "process_group_backend": "gloo"}
+    chosen: Any = SingleDeviceStrategy(torch.device("cpu")) if strategy is None else OverlapStrategy(**strategy, **env)
+    run = Trainer(accelerator="cpu", devices=1 if strategy is None else 2, strategy=chosen, max_steps=2, limit_val_batches=0, **QUIET)
+    run.fit(module)
+    return float(sum(kept.values()))
+
+
+def test_activation_memory(world: Any) -> None:
+    """Korthikanti et al., 2022: with sequence parallelism all of a block's activations are cut, without it norms, dropouts and the
+    inputs of attention and mlp are not."""
+    whole = saved(None)
+    cut = world(2).run(saved, {"tensor_parallel": 2})
+    replicated = world(2).run(saved, {"tensor_parallel": TensorParallel(size=2, sequence_parallel=False)})
+    for rank in range(2):
+        assert cut[rank] == pytest.approx(whole / 2, rel=0.05)
+        assert replicated[rank] > 1.15 * cut[rank]

@@ -163,8 +163,8 @@ def decide(own: PipelineParallel, whole: OverlapConfig, facts: Facts) -> list[De
     """The home of this mode's gates."""
     if not own.runs:
         return [Decision("pipeline_parallel", "1", "off", "its size is 1")]
-    _refuse_what_cannot_run(own, facts)
     schedule = own.plan(own.count)
+    _refuse_what_cannot_run(own, facts, cut=whole.tensor_parallel.size > 1 and schedule.splits_backward)
     free = simulate(schedule)
     verified = [Decision("pipeline_parallel.verify_first_batch", "on", "on", "the whole model is held once")]
     held = ", ".join(str(n) for n in free.peak)
@@ -220,6 +220,7 @@ def _deferral(own: PipelineParallel, whole: OverlapConfig, facts: Facts, schedul
         because=f"the gradients of the head's weight are computed where its rank waits{of}: on paper {gain:.1%} of a step",
         blockers=[
             (own.size == 1, "there is one rank, which waits for nobody"),
+            (whole.tensor_parallel.size > 1, "tensor_parallel has the layers' gradients computed in an order of its own"),
             (own.size > 1 and not found, "no linear layer that is trained comes after the blocks: nn.Linear, and no other class"),
             (
                 schedule.splits_backward and own.wgrad_deferral_limit > 0,
@@ -240,9 +241,16 @@ def _gain(own: PipelineParallel, facts: Facts, schedule: Schedule) -> float:
     return 1 - simulate(_deferred(own, facts, schedule), forward=forward, backward=backward, weight=later).seconds / before
 
 
-def _refuse_what_cannot_run(own: PipelineParallel, facts: Facts) -> None:
-    """Raises:
-    ConfigError: with every reason.
+def _refuse_what_cannot_run(own: PipelineParallel, facts: Facts, *, cut: bool) -> None:
+    """Refuses, with every reason.
+
+    Args:
+        own: what was asked for.
+        facts: about the run.
+        cut: the schedule splits backward, and layers are cut.
+
+    Raises:
+        ConfigError: something is in the way.
     """
     optimizers = facts.optimizers or ()
     coupled = [o.name for o in optimizers if not o.independent]
@@ -251,6 +259,7 @@ def _refuse_what_cannot_run(own: PipelineParallel, facts: Facts) -> None:
         (facts.precision == "16-mixed", "precision 16-mixed scales the loss, which is not in this version: use bf16-mixed"),
         (facts.compiled, "torch.compile takes the model's loop over its blocks into one graph: compile nothing, or the blocks only"),
         (bool(facts.unfreezers), f"{', '.join(facts.unfreezers)} gives the optimizer parameters later: freeze in configure_model"),
+        (cut, f"{own.chosen} splits backward, and tensor_parallel computes gradients in an order of its own: use interleaved or 1f1b"),
         (bool(coupled), f"{', '.join(coupled)} looks at all parameters at once, and a rank has its stages' only"),
     ]
     if said := [reason for applies, reason in reasons if applies]:

@@ -77,8 +77,7 @@ class TensorMode(OverlapMode):
         found = find(model, self.config.parallel_plan, self.group.size)
         cuts = [cut for cut in found.cuts if cut.role not in VOCABULARY or self.plan.choice("tensor_parallel.vocab_parallel") == "on"]
         blocks = list(model.get_submodule(found.blocks).children())
-        self._device = next(model.parameters()).device
-        self._own_numbers = OwnNumbers(self.group.rank, self._device)
+        self._own_numbers = OwnNumbers(self.group.rank, next(model.parameters()).device)
         self._names = {name: id(parameter) for name, parameter in model.named_parameters(remove_duplicate=False)}
         self._partition = Partition(cuts, self.group)
         absent = any(map(is_absent, blocks[0].parameters()))  # in a pipeline
@@ -210,7 +209,7 @@ class TensorMode(OverlapMode):
                 "that have entered the blocks: with sequence_parallel blocks run one after the other, from the first one on, on one "
                 "sequence. Set tensor_parallel.sequence_parallel: false"
             )
-        return x.shape[-2] if self._tokens == 0 else self._tokens
+        return self._tokens
 
     def _scatter_tokens(self, blocks: Sequence[nn.Module]) -> None:
         def entering(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
@@ -270,7 +269,7 @@ class TensorMode(OverlapMode):
         done: dict[int, Tensor] = {}
         for name, value in state.items():
             piece = names.get(name)
-            if piece is not None and value.shape == piece.shape_of(self.group.rank, self.group.size):
+            if piece is not None and not is_absent(value):
                 if id(piece) not in done:
                     done[id(piece)] = self._partition.whole(piece, value)
                 value = done[id(piece)] if self.group.rank == 0 else value
@@ -293,8 +292,8 @@ class TensorMode(OverlapMode):
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
         changed: dict[int, dict[str, Any]] = {}
         for number in sorted(state["state"]):
-            piece, values = self._partition.pieces.get(id(parameters[number])), state["state"][number]
-            if piece is not None:
+            values = state["state"][number]
+            if number < len(parameters) and (piece := self._partition.pieces.get(id(parameters[number]))) is not None:
                 shape = piece.shape_of(self.group.rank, self.group.size) if cut else piece.shape
                 values = {
                     key: change(piece, value) if isinstance(value, Tensor) and value.shape == shape else value

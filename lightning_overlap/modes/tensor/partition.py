@@ -75,8 +75,12 @@ class Partition:
     def keep(self) -> None:
         """Every parameter becomes this rank's piece."""
         for piece in self.pieces.values():
-            own = piece.of(piece.parameter.data, self._group.rank, self._group.size)
-            piece.parameter.data = own if is_absent(own) else own.clone(memory_format=torch.contiguous_format)
+            whole = piece.parameter.data
+            if is_absent(whole):  # on another stage of a pipeline
+                piece.parameter.data = whole.as_strided((), ()).expand(piece.shape_of(self._group.rank, self._group.size))
+            else:
+                own = piece.of(whole, self._group.rank, self._group.size)
+                piece.parameter.data = own.clone(memory_format=torch.contiguous_format)
 
     def give_back(self, *, complete: bool) -> None:
         """Every parameter is whole again; not a number, unless ``complete``. Collective, if it is."""

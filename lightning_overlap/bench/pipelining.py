@@ -1,0 +1,96 @@
+"""torch.distributed.pipelining as a peer: the same stages of the same training_step, in torch's schedules and transfers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleGPipe, ScheduleInterleaved1F1B
+
+from lightning_overlap.block_stack import BlockStack, Pass
+from lightning_overlap.modes import MODES
+from lightning_overlap.modes.base import Step
+from lightning_overlap.modes.pipeline import microbatches
+from lightning_overlap.modes.pipeline.mode import PipelineMode
+from lightning_overlap.modes.pipeline.random_state import kept, pin
+from lightning_overlap.modes.pipeline.stage import block_seeds
+from lightning_overlap.strategy import OverlapStrategy
+
+SCHEDULES: dict[str, Any] = {
+    "gpipe": ScheduleGPipe,
+    "1f1b": Schedule1F1B,
+    "eager_1f1b": Schedule1F1B,
+    "interleaved": ScheduleInterleaved1F1B,
+}
+"""Of ours, what torch has in its place."""
+
+
+class _Stage(nn.Module):
+    """One stage of the user's training_step: hidden states to hidden states, or to the loss. Blocks must give hidden states alone."""
+
+    def __init__(self, stack: BlockStack, blocks: range, *, first: bool, last: bool) -> None:
+        super().__init__()
+        self._stack, self._blocks, self._first, self._last = stack, blocks, first, last
+        self.number = 0
+        self.step: Step | None = None
+        self.parts: Sequence[Any] = ()
+
+    def forward(self, x: Tensor) -> Tensor:
+        assert self.step is not None, "a batch is at hand"
+        # Before its first batch torch runs each stage once to see the shapes: the microbatches then come in a turned order.
+        number, self.number = self.number % len(self.parts), self.number + 1
+        sent: list[Tensor] = []
+        how = Pass(
+            run=frozenset(self._blocks),
+            stop=self._stack.size if self._last else self._blocks.stop,
+            enter={} if self._first else {self._blocks.start: lambda _: x},
+            leave={} if self._last else {self._blocks[-1]: sent.append},
+            before=block_seeds(self.step.place, number),
+            items=0,
+        )
+        pin(*self.step.place, number)
+        with self._stack.passing(how):
+            loss = self.step.forward(self.parts[number], number)
+        if not self._last:
+            return sent[0]
+        assert loss is not None, "a peer trains what gives a loss"
+        return loss.reshape(1)
+
+
+class _TorchPipelining(PipelineMode):
+    """The pipeline mode with torch's schedule in the place of its own."""
+
+    def run_step(self, step: Step) -> None:
+        assert self._stack is not None, "the model is parallelized before it is trained"
+        count = self._own.count
+        parts = microbatches.cut(step.batch, count)
+        if not hasattr(self, "_torch_stages"):
+            stages = len(self._stages)
+            mine = [stage for stage, rank in enumerate(self._placement) if rank == self._rank]
+            self._torch_stages = [
+                _Stage(self._stack, self._stages[stage], first=stage == 0, last=stage == stages - 1) for stage in mine
+            ]
+            made = [
+                PipelineStage(module, stage, stages, self._device, group=self.group.reduces)
+                for module, stage in zip(self._torch_stages, mine, strict=True)
+            ]
+            several = self._own.chosen == "interleaved"
+            self._schedule = SCHEDULES[self._own.chosen](made if several else made[0], count, loss_fn=lambda out, _: out.sum() / count)
+        for stage in self._torch_stages:
+            stage.step, stage.parts, stage.number = step, parts, 0
+        numbers = torch.zeros(count)  # torch cuts them into microbatches; the stages have the user's
+        inputs = (numbers,) if self._rank == self._placement[0] else ()
+        target = {"target": numbers} if self.has_the_loss else {}
+        step.start_backward()
+        with kept(self._device):
+            self._schedule.step(*inputs, **target)
+        step.finish_backward()
+        step.log(self.with_the_loss(lambda: step.logged([1 / count] * count)))
+
+
+class TorchPipelining(OverlapStrategy):
+    """The strategy with that mode."""
+
+    mode_types = (_TorchPipelining, *(mode for mode in MODES if mode is not PipelineMode))
