@@ -272,8 +272,8 @@ class _Threads:
         while True:
             with self._changed:
                 # With a chunk in flight there is something to wait for below; without one, for a change or an idle link.
-                held = LOOK_AGAIN if self._chunks else None
-                self._changed.wait_for(lambda: flying or self._closing or self._may_send(), held)
+                while not (flying or self._closing or self._may_send()):
+                    self._changed.wait(LOOK_AGAIN if self._chunks else None)
                 if self._closing and not flying and not self._chunks:
                     return
                 chosen: list[tuple[int, int, int, Tensor, int, int, Pending]] = []

@@ -44,6 +44,29 @@ def test_transfers(world, size, uneven, wire):
         assert total == [size] * 3
 
 
+def gathers_before_sums():
+    """The thread that sends chunks sleeps when a gather and a sum are posted, and wakes while the sum's bytes are on their way."""
+    rank = dist.get_rank()
+    group = make_group([[0, 1]], "test", datetime.timedelta(seconds=10))
+    try:
+        for _ in range(20):
+            looks = iter([False])
+            group.of_reduces.at_rest = lambda looks=looks: next(looks, True)
+            x = torch.full((2,), -1.0)
+            x[rank] = rank
+            with group._threads._changed:
+                gather = group.all_gather(x, [0, 1, 2], key=0, label="gather")
+                total = group.all_reduce(torch.ones(1), label="sum")
+            assert gather.wait().tolist() == [0, 1]
+            assert total.wait().item() == 2
+    finally:
+        group.close()
+
+
+def test_a_gather_is_not_forgotten_behind_a_sum(world):
+    world(2).run(gathers_before_sums)
+
+
 def lagging_rank():
     """Rank 1 is a step ahead: it waits for a reduce of rank 0, which waits for a gather of the step before."""
     rank = dist.get_rank()
