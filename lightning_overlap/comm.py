@@ -21,6 +21,7 @@ import json
 import queue
 import threading
 import time
+import weakref
 from collections import defaultdict, deque
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -78,6 +79,7 @@ class Transfer:
         done: when all that this rank sends had gone, and, of a reduce, all had come (gloo).
         waited: from when to when this rank did nothing but wait for it.
         marks: on CUDA, what :meth:`read` puts in their place: the host's times tell when the device was given work.
+        complete: whether nothing of it has still to come or go, as far as anybody has waited for it.
     """
 
     label: str
@@ -89,6 +91,7 @@ class Transfer:
     done: float | None = None
     waited: tuple[float, float] | None = None
     marks: Marks | None = None
+    complete: bool = False
 
     def read(self) -> None:
         """Times become those of the device. Blocks until it has come to the transfer's end."""
@@ -140,6 +143,7 @@ class Pending:
                     self._group.wait_for(self.transfer.label, self._works)
                 self._wait_for_threads(start)
             self.transfer.waited = start, time.perf_counter()
+            self.transfer.complete = True
             if marks is not None:
                 marks.waited(asked)
             self._works.clear()
@@ -249,6 +253,7 @@ class _Threads:
         while (pending := self._reduces.get()) is not None:
             try:
                 self._group.wait_for(pending.transfer.label, pending._works)
+                pending.transfer.complete = True
             except TransferError as error:
                 pending._settle(error)
             pending._works.clear()
@@ -345,6 +350,10 @@ class Group:
         self.can_poll = self._native
         self._beside = torch.cuda.Stream() if self._native else None  # see Marks
         self._threads = _Threads(self) if threads and self.size > 1 and not self._native else None
+        self._end = weakref.finalize(self, _destroy, reduces, gathers)
+        self._end.atexit = False
+        if self._native:  # whose connections all ranks end together, and they do not collect garbage together
+            self._end.detach()
 
     def all_reduce(self, x: Tensor, *, label: str, average: bool = False) -> Pending:
         """Sums ``x`` over the group, in place; the mean of the ranks if ``average``."""
@@ -564,9 +573,8 @@ class Group:
     def close(self) -> None:
         """As :meth:`rest`, and ends its connections."""
         self.rest()
-        for group in (self.reduces, self.gathers):
-            if group is not None:
-                dist.destroy_process_group(group)
+        self._end.detach()
+        _destroy(self.reduces, self.gathers)
         self.reduces = self.gathers = None
 
     def note(self, label: str, nbytes: int, ranks: tuple[int, ...] | None = None) -> Transfer:
@@ -609,12 +617,12 @@ class Group:
         others = [r for r in self.ranks if r != self.ranks[self.rank]]
         who = f"rank {self.ranks[peer] if 0 <= peer < self.size else others[0] if len(others) == 1 else others}"
         now = time.perf_counter()
-        unread = [f"{t.label} ({now - t.posted:.1f} s ago)" for t in list(self._last) if t.waited is None and t.done is None]
+        unread = [f"{t.label} ({now - t.posted:.1f} s ago)" for t in list(self._last) if not t.complete]
         more = f" and {len(unread) - _TOLD} more" if unread[_TOLD:] else ""
         return TransferError(
             f"transfer {label!r} of group {self.name!r} between rank {self.ranks[self.rank]} and {who} failed: {error}. "
             "The peer has ended or cannot be reached; see its log. Resume from the last checkpoint. "
-            f"Posted here and not yet waited for: {', '.join(unread[:_TOLD])}{more}.{_flight_record(self._native)}"
+            f"Posted here and not complete: {', '.join(unread[:_TOLD])}{more}.{_flight_record(self._native)}"
         )
 
     def post(self, label: str, transfer: Callable[..., Any], x: Tensor, peer: int, group: Any, tag: int) -> tuple[Any, int]:
@@ -645,6 +653,14 @@ class Group:
     def give_back(self, buffer: Tensor) -> None:
         """The buffer is free again."""
         self._free[buffer.dtype].append(buffer)
+
+
+def _destroy(*groups: Any) -> None:
+    """Ends connections, which live on otherwise, with threads of gloo's that wake a hundred times a second."""
+    for group in groups:
+        if group is not None:
+            with suppress(ValueError):  # the world has ended, and they with it
+                dist.destroy_process_group(group)
 
 
 def _flight_record(native: bool) -> str:

@@ -1,5 +1,6 @@
 """gloo worlds in worker processes that live for the whole session, since starting torch costs seconds."""
 
+import gc
 import os
 import tempfile
 import time
@@ -24,6 +25,7 @@ def _serve(rank: int, size: int, store: str, pipe: Any) -> None:
             pipe.send((True, function(*arguments)))
         except BaseException:
             pipe.send((False, traceback.format_exc()))
+        gc.collect()  # trainers, with their connections and the threads behind them
 
 
 class World:

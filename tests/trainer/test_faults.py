@@ -95,7 +95,7 @@ def test_a_silent_peer_is_named_within_the_timeout(monkeypatch):
     finally:
         world.close()
     assert "between rank 0 and rank" in message
-    assert "Posted here and not yet waited for: data." in message
+    assert "Posted here and not complete: data." in message
     assert "Last in torch's Flight Recorder: gloo:" in message
 
 

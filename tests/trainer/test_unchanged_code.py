@@ -1,7 +1,10 @@
 """What users do in modules and callbacks works as under DDP: the same weights."""
 
 import copy
+import gc
+import os
 import pickle
+from pathlib import Path
 
 import pytest
 import torch
@@ -232,6 +235,20 @@ def test_fit_again_and_save_after_fit(world, tmp_path):
     assert ours[0][2].keys() == ddp[0][2].keys()
     for key, value in ddp[0][2].items():
         torch.testing.assert_close(ours[0][2][key]["momentum_buffer"], value["momentum_buffer"], **close)
+
+
+def connections_after(trainers):
+    for _ in range(trainers):
+        train(module=Plain, max_steps=1)
+    gc.collect()
+    # gloo has a thread for each group of connections.
+    return sum(Path(f"/proc/self/task/{thread}/comm").read_text().startswith("gloo_tcp") for thread in os.listdir("/proc/self/task"))
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/task"), reason="threads are counted as Linux shows them")
+def test_trainers_that_are_let_go_of_leave_no_connections(world):
+    before = world(2).run(connections_after, 0)
+    assert world(2).run(connections_after, 3) == before
 
 
 class AsksForTheState(Callback):
