@@ -26,6 +26,7 @@ def _serve(rank: int, size: int, store: str, pipe: Any) -> None:
         except BaseException:
             pipe.send((False, traceback.format_exc()))
         gc.collect()  # trainers, with their connections and the threads behind them
+        gc.freeze()  # not torch again each time
 
 
 class World:
