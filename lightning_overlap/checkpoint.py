@@ -136,6 +136,11 @@ def load_file(checkpoint_io: CheckpointIO, path: Any, *, weights_only: bool) -> 
     return load_trusting(weights_only, path, lambda: checkpoint_io.load_checkpoint(path, weights_only=weights_only))
 
 
+def load_lazily(path: Path, *, weights_only: bool) -> dict[str, Any]:
+    """As :func:`load_file`, of a local one: what is not read of it takes no memory."""
+    return load_trusting(weights_only, path, lambda: torch.load(path, map_location="cpu", mmap=True, weights_only=weights_only))
+
+
 # -- when --------------------------------------------------------------------------------------------------------------
 
 

@@ -732,6 +732,13 @@ def make_group(
     return mine
 
 
+def end_world() -> None:
+    """Ends all connections, at the end of the process. A thread of gloo's that lets go of the last collective's tensors after
+    Python has ended aborts it (torch 2.13)."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
 def world_size() -> int:
     """Ranks that have met; 1 before there are process groups."""
     return dist.get_world_size() if dist.is_initialized() else 1

@@ -37,7 +37,8 @@ from torch.optim import Optimizer
 
 from lightning_overlap.checkpoint import CheckpointError, beside, is_local, load_trusting, put_in_place, remove
 from lightning_overlap.comm import all_gather_objects
-from lightning_overlap.shards import Run
+from lightning_overlap.parts import Parts
+from lightning_overlap.shards import Place, Run
 
 INDEX, META = ".metadata", "meta.pt"
 State = dict[str, dict[str, Any]]
@@ -66,13 +67,14 @@ def names_of(module: nn.Module) -> dict[int, str]:
     return {id(parameter): name for name, parameter in module.named_parameters()}
 
 
-def describe(optimizer: Optimizer, shards: State | None, names: Mapping[int, str]) -> dict[str, Any]:
+def describe(optimizer: Optimizer, shards: State | None, names: Mapping[int, str], parts: Parts) -> dict[str, Any]:
     """This rank's part of the state, and the groups with the names of their parameters.
 
     Args:
         optimizer: the user's.
-        shards: the part, if a mode shards the state; else every rank has all of it, and gets a part dealt out.
+        shards: the part, if a mode shards the state; else every rank has that of all it holds, and gets a part dealt out.
         names: of the parameters.
+        parts: which of the parameters each rank holds.
     """
     groups = [
         {**group, "params": _names(group["params"], names, group_number)} for group_number, group in enumerate(optimizer.param_groups)
@@ -80,9 +82,27 @@ def describe(optimizer: Optimizer, shards: State | None, names: Mapping[int, str
     if shards is None:
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
         everything = {name: (p, optimizer.state.get(p)) for name, p in zip(_all_names(groups), parameters, strict=True)}
-        mine = deal({name: p.numel() for name, (p, _) in everything.items()})
+        mine = parts.deal({name: p for name, (p, _) in everything.items()})
         shards = {name: dict(state) for name, (_, state) in everything.items() if state and name in mine}
-    return {"state": shards, "param_groups": groups}
+    else:
+        shards = {name: state for name, state in shards.items() if parts.is_first(name)}
+    placed = {name: {key: _put(value, parts.place(name)) for key, value in state.items()} for name, state in shards.items()}
+    return {"state": placed, "param_groups": groups}
+
+
+def _put(value: Any, place: Place | None) -> Any:
+    """A part of a state as it lies in the whole one, which has the shape of the parameter."""
+    if place is not None and isinstance(value, Run):
+        return value.put(place)
+    if place is not None and isinstance(value, Tensor) and value.shape == place.own:
+        return Run(value.shape, 0, value.detach().view(-1), place)
+    return value
+
+
+def _cut(value: Any, place: Place | None) -> Any:
+    """This rank's part of a state on the meta device."""
+    cut = place is not None and isinstance(value, Tensor) and value.shape == place.shape
+    return value.new_empty(place.own) if cut and place is not None else value
 
 
 def _names(parameters: Iterable[Tensor], names: Mapping[int, str], group: int) -> list[str]:
@@ -92,18 +112,6 @@ def _names(parameters: Iterable[Tensor], names: Mapping[int, str], group: int) -
 
 def _all_names(groups: Iterable[Mapping[str, Any]]) -> list[str]:
     return [name for group in groups for name in group["params"]]
-
-
-def deal(sizes: Mapping[str, int]) -> set[str]:
-    """What this rank saves of that which all ranks have: the largest first, each to the rank that has least."""
-    load = [0] * dist.get_world_size()
-    mine = set()
-    for name in sorted(sizes, key=lambda name: -sizes[name]):
-        rank = load.index(min(load))
-        load[rank] += max(sizes[name], 1)
-        if rank == dist.get_rank():
-            mine.add(name)
-    return mine
 
 
 # -- folders -----------------------------------------------------------------------------------------------------------
@@ -119,6 +127,7 @@ class Folders:
     def __init__(self, timeout: timedelta) -> None:
         self._timeout = timeout
         self._made: dist.ProcessGroup | None = None
+        self._reader: _Reader | None = None
 
     @property
     def _group(self) -> dist.ProcessGroup:
@@ -128,12 +137,13 @@ class Folders:
         assert self._made is not None, "a group of all ranks is this rank's too"
         return self._made
 
-    def save(self, checkpoint: dict[str, Any], path: Path, *, copy: bool) -> Callable[[], None]:
+    def save(self, checkpoint: dict[str, Any], path: Path, parts: Parts, *, copy: bool) -> Callable[[], None]:
         """What writes the folder, on every rank; on a thread as well, if ``copy``. Collective.
 
         Args:
             checkpoint: Lightning's, with optimizers as :func:`describe` gives them.
             path: the folder.
+            parts: which of the weights each rank holds.
             copy: tensors are copied, so that training may go on.
         """
         if not is_local(path):
@@ -141,8 +151,8 @@ class Folders:
         group = self._group  # before anything that may fail on one rank only
         checkpoint = dict(checkpoint)
         model, optimizers = checkpoint.pop("state_dict"), checkpoint.pop("optimizer_states", None)
-        mine = deal({name: value.numel() for name, value in model.items() if isinstance(value, Tensor)})
-        shares: dict[str, Any] = {"model": {name: model[name] for name in mine}}
+        mine = parts.deal({name: value for name, value in model.items() if isinstance(value, Tensor)})
+        shares: dict[str, Any] = {"model": {name: _put(model[name], parts.place(name)) for name in mine}}
         checkpoint["state_dict"] = {name: value for name, value in model.items() if not isinstance(value, Tensor)}
         if optimizers is not None:
             checkpoint["optimizer_states"] = self._gather_values(optimizers)
@@ -187,7 +197,8 @@ class Folders:
     def load(self, path: Path, own: Mapping[str, Any], *, weights_only: bool) -> dict[str, Any]:
         """Lightning's checkpoint. Collective.
 
-        Weights that the module has in the same shape are read into it. Optimizers are left on disk, as :class:`SavedOptimizer`.
+        Weights that the module has in the same shape are read into it; those that it has on the meta device are left on disk, for
+        :meth:`read`. Optimizers are left there, as :class:`SavedOptimizer`.
 
         Args:
             path: the folder.
@@ -204,7 +215,8 @@ class Folders:
             there = own.get(name)
             fits = isinstance(there, Tensor) and there.shape == entry.shape
             model[name] = there.detach() if fits else torch.empty_like(entry, device="cpu")  # type: ignore[union-attr]
-        self._read(reader, {f"model.{name}": tensor for name, tensor in model.items()})
+        self._reader = reader
+        self.read({name: tensor for name, tensor in model.items() if not tensor.is_meta})
         checkpoint["state_dict"] = {**model, **checkpoint.get("state_dict", {})}
         if "optimizer_states" in checkpoint:
             checkpoint["optimizer_states"] = [
@@ -213,8 +225,18 @@ class Folders:
             ]
         return checkpoint
 
+    def read(self, weights: Mapping[str, Tensor]) -> None:
+        """Reads weights, in place, from the folder that :meth:`load` was last called with. Collective."""
+        if self._reader is not None:
+            self._read(self._reader, {f"model.{name}": tensor.detach() for name, tensor in weights.items()})
+
     def load_optimizer(
-        self, saved: SavedOptimizer, optimizer: Optimizer, names: Mapping[int, str], room: Callable[[State], State | None]
+        self,
+        saved: SavedOptimizer,
+        optimizer: Optimizer,
+        names: Mapping[int, str],
+        parts: Parts,
+        room: Callable[[State], State | None],
     ) -> None:
         """Loads into an optimizer. Collective.
 
@@ -222,11 +244,17 @@ class Folders:
             saved: from :meth:`load`.
             optimizer: the user's.
             names: of the parameters.
+            parts: which of them this rank holds.
             room: makes room for such a state and gives this rank's part of it, to be read into; None if no mode shards it.
         """
         groups = [_names(group["params"], names, number) for number, group in enumerate(optimizer.param_groups)]
         _same_parameters([group["params"] for group in saved.param_groups], groups, saved.reader.path)
-        state, places = saved.entries()
+        whole_state, places = saved.entries()
+        state = {
+            name: {key: _cut(value, parts.place(name)) for key, value in values.items()}
+            for name, values in whole_state.items()
+            if parts.holds(name)
+        }
         shards = room(state)
         whole: State = {}
         if shards is None:
@@ -235,7 +263,7 @@ class Folders:
                 for name, values in state.items()
             }
         targets = {
-            places[name, key]: target
+            places[name, key]: _put(target, parts.place(name))
             for name, values in (whole if shards is None else shards).items()
             for key, target in values.items()
             if (name, key) in places

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import os
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import fields
@@ -27,12 +29,13 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_overlap.batches import refuse_different
-from lightning_overlap.checkpoint import AtomicCheckpointIO, Saves, compact, in_place, is_local, load_file
-from lightning_overlap.comm import Group, agree, all_gather_objects, backend, broadcast_object, make_group, world_size
+from lightning_overlap.checkpoint import AtomicCheckpointIO, Saves, compact, in_place, is_local, load_file, load_lazily
+from lightning_overlap.comm import Group, agree, all_gather_objects, backend, broadcast_object, end_world, make_group, world_size
 from lightning_overlap.config import OverlapConfig
 from lightning_overlap.decision import ConfigError
 from lightning_overlap.driven import DrivenStep, failing_together, mirrored_metrics, mirrored_step
 from lightning_overlap.facts import Facts
+from lightning_overlap.materialize import forget, initialize, is_deferred, materialize
 from lightning_overlap.mesh import ParallelMesh
 from lightning_overlap.modes import MODES
 from lightning_overlap.modes.base import COUNTED_ELSEWHERE, OverlapMode
@@ -42,6 +45,7 @@ from lightning_overlap.modes.expert.config import ExpertParallel
 from lightning_overlap.modes.pipeline.config import PipelineParallel
 from lightning_overlap.modes.tensor.config import TensorParallel
 from lightning_overlap.optimization import Preemption, adapt_precision, after_closure, facts_of, held, zeroing_first
+from lightning_overlap.parts import Parts
 from lightning_overlap.plan import Plan, resolve
 from lightning_overlap.probe import examine
 from lightning_overlap.sharded_checkpoint import Folders, SavedOptimizer, describe, is_folder, names_of
@@ -128,9 +132,6 @@ class OverlapStrategy(DDPStrategy):
         )
         if state_dict_type not in ("full", "sharded"):
             raise ConfigError(f"state_dict_type={state_dict_type!r}: it is 'full' or 'sharded'")
-        for axis in ("pipeline_parallel", "tensor_parallel"):
-            if state_dict_type == "sharded" and getattr(self.config, axis).size > 1:
-                raise ConfigError(f"state_dict_type='sharded' with {axis} is not in this version: use 'full'")
         self._state_dict_type = state_dict_type
         self._async_save = async_save
         self._saves = Saves()
@@ -141,6 +142,8 @@ class OverlapStrategy(DDPStrategy):
         self._failed = self._in_step = False
         self._seed: int | None = None
         self._preemption: Preemption | None = None
+        self._waiting: dict[str, Any] | None = None
+        """A model's part of a checkpoint, until there is memory for it."""
         self._buffers: SharedBuffers | None = None
         self._alike: Group | None = None
         """While fitting: ranks that hold the same of the model and see different data."""
@@ -219,9 +222,13 @@ class OverlapStrategy(DDPStrategy):
         self.model = self.precision_plugin.convert_module(self.model)  # type: ignore[assignment]
         if fitting and self._layer_sync is not None:
             self.model = self._layer_sync.apply(self.model)
-        self.model_to_device()
+        forget(self.model)
         self._agree()
-        share([*self.model.parameters(), *self.model.buffers()])
+        if is_deferred(self.model):
+            self._materialize(fitting)
+        else:
+            self.model_to_device()
+            share([*self.model.parameters(), *self.model.buffers()])
         if fitting:
             self.setup_optimizers(trainer)
             if world_size() > 1:
@@ -238,6 +245,27 @@ class OverlapStrategy(DDPStrategy):
                     if self._driver.mirrors_evaluation:
                         self._until_teardown.enter_context(failing_together(trainer.lightning_module, self._driver))
         self.setup_precision_plugin()
+
+    def _materialize(self, fitting: bool) -> None:
+        """Gives memory to what this rank will hold of a model on the meta device; all of it, if there is nothing to fit."""
+        module = self.lightning_module
+        assert module is not None, "Lightning connects the module"
+        kinds = self.mode_types if fitting else ()
+        held = [kind.holds(module, self.config, self.mesh) for kind in kinds]
+
+        def holds(name: str) -> bool:
+            return all(has(name) for has in held)
+
+        made = materialize(module, self.root_device, holds)
+        initialize(module, made, partial(self._load_what_waits, holds))
+        # Each has drawn its own numbers. Of one stage, all ranks hold the same.
+        alike = self.mesh.groups(*(axis for axis in self.mesh.sizes if axis != "pp" or not fitting))
+        group = make_group(alike, "made", self.time_limit, gathers=False, threads=False)
+        share([tensor for name, tensor in [*module.named_parameters(), *module.named_buffers()] if holds(name)], group)
+        group.close()
+        rank_zero_info(
+            f"lightning_overlap: {len(made)} parameters and buffers were on the meta device and are rank 0's; the rest is not here"
+        )
 
     def setup_optimizers(self, trainer: Trainer) -> None:
         super().setup_optimizers(trainer)
@@ -477,14 +505,16 @@ class OverlapStrategy(DDPStrategy):
         if self._state_dict_type == "sharded" and self.lightning_module is not None:
             share(self.lightning_module.buffers(), self._alike)  # every rank writes a part of them
         state = super().lightning_module_state_dict()
-        for mode in reversed(self.modes):  # put together in the reverse of the order in which it was cut
+        for mode in (
+            reversed(self.modes) if self._state_dict_type == "full" else ()
+        ):  # put together in the reverse of the order in which it was cut
             state = mode.whole_model(state)
         return state
 
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
         plain = getattr(optimizer, "optimizer", optimizer)
         if self._state_dict_type == "sharded":
-            return describe(plain, self._optimizer_shards(plain), self._parameter_names())
+            return describe(plain, self._optimizer_shards(plain), self._parameter_names(), self._parts)
         found = (state for mode in self.modes if (state := mode.optimizer_state(plain)) is not None)
         whole = next(found, None) or super().optimizer_state(optimizer)
         for mode in reversed(self.modes):
@@ -497,6 +527,10 @@ class OverlapStrategy(DDPStrategy):
                 return shards
         return None
 
+    @property
+    def _parts(self) -> Parts:
+        return Parts(self.modes, self.mesh)
+
     def _parameter_names(self) -> dict[int, str]:
         assert self.lightning_module is not None, "Lightning connects the module"
         return names_of(self.lightning_module)
@@ -506,14 +540,33 @@ class OverlapStrategy(DDPStrategy):
     def load_model_state_dict(self, checkpoint: Any, strict: bool = True) -> None:
         for mode in self.modes:
             mode.sync_parameters()
-        super().load_model_state_dict(checkpoint, strict=strict)
+        assert self.lightning_module is not None, "Lightning connects the module"
+        with warnings.catch_warnings():
+            if is_deferred(self.lightning_module):  # names are checked here, values loaded once there is memory for them
+                warnings.filterwarnings("ignore", "for .*: copying from a non-meta parameter")
+                self._waiting = checkpoint["state_dict"]
+            super().load_model_state_dict(checkpoint, strict=strict)
         for mode in self.modes:
             mode.adopt_parameters()
+
+    def _load_what_waits(self, holds: Callable[[str], bool]) -> None:
+        """Loads what this rank holds of a checkpoint whose model had no memory yet. Collective."""
+        waiting, self._waiting = self._waiting, None
+        if waiting is None:
+            return
+        module = self.lightning_module
+        assert module is not None, "Lightning connects the module"
+        mine = {name: value for name, value in waiting.items() if holds(name)}
+        own = module.state_dict()
+        on_disk = {name for name, value in mine.items() if isinstance(value, Tensor) and value.is_meta}
+        self._folders.read({name: own[name] for name in on_disk})
+        module.load_state_dict({name: value for name, value in mine.items() if name not in on_disk}, strict=False)
 
     def load_optimizer_state_dict(self, checkpoint: Any) -> None:
         for optimizer, state in zip(self.optimizers, checkpoint["optimizer_states"], strict=False):
             if isinstance(state, SavedOptimizer):
-                self._folders.load_optimizer(state, optimizer, self._parameter_names(), partial(self._optimizer_shards, optimizer))
+                shards = partial(self._optimizer_shards, optimizer)
+                self._folders.load_optimizer(state, optimizer, self._parameter_names(), self._parts, shards)
                 continue
             for mode in self.modes:
                 state = mode.own_optimizer(optimizer, state)
@@ -531,7 +584,7 @@ class OverlapStrategy(DDPStrategy):
             if self._state_dict_type == "sharded":
                 if storage_options is not None:
                     raise TypeError("storage_options are for a CheckpointIO, which writes no sharded checkpoint")
-                return self._folders.save(checkpoint, Path(filepath), copy=background)
+                return self._folders.save(checkpoint, Path(filepath), self._parts, copy=background)
             if not self.is_global_zero:
                 return lambda: None
             ready = compact(checkpoint, copy=background)
@@ -552,13 +605,17 @@ class OverlapStrategy(DDPStrategy):
         self._saves.wait()
         safe = weights_only is not False
         path = self.broadcast(checkpoint_path)
+        assert self.lightning_module is not None, "Lightning connects the module"
+        if self._preemption is None:  # nothing is being fitted
+            forget(self.lightning_module)
         if is_local(path):
             path = in_place(Path(path))
             if is_folder(path):
                 for mode in self.modes:
                     mode.sync_parameters()
-                assert self.lightning_module is not None, "Lightning connects the module"
                 return self._folders.load(path, self.lightning_module.state_dict(), weights_only=safe)
+            if is_deferred(self.lightning_module) and type(self.checkpoint_io) is AtomicCheckpointIO:
+                return load_lazily(path, weights_only=safe)
         return load_file(self.checkpoint_io, path, weights_only=safe)
 
     # -- end ---------------------------------------------------------------------------------------------------------
@@ -576,6 +633,7 @@ class OverlapStrategy(DDPStrategy):
         if self._preemption is not None:
             self._preemption.close(complete=not self._failed)
             self._preemption = self._buffers = None
+        self._waiting = None
         for group in (self._alike, self._sharing):
             if group is not None and not self._failed:
                 group.close()
@@ -585,6 +643,9 @@ class OverlapStrategy(DDPStrategy):
         if self._failed and self.modes:
             rank_zero_warn("training failed in the middle of a step: load a checkpoint before using the module's weights")
             self.modes = []  # nobody waits for their transfers
+        atexit.unregister(end_world)
+        if not self._failed:  # after a failure it might wait for what never comes
+            atexit.register(end_world)
         self._failed = self._training = False
         self._saves.close()
         super().teardown()

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.distributed.checkpoint.metadata import MetadataIndex
 
-from lightning_overlap.shards import Run, boxes
+from lightning_overlap.shards import Place, Run, boxes
 
 
 @st.composite
@@ -41,3 +41,35 @@ def test_a_run_gives_its_boxes_as_views(run):
         there = numbers[tuple(slice(o, o + s) for o, s in zip(chunk.offsets, chunk.sizes, strict=True))]
         assert box.equal(there)
         assert box.data_ptr() == there.data_ptr()
+
+
+@st.composite
+def placed_runs(draw):
+    shape = tuple(draw(st.lists(st.integers(1, 5), min_size=1, max_size=3)))
+    dim = draw(st.integers(0, len(shape) - 1))
+    spans, start = [], 0
+    while start < shape[dim]:
+        n = draw(st.integers(0, shape[dim] - start))
+        spans.append((start, n))
+        start += n + draw(st.integers(0, 2)) + (n == 0)
+    place = Place(torch.Size(shape), dim, tuple(spans))
+    first = draw(st.integers(0, place.own.numel()))
+    return place, first, draw(st.integers(first, place.own.numel()))
+
+
+@settings(deadline=None)
+@given(placed_runs())
+def test_a_run_of_a_piece_is_where_it_lies_in_the_whole(case):
+    place, start, end = case
+    whole = torch.arange(place.shape.numel()).view(place.shape)
+    piece = torch.cat([whole.narrow(place.dim, there, n) for there, n in place.spans], place.dim)
+    assert piece.shape == place.own
+    mine = Run(piece.shape, start, piece.reshape(-1)[start:end], place)
+    assert mine.size() == place.shape
+    found = []
+    for chunk in mine.__create_chunk_list__():
+        box = mine.__get_tensor_shard__(MetadataIndex("x", chunk.offsets))
+        there = whole[tuple(slice(o, o + s) for o, s in zip(chunk.offsets, chunk.sizes, strict=True))]
+        assert box.equal(there)
+        found += box.flatten().tolist()
+    assert sorted(found) == sorted(piece.reshape(-1)[start:end].tolist())

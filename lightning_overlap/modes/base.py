@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, Protocol
@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 
 from lightning_overlap.clock import Timeline
 from lightning_overlap.comm import Group
+from lightning_overlap.shards import Place
 
 if TYPE_CHECKING:
     from lightning_overlap.config import OverlapConfig
@@ -95,6 +96,15 @@ class OverlapMode:
             ConfigError: the model is none for this mode.
         """
         return {}
+
+    @classmethod
+    def holds(cls, model: nn.Module, config: OverlapConfig, mesh: ParallelMesh) -> Callable[[str], bool]:
+        """Whether this rank will hold a parameter or buffer, by name, once the mode is made; of a model without memory.
+
+        Raises:
+            ConfigError: as :meth:`look`.
+        """
+        return lambda name: True
 
     @property
     def groups(self) -> dict[str, Group]:
@@ -216,6 +226,17 @@ class OverlapMode:
             saved: to load: a state by parameter and key, whose tensors may be on the meta device. Room is made for one like it
                 first, and what is returned is to be written into.
         """
+        return None
+
+    def part_of(self, name: str, coordinates: Mapping[str, int]) -> Hashable:
+        """Which part of a parameter or buffer the rank with these coordinates has; None if it has none.
+
+        The same part is the same values. By default all ranks have the same.
+        """
+        return ()
+
+    def place_of(self, name: str) -> Place | None:
+        """Where this rank's piece of a parameter lies in it; None where this mode does not cut it."""
         return None
 
     def adopt_parameters(self) -> None:

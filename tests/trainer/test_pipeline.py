@@ -1,5 +1,6 @@
 """Pipeline parallelism through Trainer: the numbers of one process, for every schedule, and what Lightning's users rely on."""
 
+import gc
 import itertools
 import re
 import warnings
@@ -12,6 +13,7 @@ import torch
 import torch.distributed as dist
 import torchmetrics
 from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.plugins.environments import TorchElasticEnvironment
 from lightning.pytorch.strategies import SingleDeviceStrategy
 from torch import nn
@@ -120,6 +122,7 @@ def pipelined(
         overlap=overlap,  # type: ignore[arg-type]
         cluster_environment=TorchElasticEnvironment(),
         process_group_backend="gloo",
+        **trainer.pop("strategy_kwargs", {}),
     )
     replicas = size // pipeline["size"]
     given = {"max_epochs": 2, "limit_train_batches": 3, "limit_val_batches": 2, "use_distributed_sampler": False}
@@ -375,6 +378,112 @@ def test_checkpoints_load_into_any_layout(world, tmp_path, ranks, pipeline):
     for other, layout in LAYOUTS:
         for rank in world(other).run(resumed, layout, model, whole, path):
             torch.testing.assert_close(rank["weights"], expected["weights"], rtol=1e-5, atol=1e-6)
+
+
+def saved_in_shards(pipeline, model, folder, asynchronous):
+    """A folder that is written in the middle of a fit, which goes on."""
+    strategy = {"state_dict_type": "sharded", "async_save": asynchronous}
+    saving = ModelCheckpoint(folder, "first", save_on_train_epoch_end=True, save_top_k=-1)
+    trainer = {"enable_checkpointing": True, "callbacks": [saving], "limit_train_batches": 3}
+    return pipelined(pipeline, model, "auto", None, **trainer, strategy_kwargs=strategy)
+
+
+@pytest.mark.parametrize("asynchronous", [False, True])
+@pytest.mark.parametrize(("ranks", "pipeline"), LAYOUTS)
+def test_sharded_checkpoints_load_into_any_layout(world, tmp_path, ranks, pipeline, asynchronous):
+    model = {"tied": True, "optimizer": "sgd"}
+    expected = single(model, max_epochs=2)
+    for rank in world(ranks).run(saved_in_shards, pipeline, model, str(tmp_path), asynchronous):
+        torch.testing.assert_close(rank["weights"], expected["weights"], rtol=1e-5, atol=1e-6)
+    folder = tmp_path / "first.ckpt"
+    written = [sum(file.stat().st_size for file in folder.glob(f"__{rank}_*.distcp")) for rank in range(ranks)]
+    assert max(written) < 1.5 * min(written)
+    for other, layout in [*LAYOUTS, (2, {"size": 1})] if asynchronous else LAYOUTS[:1]:
+        for rank in world(other).run(resumed, layout, model, {"max_epochs": 2}, str(folder)):
+            torch.testing.assert_close(rank["weights"], expected["weights"], rtol=1e-5, atol=1e-6)
+
+
+def test_a_folder_of_plain_data_parallelism_loads_into_a_pipeline(world, tmp_path):
+    model = {"tied": True}
+    world(2).run(saved_in_shards, {"size": 1}, model, str(tmp_path), False)
+    expected = world(2).run(resumed, {"size": 1}, model, {"max_epochs": 2}, str(tmp_path / "first.ckpt"))
+    for rank in world(4).run(resumed, LAYOUTS[1][1], model, {"max_epochs": 2}, str(tmp_path / "first.ckpt")):
+        torch.testing.assert_close(rank["weights"], expected[0]["weights"], rtol=1e-4, atol=1e-5)
+
+
+class OnMeta(Net):
+    """Made in ``configure_model``, on the meta device, and large: a block has more bytes than all else."""
+
+    def __init__(self, tied: bool = True, optimizer: str = "sgd", lazy: bool = True) -> None:
+        super().__init__(blocks=1, optimizer=optimizer)
+        self.lazy, self.is_tied, self.made = lazy, tied, False
+
+    def configure_model(self) -> None:
+        if self.made:
+            return
+        self.made = True
+        with torch.device("meta") if self.lazy else nullcontext():
+            self.blocks = nn.ModuleList(Block(16, 0.0) for _ in range(4))
+            for block in self.blocks:
+                block.up, block.down = nn.Linear(16, 512), nn.Sequential(nn.Linear(512, 512), nn.Linear(512, 16))  # type: ignore[assignment]
+                block.register_buffer("scale", torch.ones(3))
+            self.tokens, self.head, self.norm = nn.Embedding(32, 16), nn.Linear(16, 32, bias=False), nn.LayerNorm(16)
+            if self.is_tied:
+                self.head.weight = self.tokens.weight
+
+    def _init_weights(self, part: nn.Module) -> None:
+        if isinstance(part, Block):
+            part.scale.fill_(1.0)  # type: ignore[operator, union-attr]
+        if isinstance(part, nn.Linear):
+            nn.init.normal_(part.weight, std=0.02)
+
+
+def peak(work: Any) -> tuple[Any, int]:
+    """What ``work`` gives, and by how many bytes torch's memory on the CPU grew at most meanwhile."""
+    gc.collect()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
+        found = work()
+    changes = [e.nbytes() for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
+    return found, max(itertools.accumulate(changes, initial=0))
+
+
+def fit_from_meta(pipeline, path, resume, kind, lazy=True, epochs=1):
+    """Weights that are here after the fit, and the most memory that it took."""
+    warnings.simplefilter("ignore")
+    seed_everything(1 + dist.get_rank(), verbose=False)
+    module = OnMeta(lazy=lazy)
+    env = {"cluster_environment": TorchElasticEnvironment(), "process_group_backend": "gloo", "state_dict_type": kind}
+    strategy = OverlapStrategy(DataParallel(bucket_size=1000), pipeline_parallel=PipelineParallel(**pipeline), **env)
+    length = {"limit_train_batches": 2, "limit_val_batches": 1, "use_distributed_sampler": False, "num_sanity_val_steps": 0}
+    given = {"accelerator": "cpu", "devices": dist.get_world_size(), "max_epochs": epochs, **length, **QUIET}
+    run = Trainer(strategy=strategy, **given)
+    _, most = peak(lambda: run.fit(module, loader(8), loader(8), ckpt_path=resume))
+    if path:
+        run.save_checkpoint(path)
+    weights = {name: p.detach().clone() for name, p in module.named_parameters()}
+    return {"weights": weights, "peak": most, "loss": float(run.callback_metrics["loss"])}
+
+
+@pytest.mark.parametrize("kind", ["full", "sharded"])
+def test_no_rank_holds_a_model_from_the_meta_device(world, tmp_path, kind):
+    layout = {"size": 4, "microbatches": 2}
+    first, second = str(tmp_path / "first"), str(tmp_path / "second")
+    begun = world(4).run(fit_from_meta, layout, first, None, kind)
+    gone_on = world(4).run(fit_from_meta, layout, second, first, kind, True, 2)
+    block = (512 + 2 * 16) * 512 * 4  # bytes
+    for rank, found in enumerate([*begun, *gone_on]):
+        # A block, its gradient, what is added to it, its momentum, and activations. With the weights of all four: seven and more.
+        assert found["peak"] < 5 * block, rank
+        here = [name for name, weight in found["weights"].items() if ".up.weight" in name and not weight.isnan().any()]
+        assert here == [f"blocks.{rank % 4}.up.weight"]
+    # The same that a model in memory makes of the first one's checkpoint, on one rank or on four.
+    for pipeline in ({"size": 1}, layout):
+        expected = world(4).run(fit_from_meta, pipeline, None, first, kind, False, 2)
+        for mine, theirs in zip(gone_on, expected, strict=True):
+            assert mine["loss"] == pytest.approx(theirs["loss"], rel=1e-4)
+            for name, weight in mine["weights"].items():
+                if not weight.isnan().any():
+                    torch.testing.assert_close(weight, theirs["weights"][name], rtol=1e-4, atol=1e-5)
 
 
 def test_a_resumed_run_is_the_uninterrupted_one(world, tmp_path):

@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from lightning.pytorch import LightningModule, Trainer, seed_everything
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.plugins.environments import TorchElasticEnvironment
 from lightning.pytorch.strategies import SingleDeviceStrategy
 from torch import Tensor, nn
@@ -270,6 +271,34 @@ def test_checkpoints_are_of_the_whole_model(world: Any, data: int, tmp_path: Any
                 train_with, {"tensor_parallel": TensorParallel(vocab_parallel=True, size=size)}, model, {"resume": saved}
             ):
                 close(found)
+
+
+def saved_in_shards(strategy: dict[str, Any], model: dict[str, Any], folder: str) -> Any:
+    """A folder that is written in the middle of a fit, which goes on."""
+    saving = ModelCheckpoint(folder, "two", every_n_train_steps=2, save_top_k=-1, enable_version_counter=False)
+    last = {"max_steps": 3, "enable_checkpointing": True, "callbacks": [saving]}
+    return train({**strategy, "state_dict_type": "sharded"}, model, **last)
+
+
+CUT: dict[str, Any] = {"tensor_parallel": TensorParallel(vocab_parallel=True, size=2)}
+LAYOUTS: list[tuple[int, dict[str, Any]]] = [
+    (2, CUT),
+    (4, {"tensor_parallel": TensorParallel(vocab_parallel=True, size=4)}),
+    (4, CUT),
+    (4, {**CUT, "pipeline_parallel": PipelineParallel(size=2, microbatches=2)}),
+    (2, {}),
+]
+
+
+@pytest.mark.parametrize("saved", range(len(LAYOUTS)))
+def test_sharded_checkpoints_load_into_any_layout(world: Any, saved: int, tmp_path: Any) -> None:
+    model = {"optimizer": "adamw", "tied": True, "bias": False, "tokens": 8}
+    expected = train(None, model)
+    size, layout = LAYOUTS[saved]
+    world(size).run(saved_in_shards, layout, model, str(tmp_path))
+    for ranks, other in LAYOUTS:
+        for found in world(ranks).run(train_with, other, model, {"resume": str(tmp_path / "two.ckpt")}):
+            compare({**found, "losses": []}, {**expected, "losses": []}, tolerance=1e-4)
 
 
 def dropped(strategy: dict[str, Any]) -> Any:

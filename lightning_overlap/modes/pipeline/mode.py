@@ -91,6 +91,7 @@ class PipelineMode(OverlapMode):
         own = self._own
         name, blocks, self._stages = self._cut(model, self.config)
         self.partition = Partition(model, name, blocks, self._stages, self._placement)
+        self._whole = all(self.group.all_gather_objects(self.partition.is_whole))
         self._tie()
         self.partition.keep(self._rank)
         self._device = next(model.parameters()).device
@@ -104,6 +105,15 @@ class PipelineMode(OverlapMode):
             if deferring and own.stages - 1 in mine:
                 modules += heads(model, name, blocks)
             self._weight_gradients = WeightGradients(modules)
+
+    @classmethod
+    def holds(cls, model: nn.Module, config: OverlapConfig, mesh: ParallelMesh) -> Callable[[str], bool]:
+        own = config.pipeline_parallel
+        if own.size == 1:
+            return super().holds(model, config, mesh)
+        name, blocks, stages = cls._cut(model, config)
+        partition = Partition(model, name, blocks, stages, own.plan(own.count).placement)
+        return lambda name: mesh.coordinates()["pp"] in partition.holders(name)
 
     @classmethod
     def _cut(cls, model: nn.Module, config: OverlapConfig) -> tuple[str, Blocks, layout.Layout]:
@@ -138,7 +148,10 @@ class PipelineMode(OverlapMode):
             group = make_group([*sets, *rest], "pipeline.tied", self.timeout, gathers=False, threads=False)
             if self._rank in ranks:
                 self._tied[ranks] = group
-                for name in self.partition.shared()[ranks]:
+                names = self.partition.shared()[ranks]
+                if not self._whole:  # each has initialised its own
+                    share(map(self.partition.parameter, names), group)
+                for name in names:
                     parameter = self.partition.parameter(name)
                     setattr(parameter, LATE_GRADIENT, True)
                     setattr(parameter, COUNTED_ELSEWHERE, self._rank != ranks[0])
@@ -408,8 +421,11 @@ class PipelineMode(OverlapMode):
         parts = self.group.gather_objects(state["state"])
         return {**state, "state": {number: value for part in reversed(parts) for number, value in part.items()}}
 
+    def part_of(self, name: str, coordinates: Mapping[str, int]) -> Hashable:
+        return () if coordinates["pp"] in self.partition.holders(name) else None
+
     def release(self, *, complete: bool = True) -> None:
-        """The model is whole again on every rank."""
+        """The model is whole again on every rank, if it was."""
         if self._stack is None:
             return
         self._stack.remove()
@@ -418,10 +434,10 @@ class PipelineMode(OverlapMode):
             runtime.finish()
         if self._weight_gradients is not None:
             self._weight_gradients.remove()
-        if complete:
+        if complete and self._whole:
             self._gather(buffers=True)
         else:
-            self.partition.take_back()
+            self.partition.take_back(room=self._whole)
         for parameter in self.partition.parameters():
             for marker in (LATE_GRADIENT, COUNTED_ELSEWHERE):
                 vars(parameter).pop(marker, None)

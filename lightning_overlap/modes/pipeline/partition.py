@@ -14,6 +14,7 @@ from torch import nn
 
 from lightning_overlap.modes.pipeline.weight_grad import is_plain
 from lightning_overlap.parallel_plan import Blocks
+from lightning_overlap.shards import absent_like, is_absent
 
 
 def heads(model: nn.Module, name: str, blocks: Blocks) -> list[nn.Linear]:
@@ -76,6 +77,14 @@ class Partition:
         self.tail = [names[tensor] for tensor in after]
         """Parameters and buffers of what comes after the blocks."""
         self.foreign: dict[str, Held] = {}
+        self.is_whole = not any(map(is_absent, self._parameters.values()))
+        """Whether this rank had all of the model at first."""
+        everything = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
+        self._first_names = {name: names[id(tensor)] for name, tensor in everything}
+
+    def holders(self, name: str) -> tuple[int, ...]:
+        """The ranks of a parameter or buffer, by any of its names."""
+        return self.owners[self._first_names[name]]
 
     def keep(self, rank: int, names: Iterable[str] | None = None) -> None:
         """Gives up the parameters that are not this rank's, or those of them that are named.
@@ -89,7 +98,7 @@ class Partition:
                 self.foreign[name] = Held(parameter, parameter.requires_grad)
                 parameter.requires_grad_(False)
                 parameter.grad = None
-                parameter.data = _nothing(parameter)
+                parameter.data = absent_like(parameter)
 
     def owned(self, rank: int) -> list[str]:
         """What a rank gives the others: its parameters and buffers, but those that a lower rank has too."""
@@ -120,15 +129,17 @@ class Partition:
     def is_buffer(self, name: str) -> bool:
         return name not in self._parameters
 
-    def take_back(self, names: Iterable[str] | None = None) -> list[str]:
-        """Makes room for what was given up, all of it by default. Until it is filled in, it is not a number."""
+    def take_back(self, names: Iterable[str] | None = None, *, room: bool = True) -> list[str]:
+        """Takes back what was given up, all of it by default. Until it is filled in, it is not a number.
+
+        Args:
+            names: of parameters.
+            room: gives it memory.
+        """
         taken = list(self.foreign) if names is None else [name for name in names if name in self.foreign]
         for name in taken:
             held = self.foreign.pop(name)
-            held.parameter.data = held.parameter.data.contiguous()
+            if room:
+                held.parameter.data = held.parameter.data.contiguous()
             held.parameter.requires_grad_(held.trained)
         return taken
-
-
-def _nothing(like: torch.Tensor) -> torch.Tensor:
-    return torch.full((), float("nan") if like.is_floating_point() else 0, dtype=like.dtype, device=like.device).expand(like.shape)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from datetime import timedelta
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -19,12 +19,12 @@ from lightning_overlap.modes.base import COUNTED_ELSEWHERE, LATE_GRADIENT, Overl
 from lightning_overlap.modes.tensor.check import FirstBlock
 from lightning_overlap.modes.tensor.gemm import Exchange, shares
 from lightning_overlap.modes.tensor.linear import Reading, column_forward, prepare, read, row_product
-from lightning_overlap.modes.tensor.partition import Partition
+from lightning_overlap.modes.tensor.partition import Partition, Piece
 from lightning_overlap.modes.tensor.random_state import OwnNumbers
 from lightning_overlap.modes.tensor.sequence import enter, leave
 from lightning_overlap.modes.tensor.vocab import Vocabulary, embedding_forward, head_forward
 from lightning_overlap.parallel_plan import Region, TensorPlan, find
-from lightning_overlap.shards import is_absent
+from lightning_overlap.shards import Place, is_absent
 
 if TYPE_CHECKING:
     from lightning_overlap.config import OverlapConfig
@@ -301,6 +301,16 @@ class TensorMode(OverlapMode):
                 }
             changed[number] = values
         return {**state, "state": changed}
+
+    def _piece(self, name: str) -> Piece | None:
+        return self._partition.pieces.get(self._names.get(name, 0))
+
+    def part_of(self, name: str, coordinates: Mapping[str, int]) -> Hashable:
+        return coordinates["tp"] if self._piece(name) is not None else ()
+
+    def place_of(self, name: str) -> Place | None:
+        piece = self._piece(name)
+        return None if piece is None else piece.place(self.group.rank, self.group.size)
 
     def release(self, *, complete: bool = True) -> None:
         """The model is whole again on every rank."""

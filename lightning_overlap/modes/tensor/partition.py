@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from lightning_overlap.comm import Group
 from lightning_overlap.modes.tensor.gemm import shares
 from lightning_overlap.parallel_plan import Cut
-from lightning_overlap.shards import is_absent
+from lightning_overlap.shards import Place, is_absent
 
 
 @dataclass(frozen=True)
@@ -44,6 +44,15 @@ class Piece:
         """Of a rank's piece."""
         own = sum(shares(n, size)[rank + 1] - shares(n, size)[rank] for n in self.parts)
         return torch.Size([*self.shape[: self.dim], own, *self.shape[self.dim + 1 :]])
+
+    def place(self, rank: int, size: int) -> Place:
+        """Of a rank's piece in the whole."""
+        spans, start = [], 0
+        for n in self.parts:
+            low, high = shares(n, size)[rank : rank + 2]
+            spans.append((start + low, high - low))
+            start += n
+        return Place(self.shape, self.dim, tuple(spans))
 
     def join(self, pieces: Sequence[Tensor]) -> Tensor:
         """All ranks' pieces as one tensor."""
