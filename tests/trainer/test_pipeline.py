@@ -2,6 +2,7 @@
 
 import gc
 import itertools
+import os
 import re
 import warnings
 from contextlib import nullcontext
@@ -438,12 +439,13 @@ class OnMeta(Net):
             nn.init.normal_(part.weight, std=0.02)
 
 
-def peak(work: Any) -> tuple[Any, int]:
-    """What ``work`` gives, and by how many bytes torch's memory on the CPU grew at most meanwhile."""
+def peak(work: Any, mapped: str | None = None) -> tuple[Any, int]:
+    """What ``work`` gives, and by how many bytes torch's memory on the CPU grew at most meanwhile; not by a file's mapping."""
+    mapping = os.path.getsize(mapped) if mapped else 0
     gc.collect()
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
         found = work()
-    changes = [e.nbytes() for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
+    changes = [e.nbytes() for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]" and e.nbytes() != mapping]
     return found, max(itertools.accumulate(changes, initial=0))
 
 
@@ -457,7 +459,7 @@ def fit_from_meta(pipeline, path, resume, kind, lazy=True, epochs=1):
     length = {"limit_train_batches": 2, "limit_val_batches": 1, "use_distributed_sampler": False, "num_sanity_val_steps": 0}
     given = {"accelerator": "cpu", "devices": dist.get_world_size(), "max_epochs": epochs, **length, **QUIET}
     run = Trainer(strategy=strategy, **given)
-    _, most = peak(lambda: run.fit(module, loader(8), loader(8), ckpt_path=resume))
+    _, most = peak(lambda: run.fit(module, loader(8), loader(8), ckpt_path=resume), resume)
     if path:
         run.save_checkpoint(path)
     weights = {name: p.detach().clone() for name, p in module.named_parameters()}
