@@ -69,7 +69,9 @@ class SharedBuffers:
         if self._written is None:
             now = self._state()
             everyone = self._group.all_gather_objects([name for name in now if now[name] != self._before.get(name)])
-            self._written = sorted({name for names in everyone for name in names})
+            modules = {name.rpartition(".")[0] for names in everyone for name in names}
+            # All of a module's: torch does not see its own kernels write running statistics, only the count of batches beside them.
+            self._written = sorted(name for name in now if name.rpartition(".")[0] in modules)
         if self._written:
             buffers = dict(self._module.named_buffers())
             share((buffers[name] for name in self._written), self._group)

@@ -526,9 +526,11 @@ def test_batches_of_any_size(world, schedule):
 
 def test_layouts_that_are_given(world):
     expected = by_hand(2, {"blocks": 4})
+    validated = single({"blocks": 4})["metrics"]["val_loss"]
     for given in ({"layers_per_stage": (3, 1)}, {"layout": "E|t*4L"}, {"layout": "Et*4|L"}):
         for rank in world(2).run(with_trainer, {"size": 2, "microbatches": 2, **given}, {"blocks": 4}, "auto", {}):
             assert torch.equal(rank["weights"], expected)
+            assert rank["metrics"]["val_loss"] == pytest.approx(validated, rel=1e-5)
     pipeline = {"size": 2, "virtual_stages": 2, "microbatches": 2, "layout": "E||t*4|L"}
     for rank in world(2).run(with_trainer, pipeline, {"blocks": 4}, "auto", {}):
         assert torch.equal(rank["weights"], expected)
@@ -633,15 +635,20 @@ class Short(Net):
         super().__init__(blocks=3)
 
 
-def refused(kind, pipeline, different=False):
+def refused(kind, pipeline, different=False, validate=0):
     warnings.simplefilter("ignore")
     env = {"cluster_environment": TorchElasticEnvironment(), "process_group_backend": "gloo"}
     try:
         seed_everything(dist.get_rank() if different else 1, verbose=False)
         strategy = OverlapStrategy(pipeline_parallel=PipelineParallel(**pipeline), **env)
-        given = {"devices": dist.get_world_size(), "strategy": strategy, "use_distributed_sampler": False, "limit_val_batches": 0}
+        given = {
+            "devices": dist.get_world_size(),
+            "strategy": strategy,
+            "use_distributed_sampler": False,
+            "limit_val_batches": validate,
+        }
         data = DataLoader(loader(8).dataset, batch_size=8, shuffle=different)
-        Trainer(**QUIET, accelerator="cpu", max_steps=5, **given).fit(kind(), data)
+        Trainer(**QUIET, accelerator="cpu", max_steps=5, val_check_interval=2, **given).fit(kind(), data, data)
     except (ConfigError, TransferError, ZeroDivisionError) as error:
         return f"{type(error).__name__}: {error}"
     return "trained"
@@ -651,6 +658,19 @@ def test_an_error_of_one_rank_reaches_the_others(world):
     first, second = world(2).run(refused, Fails, {"size": 2, "microbatches": 2})
     assert second == "ZeroDivisionError: the user's"
     assert first == "TransferError: rank 1 has failed: ZeroDivisionError: the user's"
+
+
+class FailsInValidation(Net):
+    def validation_step(self, batch, index):
+        if dist.get_rank() == 0 and index == 1:
+            raise ZeroDivisionError("the user's")
+        super().validation_step(batch, index)
+
+
+def test_an_error_of_an_early_stage_in_validation_reaches_the_others(world):
+    first, second = world(2).run(refused, FailsInValidation, {"size": 2, "microbatches": 2}, False, 2)
+    assert first == "ZeroDivisionError: the user's"
+    assert second == "TransferError: rank 0 has failed: ZeroDivisionError: the user's"
 
 
 @pytest.mark.parametrize(

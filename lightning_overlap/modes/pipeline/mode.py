@@ -318,9 +318,14 @@ class PipelineMode(OverlapMode):
     def mirrors_evaluation(self) -> bool:
         return self._stack is not None and self._own.evaluation == "mirror" and self.group.size > 1
 
+    @property
+    def _hops(self) -> Group:
+        # Threads wait for its transfers, so that who waits learns of another rank's error.
+        return next(iter(self.channels.values()))
+
     def failed_without_loss(self, said: str | None) -> str | None:
         # On connections of their own: where this was not reached, others may be in the middle of something on the group's.
-        everyone = next(iter(self.channels.values())).all_gather_objects(said)
+        everyone = self._hops.all_gather_objects(said)
         return next(filter(None, everyone), None) if everyone[self._placement[-1]] is None else None
 
     @contextmanager
@@ -375,7 +380,7 @@ class PipelineMode(OverlapMode):
     def _hand_on(self, how: Pass, stage: int, targets: tuple[int, ...], x: Tensor) -> None:
         form = Form(tuple(x.shape), x.dtype, trained=False, items=how.items or 0)
         sends = [
-            self.group.send(part, target, key=key, label=f"pipeline.evaluation[{stage}]")
+            self._hops.send(part, target, key=key, label=f"pipeline.evaluation[{stage}]")
             for target in targets
             for key, part in enumerate((form.pack().to(x.device), x.contiguous()), 2 * stage + 2)
         ]
@@ -384,7 +389,7 @@ class PipelineMode(OverlapMode):
 
     def _fetch(self, how: Pass, stage: int, source: int) -> Tensor:
         def receive(x: Tensor, key: int) -> Tensor:
-            return self.group.receive(x, source, key=key, label=f"pipeline.evaluation[{stage}]").wait()
+            return self._hops.receive(x, source, key=key, label=f"pipeline.evaluation[{stage}]").wait()
 
         form = Form.unpack(receive(Form.header(self._device), 2 * stage + 2))
         how.items = form.items
