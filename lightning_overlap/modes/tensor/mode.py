@@ -99,7 +99,7 @@ class TensorMode(OverlapMode):
         for region in found.regions:
             self._read_at(region)
         if self._first is not None:
-            self._undo.append(blocks[0].register_forward_pre_hook(self._check, with_kwargs=True).remove)
+            self._hook(blocks[0].register_forward_pre_hook, self._check, with_kwargs=True)
         if self._scattered:
             self._scatter_tokens(blocks)
 
@@ -139,6 +139,10 @@ class TensorMode(OverlapMode):
         before = vars(module).get(name, self)
         setattr(module, name, value)
         self._undo.append(lambda: delattr(module, name) if before is self else setattr(module, name, before))
+
+    def _hook(self, register: Callable[..., Any], hook: Callable[..., Any], **how: bool) -> None:
+        """Registers one until the release. It is never compiled: it communicates."""
+        self._undo.append(register(torch.compiler.disable(hook), **how).remove)
 
     def _row(self, layer: nn.Module, name: str) -> Callable[[Tensor], Tensor]:
         region = max((region for region in self._columns if name.startswith(f"{region}.")), key=len, default="")
@@ -185,7 +189,9 @@ class TensorMode(OverlapMode):
                 self._own_numbers.start()
             return _put(args, kwargs, place, handle)
 
-        self._undo.append(region.module.register_forward_pre_hook(before, with_kwargs=True).remove)
+        self._hook(region.module.register_forward_pre_hook, before, with_kwargs=True)
+        # Compiled code has no place for numbers that are on their way: a region of compiled blocks runs as it is.
+        self._replace(region.module, "forward", torch.compiler.disable(region.module.forward))
 
     @staticmethod
     def _refuse_second_input(name: str, x: Tensor, inputs: Sequence[Any]) -> None:
@@ -236,10 +242,10 @@ class TensorMode(OverlapMode):
             self._own_numbers.stop()
 
         for block in blocks:
-            self._undo.append(block.register_forward_pre_hook(start).remove)
-            self._undo.append(block.register_forward_hook(stop, always_call=True).remove)
-        self._undo.append(blocks[0].register_forward_pre_hook(entering, with_kwargs=True).remove)
-        self._undo.append(blocks[-1].register_forward_hook(leaving).remove)
+            self._hook(block.register_forward_pre_hook, start)
+            self._hook(block.register_forward_hook, stop, always_call=True)
+        self._hook(blocks[0].register_forward_pre_hook, entering, with_kwargs=True)
+        self._hook(blocks[-1].register_forward_hook, leaving)
 
     # -- training ----------------------------------------------------------------------------------------------------
 
