@@ -2,6 +2,7 @@
 
 import warnings
 from typing import Any, ClassVar
+from unittest import mock
 
 import pytest
 import torch
@@ -271,6 +272,31 @@ def test_checkpoints_are_of_the_whole_model(world: Any, data: int, tmp_path: Any
                 train_with, {"tensor_parallel": TensorParallel(vocab_parallel=True, size=size)}, model, {"resume": saved}
             ):
                 close(found)
+
+
+class Compiled(Net):
+    def __init__(self, what: str) -> None:
+        super().__init__()
+        for number, block in enumerate(self.blocks):
+            if what == "block":
+                block.compile(backend="aot_eager")
+            elif what == "wrapped block":
+                self.blocks[number] = torch.compile(block, backend="aot_eager")
+            else:
+                block.mlp.compile(backend="aot_eager")
+
+
+def train_compiled(what: str, sequence: bool) -> Any:
+    with mock.patch(f"{__name__}.Net", Compiled):
+        return train({"tensor_parallel": TensorParallel(size=2, vocab_parallel=True, sequence_parallel=sequence)}, {"what": what})
+
+
+@pytest.mark.parametrize("sequence", [True, False])
+@pytest.mark.parametrize("what", ["block", "wrapped block", "mlp"])
+def test_compiled_blocks(world: Any, what: str, sequence: bool) -> None:
+    for found in world(2).run(train_compiled, what, sequence):
+        weights = {name.replace("._orig_mod", ""): weight for name, weight in found["weights"].items()}
+        compare({**found, "weights": weights}, train(None, {}))
 
 
 def saved_in_shards(strategy: dict[str, Any], model: dict[str, Any], folder: str) -> Any:
