@@ -6,13 +6,16 @@ What it holds is initialised as torch's and Hugging Face's modules do it themsel
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from lightning_overlap.decision import ConfigError
 from lightning_overlap.shards import absent_like, is_absent
+
+_LOST = "_lightning_overlap_lost"
+"""Attribute of a parameter whose values another rank has, from a fit."""
 
 
 def is_deferred(module: nn.Module) -> bool:
@@ -21,8 +24,15 @@ def is_deferred(module: nn.Module) -> bool:
 
 
 def forget(module: nn.Module) -> None:
-    """Parameters that only another rank has, after a fit, are on the meta device again."""
-    _replace(module, lambda _, tensor: tensor.to("meta") if _is_elsewhere(tensor) else None)
+    """Parameters that only another rank has, after a fit, are on the meta device again; nobody will initialise them anew."""
+
+    def lose(_: str, tensor: Tensor) -> Tensor | None:
+        if not _is_elsewhere(tensor):
+            return None
+        setattr(tensor, _LOST, True)
+        return tensor.to("meta")
+
+    _replace(module, lose)
 
 
 def materialize(module: nn.Module, device: torch.device, holds: Callable[[str], bool]) -> list[str]:
@@ -53,7 +63,7 @@ def materialize(module: nn.Module, device: torch.device, holds: Callable[[str], 
 
 
 @torch.no_grad()
-def initialize(module: nn.Module, names: Iterable[str], load: Callable[[], None]) -> None:
+def initialize(module: nn.Module, names: Iterable[str], load: Callable[[], None]) -> list[str]:
     """Gives values to what :func:`materialize` has made.
 
     Args:
@@ -61,12 +71,13 @@ def initialize(module: nn.Module, names: Iterable[str], load: Callable[[], None]
         names: of what was made.
         load: loads a checkpoint, if there is one, once modules have initialised themselves.
 
-    Raises:
-        ConfigError: something has got none.
+    Returns:
+        The names of what has got none.
     """
-    before = {name: tensor._version for name, _, _, tensor in _tensors(module)}
+    tensors = {name: tensor for name, _, _, tensor in _tensors(module)}
+    before = {name: tensor._version for name, tensor in tensors.items()}
     parts = dict(module.named_modules())
-    owners = {name.rpartition(".")[0] for name in names}
+    owners = {name.rpartition(".")[0] for name in names if not hasattr(tensors[name], _LOST)}
     for path in reversed(parts):  # from the inside out, as constructors do
         if path not in owners:
             continue
@@ -78,19 +89,23 @@ def initialize(module: nn.Module, names: Iterable[str], load: Callable[[], None]
         if near is not None:
             near._init_weights(parts[path])  # type: ignore[operator]
     load()
-    tensors = {name: tensor for name, _, _, tensor in _tensors(module)}
+    for name in names:
+        vars(tensors[name]).pop(_LOST, None)
 
-    def is_empty(name: str) -> bool:
-        tensor = tensors[name]
-        return bool(tensor.isnan().any()) if tensor.is_floating_point() else tensor._version == before[name]
+    def is_empty(tensor: Tensor, version: int) -> bool:
+        return bool(tensor.isnan().any()) if tensor.is_floating_point() else tensor._version == version
 
-    if found := [name for name in names if tensors[name].numel() and is_empty(name)]:
-        more = f" and {len(found) - 8} more" if found[8:] else ""
-        raise ConfigError(
-            f"{', '.join(found[:8])}{more} came from the meta device, and nothing gives values: there is no reset_parameters() of the "
-            "module, no _init_weights(module) around it that does, and no checkpoint (or it was on another rank in an earlier fit). "
-            "Pass ckpt_path=, give the module one of these methods, or register it outside of torch.device('meta')"
-        )
+    return [name for name in names if tensors[name].numel() and is_empty(tensors[name], before[name])]
+
+
+def without_values(names: Sequence[str]) -> ConfigError:
+    """The error of parameters and buffers that have got no values."""
+    more = f" and {len(names) - 8} more" if names[8:] else ""
+    return ConfigError(
+        f"{', '.join(names[:8])}{more} came from the meta device, and nothing gives values: there is no reset_parameters() of the "
+        "module, no _init_weights(module) around it that does, and no checkpoint; or another rank has the values, from a fit. "
+        "Pass ckpt_path=, give the module one of these methods, or register it outside of torch.device('meta')"
+    )
 
 
 def _is_elsewhere(tensor: Tensor) -> bool:

@@ -35,7 +35,7 @@ from lightning_overlap.config import OverlapConfig
 from lightning_overlap.decision import ConfigError
 from lightning_overlap.driven import DrivenStep, failing_together, mirrored_metrics, mirrored_step
 from lightning_overlap.facts import Facts
-from lightning_overlap.materialize import forget, initialize, is_deferred, materialize
+from lightning_overlap.materialize import forget, initialize, is_deferred, materialize, without_values
 from lightning_overlap.mesh import ParallelMesh
 from lightning_overlap.modes import MODES
 from lightning_overlap.modes.base import COUNTED_ELSEWHERE, OverlapMode
@@ -257,7 +257,9 @@ class OverlapStrategy(DDPStrategy):
             return all(has(name) for has in held)
 
         made = materialize(module, self.root_device, holds)
-        initialize(module, made, partial(self._load_what_waits, holds))
+        empty = initialize(module, made, partial(self._load_what_waits, holds))
+        if said := next(filter(None, all_gather_objects(empty) if world_size() > 1 else [empty]), None):
+            raise without_values(said)  # the same on every rank
         # Each has drawn its own numbers. Of one stage, all ranks hold the same.
         alike = self.mesh.groups(*(axis for axis in self.mesh.sizes if axis != "pp" or not fitting))
         group = make_group(alike, "made", self.time_limit, gathers=False, threads=False)

@@ -412,6 +412,17 @@ def test_a_folder_of_plain_data_parallelism_loads_into_a_pipeline(world, tmp_pat
         torch.testing.assert_close(rank["weights"], expected[0]["weights"], rtol=1e-4, atol=1e-5)
 
 
+class NobodyInitialises(Net):
+    def configure_model(self) -> None:
+        self.head.bias = nn.Parameter(torch.empty(32, device="meta"))
+        self.head.reset_parameters = lambda: None  # type: ignore[method-assign, assignment]
+
+
+def test_what_nothing_gives_values_to_is_named(world):
+    for said in world(2).run(refused, NobodyInitialises, {"size": 2, "microbatches": 2}):
+        assert said.startswith("ConfigError: head.bias came from the meta device, and nothing gives values")
+
+
 class OnMeta(Net):
     """Made in ``configure_model``, on the meta device, and large: a block has more bytes than all else."""
 
@@ -462,8 +473,15 @@ def fit_from_meta(pipeline, path, resume, kind, lazy=True, epochs=1):
     _, most = peak(lambda: run.fit(module, loader(8), loader(8), ckpt_path=resume), resume)
     if path:
         run.save_checkpoint(path)
-    weights = {name: p.detach().clone() for name, p in module.named_parameters()}
-    return {"weights": weights, "peak": most, "loss": float(run.callback_metrics["loss"])}
+    found = {"weights": {name: p.detach().clone() for name, p in module.named_parameters()}, "peak": most}
+    found["loss"] = float(run.callback_metrics["loss"])
+    if path:
+        try:
+            run.validate(module, loader(8), verbose=False)
+        except ConfigError as error:
+            found["refused"] = str(error)
+        (found["validated"],) = run.validate(module, loader(8), ckpt_path=path, verbose=False)
+    return found
 
 
 @pytest.mark.parametrize("kind", ["full", "sharded"])
@@ -478,6 +496,10 @@ def test_no_rank_holds_a_model_from_the_meta_device(world, tmp_path, kind):
         assert found["peak"] < 5 * block, rank
         here = [name for name, weight in found["weights"].items() if ".up.weight" in name and not weight.isnan().any()]
         assert here == [f"blocks.{rank % 4}.up.weight"]
+        assert found["validated"] == begun[0]["validated"] or rank > 3
+        assert found["refused"] == begun[0]["refused"]
+        assert "blocks.1.norm.weight" in found["refused"]
+        assert "another rank has the values, from a fit" in found["refused"]
     # The same that a model in memory makes of the first one's checkpoint, on one rank or on four.
     for pipeline in ({"size": 1}, layout):
         expected = world(4).run(fit_from_meta, pipeline, None, first, kind, False, 2)
