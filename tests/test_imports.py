@@ -19,6 +19,7 @@ DISTRIBUTED = {
     "checkpoint.py",
     "sharded_checkpoint.py",
     "shards.py",
+    "modes/tensor/symm_mem.py",
     "bench/peers.py",
     "bench/pipelining.py",
 }

@@ -95,6 +95,22 @@ def test_a_cut_region_is_the_whole_one(world: Any, size: int, scattered: bool) -
     assert world(size).run(in_every_way, scattered) == [[]] * size
 
 
+def only_beside() -> float:
+    """Where no column layer is called, but something else reads the input: the largest difference of its gradient."""
+    group = tensor_group(dist.get_world_size())
+    exchange = Exchange(group, scattered=True)
+    region = Region(True, torch.float64)
+    own = torch.randn(4, 8, dtype=torch.float64, requires_grad=True)
+    handle = read(own * 1, [region.q, region.k], prepare([region.q, region.k], exchange, "region"), 4 * group.size)
+    (handle.square().sum() / group.size).backward()
+    assert own.grad is not None
+    return (own.grad - 2 * own.detach()).abs().max().item()
+
+
+def test_a_region_whose_columns_are_left_out(world: Any) -> None:
+    assert max(world(2).run(only_beside)) < 1e-12
+
+
 @pytest.mark.parametrize(("dtype", "close"), [("float32", 1e-5), ("bfloat16", 0.3)])
 def test_in_lower_precision(world: Any, dtype: str, close: float) -> None:
     for overlapped in (True, False):

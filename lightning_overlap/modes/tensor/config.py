@@ -32,6 +32,8 @@ class TensorParallel:
     """Backward uses the input that forward has gathered, instead of gathering it again: memory for traffic."""
     vocab_parallel: bool | Literal["auto"] = "auto"
     """Embedding and head are cut along the vocabulary, and logits stay cut until they are a loss; ``auto``: a large one is."""
+    backend: Literal["p2p", "symm_mem"] = "p2p"
+    """What multiplies beside transfers: our own exchange, on any device; or torch's fused operators over symmetric memory, on CUDA."""
     verify_blocks: bool = True
     """In the first training step, a block's output is compared with that of the block as it was before it was cut."""
 
@@ -49,6 +51,8 @@ class TensorParallel:
             raise ConfigError(f"tensor_parallel.size must be at least 1, got {self.size}")
         if self.splits != "auto" and (not isinstance(self.splits, int) or isinstance(self.splits, bool) or self.splits < 1):
             raise ConfigError(f"tensor_parallel.splits must be at least 1, or auto, got {self.splits!r}")
+        if self.backend not in ("p2p", "symm_mem"):
+            raise ConfigError(f"tensor_parallel.backend must be p2p or symm_mem, got {self.backend!r}")
         for name in ("sequence_parallel", "overlap", "vocab_parallel"):
             if getattr(self, name) not in (True, False, "auto"):
                 raise ConfigError(f"tensor_parallel.{name} must be true, false or auto, got {getattr(self, name)!r}")
@@ -95,6 +99,7 @@ def decide(own: TensorParallel, whole: OverlapConfig, facts: Facts) -> list[Deci
         overlap,
         _vocabulary(own, facts),
         *([_again(own)] if scattered else []),
+        *_backend(own, facts, scattered=scattered, overlapped=overlap.choice != "off"),
     ]
 
 
@@ -119,6 +124,24 @@ def _again(own: TensorParallel) -> Decision:
     kept = own.keep_gathered_input
     why = "backward reads what forward has gathered" if kept else "backward gathers inputs again, beside the inputs' gradients"
     return Decision("tensor_parallel.keep_gathered_input", "on" if kept else "off", "on" if kept else "off", why)
+
+
+def _backend(own: TensorParallel, facts: Facts, *, scattered: bool, overlapped: bool) -> list[Decision]:
+    """Raises:
+    ConfigError: with every reason against the one that was asked for.
+    """
+    if own.backend == "p2p":
+        return []
+    reasons = [
+        (facts.device != "cuda", f"its operators are CUDA's, and this is {facts.device}"),
+        (not scattered, "it needs sequence_parallel"),
+        (not overlapped, "it has no plain twin: overlap is off"),
+        (own.keep_gathered_input, "it gathers inputs again in backward: set keep_gathered_input: false"),
+    ]
+    if said := [reason for applies, reason in reasons if applies]:
+        raise ConfigError(f"tensor_parallel.backend: symm_mem cannot run here: {'; '.join(said)}. Use backend: p2p")
+    why = "torch's fused operators; sequences that the ranks do not divide go by p2p"
+    return [Decision("tensor_parallel.backend", own.backend, own.backend, why)]
 
 
 def _refuse_what_cannot_run(own: TensorParallel, facts: Facts) -> None:

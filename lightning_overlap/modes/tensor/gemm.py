@@ -192,13 +192,16 @@ class Reduced:
     """A sum over the ranks of products, of which each rank has a summand: in pieces, sent as soon as they are ready.
 
     Args:
-        factors: the summand is the sum of ``x @ w`` over these: ``x`` ``(..., tokens, in)``, ``w`` ``(in, out)``.
+        factors: the summand is the sum of ``x @ w`` over these: ``x`` ``(..., tokens, in)``, ``w`` ``(in, out)``. May be none.
         exchange: the ranks. Where tokens are cut, each rank gets its own; otherwise all get all.
         label: names the transfers.
         more: something that is added to the summand, ``(..., tokens, out)``.
     """
 
     def __init__(self, factors: Sequence[tuple[Tensor, Tensor]], exchange: Exchange, label: str, more: Tensor | None = None) -> None:
+        if not factors:
+            assert more is not None, "there is something to be summed"
+            factors = [(more.new_zeros(*more.shape[:-1], 1), more.new_zeros(1, more.shape[-1]))]
         x, w = factors[0]
         group, tokens, width = exchange.group, x.shape[-2], w.shape[-1]
         bounds = exchange.parts(tokens)

@@ -16,6 +16,7 @@ from lightning_overlap.comm import Group, make_group
 from lightning_overlap.decision import ConfigError
 from lightning_overlap.facts import TensorFacts
 from lightning_overlap.modes.base import COUNTED_ELSEWHERE, LATE_GRADIENT, OverlapMode
+from lightning_overlap.modes.tensor import symm_mem
 from lightning_overlap.modes.tensor.check import FirstBlock
 from lightning_overlap.modes.tensor.gemm import Exchange, shares
 from lightning_overlap.modes.tensor.linear import Reading, column_forward, prepare, read, row_product
@@ -52,6 +53,8 @@ class TensorMode(OverlapMode):
             splits=None if own.splits == "auto" else own.splits,
             keep_gathered=own.keep_gathered_input,
         )
+        fused = own.backend == "symm_mem" and self._scattered
+        self._fused = symm_mem.operators(self.group) if fused else None
         self._undo: list[Callable[[], None]] = []
         self._tokens = 0  # of the sequence that is in the blocks
         self._step = 0
@@ -148,6 +151,8 @@ class TensorMode(OverlapMode):
         region = max((region for region in self._columns if name.startswith(f"{region}.")), key=len, default="")
 
         def forward(x: Tensor) -> Tensor:
+            if self._fused is not None and symm_mem.fits(x.shape[-2], self._exchange):
+                return symm_mem.row_product(x, layer, self._fused)
             reading, own = self._latest.pop(region, None) or (None, None)
             between = partial(self._prepare_next, name)
             y = row_product(x, layer, self._exchange, name, reading=reading, own=own, between=between)
@@ -181,7 +186,10 @@ class TensorMode(OverlapMode):
         def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
             place, x = find_hidden(args, kwargs, region.name)
             self._refuse_second_input(region.name, x, (*args, *kwargs.values()))
-            handle = read(x, columns, self._reading(region.name), self._tokens_of(x, region.name))
+            tokens = self._tokens_of(x, region.name)
+            if self._fused is not None and symm_mem.fits(tokens, self._exchange):
+                return _put(args, kwargs, place, symm_mem.read(x, columns, self._fused, self._exchange, region.name))
+            handle = read(x, columns, self._reading(region.name), tokens)
             again = self._scattered and not self._exchange.keep_gathered and torch.is_grad_enabled()
             if again and any(layer.weight.requires_grad for layer in columns):
                 self._latest[region.name] = (handle.reading, handle.gathered.own)

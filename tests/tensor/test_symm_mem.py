@@ -1,0 +1,104 @@
+"""The fused backend's autograd, with torch's own fallbacks of the two operators, which run on gloo too."""
+
+import itertools
+from functools import partial
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch.distributed import _symmetric_memory as fallbacks
+
+from lightning_overlap import ConfigError, OverlapStrategy, TensorParallel
+from lightning_overlap.comm import Group
+from lightning_overlap.config import OverlapConfig
+from lightning_overlap.facts import Facts
+from lightning_overlap.modes.tensor import config, symm_mem
+from lightning_overlap.modes.tensor.gemm import Exchange, shares
+from lightning_overlap.plan import resolve
+from tests.tensor.group import tensor_group
+from tests.tensor.test_linear import Region
+from tests.trainer.test_tensor import compare, train
+
+
+def slow_operators(group: Group) -> symm_mem.Operators:
+    gather, reduce = fallbacks._fused_all_gather_matmul_fallback, fallbacks._fused_matmul_reduce_scatter_fallback
+    return symm_mem.Operators(gather, reduce, group.reduces.group_name)
+
+
+def differences(dtype: str) -> list[Any]:
+    """Cases in which output, the input's gradient or a parameter's differ from those of the uncut region."""
+    group = tensor_group(dist.get_world_size())
+    exchange, fused, kind = Exchange(group, scattered=True), slow_operators(group), getattr(torch, dtype)
+    mine = slice(*shares(12, group.size)[group.rank : group.rank + 2])
+    wrong = []
+    for tokens, leading, bias, beside in itertools.product([4, 8], [(), (3,), (2, 2)], [True, False], [True, False]):
+        whole, cut = Region(bias, kind), Region(bias, kind)
+        cut.cut(group.rank, group.size)
+        cut.out.forward = partial(symm_mem.row_product, layer=cut.out, fused=fused)  # type: ignore[method-assign]
+        x = torch.randn(*leading, tokens, 8, dtype=kind, generator=torch.Generator().manual_seed(1))
+        weights = torch.randn(*leading, tokens, 8, dtype=kind, generator=torch.Generator().manual_seed(2))
+        a, b = exchange.parts(tokens)[group.rank : group.rank + 2]
+        everything, own = x.clone().requires_grad_(), x[..., a:b, :].clone().requires_grad_()
+        expected = whole(everything, beside)
+        (expected * weights).sum().backward()
+        found = cut(symm_mem.read(own, [cut.q, cut.k], fused, exchange, "region"), beside)
+        (found * weights[..., a:b, :]).sum().backward()
+        assert own.grad is not None
+        assert everything.grad is not None
+        pairs = [(found, expected[..., a:b, :]), (own.grad, everything.grad[..., a:b, :])]
+        pairs += [
+            (p.grad, w.grad[mine])
+            for name in "qk"
+            for p, w in zip(*(getattr(r, name).parameters() for r in (cut, whole)), strict=True)
+        ]
+        pairs += [(cut.out.weight.grad, whole.out.weight.grad[:, mine])]  # type: ignore[index]
+        close = 1e-11 if dtype == "float64" else 0.3
+        wrong += [(tokens, leading, bias, beside, n) for n, (p, q) in enumerate(pairs) if not torch.allclose(p, q, rtol=0, atol=close)]
+    return wrong
+
+
+@pytest.mark.parametrize(("size", "dtype"), [(2, "float64"), (4, "float64"), (2, "bfloat16")])
+def test_a_cut_region_is_the_whole_one(world: Any, size: int, dtype: str) -> None:
+    assert world(size).run(differences, dtype) == [[]] * size
+
+
+def trained(tokens: int) -> Any:
+    used: list[int] = []
+
+    def count(*args: Any, **kwargs: Any) -> Any:
+        used.append(1)
+        return fallbacks._fused_all_gather_matmul_fallback(*args, **kwargs)
+
+    def operators(group: Group) -> symm_mem.Operators:
+        return symm_mem.Operators(count, slow_operators(group).matmul_reduce_scatter, group.reduces.group_name)
+
+    with mock.patch.object(symm_mem, "operators", operators), mock.patch.object(config, "_backend", return_value=[]):
+        strategy = {"tensor_parallel": TensorParallel(size=2, vocab_parallel=True, backend="symm_mem")}
+        found = train(strategy, {"tokens": tokens}, accumulate_grad_batches=2, gradient_clip_val=0.1)
+    return {**found, "used": len(used)}
+
+
+@pytest.mark.parametrize("tokens", [8, 9])
+def test_training_is_close_to_one_process(world: Any, tokens: int) -> None:
+    expected = train(None, {"tokens": tokens}, accumulate_grad_batches=2, gradient_clip_val=0.1)
+    for found in world(2).run(trained, tokens):
+        compare(found, expected)
+        assert bool(found["used"]) == (tokens == 8)  # what the ranks do not divide goes by p2p
+
+
+def test_it_is_refused_where_it_cannot_run() -> None:
+    own = OverlapStrategy(tensor_parallel=TensorParallel(size=2, backend="symm_mem", sequence_parallel=False)).config
+    with pytest.raises(ConfigError, match="its operators are CUDA's, and this is cpu; it needs sequence_parallel"):
+        resolve(own, Facts(world_size=2))
+    own = OverlapConfig(tensor_parallel=TensorParallel(size=2, backend="symm_mem"))
+    assert "symm_mem" in resolve(own, Facts(world_size=2, device="cuda")).explain()
+    with pytest.raises(ConfigError, match="must be p2p or symm_mem"):
+        TensorParallel(size=2, backend="userbuffers")  # type: ignore[arg-type]
+
+
+def test_torch_has_the_operators() -> None:
+    fused = symm_mem.operators(mock.Mock())
+    assert "group_name" in str(fused.all_gather_matmul.default._schema)
+    assert "scatter_dim" in str(fused.matmul_reduce_scatter.default._schema)
