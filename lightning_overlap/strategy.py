@@ -28,6 +28,7 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch import Tensor
 from torch.optim import Optimizer
 
+from lightning_overlap import environment
 from lightning_overlap.batches import refuse_different
 from lightning_overlap.checkpoint import AtomicCheckpointIO, Saves, compact, in_place, is_local, load_file, load_lazily
 from lightning_overlap.comm import Group, agree, all_gather_objects, backend, broadcast_object, end_world, make_group, world_size
@@ -179,6 +180,10 @@ class OverlapStrategy(DDPStrategy):
     def _configure_launcher(self) -> None:
         # The first place where the number of ranks is known, and before any process is started.
         resolve(self.config, Facts(world_size=self.num_nodes * self.num_processes))
+        if self.root_device.type == "cuda":
+            settings = environment.wanted(self.config, environment.capability())
+            for line in environment.apply(settings, os.environ, started=torch.cuda.is_initialized()):
+                rank_zero_info(f"lightning_overlap: {line}")
         super()._configure_launcher()
 
     @property

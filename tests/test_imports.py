@@ -10,7 +10,15 @@ import lightning_overlap
 ROOT = Path(lightning_overlap.__file__).parent
 FILES = {str(path.relative_to(ROOT)): path for path in ROOT.rglob("*.py")}
 PURE = ["modes/data/layout.py", "modes/pipeline/layout.py", "modes/pipeline/schedule.py", "modes/pipeline/simulate.py"]
-STDLIB_ONLY = ["config.py", "decision.py", "plan.py", "roles.py", *PURE, *[f for f in FILES if f.endswith("/config.py")]]
+STDLIB_ONLY = [
+    "config.py",
+    "decision.py",
+    "environment.py",
+    "plan.py",
+    "roles.py",
+    *PURE,
+    *[f for f in FILES if f.endswith("/config.py")],
+]
 # The doors to collectives, and what reads and writes torch's distributed checkpoints.
 DISTRIBUTED = {
     "comm.py",
