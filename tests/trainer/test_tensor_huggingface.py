@@ -13,7 +13,7 @@ from lightning.pytorch.strategies import SingleDeviceStrategy
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from lightning_overlap import OverlapStrategy, TensorParallel
+from lightning_overlap import ConfigError, OverlapStrategy, TensorParallel
 
 VOCABULARY = 33
 SIZES = {"vocab_size": VOCABULARY, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "max_position_embeddings": 32}
@@ -28,6 +28,7 @@ CONFIGS = {
     "gemma": transformers.GemmaConfig(**LLAMA_LIKE),
     "gemma2": transformers.Gemma2Config(**LLAMA_LIKE),
     "gpt2": transformers.GPT2Config(**GPT2, **STILL),
+    "llama without groups": transformers.LlamaConfig(**{**LLAMA_LIKE, "num_key_value_heads": 4}),
     "gpt_neox": transformers.GPTNeoXConfig(**SIZES, intermediate_size=64),
 }
 
@@ -88,7 +89,28 @@ def train(kind: str, tensor: dict[str, Any] | None, recompute: bool = False, exp
     return module.losses, weights, module.written, "" if tensor is None else strategy.plan.explain()
 
 
-@pytest.mark.parametrize("kind", CONFIGS)
+@pytest.mark.parametrize("kind", ["llama without groups", "gpt2", "gpt_neox"])
+def test_four_ranks(world: Any, kind: str) -> None:
+    losses, weights, written, _ = train(kind, None)
+    for found in world(4).run(train, kind, {"size": 4}):
+        torch.testing.assert_close(found[0], losses, rtol=1e-5, atol=1e-5)
+        for name, weight in weights.items():
+            torch.testing.assert_close(found[1][name], weight, rtol=1e-4, atol=1e-5)
+        assert found[2] == written
+
+
+def refused(kind: str) -> str:
+    with pytest.raises(ConfigError) as caught:
+        train(kind, {"size": 4})
+    return str(caught.value)
+
+
+def test_more_ranks_than_key_value_heads_are_refused(world: Any) -> None:
+    for said in world(4).run(refused, "llama"):
+        assert "num_key_value_heads=2 is not divisible by 4" in said
+
+
+@pytest.mark.parametrize("kind", [kind for kind in CONFIGS if kind != "llama without groups"])
 def test_the_numbers_of_one_process(world: Any, kind: str) -> None:
     losses, weights, written, _ = train(kind, None)
     settings: list[tuple[dict[str, Any], bool]] = [({"size": 2}, False), ({"size": 2, "sequence_parallel": False}, True)]
