@@ -236,17 +236,20 @@ class _Threads:
 
     def _post(self) -> None:
         while (item := self._posts.get()) is not None:
-            pending, transfers, reduce = item
-            try:
-                for transfer in transfers:
-                    pending._works.append(self._group.post(pending.transfer.label, *transfer))
-            except TransferError as error:
-                pending._settle(error)
-            if reduce:
-                self._reduces.put(pending)
-            else:
-                pending._settle()
+            self._start(*item)
+            del item  # no thread keeps what has gone until there is more to do
         self._reduces.put(None)
+
+    def _start(self, pending: Pending, transfers: list[_Transfer], reduce: bool) -> None:
+        try:
+            for transfer in transfers:
+                pending._works.append(self._group.post(pending.transfer.label, *transfer))
+        except TransferError as error:
+            pending._settle(error)
+        if reduce:
+            self._reduces.put(pending)
+        else:
+            pending._settle()
 
     def _wait_for_reduces(self) -> None:
         last = 0.0
@@ -263,6 +266,7 @@ class _Threads:
             with self._changed:
                 self._reducing -= 1
                 self._changed.notify()
+            del pending
 
     def _wait_for_asked(self) -> None:
         while (pending := self._asked.get()) is not None:
@@ -271,6 +275,7 @@ class _Threads:
             except TransferError as error:
                 pending._settle(error)
             pending._settle()
+            del pending
 
     def _send_chunks(self) -> None:
         flying: list[tuple[tuple[Any, int], Pending]] = []

@@ -5,6 +5,7 @@ import socket
 import subprocess
 import sys
 import threading
+import weakref
 
 import pytest
 import torch
@@ -170,6 +171,33 @@ def test_point_to_point(world, size):
         assert got == [10.0 * ((rank - 1) % size) + key for key in (2, 1, 0)]
         assert arrived
         assert ranks == (rank, (rank + 1) % size)
+
+
+def let_go(last):
+    """The last transfers of a group, after which its threads have nothing more to do."""
+    group = make_group([[0, 1]], "test", datetime.timedelta(seconds=30), gathers=False)
+    try:
+        peer, used = 1 - dist.get_rank(), [torch.ones(1000), torch.ones(1000)]
+        gone = [threading.Event() for _ in used]
+        for x, event in zip(used, gone, strict=True):
+            weakref.finalize(x, event.set)
+        if last == "sum":
+            assert group.all_reduce(used[0], label="sum").wait()[0] == 2
+        else:
+            pending = group.receive(used[0], peer, key=0, label="received")
+            group.send(used[1], peer, key=0, label="sent")
+            pending.wait()
+            del pending
+        del x
+        used.clear()
+        return all(event.wait(10) for event in gone)
+    finally:
+        group.close()
+
+
+@pytest.mark.parametrize("last", ["sum", "send"])
+def test_tensors_that_have_gone_or_come_are_let_go_of(world, last):
+    assert world(2).run(let_go, last) == [True] * 2
 
 
 def halfway(folder):
