@@ -58,13 +58,13 @@ class Peak(Callback):
             self.bytes = max(itertools.accumulate(e.nbytes() for e in events if e.name() == "[memory]"))
 
 
-def peaks(pipeline: dict[str, Any]) -> tuple[float, int]:
+def peaks(pipeline: dict[str, Any], overlap: Any = "auto") -> tuple[float, int]:
     """Activations of a stage that this rank held at most, as its memory says, and as the plan does."""
     warnings.simplefilter("ignore")
     seed_everything(1, verbose=False)
     own = PipelineParallel(size=2, **pipeline)
     env = {"cluster_environment": TorchElasticEnvironment(), "process_group_backend": "gloo"}
-    strategy, callback = OverlapStrategy(pipeline_parallel=own, **env), Peak()  # type: ignore[arg-type]
+    strategy, callback = OverlapStrategy(pipeline_parallel=own, overlap=overlap, **env), Peak()  # type: ignore[arg-type]
     quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
     run = Trainer(accelerator="cpu", devices=2, strategy=strategy, max_steps=3, callbacks=[callback], **quiet)  # type: ignore[arg-type]
     run.fit(Deep(), DataLoader(torch.randn(3 * own.count, 2048, 4), batch_size=own.count))  # type: ignore[arg-type]
@@ -87,9 +87,15 @@ def peaks(pipeline: dict[str, Any]) -> tuple[float, int]:
         {"schedule": "zb_h1", "microbatches": 8},
         {"schedule": "interleaved_zb", "virtual_stages": 2, "microbatches": 8},
         {"schedule": "zb_v", "virtual_stages": 2, "microbatches": 8},
+        {"schedule": "dualpipev", "virtual_stages": 2, "microbatches": 8},
     ],
     ids=lambda pipeline: pipeline["schedule"],
 )
 def test_memory_is_what_the_schedule_says(world: Any, pipeline: dict[str, Any]) -> None:
     for rank, (held, told) in enumerate(world(2).run(peaks, pipeline)):
+        assert held == pytest.approx(told, rel=0.15), rank
+
+
+def test_transfers_that_are_waited_for_hold_no_more(world: Any) -> None:
+    for rank, (held, told) in enumerate(world(2).run(peaks, {"schedule": "eager_1f1b", "microbatches": 8}, "off")):
         assert held == pytest.approx(told, rel=0.15), rank
