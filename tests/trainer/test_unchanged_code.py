@@ -262,7 +262,8 @@ def connections_after(trainers):
 @pytest.mark.skipif(not os.path.exists("/proc/self/task"), reason="threads are counted as Linux shows them")
 def test_trainers_that_are_let_go_of_leave_no_connections(world):
     before = world(2).run(connections_after, 0)
-    assert world(2).run(connections_after, 3) == before
+    after = world(2).run(connections_after, 3)
+    assert all(now <= earlier for now, earlier in zip(after, before, strict=True))  # some of an earlier failure may end meanwhile
 
 
 class AsksForTheState(Callback):
