@@ -35,6 +35,24 @@ class TensorFacts:
 
 
 @dataclass(frozen=True)
+class PipelineFacts:
+    """What the stages of a pipeline hold."""
+
+    name: str
+    """Of the list of blocks."""
+    blocks: tuple[int, ...]
+    """By stage, how many."""
+    work: tuple[int, ...]
+    """By stage, elements of the matrices that a token is multiplied by."""
+    head_work: int
+    """Of these, those of the last stage's linear layers after the blocks, whose weights' gradients can come later."""
+    split: float = 0.0
+    """The part of the blocks' trained elements whose gradients a split backward leaves for later."""
+    unsplit: tuple[str, ...] = ()
+    """Classes of the modules with matrices whose gradients it cannot leave."""
+
+
+@dataclass(frozen=True)
 class Facts:
     """Facts about a run. ``optimizers`` and ``parameters`` are None until the model is known."""
 
@@ -50,9 +68,7 @@ class Facts:
     compiled: bool = False
     optimizers: tuple[OptimizerFacts, ...] | None = None
     parameters: int | None = None
-    stage_work: tuple[int, ...] = ()
-    """By stage of a pipeline, elements of the matrices that a token is multiplied by. Empty: not known."""
-    head_work: int = 0
-    """Of these, those of the last stage's linear layers after the blocks, whose weights' gradients can come later."""
+    pipeline: PipelineFacts | None = None
+    """None: the model is not known, or there is no pipeline."""
     tensor: TensorFacts | None = None
     """None: the model is not known, or not to be cut over a tensor axis."""

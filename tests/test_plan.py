@@ -16,7 +16,7 @@ from lightning_overlap import (
     TensorParallel,
 )
 from lightning_overlap.config import Degrees
-from lightning_overlap.facts import Facts, OptimizerFacts, TensorFacts
+from lightning_overlap.facts import Facts, OptimizerFacts, PipelineFacts, TensorFacts
 from lightning_overlap.mesh import ParallelMesh
 from lightning_overlap.plan import resolve
 
@@ -113,7 +113,7 @@ def test_explicit_requests_are_not_dropped(data, facts, words):
 
 
 DEFER = "pipeline_parallel.defer_embedding_wgrad"
-EVEN = {"stage_work": (12, 12), "head_work": 4}
+EVEN = {"pipeline": PipelineFacts("blocks", (2, 2), (12, 12), 4, 0.9, ("Conv1D",))}
 
 
 @pytest.mark.parametrize(
@@ -123,8 +123,8 @@ EVEN = {"stage_work": (12, 12), "head_work": 4}
         ({"wgrad_deferral_limit": 1}, EVEN, "in the bubble", r"at most 1 microbatches at once: on paper 2\.5%"),
         ({"defer_embedding_wgrad": True}, EVEN, "in the bubble", r"at most 8 microbatches at once: on paper 7\.4%"),
         ({"schedule": "zb_h1"}, EVEN, "in the bubble", "where its rank waits: on paper"),
-        ({}, {"stage_work": (12, 12), "head_work": 0}, "off", "no linear layer that is trained"),
-        ({}, {"stage_work": (120, 120), "head_work": 1}, "off", "on paper it wins 0"),
+        ({}, {"pipeline": PipelineFacts("blocks", (2, 2), (12, 12), 0)}, "off", "no linear layer that is trained"),
+        ({}, {"pipeline": PipelineFacts("blocks", (2, 2), (120, 120), 1)}, "off", "on paper it wins 0"),
         ({}, {}, "off", "the model is not known yet"),
         ({"defer_embedding_wgrad": False}, EVEN, "off", "asked for"),
         ({"size": 1, "microbatches": 4}, {}, "off", "one rank"),
@@ -135,6 +135,13 @@ def test_the_heads_gradients_are_deferred_where_that_wins(pipeline, facts, choic
     decision = next(d for d in resolve(config, Facts(world_size=2, **facts)).decisions if d.feature == DEFER)
     assert decision.choice == choice
     assert re.search(why, decision.why)
+
+
+def test_the_plan_tells_stages_and_what_a_split_backward_leaves():
+    config = OverlapConfig(pipeline_parallel=PipelineParallel(size=2, schedule="zb_h1"))
+    told = resolve(config, Facts(world_size=2, **EVEN)).explain()
+    assert "2 stages, 1 a rank; blocks by stage: 2, 2" in told
+    assert "of 90% of what the blocks train the gradients come later; at once, as before: Conv1D" in told
 
 
 def test_a_schedules_file_is_run_as_it_stands(tmp_path):
@@ -149,7 +156,7 @@ def test_a_schedules_file_is_run_as_it_stands(tmp_path):
 @pytest.mark.parametrize(
     ("pipeline", "facts", "words"),
     [
-        ({}, {"stage_work": (12, 12)}, "no linear layer that is trained comes after the blocks"),
+        ({}, {"pipeline": PipelineFacts("blocks", (2, 2), (12, 12), 0)}, "no linear layer that is trained comes after the blocks"),
         ({"size": 1, "microbatches": 4}, {}, "one rank, which waits for nobody"),
         ({"schedule": "zb_h1", "wgrad_deferral_limit": 2}, EVEN, "leave out wgrad_deferral_limit"),
     ],
@@ -232,7 +239,7 @@ def test_tensor_parallelism_says_what_it_does():
         (
             {
                 "pipeline": PipelineParallel(size=2, microbatches=4, defer_embedding_wgrad=True),
-                "facts": {"head_work": 5, "stage_work": (9, 9)},
+                "facts": {"pipeline": PipelineFacts("blocks", (2, 2), (9, 9), 5)},
             },
             "in an order of its own",
         ),

@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from lightning_overlap.decision import ConfigError
 from lightning_overlap.modes.data.guard import GuardedParameters
-from lightning_overlap.modes.pipeline.weight_grad import Split, WeightGradients
+from lightning_overlap.modes.pipeline.weight_grad import WeightGradients, what_splits
 
 WIDTH, WIDER = 48, 33  # large enough for another order of operands to give other bits
 
@@ -262,7 +262,7 @@ def test_what_other_modules_hold_too_is_not_deferred():
             return self.head(self.embedding(x))
 
     plain, split = twins(Tied)
-    assert WeightGradients([split]).split == Split(0, WIDER * WIDTH)
+    assert what_splits([split]) == (0, ("Embedding", "Linear"))
     both(plain, split, [torch.arange(5), torch.arange(3)])
 
 
@@ -300,9 +300,8 @@ def test_split_counts_elements_once():
     model = Block()
     model.up.bias.requires_grad_(False)
     shared = nn.ModuleList([model, model.down])
-    gradients = WeightGradients([shared, model])
     later = sum(layer.weight.numel() for layer in (model.qkv, model.out, model.up, model.down))
-    assert gradients.split == Split(later, sum(p.numel() for p in model.parameters() if p.requires_grad) - later)
+    assert what_splits([shared, model]) == (later / sum(p.numel() for p in model.parameters() if p.requires_grad), ())
 
 
 # -- hooks -----------------------------------------------------------------------------------------------------------
@@ -460,8 +459,8 @@ def test_subclasses_and_replaced_weights_are_left_alone():
     nn.utils.parametrizations.weight_norm(model["linear"])
     patched = nn.Linear(4, 4)
     patched.forward = lambda x: x
-    gradients = WeightGradients([model, patched])
-    assert gradients.split.later == 0
+    kinds = ("Linear", "MultiheadAttention", "NonDynamicallyQuantizableLinear", "Own", "ParametrizationList")
+    assert what_splits([model, patched]) == (0, kinds)
     layer = nn.Linear(4, 4)
     gradients = WeightGradients([layer])
     weights = {"weight": torch.randn(4, 4, requires_grad=True), "bias": torch.zeros(4)}

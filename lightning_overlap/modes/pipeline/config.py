@@ -11,7 +11,7 @@ from lightning_overlap.modes.pipeline.schedule import SCHEDULES, Schedule, build
 
 if TYPE_CHECKING:
     from lightning_overlap.config import OverlapConfig
-    from lightning_overlap.facts import Facts
+    from lightning_overlap.facts import Facts, PipelineFacts
     from lightning_overlap.plan import Plan
 
 WORTH_IT = 0.01
@@ -168,8 +168,10 @@ def decide(own: PipelineParallel, whole: OverlapConfig, facts: Facts) -> list[De
     free = simulate(schedule)
     verified = [Decision("pipeline_parallel.verify_first_batch", "on", "on", "the whole model is held once")]
     held = ", ".join(str(n) for n in free.peak)
+    found = facts.pipeline
+    blocks = "" if found is None else f"; {found.name or 'blocks'} by stage: {', '.join(map(str, found.blocks))}"
     return [
-        Decision("pipeline_parallel", str(own.size), str(own.size), f"{own.stages} stages, {own.virtual_stages} a rank"),
+        Decision("pipeline_parallel", str(own.size), str(own.size), f"{own.stages} stages, {own.virtual_stages} a rank{blocks}"),
         Decision(
             "pipeline_parallel.schedule",
             own.schedule,
@@ -184,6 +186,7 @@ def decide(own: PipelineParallel, whole: OverlapConfig, facts: Facts) -> list[De
             because=f"{own.p2p_prefetch} receives are posted ahead in each direction, sends are never waited for",
             blockers=[(own.size == 1, "there is one rank, which sends nothing")],
         ),
+        *([_split(found)] if schedule.splits_backward else []),
         _deferral(own, whole, facts, schedule),
         Decision("pipeline_parallel.evaluation", own.evaluation, own.evaluation, EVALUATION[own.evaluation]),
         *(verified if own.verify_first_batch else []),
@@ -202,15 +205,30 @@ def _deferred(own: PipelineParallel, facts: Facts, schedule: Schedule) -> Schedu
     """On paper a token costs what it is multiplied by, and backward twice that. Where backward is split the head's are in its W."""
     if schedule.splits_backward:
         return schedule
-    return deferred(schedule, facts.stage_work, [2 * work for work in facts.stage_work], facts.head_work, own.kept)
+    work, head = _work(facts)
+    return deferred(schedule, work, [2 * each for each in work], head, own.kept)
+
+
+def _work(facts: Facts) -> tuple[tuple[int, ...], int]:
+    """Of the stages and of the head; none, if the model is not known."""
+    return ((), 0) if facts.pipeline is None else (facts.pipeline.work, facts.pipeline.head_work)
+
+
+def _split(found: PipelineFacts | None) -> Decision:
+    """What a schedule that splits backward finds to split."""
+    feature = "pipeline_parallel.split_backward"
+    if found is None:
+        return Decision(feature, "", "linear layers", "the model is not known yet")
+    rest = f"; at once, as before: {', '.join(found.unsplit)}" if found.unsplit else ""
+    return Decision(feature, "", "linear layers", f"of {found.split:.0%} of what the blocks train the gradients come later{rest}")
 
 
 def _deferral(own: PipelineParallel, whole: OverlapConfig, facts: Facts, schedule: Schedule) -> Decision:
     feature, asked = "pipeline_parallel.defer_embedding_wgrad", own.defer_embedding_wgrad
     quiet = whole.overlap == "off" or asked is False
-    if own.size > 1 and not facts.stage_work and not quiet:
+    if own.size > 1 and facts.pipeline is None and not quiet:
         return Decision(feature, "on" if asked is True else "auto", "off", "the model is not known yet")
-    found = own.size > 1 and facts.head_work > 0
+    found = own.size > 1 and _work(facts)[1] > 0
     gain = _gain(own, facts, schedule) if found and not quiet else 0.0
     of = "" if schedule.splits_backward else f", of at most {own.kept or own.count} microbatches at once"
     return settle(
@@ -234,8 +252,8 @@ def _deferral(own: PipelineParallel, whole: OverlapConfig, facts: Facts, schedul
 
 def _gain(own: PipelineParallel, facts: Facts, schedule: Schedule) -> float:
     """The part of a step that it wins on paper."""
-    forward, backward = facts.stage_work, [2 * work for work in facts.stage_work]
-    head = facts.head_work
+    forward, head = _work(facts)
+    backward = [2 * work for work in forward]
     at_once, later = ([*forward[:-1], forward[-1] - head], forward) if schedule.splits_backward else (forward, [*forward[:-1], head])
     before = simulate(schedule, forward=forward, backward=backward, weight=at_once).seconds
     return 1 - simulate(_deferred(own, facts, schedule), forward=forward, backward=backward, weight=later).seconds / before

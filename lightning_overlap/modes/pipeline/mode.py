@@ -19,6 +19,7 @@ from lightning_overlap.batches import kind
 from lightning_overlap.block_stack import BlockStack, Pass
 from lightning_overlap.comm import Group, Pending, backend, in_words, make_group, raise_from_words
 from lightning_overlap.decision import ConfigError
+from lightning_overlap.facts import PipelineFacts
 from lightning_overlap.modes.base import COUNTED_ELSEWHERE, LATE_GRADIENT, OverlapMode, Step
 from lightning_overlap.modes.pipeline import layout, microbatches
 from lightning_overlap.modes.pipeline.config import PipelineParallel, scheduled
@@ -26,7 +27,7 @@ from lightning_overlap.modes.pipeline.partition import Partition, heads, work
 from lightning_overlap.modes.pipeline.random_state import kept, pin
 from lightning_overlap.modes.pipeline.runtime import Form, Runtime, channel_kinds, lane
 from lightning_overlap.modes.pipeline.stage import Stages, block_seeds
-from lightning_overlap.modes.pipeline.weight_grad import WeightGradients
+from lightning_overlap.modes.pipeline.weight_grad import WeightGradients, what_splits
 from lightning_overlap.parallel_plan import Blocks, find_blocks
 from lightning_overlap.shared_state import share
 
@@ -83,7 +84,8 @@ class PipelineMode(OverlapMode):
         costs = [work(block) for block in blocks]
         head = sum(layer.weight.numel() for layer in heads(model, name, blocks))
         by_stage = [sum(costs[number] for number in numbers) for numbers in stages]
-        return {"stage_work": (*by_stage[:-1], by_stage[-1] + head), "head_work": head}
+        counts = tuple(map(len, stages))
+        return {"pipeline": PipelineFacts(name, counts, (*by_stage[:-1], by_stage[-1] + head), head, *what_splits(blocks))}
 
     # -- set-up ------------------------------------------------------------------------------------------------------
 

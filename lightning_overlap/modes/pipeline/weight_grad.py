@@ -11,9 +11,8 @@ The products are those of torch's backward of ``F.linear``, operand for operand,
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeGuard
 
@@ -25,14 +24,6 @@ from lightning_overlap.decision import ConfigError
 
 Deferred = dict[Tensor, list[Tensor]]
 """By weight, in the order of the backward, roots of graphs whose backward computes and accumulates the weight's gradient."""
-
-
-@dataclass(frozen=True)
-class Split:
-    """Trainable parameters, in elements, by when their gradients come."""
-
-    later: int
-    at_once: int
 
 
 class WeightGradients:
@@ -57,22 +48,11 @@ class WeightGradients:
     """
 
     def __init__(self, modules: Iterable[nn.Module]) -> None:
-        inside = list(dict.fromkeys(inner for module in modules for inner in module.modules()))
-        linears = [module for module in inside if is_plain(module)]
-        elsewhere = {
-            id(p) for module in inside for name, p in module._parameters.items() if not (name == "weight" and is_plain(module))
-        }
-        self._linears = [module for module in linears if id(module.weight) not in elsewhere]
+        self._linears = splittable(_inside(modules))
         if any(isinstance(module.forward, _Forward) for module in self._linears):
             raise RuntimeError("the backward of these modules is split already: remove() the one before")
         for module in self._linears:
             vars(module)["forward"] = _Forward(module, self)
-        later = {id(module.weight) for module in self._linears}
-        trainable = {id(p): p.numel() for module in inside for p in module._parameters.values() if p is not None and p.requires_grad}
-        self.split = Split(
-            later=sum(size for p, size in trainable.items() if p in later),
-            at_once=sum(size for p, size in trainable.items() if p not in later),
-        )
         self._splitting = False
         self._recording: Deferred | None = None
 
@@ -223,6 +203,34 @@ class _WeightGradient(torch.autograd.Function):
         x, gradient = ctx.saved_tensors
         product = gradient.t().mm(x) if ctx.column_major else x.t().mm(gradient).t()
         return product.to(ctx.dtype), None, None, None
+
+
+def _inside(modules: Iterable[nn.Module]) -> list[nn.Module]:
+    return list(dict.fromkeys(inner for module in modules for inner in module.modules()))
+
+
+def splittable(modules: Sequence[nn.Module]) -> list[nn.Linear]:
+    """Those of the modules whose weights' gradients can come later."""
+    elsewhere = {
+        id(p) for module in modules for name, p in module._parameters.items() if not (name == "weight" and is_plain(module))
+    }
+    return [module for module in modules if is_plain(module) and id(module.weight) not in elsewhere]
+
+
+def what_splits(modules: Iterable[nn.Module]) -> tuple[float, tuple[str, ...]]:
+    """The part of the trained elements of these modules, and of what they contain, whose gradients can come later; the classes of
+    those that hold other matrices."""
+    inside = _inside(modules)
+    later = {id(module.weight) for module in splittable(inside)}
+    trained = {id(p): p for module in inside for p in module._parameters.values() if p is not None and p.requires_grad}
+    kinds = {
+        type(module).__name__
+        for module in inside
+        for p in module._parameters.values()
+        if p is not None and id(p) in trained and id(p) not in later and p.dim() > 1
+    }
+    total = sum(p.numel() for p in trained.values())
+    return sum(trained[number].numel() for number in later) / max(1, total), tuple(sorted(kinds))
 
 
 def is_plain(module: nn.Module) -> TypeGuard[nn.Linear]:
