@@ -34,9 +34,13 @@ def wanted(config: OverlapConfig, capability: int | None) -> list[Setting]:
         capability: the device's, major; None if it is not known.
     """
     found = []
-    if config.tensor_parallel.size > 1 and config.overlap != "off" and capability is not None and capability < BLACKWELL:
+    tensor = config.tensor_parallel.size > 1 and config.overlap != "off"
+    if tensor and capability is not None and capability < BLACKWELL:
         why = "tensor_parallel: a transfer that is launched before a product also starts before it takes the device"
         found.append(Setting("CUDA_DEVICE_MAX_CONNECTIONS", "1", why))
+    if tensor and config.tensor_parallel.backend == "userbuffers":
+        why = "tensor_parallel: norms of Transformer Engine's leave its transfers some of the device"
+        found += [Setting(f"NVTE_{way}_LAYERNORM_SM_MARGIN", "16", why) for way in ("FWD", "BWD")]
     return found
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import platform
 from dataclasses import dataclass, field
+from importlib import metadata
 
 import lightning
 import torch
@@ -25,13 +26,23 @@ def versions() -> dict[str, str]:
     return {"python": platform.python_version(), "torch": torch.__version__, "lightning": lightning.__version__}
 
 
+def installed(package: str) -> str | None:
+    """A package's version, without importing it; None if it is not there."""
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
 @dataclass(frozen=True)
 class TensorFacts:
-    """What can be cut over a tensor axis: in words, the modules in the blocks that may mix tokens, and the vocabulary's entries."""
+    """What can be cut over a tensor axis: in words, the modules in the blocks that may mix tokens, the vocabulary's entries, and
+    layers whose weight is ``(in, out)``."""
 
     said: str
     loose: tuple[str, ...]
     entries: int
+    transposed: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -72,3 +83,5 @@ class Facts:
     """None: the model is not known, or there is no pipeline."""
     tensor: TensorFacts | None = None
     """None: the model is not known, or not to be cut over a tensor axis."""
+    transformer_engine: str | None = field(default_factory=lambda: installed("transformer-engine"))
+    """Its version; None if it is not installed."""

@@ -179,7 +179,8 @@ class OverlapStrategy(DDPStrategy):
 
     def _configure_launcher(self) -> None:
         # The first place where the number of ranks is known, and before any process is started.
-        resolve(self.config, Facts(world_size=self.num_nodes * self.num_processes))
+        ranks, device, precision = self.num_nodes * self.num_processes, self.root_device.type, str(self.precision_plugin.precision)
+        resolve(self.config, Facts(world_size=ranks, device=device, precision=precision))
         if self.root_device.type == "cuda":
             settings = environment.wanted(self.config, environment.capability())
             for line in environment.apply(settings, os.environ, started=torch.cuda.is_initialized()):

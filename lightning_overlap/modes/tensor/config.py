@@ -32,8 +32,10 @@ class TensorParallel:
     """Backward uses the input that forward has gathered, instead of gathering it again: memory for traffic."""
     vocab_parallel: bool | Literal["auto"] = "auto"
     """Embedding and head are cut along the vocabulary, and logits stay cut until they are a loss; ``auto``: a large one is."""
-    backend: Literal["p2p", "symm_mem"] = "p2p"
-    """What multiplies beside transfers: our own exchange, on any device; or torch's fused operators over symmetric memory, on CUDA."""
+    backend: Literal["p2p", "symm_mem", "userbuffers"] = "p2p"
+    """What multiplies beside transfers: our own exchange, on any device; or, on CUDA, torch's fused operators over symmetric memory,
+    or Transformer Engine's linear layers over its userbuffers (bf16; the extra ``te``), which have the shape of the first training
+    step's activations. What does not fit goes by p2p."""
     verify_blocks: bool = True
     """In the first training step, a block's output is compared with that of the block as it was before it was cut."""
 
@@ -51,8 +53,8 @@ class TensorParallel:
             raise ConfigError(f"tensor_parallel.size must be at least 1, got {self.size}")
         if self.splits != "auto" and (not isinstance(self.splits, int) or isinstance(self.splits, bool) or self.splits < 1):
             raise ConfigError(f"tensor_parallel.splits must be at least 1, or auto, got {self.splits!r}")
-        if self.backend not in ("p2p", "symm_mem"):
-            raise ConfigError(f"tensor_parallel.backend must be p2p or symm_mem, got {self.backend!r}")
+        if self.backend not in ("p2p", "symm_mem", "userbuffers"):
+            raise ConfigError(f"tensor_parallel.backend must be p2p, symm_mem or userbuffers, got {self.backend!r}")
         for name in ("sequence_parallel", "overlap", "vocab_parallel"):
             if getattr(self, name) not in (True, False, "auto"):
                 raise ConfigError(f"tensor_parallel.{name} must be true, false or auto, got {getattr(self, name)!r}")
@@ -99,7 +101,7 @@ def decide(own: TensorParallel, whole: OverlapConfig, facts: Facts) -> list[Deci
         overlap,
         _vocabulary(own, facts),
         *([_again(own)] if scattered else []),
-        *_backend(own, facts, scattered=scattered, overlapped=overlap.choice != "off"),
+        *_backend(own, whole, facts, scattered=scattered, overlapped=overlap.choice != "off"),
     ]
 
 
@@ -126,22 +128,49 @@ def _again(own: TensorParallel) -> Decision:
     return Decision("tensor_parallel.keep_gathered_input", "on" if kept else "off", "on" if kept else "off", why)
 
 
-def _backend(own: TensorParallel, facts: Facts, *, scattered: bool, overlapped: bool) -> list[Decision]:
+def _backend(own: TensorParallel, whole: OverlapConfig, facts: Facts, *, scattered: bool, overlapped: bool) -> list[Decision]:
     """Raises:
     ConfigError: with every reason against the one that was asked for.
     """
     if own.backend == "p2p":
         return []
+    name = "tensor_parallel.backend"
+    if whole.overlap == "off":
+        return [Decision(name, own.backend, "p2p", "overlap is off, and the plain twin is p2p's")]
     reasons = [
         (facts.device != "cuda", f"its operators are CUDA's, and this is {facts.device}"),
         (not scattered, "it needs sequence_parallel"),
         (not overlapped, "it has no plain twin: overlap is off"),
         (own.keep_gathered_input, "it gathers inputs again in backward: set keep_gathered_input: false"),
+        *(_against_userbuffers(own, whole, facts) if own.backend == "userbuffers" else []),
     ]
     if said := [reason for applies, reason in reasons if applies]:
-        raise ConfigError(f"tensor_parallel.backend: symm_mem cannot run here: {'; '.join(said)}. Use backend: p2p")
+        raise ConfigError(f"{name}: {own.backend} cannot run here: {'; '.join(said)}. Or use backend: p2p")
     why = "torch's fused operators; sequences that the ranks do not divide go by p2p"
-    return [Decision("tensor_parallel.backend", own.backend, own.backend, why)]
+    if own.backend == "userbuffers":
+        why = (
+            f"linear layers of Transformer Engine {facts.transformer_engine}, with its own transfers; what has another shape than in "
+            "the first training step goes by p2p"
+        )
+    return [Decision(name, own.backend, own.backend, why)]
+
+
+def _against_userbuffers(own: TensorParallel, whole: OverlapConfig, facts: Facts) -> list[tuple[bool, str]]:
+    transposed = facts.tensor.transposed if facts.tensor is not None else ()
+    return [
+        (facts.transformer_engine is None, "Transformer Engine is not installed: pip install 'lightning-overlap[te]'"),
+        (own.splits != "auto", "Transformer Engine cuts transfers as it sees fit: set splits: auto"),
+        (
+            facts.precision not in ("bf16-mixed", "bf16-true"),
+            f"userbuffers are used in bf16, and precision is {facts.precision}: set precision: bf16-mixed or bf16-true",
+        ),
+        (
+            whole.pipeline_parallel.size > 1,
+            "all ranks set its buffers up together, and a pipeline's stages come to their first products one after the other: set "
+            "pipeline_parallel: 1",
+        ),
+        (bool(transposed), f"weights are (in, out) in {', '.join(transposed[:3])}, and (out, in) in Transformer Engine"),
+    ]
 
 
 def _refuse_what_cannot_run(own: TensorParallel, facts: Facts) -> None:

@@ -16,10 +16,10 @@ from lightning_overlap.comm import Group, make_group
 from lightning_overlap.decision import ConfigError
 from lightning_overlap.facts import TensorFacts
 from lightning_overlap.modes.base import COUNTED_ELSEWHERE, LATE_GRADIENT, OverlapMode
-from lightning_overlap.modes.tensor import symm_mem
+from lightning_overlap.modes.tensor import symm_mem, userbuffers
 from lightning_overlap.modes.tensor.check import FirstBlock
 from lightning_overlap.modes.tensor.gemm import Exchange, shares
-from lightning_overlap.modes.tensor.linear import Reading, column_forward, prepare, read, row_product
+from lightning_overlap.modes.tensor.linear import Reading, column_forward, matrix, prepare, read, row_product
 from lightning_overlap.modes.tensor.partition import Partition, Piece
 from lightning_overlap.modes.tensor.random_state import OwnNumbers
 from lightning_overlap.modes.tensor.sequence import enter, leave
@@ -53,8 +53,9 @@ class TensorMode(OverlapMode):
             splits=None if own.splits == "auto" else own.splits,
             keep_gathered=own.keep_gathered_input,
         )
-        fused = own.backend == "symm_mem" and self._scattered
-        self._fused = symm_mem.operators(self.group) if fused else None
+        backend = plan.choice("tensor_parallel.backend")
+        self._fused = symm_mem.operators(self.group) if backend == "symm_mem" else None
+        self._engine = userbuffers.Engine(userbuffers.library(), self._exchange) if backend == "userbuffers" else None
         self._undo: list[Callable[[], None]] = []
         self._tokens = 0  # of the sequence that is in the blocks
         self._step = 0
@@ -151,9 +152,11 @@ class TensorMode(OverlapMode):
         region = max((region for region in self._columns if name.startswith(f"{region}.")), key=len, default="")
 
         def forward(x: Tensor) -> Tensor:
+            reading, own = self._latest.pop(region, None) or (None, None)
             if self._fused is not None and symm_mem.fits(x.shape[-2], self._exchange):
                 return symm_mem.row_product(x, layer, self._fused)
-            reading, own = self._latest.pop(region, None) or (None, None)
+            if self._engine is not None and self._engine.fits(x.shape[:-1], matrix(layer).shape[0], x, [layer]):
+                return self._engine.row_product(x, layer, name, region)
             between = partial(self._prepare_next, name)
             y = row_product(x, layer, self._exchange, name, reading=reading, own=own, between=between)
             if not self._scattered:
@@ -189,6 +192,10 @@ class TensorMode(OverlapMode):
             tokens = self._tokens_of(x, region.name)
             if self._fused is not None and symm_mem.fits(tokens, self._exchange):
                 return _put(args, kwargs, place, symm_mem.read(x, columns, self._fused, self._exchange, region.name))
+            if self._engine is not None and self._step:  # a validation before the first step may have batches of another size
+                self._engine.start(x, tokens)
+            if self._engine is not None and self._engine.fits((*x.shape[:-2], tokens), x.shape[-1], x, columns):
+                return _put(args, kwargs, place, self._engine.read(x, columns, tokens, region.name))
             handle = read(x, columns, self._reading(region.name), tokens)
             again = self._scattered and not self._exchange.keep_gathered and torch.is_grad_enabled()
             if again and any(layer.weight.requires_grad for layer in columns):
@@ -333,6 +340,8 @@ class TensorMode(OverlapMode):
         for undo in reversed(self._undo):
             undo()
         self._undo.clear()
+        if self._engine is not None and complete:
+            self._engine.close()
         self._own_numbers.stop()
         self._partition.give_back(complete=complete)
         if complete:
@@ -353,4 +362,6 @@ def _facts(found: TensorPlan) -> TensorFacts:
         counts[cut.role] = counts.get(cut.role, 0) + 1
     said = ", ".join(f"{n} {role}" for role, n in sorted(counts.items()))
     entries = max((cut.parts[0] for cut in found.cuts if cut.role in VOCABULARY), default=0)
-    return TensorFacts(f"{found.source}: {said}", found.loose, entries)
+    layers = [cut for cut in found.cuts if cut.role not in VOCABULARY]
+    transposed = tuple(cut.name for cut in layers if not isinstance(cut.module, nn.Linear))
+    return TensorFacts(f"{found.source}: {said}", found.loose, entries, transposed)

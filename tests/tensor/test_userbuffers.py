@@ -1,0 +1,240 @@
+"""Transformer Engine's backend against a stand-in that has its signatures and computes in plain torch what its modules say they do."""
+
+import inspect
+import itertools
+import json
+import warnings
+from functools import partial
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.autograd import Function
+
+from lightning_overlap import ConfigError, PipelineParallel, TensorParallel
+from lightning_overlap.config import OverlapConfig
+from lightning_overlap.decision import Decision
+from lightning_overlap.facts import Facts, TensorFacts
+from lightning_overlap.modes.tensor import config, userbuffers
+from lightning_overlap.modes.tensor.gemm import Exchange, shares
+from lightning_overlap.plan import resolve
+from tests.tensor.group import tensor_group
+from tests.tensor.test_linear import Region
+from tests.trainer.test_tensor import compare, train
+
+GOLDEN = json.loads((Path(__file__).parents[1] / "golden" / "transformer_engine.json").read_text())
+EMPTY = inspect.Parameter.empty
+SIGNATURES = {
+    name.partition(":")[2]: inspect.Signature(
+        [inspect.Parameter(p["name"], inspect.Parameter.POSITIONAL_OR_KEYWORD, default=p.get("default", EMPTY)) for p in parameters]
+    )
+    for name, parameters in GOLDEN["signatures"].items()
+}
+
+
+class Gather(Function):
+    """Of the first dimension."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: Any) -> Tensor:
+        ctx.group = group
+        parts = [torch.empty_like(x) for _ in range(dist.get_world_size(group))]
+        dist.all_gather(parts, x.contiguous(), group)
+        return torch.cat(parts)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        return Scatter.apply(grad, ctx.group), None
+
+
+class Scatter(Function):
+    """The sum over the ranks, of which each has its part of the first dimension."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: Any) -> Tensor:
+        ctx.group = group
+        total = x.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(total, group=group)
+        return total.chunk(dist.get_world_size(group))[dist.get_rank(group)].clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        return Gather.apply(grad, ctx.group), None
+
+
+class Fake:
+    """Transformer Engine, as far as it is known: every call is put down, and bound to its signature."""
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[str, int, tuple[str, ...]]] = []
+        self.buffers: Any = None
+        self.names: list[str] = []
+        self.library = userbuffers.Library(partial(FakeLinear, self), self.initialize, self.destroy)
+
+    def bind(self, what: str, args: Any, kwargs: Any) -> dict[str, Any]:
+        self.calls.append((what, len(args), tuple(kwargs)))
+        return SIGNATURES[what].bind(*args, **kwargs).arguments
+
+    def initialize(self, *args: Any, **kwargs: Any) -> None:
+        given = self.bind("initialize_ub", args, kwargs)
+        assert self.buffers is None, "they are initialized already"
+        assert given["bootstrap_backend"] in ("nccl", "gloo", "mpi")
+        assert given["shape"][0] % given["tp_size"] == 0
+        dist.barrier()  # of the world, as the groups that it makes
+        self.buffers = (*given["shape"], given["dtype"])
+
+    def destroy(self, *args: Any, **kwargs: Any) -> None:
+        self.bind("destroy_ub", args, kwargs)
+        self.buffers = None
+
+
+class FakeLinear(nn.Module):
+    def __init__(self, fake: Fake, *args: Any, **kwargs: Any) -> None:
+        super().__init__()
+        given = fake.bind("Linear.__init__", args, kwargs)
+        assert fake.buffers is not None, "the buffers come first"
+        assert given["sequence_parallel"]
+        assert not given["bias"], "no part of what is compared below"
+        assert given["ub_name"] in ("qkv", "fc1") if given["parallel_mode"] == "column" else ("proj", "fc2")
+        self.fake, self.group, self.size = fake, given["tp_group"], given["tp_size"]
+        self.column = given["parallel_mode"] == "column"
+        out, features = given["out_features"], given["in_features"]
+        parts = given.get("parameters_split")
+        assert parts is None or sum(parts.values()) == out
+        divided = {f"{part}_weight": n // self.size for part, n in parts.items()} if parts else {"weight": out}
+        self.names = list(divided)
+        assert given["device"] == "meta"
+        for name, n in divided.items():
+            shape = (n, features if self.column else features // self.size)
+            setattr(self, name, nn.Parameter(torch.empty(shape, device="meta")))
+        self.shapes = [getattr(self, name).shape for name in self.names]
+        fake.names.append(given["ub_name"])
+
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        inp = self.fake.bind("Linear.forward", args, kwargs)["inp"]
+        weights = [getattr(self, name) for name in self.names]
+        assert [weight.shape for weight in weights] == self.shapes
+        weight = torch.cat(weights).to(inp.dtype)
+        assert inp.is_contiguous(), "it views it"
+        x = Gather.apply(inp, self.group) if self.column else inp
+        features = inp.shape[-1] if self.column else weight.shape[0]
+        assert self.fake.buffers == (x.shape[:-1].numel(), features, inp.dtype)
+        y = x @ weight.t()
+        return y if self.column else Scatter.apply(y, self.group)
+
+
+def differences(dtype: str) -> Any:
+    """Cases in which output, the input's gradient or a parameter's differ from those of the uncut region; and what was called."""
+    group = tensor_group(dist.get_world_size())
+    exchange, kind, fake = Exchange(group, scattered=True), getattr(torch, dtype), Fake()
+    mine = slice(*shares(12, group.size)[group.rank : group.rank + 2])
+    wrong = []
+    for tokens, leading, bias, beside in itertools.product([4, 8], [(), (3,), (2, 2)], [True, False], [True, False]):
+        whole, cut = Region(bias, kind), Region(bias, kind)
+        cut.cut(group.rank, group.size)
+        engine = userbuffers.Engine(fake.library, exchange)
+        cut.out.forward = partial(engine.row_product, layer=cut.out, name="out", region="region")  # type: ignore[method-assign]
+        x = torch.randn(*leading, tokens, 8, dtype=kind, generator=torch.Generator().manual_seed(1))
+        weights = torch.randn(*leading, tokens, 8, dtype=kind, generator=torch.Generator().manual_seed(2))
+        a, b = exchange.parts(tokens)[group.rank : group.rank + 2]
+        everything, own = x.clone().requires_grad_(), x[..., a:b, :].clone().requires_grad_()
+        expected = whole(everything, beside)
+        (expected * weights).sum().backward()
+        engine.start(own, tokens)
+        assert engine.fits((*leading, tokens), 8, own, [cut.q, cut.k])
+        assert not engine.fits((*leading, tokens + group.size), 8, own.detach(), [cut.q, cut.k])
+        handle = engine.read(own, [cut.q, cut.k], tokens, "region")
+        assert handle.shape == x.shape
+        found = cut(handle, beside)
+        (found * weights[..., a:b, :]).sum().backward()
+        engine.close()
+        assert own.grad is not None
+        assert everything.grad is not None
+        pairs = [(found, expected[..., a:b, :]), (own.grad, everything.grad[..., a:b, :])]
+        pairs += [
+            (p.grad, w.grad[mine])
+            for name in "qk"
+            for p, w in zip(*(getattr(r, name).parameters() for r in (cut, whole)), strict=True)
+        ]
+        pairs += [(cut.out.weight.grad, whole.out.weight.grad[:, mine])]  # type: ignore[index]
+        close = 1e-11 if dtype == "float64" else 0.3
+        wrong += [(tokens, leading, bias, beside, n) for n, (p, q) in enumerate(pairs) if not torch.allclose(p, q, rtol=0, atol=close)]
+    return wrong, fake.calls
+
+
+@pytest.mark.parametrize(("size", "dtype"), [(2, "float64"), (4, "float64"), (2, "bfloat16")])
+def test_a_cut_region_is_the_whole_one(world: Any, size: int, dtype: str) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        found = world(size).run(differences, dtype)
+    assert [wrong for wrong, _ in found] == [[]] * size
+    for what, positional, named in found[0][1]:
+        SIGNATURES[what].bind(*range(positional), **dict.fromkeys(named))
+    assert {what for what, _, _ in found[0][1]} == set(SIGNATURES), "all that is used of it, and no more"
+
+
+def only_beside() -> float:
+    """Where something reads the input twice and no column layer is called: the largest difference of its gradient."""
+    group = tensor_group(dist.get_world_size())
+    engine = userbuffers.Engine(Fake().library, Exchange(group, scattered=True))
+    region = Region(True, torch.float64)
+    region.cut(group.rank, group.size)
+    own = torch.randn(4, 8, dtype=torch.float64, requires_grad=True)
+    engine.start(own, 4 * group.size)
+    group.log = []
+    handle = engine.read(own, [region.q, region.k], 4 * group.size, "region")
+    (handle.square().sum() / group.size + handle.sum() / group.size).backward()
+    labels, group.log = [transfer.label for transfer in group.log], None
+    assert labels == ["tensor.input[region]", "tensor.input_grad[region]"], "gathered once"
+    assert own.grad is not None
+    return (own.grad - 2 * own.detach() - 1).abs().max().item()
+
+
+def test_the_input_is_read_by_something_else(world: Any) -> None:
+    assert max(world(2).run(only_beside)) < 1e-12
+
+
+RUNS = Decision("tensor_parallel.backend", "userbuffers", "userbuffers", "")
+
+
+def trained(model: dict[str, Any], trainer: dict[str, Any]) -> Any:
+    """Twice, in the second with sequences of another length, since a process has one set of buffers."""
+    fake, found = Fake(), []
+    strategy = {"tensor_parallel": TensorParallel(size=2, vocab_parallel=True, backend="userbuffers")}
+    for tokens in (8, 6):
+        fake.calls.clear()
+        fake.names.clear()
+        library = mock.patch.object(userbuffers, "library", lambda: fake.library)
+        with library, mock.patch.object(config, "_backend", return_value=[RUNS]), warnings.catch_warnings(record=True) as said:
+            told = train(strategy, {**model, "tokens": tokens}, **trainer)
+        called = [what for what, _, _ in fake.calls]
+        assert fake.buffers is None, "given back at the end"
+        counts = {what: called.count(what) for what in SIGNATURES}
+        found.append({**told, "counts": counts, "names": list(fake.names), "said": [str(w.message) for w in said]})
+    return found
+
+
+TRAINERS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "accumulation and clipping": ({}, {"accumulate_grad_batches": 2, "gradient_clip_val": 0.1}),
+    "validated first": ({"bias": False}, {"num_sanity_val_steps": 1}),
+    "recomputed": ({"recompute": False}, {}),
+}
+
+
+@pytest.mark.parametrize("case", TRAINERS)
+def test_training_is_close_to_one_process(world: Any, case: str) -> None:
+    model, trainer = TRAINERS[case]
+    expected = [train(None, {**model, "tokens": tokens}, **trainer) for tokens in (8, 6)]
+    for found in world(2).run(trained, model, trainer):
+        for told, alone in zip(found, expected, strict=True):
+            compare(told, alone)
+            assert told["counts"]["initialize_ub"] == 1
+            assert told["counts"]["Linear.__init__"] == 3 * 2 * 2  # by block and region a column and a row layer
+            assert told["counts"]["Linear.forward"] >= 5 * 3 * 2 * 2  # of five steps
+            assert told["names"] == ["qkv", "proj", "fc1", "fc2"] * 3
+            assert told["weights"].keys() == alone["weights"].keys()
+            assert not [line for line in told["said"] if "userbuffers" in line]
