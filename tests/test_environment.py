@@ -2,11 +2,13 @@
 
 import os
 import subprocess
+from importlib import metadata
 from typing import Any
 from unittest import mock
 
 import pytest
 import torch
+from lightning.pytorch.plugins import MixedPrecision
 
 from lightning_overlap import OverlapStrategy, TensorParallel, environment
 from lightning_overlap.config import OverlapConfig
@@ -27,6 +29,15 @@ from lightning_overlap.environment import Setting, apply, capability, wanted
 def test_one_queue_for_tensor_parallelism_before_blackwell(size: int, overlap: Any, major: int | None, value: str | None) -> None:
     found = wanted(OverlapConfig(tensor_parallel=TensorParallel(size=size), overlap=overlap), major)
     assert [(s.variable, s.value) for s in found] == ([("CUDA_DEVICE_MAX_CONNECTIONS", value)] if value else [])
+
+
+def test_room_for_the_transfers_of_transformer_engine() -> None:
+    own = TensorParallel(size=2, backend="userbuffers")
+    margins = [("NVTE_FWD_LAYERNORM_SM_MARGIN", "16"), ("NVTE_BWD_LAYERNORM_SM_MARGIN", "16")]
+    assert [(s.variable, s.value) for s in wanted(OverlapConfig(tensor_parallel=own), None)] == margins
+    found = wanted(OverlapConfig(tensor_parallel=own), 9)
+    assert [(s.variable, s.value) for s in found] == [("CUDA_DEVICE_MAX_CONNECTIONS", "1"), *margins]
+    assert wanted(OverlapConfig(tensor_parallel=own, overlap="off"), 9) == []
 
 
 def test_what_is_set_stays_and_the_first_mode_counts() -> None:
@@ -61,3 +72,15 @@ def test_the_launcher_sets_it_for_cuda_only(monkeypatch: Any, kind: str, value: 
     with mock.patch.object(environment, "capability", return_value=9):
         strategy._configure_launcher()
     assert os.environ.get("CUDA_DEVICE_MAX_CONNECTIONS") == value
+
+
+@pytest.mark.parametrize("backend", ["symm_mem", "userbuffers"])
+def test_the_launcher_knows_the_device_and_the_precision(monkeypatch: Any, backend: Any) -> None:
+    monkeypatch.setattr(os, "environ", dict(os.environ))
+    monkeypatch.setattr(metadata, "version", lambda package: "2.20")
+    own = TensorParallel(size=2, backend=backend)
+    strategy = OverlapStrategy(tensor_parallel=own, parallel_devices=[torch.device("cuda", 0), torch.device("cuda", 1)])
+    strategy.cluster_environment = mock.Mock(local_rank=lambda: 0, creates_processes_externally=True)
+    strategy.precision_plugin = MixedPrecision("bf16-mixed", "cuda")
+    with mock.patch.object(environment, "capability", return_value=10):
+        strategy._configure_launcher()

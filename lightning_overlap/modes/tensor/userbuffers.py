@@ -87,7 +87,7 @@ class Engine:
     def __init__(self, library: Library, exchange: Exchange) -> None:
         self._library, self._exchange = library, exchange
         self._buffers: tuple[int, int, torch.dtype] | None = None  # tokens of a whole batch, features
-        self._modules: dict[str, nn.Module] = {}
+        self._made: dict[str, nn.Module] = {}
         self._names: dict[str, tuple[str, str]] = {}  # by region
         self._said = False
 
@@ -137,7 +137,7 @@ class Engine:
     def read(self, x: Tensor, layers: Sequence[nn.Module], tokens: int, name: str) -> Multiplied:
         """As :func:`lightning_overlap.modes.tensor.linear.read`, of what :meth:`fits`."""
         x = cast(x)
-        module = self._modules.get(name) or self._column(layers, name)
+        module = self._made.get(name) or self._column(layers, name)
         sizes = [matrix(layer).shape[0] for layer in layers]
         products = _last(module(_first(x))).split(sizes, -1)
         reading = Reading(self._exchange, name, (*x.shape[:-2], tokens, x.shape[-1]))
@@ -151,7 +151,7 @@ class Engine:
 
     def row_product(self, x: Tensor, layer: nn.Module, name: str, region: str) -> Tensor:
         """As :func:`lightning_overlap.modes.tensor.linear.row_product`, of what :meth:`fits`."""
-        module = self._modules.get(name) or self._row(layer, name, region)
+        module = self._made.get(name) or self._row(layer, name, region)
         return _add_bias(_last(module(_first(cast(x)))), layer)
 
     def close(self) -> None:
@@ -159,7 +159,7 @@ class Engine:
         if self._buffers is not None:
             self._library.destroy()
         self._buffers = None
-        self._modules.clear()
+        self._made.clear()
 
     # The userbuffers must be there first.
 
@@ -171,7 +171,7 @@ class Engine:
         module = self._make(features, sum(whole.values()), "column", self._named(name)[0], parameters_split=whole, **ways)
         for part, weight in weights.items():
             setattr(module, f"{part}_weight", weight)
-        self._modules[name] = module
+        self._made[name] = module
         return module
 
     def _row(self, layer: nn.Module, name: str, region: str) -> nn.Module:
@@ -179,7 +179,7 @@ class Engine:
         ways = {"ub_overlap_rs": True, "ub_overlap_ag": True}
         module = self._make(own * self._exchange.group.size, out, "row", self._named(region)[1], **ways)
         module.weight = layer.weight
-        self._modules[name] = module
+        self._made[name] = module
         return module
 
     def _named(self, region: str) -> tuple[str, str]:
