@@ -38,6 +38,19 @@ def test_what_cannot_be_is_told(monkeypatch, capsys, arguments, words):
     assert words in str(caught.value)
 
 
+def test_methods_in_a_file(monkeypatch, capsys, tmp_path):
+    file = tmp_path / "methods.yaml"
+    head = "trainer: {strategy: {class_path: lightning_overlap.OverlapStrategy, init_args: {tensor_parallel: "
+
+    def told(methods):
+        file.write_text(head + "{size: 2, methods: {" + methods + "}}}}}")
+        return plan(monkeypatch, capsys, "-c", "configs/base.yaml", "-c", str(file), "--devices", "2")
+
+    assert "tensor_parallel.methods.row_fprop    plain  plain " in told("row_fprop: plain")
+    with pytest.raises(ValueError, match=r"methods\.row_fprop must be pipeline or plain, got 'fast'"):
+        told("row_fprop: fast")
+
+
 def test_a_plan_needs_no_machine_of_its_size(monkeypatch, capsys):
     pipeline = "--trainer.strategy.init_args.pipeline_parallel"
     model = ["--model.init_args.n_layer", "128", "--model.init_args.n_embd", "8"]

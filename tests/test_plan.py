@@ -204,7 +204,7 @@ def test_mesh():
 
 
 def tensor_plan(*, found=("plan of Llama: 4 column", (), 32000), overall="auto", pipeline=None, facts=None, **given):
-    own = TensorParallel(size=2, **given)
+    own = TensorParallel(**{"size": 2, **given})
     config = OverlapConfig(tensor_parallel=own, overlap=overall, pipeline_parallel=pipeline or PipelineParallel())
     return resolve(config, Facts(world_size=4, tensor=found and TensorFacts(*found), **(facts or {})))
 
@@ -232,6 +232,14 @@ def test_tensor_parallelism_says_what_it_does():
     [
         ({"found": ("", ("blocks.0.conv",), 0), "sequence_parallel": True}, "blocks.0.conv may mix tokens"),
         ({"sequence_parallel": False, "overlap": True}, "which only sequence_parallel has"),
+        ({"sequence_parallel": False, "methods": {"row_fprop": "plain"}}, "of sequence_parallel, which is off"),
+        ({"overlap": False, "methods": {"row_fprop": "pipeline"}}, "overlap: false makes all of them plain: leave it out"),
+        (
+            {"keep_gathered_input": True, "methods": {"column_wgrad": "plain"}},
+            "gathers nothing for column_wgrad: leave one of them out",
+        ),
+        ({"backend": "symm_mem", "methods": {"row_fprop": "plain"}, "facts": {"device": "cuda"}}, "set backend: p2p"),
+        ({"size": 1, "methods": {"row_fprop": "plain"}}, "needs tensor_parallel.size of at least 2"),
         ({"found": ("", (), 0), "vocab_parallel": True}, "no embedding or head has the role"),
         ({"facts": {"precision": "16-mixed"}}, "precision 16-mixed scales the loss"),
         ({"facts": {"optimizers": (OptimizerFacts("Muon", True, False, True, ""),)}}, "Muon looks at whole matrices"),
@@ -248,6 +256,30 @@ def test_tensor_parallelism_says_what_it_does():
 def test_tensor_parallelism_refuses(given, words):
     with pytest.raises(ConfigError, match=re.escape(words)):
         tensor_plan(**given)
+
+
+def test_methods_that_are_not_the_default_are_in_the_plan():
+    plan = tensor_plan(methods={"column_dgrad": "bulk", "row_dgrad": "plain", "row_fprop": "pipeline"})
+    assert plan.choice("tensor_parallel.methods.column_dgrad") == "bulk"
+    assert plan.choice("tensor_parallel.methods.row_dgrad") == "plain"
+    assert plan.explain().count("tensor_parallel.methods.") == 2
+    assert "methods" not in tensor_plan().explain()
+    twin = tensor_plan(methods={"column_dgrad": "bulk"}, overall="off")  # the reference keeps the rest of the configuration
+    assert twin.choice("tensor_parallel.methods.column_dgrad") == "plain"
+    assert hash(TensorParallel(methods={"row_fprop": "plain"})) == hash(TensorParallel())
+    assert TensorParallel(methods={"row_fprop": "plain"}) != TensorParallel()
+
+
+@pytest.mark.parametrize(
+    ("methods", "words"),
+    [
+        ({"row_wgrad": "plain"}, "methods has no product 'row_wgrad'; it has column_fprop, column_dgrad"),
+        ({"row_fprop": "bulk"}, "methods.row_fprop must be pipeline or plain, got 'bulk'"),
+    ],
+)
+def test_bad_methods(methods, words):
+    with pytest.raises(ConfigError, match=words):
+        TensorParallel(size=2, methods=methods)
 
 
 @pytest.mark.parametrize("bad", [{"size": 0}, {"splits": 0}, {"splits": True}, {"sequence_parallel": "yes"}, {"overlap": 1.5}])

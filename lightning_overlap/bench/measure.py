@@ -283,7 +283,8 @@ def sweep(runs: Runs, setting: str, *, steps: int, warmup: int, repeats: int) ->
 
     Args:
         runs: what to train.
-        setting: such as ``data_parallel.bucket_size=100000,400000,auto``.
+        setting: such as ``data_parallel.bucket_size=100000,400000,auto``, or, of a setting that is a table,
+            ``tensor_parallel.methods.row_fprop=pipeline,plain``.
         steps: as in :func:`measure`.
         warmup: as in :func:`measure`.
         repeats: as in :func:`measure`.
@@ -292,14 +293,20 @@ def sweep(runs: Runs, setting: str, *, steps: int, warmup: int, repeats: int) ->
         ConfigError: there is no such setting, or it takes no such value.
     """
     path, _, listed = setting.partition("=")
-    mode, _, name = path.partition(".")
+    mode, name, key, *_ = (*path.split(".", 2), "", "")
     own = getattr(runs.strategy.config, mode, None)
     known = [f.name for f in fields(own)] if is_dataclass(own) else []
-    if name not in known or not listed:
+    table = getattr(own, name, None) if name in known else None
+    if name not in known or not listed or isinstance(table, dict) != bool(key):
         raise ConfigError(
-            f"--sweep {setting}: it is MODE.SETTING=VALUE,VALUE,... with a setting of the mode: {', '.join(known) or path}"
+            f"--sweep {setting}: it is MODE.SETTING=VALUE,VALUE,... with a setting of the mode: {', '.join(known) or path}; "
+            "of one that is a table, MODE.SETTING.KEY=VALUE,VALUE,..."
         )
-    values = {value: replace(own, **{name: _parsed(value)}) for value in listed.split(",")}  # type: ignore[type-var]
+
+    def changed(value: Any) -> Any:
+        return replace(own, **{name: {**table, key: value} if isinstance(table, dict) else value})  # type: ignore[type-var]
+
+    values = {value: changed(_parsed(value)) for value in listed.split(",")}
     rows = {value: Row(f"{path}={value}") for value in values}
     for _ in range(repeats):
         for value, config in values.items():

@@ -11,6 +11,7 @@ from lightning_overlap.bench.measure import Measured, Row, _Clock, measure, rank
 from lightning_overlap.bench.runs import Runs
 from lightning_overlap.bench.skip import Skipped
 from tests.helpers.training import Net, train
+from tests.trainer.test_tensor import Net as TensorNet
 
 
 def bench():
@@ -89,12 +90,13 @@ def test_the_advice_follows_from_the_figures(figures, words):
     assert words in advise(rows(*figures), OverlapConfig())
 
 
-def swept(setting):
+def swept(setting, tensor=1):
     warnings.simplefilter("ignore")
     trainer = {"accelerator": "cpu", "devices": dist.get_world_size(), "plugins": [TorchElasticEnvironment()]}
-    strategy = OverlapStrategy(DataParallel(bucket_size=500), cluster_environment=TorchElasticEnvironment())
+    strategy = OverlapStrategy(DataParallel(bucket_size=500), tensor_parallel=tensor, cluster_environment=TorchElasticEnvironment())
     strategy.parallel_devices = [torch.device("cpu")] * dist.get_world_size()
-    ranked = sweep(Runs(Net(), None, strategy, trainer), setting, steps=2, warmup=1, repeats=2)
+    model = Net() if tensor == 1 else TensorNet()
+    ranked = sweep(Runs(model, None, strategy, trainer), setting, steps=2, warmup=1, repeats=2)
     return [(row.name, row.median, len(row.seconds), min(row.memory)) for row in ranked], ranking(ranked)
 
 
@@ -106,7 +108,27 @@ def test_a_sweep_ranks_values(world):
         assert table.count("data_parallel.bucket_size=") == 2
 
 
-@pytest.mark.parametrize("setting", ["data_parallel.bucket=1", "nothing=1", "data_parallel.bucket_size"])
+def test_a_sweep_ranks_values_of_one_key_of_a_table(world):
+    setting = "tensor_parallel.methods.column_dgrad"
+    for ranked, _ in world(2).run(swept, f"{setting}=pipeline,bulk,plain", 2):
+        assert {name for name, *_ in ranked} == {f"{setting}={method}" for method in ("pipeline", "bulk", "plain")}
+
+
+def test_a_sweep_of_a_method_that_does_not_exist_is_refused():
+    with pytest.raises(ConfigError, match=r"methods\.row_fprop must be pipeline or plain, got 'ring'"):
+        sweep(Runs(Net(), None, OverlapStrategy(), {}), "tensor_parallel.methods.row_fprop=plain,ring", steps=1, warmup=1, repeats=1)
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [
+        "data_parallel.bucket=1",
+        "nothing=1",
+        "data_parallel.bucket_size",
+        "tensor_parallel.methods=plain",
+        "tensor_parallel.splits.a=1",
+    ],
+)
 def test_a_sweep_of_what_is_no_setting_is_refused(setting):
     runs = Runs(Net(), None, OverlapStrategy(), {})
     with pytest.raises(ConfigError, match=f"--sweep {setting}: it is MODE.SETTING=VALUE"):

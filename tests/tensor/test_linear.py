@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_overlap.comm import Pending
+from lightning_overlap.modes.tensor.config import METHODS
 from lightning_overlap.modes.tensor.gemm import Exchange, shares
 from lightning_overlap.modes.tensor.linear import prepare, read, row_product
 from tests.tensor.group import tensor_group
@@ -89,6 +90,25 @@ def in_every_way(scattered: bool) -> list[Any]:
     return [(case, difference) for case, difference in found if difference > 1e-11]
 
 
+OTHERS = [(product, method) for product, known in METHODS.items() for method in list(known)[1:]]
+"""Methods that are no product's default."""
+
+
+def by_every_method() -> list[Any]:
+    """Which ones give something else."""
+    ways: list[dict[str, str]] = [*({product: method} for product, method in OTHERS), dict(OTHERS)]
+    several = itertools.product(ways, [(7, (2,)), (9, ())])
+    found = [
+        (way, against_whole({"scattered": True, "splits": 3, "methods": way}, *shape, True, "float64", True)) for way, shape in several
+    ]
+    return [(way, difference) for way, difference in found if difference > 1e-11]
+
+
+@pytest.mark.parametrize("size", [2, 4])
+def test_numbers_do_not_depend_on_the_method(world: Any, size: int) -> None:
+    assert world(size).run(by_every_method) == [[]] * size
+
+
 @pytest.mark.parametrize("scattered", [True, False])
 @pytest.mark.parametrize("size", [2, 4])
 def test_a_cut_region_is_the_whole_one(world: Any, size: int, scattered: bool) -> None:
@@ -148,10 +168,10 @@ class Products(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def order(overlapped: bool, prepared: bool) -> list[str]:
+def order(overlapped: bool, prepared: bool, methods: dict[str, str] | None = None) -> list[str]:
     """Of one forward and backward of two regions, one after the other, on two ranks."""
     group = tensor_group(2)
-    exchange = Exchange(group, scattered=True, overlapped=overlapped, splits=1)
+    exchange = Exchange(group, scattered=True, overlapped=overlapped, splits=1, methods=methods or {})
     first, second = Region(False, torch.float32), Region(False, torch.float32)
     seen: list[str] = []
     readings: list[Any] = [None, None]
@@ -218,3 +238,46 @@ def test_the_plain_twin_waits_where_it_posts(world: Any) -> None:
     posts = [i for i, what in enumerate(said) if what.startswith("post")]
     assert len(posts) == 10
     assert all(said[i + 1] == said[i].replace("post", "wait") for i in posts)
+
+
+def at_once(said: list[str]) -> set[str]:
+    """What is waited for where it is posted, on the way there and back."""
+    back = said.index("backward")
+    posted = [(i, what.removeprefix("post ")) for i, what in enumerate(said) if what.startswith("post")]
+    return {f"{what[:-3]} {'back' if i > back else 'there'}" for i, what in posted if said[i + 1] == f"wait {what}"}
+
+
+@pytest.mark.parametrize(
+    ("product", "transfer"),
+    [
+        ("column_fprop", "input there"),
+        ("column_dgrad", "input_grad back"),
+        ("column_wgrad", "input back"),
+        ("row_fprop", "output there"),
+        ("row_dgrad", "output_grad back"),
+    ],
+)
+def test_a_product_by_itself_can_be_plain(world: Any, product: str, transfer: str) -> None:
+    assert at_once(world(2).run(order, True, True, {product: "plain"})[0]) == {transfer}
+
+
+def test_an_inputs_gradient_in_bulk(world: Any) -> None:
+    said = world(2).run(order, True, True, {"column_dgrad": "bulk"})[0]
+    at = said.index("post input_grad[1]")
+    assert said[at - 7 : at + 4] == [
+        *["wait output_grad[1]", *["product"] * 2],  # the row layer's
+        *[*["product"] * 4, "post input_grad[1]"],  # of both layers, both ranks' tokens
+        *[*["product"] * 2, "wait input_grad[1]"],  # the weights' gradients from this rank's tokens
+    ]
+    assert not at_once(said)
+
+
+def pieces(methods: dict[str, str]) -> list[str]:
+    """Labels of the transfers of which there is one piece, although three were asked for."""
+    sent = transfers({"scattered": True, "splits": 3, "methods": methods}, False)
+    return sorted(label for label in set(sent) if sent.count(label) % 3)
+
+
+def test_only_what_is_multiplied_in_pieces_is_sent_in_pieces(world: Any) -> None:
+    assert world(2).run(pieces, {})[0] == ["input"]  # three pieces and, in backward, one
+    assert world(2).run(pieces, {"column_dgrad": "bulk", "row_fprop": "plain"})[0] == ["input", "input_grad", "output"]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
 from lightning_overlap.decision import ConfigError, Decision, settle
@@ -14,6 +14,21 @@ if TYPE_CHECKING:
 
 WORTH_CUTTING = 8192
 """Entries of a vocabulary below which a rank has less work with all of it than with two sums over the ranks of whole activations."""
+
+
+_PLAIN = {"plain": "its transfer is waited for where it is posted"}
+METHODS = {
+    "column_fprop": {"ring": "this rank's tokens are multiplied first, then the others' as they arrive", **_PLAIN},
+    "column_dgrad": {
+        "pipeline": "the input's gradient is sent piece by piece while it is computed, and travels under the weights' gradients",
+        "bulk": "the input's gradient is computed whole, and travels under the weights' gradients",
+        **_PLAIN,
+    },
+    "column_wgrad": {"bulk": "the input is gathered again under the row layer's backward", **_PLAIN},
+    "row_fprop": {"pipeline": "the output is sent piece by piece while it is computed", **_PLAIN},
+    "row_dgrad": {"ring": "this rank's tokens are multiplied first, then the others' as they arrive", **_PLAIN},
+}
+"""By product that has a transfer beside it, what each method does with that; the first one is the default."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,6 +43,9 @@ class TensorParallel:
     """Transfers run beside the products that need them or make them."""
     splits: int | Literal["auto"] = "auto"
     """Pieces in which a rank's part of the tokens travels; ``auto``: of at least 256 KiB, at most 4."""
+    methods: dict[str, str] = field(default_factory=dict, hash=False)
+    """By product, how its transfer is hidden, where that is not the default: ``{row_fprop: plain}``. Products of column and row layers
+    are ``fprop``, ``dgrad`` and ``wgrad`` (a row's weight's gradient reads what ``row_dgrad`` gathers); :data:`METHODS` has all."""
     keep_gathered_input: bool = False
     """Backward uses the input that forward has gathered, instead of gathering it again: memory for traffic."""
     vocab_parallel: bool | Literal["auto"] = "auto"
@@ -44,6 +62,7 @@ class TensorParallel:
         known = {
             "bytes": "keep_gathered_input: true, which gathers once where twice is the default; or fewer ranks on this axis",
             "input": "keep_gathered_input: true, or other splits",
+            "input_grad": "methods: {column_dgrad: bulk}, which sends it in one piece, or other splits",
             "replicated": "longer sequences, against which the sum of the norms' gradients is short",
         }
         return f"tensor_parallel: {known.get(kind, 'other splits')}"
@@ -55,6 +74,11 @@ class TensorParallel:
             raise ConfigError(f"tensor_parallel.splits must be at least 1, or auto, got {self.splits!r}")
         if self.backend not in ("p2p", "symm_mem", "userbuffers"):
             raise ConfigError(f"tensor_parallel.backend must be p2p, symm_mem or userbuffers, got {self.backend!r}")
+        for product, method in self.methods.items():
+            if product not in METHODS:
+                raise ConfigError(f"tensor_parallel.methods has no product {product!r}; it has {', '.join(METHODS)}")
+            if method not in METHODS[product]:
+                raise ConfigError(f"tensor_parallel.methods.{product} must be {' or '.join(METHODS[product])}, got {method!r}")
         for name in ("sequence_parallel", "overlap", "vocab_parallel"):
             if getattr(self, name) not in (True, False, "auto"):
                 raise ConfigError(f"tensor_parallel.{name} must be true, false or auto, got {getattr(self, name)!r}")
@@ -65,6 +89,8 @@ def decide(own: TensorParallel, whole: OverlapConfig, facts: Facts) -> list[Deci
     if own.size == 1:
         if own.sequence_parallel is True:
             raise ConfigError("tensor_parallel.sequence_parallel: true needs tensor_parallel.size of at least 2")
+        if own.methods:
+            raise ConfigError(f"tensor_parallel.methods: {own.methods} needs tensor_parallel.size of at least 2")
         return [Decision("tensor_parallel", "1", "off", "its size is 1")]
     _refuse_what_cannot_run(own, facts)
     found = facts.tensor
@@ -100,6 +126,7 @@ def decide(own: TensorParallel, whole: OverlapConfig, facts: Facts) -> list[Deci
         sequence,
         overlap,
         _vocabulary(own, facts),
+        *_methods(own, scattered=scattered, overlapped=overlap.choice != "off"),
         *([_again(own)] if scattered else []),
         *_backend(own, whole, facts, scattered=scattered, overlapped=overlap.choice != "off"),
     ]
@@ -120,6 +147,34 @@ def _vocabulary(own: TensorParallel, facts: Facts) -> Decision:
             ),
         ],
     )
+
+
+def _methods(own: TensorParallel, *, scattered: bool, overlapped: bool) -> list[Decision]:
+    """Of products whose method is not the default.
+
+    Raises:
+        ConfigError: with every reason against the methods that were asked for.
+    """
+    reasons = [
+        (not scattered, "gathers and reduce-scatters are of sequence_parallel, which is off"),
+        (own.overlap is False, "overlap: false makes all of them plain: leave it out"),
+        (own.backend != "p2p", f"backend: {own.backend} has methods of its own: set backend: p2p"),
+        (
+            own.keep_gathered_input and "column_wgrad" in own.methods,
+            "keep_gathered_input: true gathers nothing for column_wgrad: leave one of them out",
+        ),
+    ]
+    if own.methods and (said := [reason for applies, reason in reasons if applies]):
+        raise ConfigError(f"tensor_parallel.methods: {own.methods} cannot run here: {'; '.join(said)}. Or leave methods out")
+    decisions = []
+    for product, known in METHODS.items():
+        default = next(iter(known))
+        method = own.methods.get(product, default)
+        # The plain twin keeps the rest of the configuration, so that overlap: off is no reason to refuse.
+        runs = (method, known[method]) if overlapped else ("plain", "overlap is off")
+        if method != default:
+            decisions.append(Decision(f"tensor_parallel.methods.{product}", method, *runs))
+    return decisions
 
 
 def _again(own: TensorParallel) -> Decision:

@@ -13,13 +13,14 @@ S. Wang et al., Overlap Communication with Dependent Computation via Decompositi
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from lightning_overlap.comm import Group, Pending
+from lightning_overlap.modes.tensor.config import METHODS
 
 MOST_SPLITS = 4
 PIECE_BYTES = 256 << 10
@@ -42,6 +43,7 @@ class Exchange:
         overlapped: False: each transfer is waited for where it is posted (the plain twin).
         splits: pieces of a part; None: by its size.
         keep_gathered: what was gathered for a forward is kept for its backward, rather than gathered again.
+        methods: by product, how its transfer is hidden, where that is not by the first of :data:`METHODS`.
     """
 
     group: Group
@@ -49,15 +51,22 @@ class Exchange:
     overlapped: bool = True
     splits: int | None = None
     keep_gathered: bool = False
+    methods: Mapping[str, str] = field(default_factory=dict)
     _keys: Iterator[int] = field(default_factory=itertools.count)
 
     def key(self) -> int:
         """Tells a transfer from those that are in flight with it. Ranks post in the same order."""
         return next(self._keys) % _KEYS
 
-    def pieces(self, nbytes: int) -> int:
-        """Into how many a part of so many bytes is cut."""
+    def method(self, product: str) -> str:
+        """How the transfer of a product is hidden; of what is none, by pieces. Without overlap all are plain."""
         if not self.overlapped:
+            return "plain"
+        return self.methods.get(product) or next(iter(METHODS.get(product, ["ring"])))
+
+    def pieces(self, nbytes: int, method: str) -> int:
+        """Into how many a part of so many bytes is cut."""
+        if method in ("bulk", "plain"):
             return 1
         return self.splits or max(1, min(MOST_SPLITS, nbytes // PIECE_BYTES))
 
@@ -84,10 +93,10 @@ class Gathered:
         tokens: number of all.
         exchange: the ranks.
         label: names the transfers.
-        splits: pieces of a part; None: as the exchange says.
+        product: that reads them, see :meth:`Exchange.method`.
     """
 
-    def __init__(self, own: Tensor, tokens: int, exchange: Exchange, label: str, splits: int | None = None) -> None:
+    def __init__(self, own: Tensor, tokens: int, exchange: Exchange, label: str, product: str = "") -> None:
         self.shape = (*own.shape[:-2], tokens, own.shape[-1])
         self.own = own.reshape(-1, own.shape[-1])
         self._exchange = exchange
@@ -98,7 +107,8 @@ class Gathered:
         group, width = exchange.group, own.shape[-1]
         others = own.shape[:-2].numel()
         rows = [others * (b - a) for a, b in itertools.pairwise(exchange.parts(tokens))]
-        pieces = splits or exchange.pieces(self.own.nbytes)
+        method = exchange.method(product)
+        pieces = exchange.pieces(self.own.nbytes, method)
         cuts = [shares(n, pieces) for n in rows]
         for i in range(pieces):
             bounds = [0, *itertools.accumulate(width * (cut[i + 1] - cut[i]) for cut in cuts)]
@@ -108,7 +118,7 @@ class Gathered:
             self._pending.append(group.all_gather(buffer, bounds, key=exchange.key(), label=label))
         # A gather is held back behind reduces of its own step. Here products wait for both alike: first come, first served.
         group.start_step()
-        if not exchange.overlapped:
+        if method == "plain":
             for pending in self._pending:
                 pending.wait()
 
@@ -195,10 +205,13 @@ class Reduced:
         factors: the summand is the sum of ``x @ w`` over these: ``x`` ``(..., tokens, in)``, ``w`` ``(in, out)``. May be none.
         exchange: the ranks. Where tokens are cut, each rank gets its own; otherwise all get all.
         label: names the transfers.
+        product: which it is, see :meth:`Exchange.method`.
         more: something that is added to the summand, ``(..., tokens, out)``.
     """
 
-    def __init__(self, factors: Sequence[tuple[Tensor, Tensor]], exchange: Exchange, label: str, more: Tensor | None = None) -> None:
+    def __init__(
+        self, factors: Sequence[tuple[Tensor, Tensor]], exchange: Exchange, label: str, product: str, more: Tensor | None = None
+    ) -> None:
         if not factors:
             assert more is not None, "there is something to be summed"
             factors = [(more.new_zeros(*more.shape[:-1], 1), more.new_zeros(1, more.shape[-1]))]
@@ -211,7 +224,8 @@ class Reduced:
         weights = [w for _, w in factors]
         own = exchange.own
         rows = [len(found[0]) for found in parts]
-        pieces = exchange.pieces(rows[own] * width * x.element_size())
+        method = exchange.method(product)
+        pieces = exchange.pieces(rows[own] * width * x.element_size(), method)
         cuts = [shares(n, pieces) for n in rows]
         self.shape = (*x.shape[:-2], bounds[own + 1] - bounds[own], width)
 
@@ -229,7 +243,7 @@ class Reduced:
         offsets = [[0, *itertools.accumulate(width * (cut[i + 1] - cut[i]) for cut in cuts)] for i in range(pieces)]
         buffers = [x.new_empty(bounds[-1]) for bounds in offsets]
         # This rank's own part is last where a reduce-scatter takes it when it is waited for: see Group.reduce_scatter.
-        late = exchange.scattered and group.keyed and exchange.overlapped
+        late = exchange.scattered and group.keyed and method == "pipeline"
         self._pending: list[Pending] = []
         for i in range(pieces):
             for number in [(own + step) % count for step in range(1, count)]:
@@ -241,7 +255,7 @@ class Reduced:
             else:
                 posted = group.all_reduce(buffers[i], label=label)
             self._pending.append(posted)
-            if not exchange.overlapped:
+            if method == "plain":
                 posted.wait()
         for i in range(pieces if late else 0):
             compute(own, i)

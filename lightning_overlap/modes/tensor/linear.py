@@ -69,7 +69,11 @@ class Reading:
         """
         if self.again is None:
             self.again = Gathered(
-                own.view(*self.shape[:-2], -1, self.shape[-1]), self.shape[-2], self.exchange, f"tensor.input[{self.name}]", 1
+                own.view(*self.shape[:-2], -1, self.shape[-1]),
+                self.shape[-2],
+                self.exchange,
+                f"tensor.input[{self.name}]",
+                "column_wgrad",
             )
 
 
@@ -146,7 +150,7 @@ class _Gather(Function):
         reading: Reading = ctx.reading
         factors, reading.factors = reading.factors, []
         if factors or others is not None:
-            reading.reduced = Reduced(factors, reading.exchange, f"tensor.input_grad[{reading.name}]", others)
+            reading.reduced = Reduced(factors, reading.exchange, f"tensor.input_grad[{reading.name}]", "column_dgrad", others)
         return None, None
 
 
@@ -231,7 +235,7 @@ class _RowOutput(Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor, state: _RowState, own: Tensor | None) -> Tensor:
         ctx.save_for_backward(x, weight, own)
         ctx.state = state
-        return Reduced([(x, weight.t())], state.exchange, f"tensor.output[{state.name}]").wait()
+        return Reduced([(x, weight.t())], state.exchange, f"tensor.output[{state.name}]", "row_fprop").wait()
 
     @staticmethod
     @once_differentiable
@@ -239,7 +243,7 @@ class _RowOutput(Function):
         x, weight, own = ctx.saved_tensors
         state: _RowState = ctx.state
         tokens = x.shape[-2]
-        gathered = state.gathered = Gathered(grad, tokens, state.exchange, f"tensor.output_grad[{state.name}]")
+        gathered = state.gathered = Gathered(grad, tokens, state.exchange, f"tensor.output_grad[{state.name}]", "row_dgrad")
         if state.reading is not None and own is not None:
             # What the region's column layers will need, behind what is needed now: the link would be idle until then.
             state.reading.gather_again(own)
@@ -339,7 +343,7 @@ def read(x: Tensor, layers: Sequence[nn.Module], reading: Reading, tokens: int) 
         of_layer = (reading.weights.pop(number), None if bias is None else cast(bias))  # type: ignore[arg-type]
         reading.ports[number] = _Own.apply(*of_layer, reading, number)  # type: ignore[no-untyped-call]
     with torch.no_grad():
-        gathered = Gathered(x, tokens, reading.exchange, f"tensor.input[{reading.name}]")
+        gathered = Gathered(x, tokens, reading.exchange, f"tensor.input[{reading.name}]", "column_fprop")
     handle = _Gather.apply(x, reading).as_subclass(Arriving)  # type: ignore[no-untyped-call]
     handle.reading, handle.gathered = reading, gathered
     return handle  # type: ignore[no-any-return]

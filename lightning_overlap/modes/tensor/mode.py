@@ -52,6 +52,7 @@ class TensorMode(OverlapMode):
             overlapped=plan.choice("tensor_parallel.overlap") != "off",
             splits=None if own.splits == "auto" else own.splits,
             keep_gathered=own.keep_gathered_input,
+            methods=own.methods,
         )
         backend = plan.choice("tensor_parallel.backend")
         self._fused = symm_mem.operators(self.group) if backend == "symm_mem" else None

@@ -72,11 +72,11 @@ class _Read(Function):
         again = None
         if any(ctx.needs_input_grad[4:]) and known:
             tokens = x.shape[-2] * ctx.exchange.group.size
-            again = Gathered(x, tokens, ctx.exchange, f"tensor.input[{ctx.name}]", 1)
+            again = Gathered(x, tokens, ctx.exchange, f"tensor.input[{ctx.name}]", "column_wgrad")
         of_x = None
         if ctx.needs_input_grad[0]:
             if of_whole is not None:  # of what has read the input beside the column layers
-                of_x = Reduced(known, ctx.exchange, f"tensor.input_grad[{ctx.name}]", of_whole).wait()
+                of_x = Reduced(known, ctx.exchange, f"tensor.input_grad[{ctx.name}]", "column_dgrad", of_whole).wait()
             elif known:
                 of_x = ctx.fused.reduce(torch.cat([grad for grad, _ in known], -1), torch.cat([weight for _, weight in known]))
         read = None if again is None else again.whole().flatten(0, -2)

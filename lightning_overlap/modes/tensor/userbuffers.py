@@ -58,7 +58,7 @@ class _Sum(Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> Any:
-        return Reduced([], ctx.reading.exchange, f"tensor.input_grad[{ctx.reading.name}]", grad).wait(), None
+        return Reduced([], ctx.reading.exchange, f"tensor.input_grad[{ctx.reading.name}]", "column_dgrad", grad).wait(), None
 
 
 class Multiplied(Arriving):
