@@ -86,6 +86,23 @@ def test_auto_declines(facts, feature, choice):
     assert choices(**facts)[feature] == choice
 
 
+@pytest.mark.parametrize(
+    ("data", "pipeline", "facts", "choice", "why"),
+    [
+        ({"align_param_gather": True}, 2, {}, "after the step", "once the step is over"),
+        ({}, 2, {}, "off", "a stage that is through gathers while those before it are not"),
+        ({}, 2, {"gradient_clip_val": 1.0}, "off", "after backward as it is"),
+        ({}, 1, {}, "off", "one rank has all stages"),
+    ],
+)
+def test_gathers_of_several_stages_are_aligned_when_asked_to(data, pipeline, facts, choice, why):
+    config = OverlapConfig(data_parallel=DataParallel(**data), pipeline_parallel=PipelineParallel(size=pipeline))
+    plan = resolve(config, Facts(world_size=4, **facts))
+    decision = next(d for d in plan.decisions if d.feature == "data_parallel.align_param_gather")
+    assert decision.choice == choice
+    assert why in decision.why
+
+
 def test_overlap_off_keeps_the_layout():
     found = choices(OverlapConfig(overlap="off"))
     assert found["distributed_optimizer"] == "elementwise shards"
@@ -99,6 +116,10 @@ def test_overlap_off_keeps_the_layout():
         ({"overlap_optimizer_step": True, "check_for_nan_in_grad": True}, {"gradient_clip_val": 1.0}, "check_for_nan"),
         ({"distributed_optimizer": True}, {"automatic_optimization": False}, "manual optimization"),
         ({"overlap_param_gather": True, "distributed_optimizer": False}, {}, "needs the distributed optimizer"),
+        ({"align_param_gather": True}, {}, "one rank has all stages; leave it out, or set pipeline_parallel.size"),
+        ({"align_param_gather": True, "distributed_optimizer": False}, {}, "one rank .*; it needs the distributed optimizer"),
+        ({"align_param_gather": True, "overlap_param_gather": False}, {}, "set data_parallel.overlap_param_gather: true"),
+        ({"align_param_gather": True, "param_gather_prefetch": 2}, {}, "param_gather_prefetch bounds; set it to all"),
         ({"num_optimizer_instances": 3}, {"world_size": 4}, "must divide"),
         ({"size": 3}, {"world_size": 4}, "needs 3 ranks, and there are 4"),
         ({}, {"precision": "16-mixed"}, "use bf16-mixed"),

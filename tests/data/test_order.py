@@ -11,6 +11,7 @@ from lightning_overlap.facts import Facts
 from lightning_overlap.mesh import ParallelMesh
 from lightning_overlap.modes.data import mode as data_mode
 from lightning_overlap.modes.data.config import DataParallel
+from lightning_overlap.modes.pipeline.config import PipelineParallel
 from lightning_overlap.plan import resolve
 from lightning_overlap.probe import examine
 
@@ -72,13 +73,14 @@ def layer(events, i):
 
 @pytest.fixture
 def make(monkeypatch):
-    def make(overlap="auto", **trainer):
+    def make(overlap="auto", pipeline=1, data=None, **trainer):
         events = []
         monkeypatch.setattr(data_mode, "make_group", lambda *_, **__: Recorder(events))
         model = nn.Sequential(*(layer(events, i) for i in range(LAYERS)))
         optimizer = torch.optim.AdamW(model.parameters())
-        config = OverlapConfig(data_parallel=DataParallel(bucket_size=64), overlap=overlap)
-        plan = resolve(config, Facts(world_size=2, optimizers=(examine(optimizer),), parameters=256, **trainer))
+        own = DataParallel(bucket_size=64, **(data or {}))
+        config = OverlapConfig(data_parallel=own, pipeline_parallel=PipelineParallel(size=pipeline), overlap=overlap)
+        plan = resolve(config, Facts(world_size=2 * pipeline, optimizers=(examine(optimizer),), parameters=256, **trainer))
         mode = data_mode.DataMode(plan, config, ParallelMesh(plan.degrees, 0), timedelta(seconds=1))
         mode.parallelize(model)
         mode.prepare_optimizers([optimizer])
@@ -127,6 +129,14 @@ def test_clipping_keeps_updates_until_all_is_reduced(make):
     backward = [f"{what} {i}" for i in (3, 2, 1, 0) for what in ("backward", "reduce", "wait for reduce")]
     # by bucket: the first that forward needs is updated and sent first
     assert events[2 * LAYERS + 1 :] == [*backward, "step", *(f"gather {i}" for i in range(LAYERS))]
+
+
+def test_gathers_that_are_aligned_start_after_the_step(make):
+    """Of updates in backward, too, and then in the order of forward; the next forward waits as ever."""
+    step = make(pipeline=2, data={"align_param_gather": True})
+    backward = [f"{what} {i}" for i in (3, 2, 1, 0) for what in ("backward", "reduce", "wait for reduce")]
+    assert step()[2 * LAYERS + 1 :] == [*backward, "step", *(f"gather {i}" for i in range(LAYERS))]
+    assert step()[: 3 * LAYERS] == [f"{what} {i}" for i in range(LAYERS) for what in ("before", "wait for gather", "forward")]
 
 
 def test_off(make):

@@ -13,6 +13,9 @@ if TYPE_CHECKING:
 
 Switch = bool | Literal["auto"]
 
+ALIGNING = "a stage that is through gathers while those before it are not; later, less of that is hidden"
+"""Why ``auto`` does not align the gathers of stages that update in backward."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class DataParallel:
@@ -28,6 +31,8 @@ class DataParallel:
     """Gather updated parameters under the next forward. Needs the distributed optimizer."""
     overlap_optimizer_step: Switch = "auto"
     """Update a bucket as soon as it is reduced, in backward. Needs that nothing looks at all the gradients first."""
+    align_param_gather: Switch = "auto"
+    """Start the gathers of a pipeline's stages after the whole step, in the order of forward, not in each stage's own last backward."""
     bucket_size: int | Literal["auto"] = "auto"
     """Elements at which a bucket closes. Smaller hides more, larger moves faster."""
     param_gather_prefetch: int | Literal["all"] = "all"
@@ -62,7 +67,13 @@ class DataParallel:
                 continue
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ConfigError(f"data_parallel.{name} must be an integer of at least 1, got {value!r}")
-        for name in ("distributed_optimizer", "overlap_grad_reduce", "overlap_param_gather", "overlap_optimizer_step"):
+        for name in (
+            "distributed_optimizer",
+            "overlap_grad_reduce",
+            "overlap_param_gather",
+            "overlap_optimizer_step",
+            "align_param_gather",
+        ):
             if getattr(self, name) not in (True, False, "auto"):
                 raise ConfigError(f"data_parallel.{name} must be true, false or auto, got {getattr(self, name)!r}")
         if self.grad_reduce_dtype not in ("fp32", "param"):
@@ -110,6 +121,21 @@ def decide(own: DataParallel, whole: OverlapConfig, facts: Facts) -> list[Decisi
     )
     if step.choice == "off" and step.asked == "auto" and not quiet and gather.choice != "off" and not inseparable:
         step = Decision(step.feature, step.asked, "by bucket after backward", step.why)
+    alone = whole.pipeline_parallel.size == 1
+    earlier = step.choice == "in backward"
+    align = overlap(
+        "align_param_gather",
+        own.align_param_gather,
+        "after the step",
+        "all stages gather in the order of forward once the step is over",
+        [
+            (alone, "one rank has all stages; leave it out, or set pipeline_parallel.size"),
+            needs_optimizer,
+            (gather.choice == "off", "parameters are gathered in the step; set data_parallel.overlap_param_gather: true"),
+            (own.param_gather_prefetch != "all", "forward posts what param_gather_prefetch bounds; set it to all"),
+            (own.align_param_gather == "auto" and not alone, ALIGNING if earlier else "all stages gather after backward as it is"),
+        ],
+    )
     return [
         Decision("data_parallel", str(own.size), str(dp), f"{facts.world_size} ranks"),
         optimizer,
@@ -117,6 +143,7 @@ def decide(own: DataParallel, whole: OverlapConfig, facts: Facts) -> list[Decisi
         reduce,
         gather,
         step,
+        align,
         _bucket_size(own, whole, facts),
         *_settings(own, dp, sharded, gradients.choice),
     ]

@@ -15,16 +15,18 @@ class Gathers:
         buckets: the mode's, the same list for as long as the mode lives.
         group: the ranks that hold the pieces.
         prefetch: buckets in flight ahead of the one that forward waits for; None for all.
+        aligned: none is posted before :meth:`end_step`.
 
     Attributes:
         incomplete: keys of the buckets whose parameters are not all there.
     """
 
-    def __init__(self, buckets: list[LiveBucket], group: Group, prefetch: int | None) -> None:
+    def __init__(self, buckets: list[LiveBucket], group: Group, prefetch: int | None, *, aligned: bool) -> None:
         self.incomplete: set[int] = set()
         self._buckets = buckets
         self._group = group
         self._prefetch = prefetch
+        self._aligned = aligned
         self._to_post: list[LiveBucket] = []
         self._seen: dict[int, None] = {}  # keys of the buckets in the order in which this forward reads them
 
@@ -37,7 +39,7 @@ class Gathers:
         torch.autograd.graph.increment_version(bucket.parameters)
         self.incomplete.add(bucket.key)
         self._to_post.append(bucket)
-        if self._prefetch is None:
+        if self._prefetch is None and not self._aligned:
             self.post_all()
 
     def post_all(self) -> None:
@@ -58,6 +60,11 @@ class Gathers:
         self.finish(bucket)
         while self._to_post and self._prefetch is not None and len(self.incomplete) - len(self._to_post) <= self._prefetch:
             self._post_next()
+
+    def end_step(self) -> None:
+        """Every bucket has been updated."""
+        if self._aligned:
+            self.post_all()
 
     def finish(self, bucket: LiveBucket) -> None:
         """Blocks until the bucket is there, if it is in flight."""

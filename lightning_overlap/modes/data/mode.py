@@ -74,7 +74,8 @@ class DataMode(OverlapMode):
         self._wire = torch.bfloat16 if own.reduce_scatter_with_fp32_accumulation else None
         self._groups(own.num_optimizer_instances)
         prefetch = None if own.param_gather_prefetch == "all" else int(own.param_gather_prefetch)
-        self._gathers = Gathers(self._buckets, self.group, prefetch)
+        aligned = plan.choice("data_parallel.align_param_gather") == "after the step"
+        self._gathers = Gathers(self._buckets, self.group, prefetch, aligned=aligned)
         # Ranks may see gradients in different orders. What is matched by the order of posting is posted by bucket number.
         self._any_order = self.group.keyed and self._scatter and self._instances is None
 

@@ -164,6 +164,7 @@ class ShardedOptimizer:
         self._put(self._users)
         for bucket in self._reduced():
             self._publish(bucket)
+        self._gathers.end_step()
         if self._gather_at_once:
             self._gathers.finish_all()
 
