@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
 LATE_GRADIENT = "_lightning_overlap_late"
 """Attribute of a parameter: a mode completes its gradient in ``finish_backward``, and nobody may send it before."""
+STAGE = "_lightning_overlap_stage"
+"""Attribute of a parameter: its stage in the model. A later one's gradients are complete first, and its weights are read last."""
 COUNTED_ELSEWHERE = "_lightning_overlap_counted_elsewhere"
 """Attribute of a parameter, and of a shard of it: another rank has it too, and its gradient is in that one's norm."""
 

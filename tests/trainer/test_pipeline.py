@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 import torchmetrics
 from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from lightning.pytorch.plugins.environments import TorchElasticEnvironment
 from lightning.pytorch.strategies import SingleDeviceStrategy
 from torch import nn
@@ -25,6 +25,7 @@ from lightning_overlap import ConfigError, DataParallel, OverlapProfiler, Overla
 from lightning_overlap.bench.measure import measure
 from lightning_overlap.comm import Group, TransferError
 from lightning_overlap.modes.pipeline.schedule import build
+from lightning_overlap.modes.pipeline.stage import Stages
 
 QUIET = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
 
@@ -347,6 +348,133 @@ def test_with_data_parallelism(world, pipeline, tied, trainer):
         assert torch.equal(rank["weights"], other["weights"])
         assert rank["metrics"]["val_loss"] == ranks[0]["metrics"]["val_loss"]
     assert ranks[0]["metrics"] == ranks[2]["metrics"]  # of one pipeline
+
+
+def gathered(aligned: bool) -> tuple[list[list[str]], dict[int, set[int]], torch.Tensor]:
+    """Actions and data transfers of each step in their order, the stages of each bucket's parameters, and the weights."""
+    warnings.simplefilter("ignore")
+    seed_everything(1, verbose=False)
+    steps: list[list[str]] = []
+    stages_of: dict[int, set[int]] = {}
+
+    def heard(act: Any, said: Any) -> Any:
+        def says(*arguments: Any, **how: Any) -> Any:
+            steps[-1].append(said(*arguments, **how))
+            return act(*arguments, **how)
+
+        return says
+
+    class Listens(Callback):
+        def on_train_start(self, trainer: Trainer, module: Any) -> None:
+            pipeline, data = trainer.strategy.modes  # type: ignore[attr-defined]
+            for bucket in data._buckets:
+                stages_of[bucket.key] = {stage for name in bucket.names for stage in pipeline.partition.users[name]}
+            for verb, said in (("reduce_scatter", "reduce"), ("all_gather", "gather")):
+                setattr(data.group, verb, heard(getattr(data.group, verb), lambda *_, key, said=said, **__: f"{said} {key}"))
+
+        def on_train_batch_start(self, *_: Any) -> None:
+            steps.append([])
+
+    env = {"cluster_environment": TorchElasticEnvironment(), "process_group_backend": "gloo"}
+    own = PipelineParallel(size=2, virtual_stages=2, microbatches=4)
+    strategy = OverlapStrategy(DataParallel(bucket_size=1000, align_param_gather=aligned), pipeline_parallel=own, **env)  # type: ignore[arg-type]
+    given: Any = {"max_steps": 3, "limit_val_batches": 0, "callbacks": [Listens()], "use_distributed_sampler": False}
+    module = Net(blocks=8)
+    with (
+        mock.patch.object(Stages, "forward", heard(Stages.forward, lambda _, stage, microbatch, *__: f"F{stage}.{microbatch}")),
+        mock.patch.object(Stages, "backward", heard(Stages.backward, lambda _, action, *__: str(action))),
+    ):
+        Trainer(**QUIET, accelerator="cpu", devices=4, strategy=strategy, **given).fit(module, loader(4))
+    return steps, stages_of, torch.cat([p.detach().flatten() for p in module.parameters()])
+
+
+def test_each_stage_is_reduced_in_its_last_backward_and_gathered_before_its_next_forward(world):
+    """In its backward, or, aligned, after all of them, and then in the order of forward."""
+    found = {aligned: world(4).run(gathered, aligned) for aligned in (False, True)}
+    for aligned, ranks in found.items():
+        for rank, (steps, stages_of, _) in enumerate(ranks):
+            assert set.union(*stages_of.values()) == {rank // 2, rank // 2 + 2}
+            for events in steps:
+                actions = [n for n, event in enumerate(events) if event[0] in "FB"]
+                for key, stages in stages_of.items():
+                    (stage,) = stages  # a bucket of two would wait for the other
+                    last = actions.index(events.index(f"B{stage}.3"))
+                    during = range(actions[last], [*actions, len(events)][last + 1])
+                    assert events.index(f"reduce {key}") in during
+                    assert events.index(f"gather {key}") > (actions[-1] if aligned else during[0])
+                gathers = [stages_of[int(event.split()[1])] for event in events if event.startswith("gather")]
+                assert len(gathers) == len(stages_of)
+                if aligned:
+                    assert gathers == sorted(gathers, key=min)
+    for one, other in zip(found[False], found[True], strict=True):
+        assert torch.equal(one[2], other[2])
+
+
+def test_two_stages_by_four_data_ranks(world):
+    model = {"optimizer": "sgd"}
+    expected = single(model)
+    for rank in world(8).run(with_trainer, {"size": 2, "microbatches": 2}, model, "auto", {}):
+        torch.testing.assert_close(rank["weights"], expected["weights"], rtol=1e-5, atol=1e-6)
+
+
+class Watched(Net):
+    """Collects what its validation gives, and tells it at the end; and looks at gradients."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.collected: list[torch.Tensor] = []
+        self.norms: list[dict[str, float]] = []
+
+    def validation_step(self, batch, index):
+        self.collected.append(self.loss(batch).detach())
+
+    def on_validation_epoch_end(self):
+        self.log("val_loss", torch.stack(self.collected).mean())
+        self.collected.clear()
+
+    def on_before_optimizer_step(self, optimizer):
+        self.norms.append({name: float(p.grad.norm()) for name, p in self.named_parameters() if p.grad is not None})
+
+    def configure_optimizers(self):
+        optimizer = torch.optim.SGD(self.parameters(), 0.1)
+        plateau = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, factor=0.5, patience=0, threshold=0.1)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": plateau, "monitor": "val_loss"}}
+
+
+def watched(pipeline: dict[str, Any] | None, folder: str) -> dict[str, Any]:
+    warnings.simplefilter("ignore")
+    seed_everything(1, verbose=False)
+    devices, strategy = 1, SingleDeviceStrategy(torch.device("cpu"))
+    if pipeline is not None:
+        env = {"cluster_environment": TorchElasticEnvironment(), "process_group_backend": "gloo"}
+        devices, strategy = dist.get_world_size(), OverlapStrategy(pipeline_parallel=PipelineParallel(**pipeline), **env)
+    saving = ModelCheckpoint(folder, "{epoch}", monitor="val_loss")
+    stopping = EarlyStopping("val_loss", patience=2, min_delta=0.2)
+    length = {"max_epochs": 9, "limit_train_batches": 3, "limit_val_batches": 2, "use_distributed_sampler": False}
+    given = {**QUIET, "enable_checkpointing": True, "callbacks": [saving, stopping], **length}
+    module = Watched()
+    run = Trainer(**given, accelerator="cpu", devices=devices, strategy=strategy)
+    run.fit(module, loader(8), loader(8))
+    best = os.path.basename(saving.best_model_path), float(saving.best_model_score)
+    rates = [group["lr"] for group in run.optimizers[0].param_groups]
+    return {**told(run, module), "norms": module.norms, "best": best, "rates": rates, "stopped": stopping.stopped_epoch}
+
+
+def test_what_watches_a_validation_sees_what_it_does_without_a_pipeline(world, tmp_path):
+    """EarlyStopping, ModelCheckpoint and ReduceLROnPlateau, by outputs that each rank has collected; and a hook that reads gradients."""
+    expected = watched(None, str(tmp_path / "plain"))
+    assert 0 < expected["stopped"] < 8
+    assert expected["rates"][0] < 0.1
+    ranks = world(2).run(watched, {"size": 2, "virtual_stages": 2, "microbatches": 4}, str(tmp_path / "piped"))
+    for rank in ranks:
+        torch.testing.assert_close(rank["weights"], expected["weights"], rtol=1e-5, atol=1e-6)
+        assert rank["metrics"]["val_loss"] == pytest.approx(expected["metrics"]["val_loss"], rel=1e-5)
+        assert rank["best"] == (expected["best"][0], pytest.approx(expected["best"][1], rel=1e-5))
+        assert (rank["rates"], rank["stopped"], rank["step"]) == (expected["rates"], expected["stopped"], expected["step"])
+    for step, norms in enumerate(expected["norms"]):
+        here = [rank["norms"][step] for rank in ranks]
+        assert not here[0].keys() & here[1].keys()
+        assert here[0] | here[1] == pytest.approx(norms, rel=1e-4, abs=1e-6)
 
 
 def saved_by_all(pipeline, model, trainer, folder):

@@ -25,7 +25,7 @@ from torch.optim import Optimizer
 
 from lightning_overlap.comm import Group, Pending, make_group
 from lightning_overlap.decision import ConfigError
-from lightning_overlap.modes.base import COUNTED_ELSEWHERE, LATE_GRADIENT, OverlapMode
+from lightning_overlap.modes.base import COUNTED_ELSEWHERE, LATE_GRADIENT, STAGE, OverlapMode
 from lightning_overlap.modes.data.buffers import HALF, LiveBucket, flatten, unflatten
 from lightning_overlap.modes.data.gathers import Gathers
 from lightning_overlap.modes.data.guard import CompleteBefore, GuardedParameters
@@ -94,15 +94,17 @@ class DataMode(OverlapMode):
     # -- set-up ------------------------------------------------------------------------------------------------------
 
     def parallelize(self, model: nn.Module) -> None:
-        # What another mode completes after backward is sent after all else, and a shard is counted in the norm as a whole.
-        kinds: dict[tuple[bool, bool, str, str], list[tuple[str, nn.Parameter]]] = {}
+        # What another mode completes after backward is sent after all else, a stage does not wait for another one's backward, and a
+        # shard is counted in the norm as a whole.
+        kinds: dict[tuple[bool, int, bool, str, str], list[tuple[str, nn.Parameter]]] = {}
         for name, parameter in model.named_parameters():
             if parameter.requires_grad or self.plan.facts.unfreezers:
                 late, elsewhere = (bool(getattr(parameter, marker, False)) for marker in (LATE_GRADIENT, COUNTED_ELSEWHERE))
-                kinds.setdefault((late, elsewhere, str(parameter.dtype), str(parameter.device)), []).append((name, parameter))
+                kind = late, -_stage(parameter), elsewhere, str(parameter.dtype), str(parameter.device)
+                kinds.setdefault(kind, []).append((name, parameter))
             else:
                 self._frozen.append((name, parameter))
-        self._kinds = [kinds[kind] for kind in sorted(kinds, key=lambda kind: kind[0])]
+        self._kinds = [kinds[kind] for kind in sorted(kinds, key=lambda kind: kind[:2])]
         self._build()
         for bucket in self._buckets:
             for parameter in bucket.parameters:
@@ -137,6 +139,8 @@ class DataMode(OverlapMode):
                 whole=self._whole,
                 first_key=len(self._buckets),
             )
+        for place, bucket in enumerate(sorted(self._buckets, key=lambda bucket: (_stage(bucket.parameters[0]), bucket.order))):
+            bucket.order = place
         for bucket in self._buckets:
             for parameter, view in zip(bucket.parameters, bucket.views(bucket.grads), strict=True):
                 self._home[id(parameter)] = (bucket, view)
@@ -454,6 +458,10 @@ class DataMode(OverlapMode):
     def close(self) -> None:
         for group in filter(None, (self.group, self._instances)):
             group.close()
+
+
+def _stage(parameter: nn.Parameter) -> int:
+    return int(getattr(parameter, STAGE, 0))
 
 
 def _lengths(optimizer: Optimizer) -> list[int]:

@@ -20,7 +20,7 @@ from lightning_overlap.block_stack import BlockStack, Pass
 from lightning_overlap.comm import Group, Pending, backend, in_words, make_group, raise_from_words
 from lightning_overlap.decision import ConfigError
 from lightning_overlap.facts import PipelineFacts
-from lightning_overlap.modes.base import COUNTED_ELSEWHERE, LATE_GRADIENT, OverlapMode, Step
+from lightning_overlap.modes.base import COUNTED_ELSEWHERE, LATE_GRADIENT, STAGE, OverlapMode, Step
 from lightning_overlap.modes.pipeline import layout, microbatches
 from lightning_overlap.modes.pipeline.config import PipelineParallel, scheduled
 from lightning_overlap.modes.pipeline.partition import Partition, heads, work
@@ -158,6 +158,9 @@ class PipelineMode(OverlapMode):
                     setattr(parameter, LATE_GRADIENT, True)
                     setattr(parameter, COUNTED_ELSEWHERE, self._rank != ranks[0])
         own = [stage for stage, rank in enumerate(self._placement) if rank == self._rank]
+        for name, stages in self.partition.users.items():
+            if not self.partition.is_buffer(name) and (here := [stage for stage in stages if stage in own]):
+                setattr(self.partition.parameter(name), STAGE, here[0])
         for name in self.partition.repeated(own):  # each stage has a last backward, and none tells whether it is the last of all
             setattr(self.partition.parameter(name), LATE_GRADIENT, True)
 
@@ -446,7 +449,7 @@ class PipelineMode(OverlapMode):
         else:
             self.partition.take_back(room=self._whole)
         for parameter in self.partition.parameters():
-            for marker in (LATE_GRADIENT, COUNTED_ELSEWHERE):
+            for marker in (LATE_GRADIENT, STAGE, COUNTED_ELSEWHERE):
                 vars(parameter).pop(marker, None)
         if complete:
             for group in set(self.channels.values()):
