@@ -258,7 +258,7 @@ def order(kind: type[Net], pipeline: dict[str, Any]) -> tuple[list[str], str]:
         def on_train_start(self, trainer: Trainer, module: Any) -> None:
             mode: Any = trainer.strategy.modes[0]  # type: ignore[attr-defined]
             listen(mode._weight_gradients, "run", "weights")
-            listen(mode.channels["B", False], "send", "sent")
+            listen(mode.channels["B", False, 1], "send", "sent")
             for group in mode._tied.values():
                 listen(group, "all_reduce", "sum", lambda pending: listen(pending, "wait", "wait"))
             if module.head.weight.requires_grad:

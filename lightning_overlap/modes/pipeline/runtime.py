@@ -31,6 +31,8 @@ from lightning_overlap.modes.pipeline.schedule import Action, Schedule
 from lightning_overlap.modes.pipeline.simulate import Handover, in_turn
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+Direction = tuple[str, bool, int]
+"""What is sent ("F" or "B"), whether to a higher rank, and whether from an odd one."""
 _HEADER = 12
 """Numbers that announce the form of hidden states: dims, dtype, whether they have a gradient, what blocks return, the shape."""
 
@@ -100,7 +102,7 @@ class Runtime:
     Args:
         schedule: the whole of it.
         rank: this one, in the pipeline.
-        groups: the pipeline's ranks, for each (kind, whether to a higher rank).
+        groups: the pipeline's ranks, for each direction, as :func:`channel_kinds` has them.
         forms: what is known of hidden states, by stage and kind of microbatch; it grows, and other runtimes share it.
         announced: what of it this rank has told its receiver; shared as well.
         device: where tensors are.
@@ -111,7 +113,7 @@ class Runtime:
         self,
         schedule: Schedule,
         rank: int,
-        groups: Mapping[tuple[str, bool], Group],
+        groups: Mapping[Direction, Group],
         forms: dict[tuple[int, Hashable], Form],
         announced: set[tuple[int, Hashable]],
         device: torch.device,
@@ -203,8 +205,7 @@ class Runtime:
         return (here, there) if item.kind == "F" else (there, here)
 
     def _group(self, item: Action) -> Group:
-        source, target = self._ends(item)
-        return self._groups[item.kind, source < target]
+        return self._groups[direction(item.kind, *self._ends(item))]
 
     def _incoming(self) -> dict[tuple[str, int], Channel]:
         channels: dict[tuple[str, int], Channel] = {}
@@ -323,20 +324,29 @@ def between(schedule: Schedule, rank: int) -> list[list[Action]]:
     return places
 
 
-def channel_kinds(placement: Sequence[int]) -> list[tuple[str, bool]]:
+def direction(what: str, source: int, target: int) -> Direction:
+    """The direction in which a rank sends."""
+    return what, source < target, source % 2
+
+
+def channel_kinds(placement: Sequence[int]) -> list[Direction]:
     """The directions in which the stages of a placement send."""
     neighbours = [(here, there) for here, there in pairwise(placement) if here != there]
-    return sorted({("F", here < there) for here, there in neighbours} | {("B", there < here) for here, there in neighbours})
+    return sorted(
+        {direction("F", here, there) for here, there in neighbours} | {direction("B", there, here) for here, there in neighbours}
+    )
 
 
-def lane(kind: tuple[str, bool], backend: str) -> str:
+def lane(kind: Direction, backend: str) -> str:
     """The group that a direction uses.
 
-    NCCL runs the transfers of a group one after the other: each direction has its own. Of gloo's, forwards and the backwards over
-    the same hops share one: a connection carries both ways at once, and one that is used one way only has its acknowledgements
-    stand behind the data of another one (8% of a 50 Mbit/s link, the median of 7 paired runs).
+    NCCL runs a rank's transfers of a group one after the other, in the order of their posting: each direction has its own, and
+    another one from odd ranks than from even ones. A rank would otherwise have what it sends on stand behind a receive that was
+    posted ahead, which may come only after that. Of gloo's, forwards and the backwards over the same hops share one: a
+    connection carries both ways at once, and one that is used one way only has its acknowledgements stand behind the data of
+    another one (8% of a 50 Mbit/s link, the median of 7 paired runs).
     """
-    what, up = kind
+    what, up, odd = kind
     if backend == "nccl":
-        return f"{what}.{'up' if up else 'down'}"
+        return f"{what}.{'up' if up else 'down'}.{'odd' if odd else 'even'}"
     return "hops.up" if (what == "F") == up else "hops.down"
