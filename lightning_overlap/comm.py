@@ -471,8 +471,12 @@ class Group:
             key: tells this transfer from others in flight between the two, on gloo; NCCL's find each other by the order of posting.
             label: names it in traces and errors. Between two members, transfers of one label come in one order.
         """
-        # The work alone holds x, which the thread that waits for it lets go of.
-        pending = Pending(self, label, x.nbytes, lambda: torch.empty(0), (self.ranks[self.rank], self.ranks[to]))
+        # Of gloo's, the work alone holds x, which the thread that waits for it lets go of. NCCL's lets go of it as soon as a stream
+        # waits, which may be another one than x's.
+        held = x if self._native else None
+        pending = Pending(
+            self, label, x.nbytes, lambda: torch.empty(0) if held is None else held, (self.ranks[self.rank], self.ranks[to])
+        )
         self._post_reduce(pending, [(dist.isend, x, to, self.reduces, key)])
         return pending
 
@@ -644,6 +648,10 @@ class Group:
     def _post_reduce(self, pending: Pending, transfers: list[_Transfer]) -> None:
         if self._threads is not None:
             self._threads.post(pending, transfers, reduce=True)
+        elif self._native and len(transfers) > 1:
+            # All at once: NCCL runs those of a group one after the other, and each rank's first would wait for its peer's second.
+            together = [dist.P2POp(transfer, x, self.ranks[peer], group) for transfer, x, peer, group, _ in transfers]
+            pending.add([(work, -1) for work in dist.batch_isend_irecv(together)])
         else:
             pending.add([self.post(pending.transfer.label, *transfer) for transfer in transfers])
 

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import threading
 import weakref
+from unittest import mock
 
 import pytest
 import torch
@@ -43,6 +44,40 @@ def test_transfers(world, size, uneven, wire):
         torch.testing.assert_close(torch.tensor(own), mean[bounds[rank] : bounds[rank + 1]], **tolerance)
         assert gathered == owners
         assert total == [size] * 3
+
+
+def transfers_as_on_nccl(bounds, wire):
+    """Of a group that is taken for one of NCCL's: what it posts at once, and whether what is sent is held."""
+    size, rank = dist.get_world_size(), dist.get_rank()
+    group = make_group([list(range(size))], "test", datetime.timedelta(seconds=30), threads=False)
+    group._native = True
+    try:
+        x = torch.arange(bounds[-1], dtype=torch.float32) * (rank + 1) / 3
+        with mock.patch.object(dist, "batch_isend_irecv", wraps=dist.batch_isend_irecv) as batch:
+            own = group.reduce_scatter(x, bounds, key=0, label="reduce", wire=wire).wait().clone()
+        sent = torch.full((3,), float(rank))
+        held = weakref.ref(sent)
+        coming = group.receive(torch.empty(3), (rank - 1) % size, key=0, label="hop")
+        going = group.send(sent, (rank + 1) % size, key=0, label="hop")
+        del sent
+        alive = held() is not None
+        came = coming.wait().tolist()
+        going.wait()
+        del going
+        return own.tolist(), [len(call.args[0]) for call in batch.call_args_list], came, alive, held() is None
+    finally:
+        group.close()
+
+
+@pytest.mark.parametrize("wire", [None, torch.bfloat16])
+def test_nccl_gets_a_reduces_transfers_at_once_and_what_is_sent_is_held(world, wire):
+    """One after the other, each rank's receive would stand before the send that its peer waits for."""
+    bounds = [0, 7, 12]
+    total = torch.arange(12) * 3 / 3
+    tolerance = {"rtol": 1e-6, "atol": 1e-6} if wire is None else {"rtol": 4e-3, "atol": 4e-3}
+    for rank, (own, together, came, alive, freed) in enumerate(world(2).run(transfers_as_on_nccl, bounds, wire)):
+        torch.testing.assert_close(torch.tensor(own), total[bounds[rank] : bounds[rank + 1]], **tolerance)
+        assert (together, came, alive, freed) == ([2], [1.0 - rank] * 3, True, True)
 
 
 def gathers_before_sums():
