@@ -34,6 +34,9 @@ def wanted(config: OverlapConfig, capability: int | None) -> list[Setting]:
         capability: the device's, major; None if it is not known.
     """
     found = []
+    if config.pipeline_parallel.size > 1 and config.overlap != "off":
+        why = "pipeline_parallel: on a queue of its own, a receive that is posted ahead has nothing stand behind it"
+        found.append(Setting("CUDA_DEVICE_MAX_CONNECTIONS", "32", why))
     tensor = config.tensor_parallel.size > 1 and config.overlap != "off"
     if tensor and capability is not None and capability < BLACKWELL:
         why = "tensor_parallel: a transfer that is launched before a product also starts before it takes the device"

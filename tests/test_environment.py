@@ -10,7 +10,7 @@ import pytest
 import torch
 from lightning.pytorch.plugins import MixedPrecision
 
-from lightning_overlap import OverlapStrategy, TensorParallel, environment
+from lightning_overlap import OverlapStrategy, PipelineParallel, TensorParallel, environment
 from lightning_overlap.config import OverlapConfig
 from lightning_overlap.environment import Setting, apply, capability, wanted
 
@@ -38,6 +38,13 @@ def test_room_for_the_transfers_of_transformer_engine() -> None:
     found = wanted(OverlapConfig(tensor_parallel=own), 9)
     assert [(s.variable, s.value) for s in found] == [("CUDA_DEVICE_MAX_CONNECTIONS", "1"), *margins]
     assert wanted(OverlapConfig(tensor_parallel=own, overlap="off"), 9) == []
+
+
+def test_a_pipeline_wants_many_queues_and_comes_first() -> None:
+    """With one, what is launched after two receives waits for the first of them: it stands still on the device."""
+    config = OverlapConfig(tensor_parallel=TensorParallel(size=2), pipeline_parallel=PipelineParallel(size=2))
+    assert [s.value for s in wanted(config, 9)] == ["32", "1"]
+    assert [s.value for s in wanted(OverlapConfig(pipeline_parallel=PipelineParallel(size=2), overlap="off"), 9)] == []
 
 
 def test_what_is_set_stays_and_the_first_mode_counts() -> None:
