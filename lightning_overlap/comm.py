@@ -735,9 +735,10 @@ def make_group(
             if gathers:
                 with Sockets.made_inside() as of_gathers:
                     pair[1] = dist.new_group(ranks, timeout=timeout, backend=backend)
-                of_gathers.bound_send_buffers(SEND_BUFFER)
         if dist.get_rank() in ranks:
             mine = Group(ranks, name, pair[0], pair[1], of_reduces, of_gathers, threads=threads)
+            if mine.keyed:  # NCCL's, where it has no other way than sockets, have no reduces beside them
+                of_gathers.bound_send_buffers(SEND_BUFFER)
     assert mine is not None, f"rank {dist.get_rank()} is in none of {rank_sets}"
     everything = Sockets.all()  # the world's group, which others have made, included
     everything.keep_alive()
