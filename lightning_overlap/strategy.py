@@ -347,12 +347,9 @@ class OverlapStrategy(DDPStrategy):
             return super().training_step(*args, **kwargs)
         module = self.lightning_module
         assert module is not None, "Lightning connects the module"
-        place = (
-            self._seed or 0,
-            self.mesh.coordinates()["dp"],
-            module.trainer.current_epoch,
-            *[i for i in rest if isinstance(i, int)],
-        )
+        # Not the arguments, of which a training_step may leave out the batch's number.
+        batch_idx = module.trainer.fit_loop.batch_idx
+        place = (self._seed or 0, self.mesh.coordinates()["dp"], module.trainer.current_epoch, batch_idx)
         step = DrivenStep(self, module.trainer, module, batch, rest, place)
         self._in_step = True
         try:
