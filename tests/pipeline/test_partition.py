@@ -1,13 +1,14 @@
 """What of a model a rank holds, and what its plan is made from."""
 
 import pytest
+import torch
 from torch import nn
 
 from lightning_overlap.config import OverlapConfig
 from lightning_overlap.facts import PipelineFacts
 from lightning_overlap.modes.pipeline.config import PipelineParallel
 from lightning_overlap.modes.pipeline.mode import PipelineMode
-from lightning_overlap.modes.pipeline.partition import heads
+from lightning_overlap.modes.pipeline.partition import Partition, heads
 from lightning_overlap.parallel_plan import find_blocks
 
 
@@ -45,3 +46,18 @@ def test_the_head_is_what_is_linear_after_the_blocks(after, names):
 def test_blocks_that_are_the_model_have_no_head():
     model = nn.Sequential(*(nn.Linear(4, 4) for _ in range(4)))
     assert heads(model, *find_blocks(model, None, 2)) == []
+
+
+def test_buffers_around_the_blocks_are_the_last_stages():
+    """What comes after the blocks may write them; parameters there stay the first stage's."""
+    model = nn.Module()
+    model.inner = Model(nn.BatchNorm1d(4))
+    for module in (model, model.inner, model.inner.before):
+        module.register_buffer("buffer", torch.zeros(2))
+        module.register_parameter("scale", nn.Parameter(torch.zeros(2)))
+    partition = Partition(model, *find_blocks(model, None, 2), [range(2), range(2, 4)], [0, 1])
+    assert [name for name, users in partition.users.items() if users == (1,) and "blocks" not in name] == [
+        *("buffer", "inner.buffer"),
+        *(f"inner.after.{name}" for name in ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")),
+    ]
+    assert partition.tail == [name for name, users in partition.users.items() if users == (1,) and "blocks" not in name]

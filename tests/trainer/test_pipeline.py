@@ -647,6 +647,53 @@ def test_a_resumed_run_is_the_uninterrupted_one(world, tmp_path):
         assert torch.equal(one["weights"], other["weights"])
 
 
+class Odd(Net):
+    """A head with two names, a buffer beside the blocks that the loss is written to, and no ``batch_idx``."""
+
+    def __init__(self) -> None:
+        super().__init__(blocks=4, optimizer="sgd")
+        self.again = self.head
+        self.register_buffer("mean_loss", torch.zeros(()))
+        self.drawn: list[float] = []
+
+    def training_step(self, batch):  # type: ignore[override]
+        self.drawn.append(float(torch.rand(())))
+        loss = self.loss(batch)
+        self.mean_loss.lerp_(loss.detach(), 0.1)
+        return {"loss": loss, "twice": 2 * loss.detach()}
+
+    def on_train_epoch_end(self) -> None: ...
+
+    def validation_step(self, batch) -> None:  # type: ignore[override]
+        self.log("val_mean_loss", self.mean_loss)
+
+
+def kept_in_a_checkpoint(folder, pipeline):
+    warnings.simplefilter("ignore")
+    seed_everything(1, verbose=False)
+    module = Odd()
+    devices, strategy = 1, SingleDeviceStrategy(torch.device("cpu"))
+    if pipeline is not None:
+        env = {"cluster_environment": TorchElasticEnvironment(), "process_group_backend": "gloo"}
+        devices, strategy = pipeline["size"], OverlapStrategy(pipeline_parallel=PipelineParallel(**pipeline), **env)
+    saving = ModelCheckpoint(folder, "mine" if pipeline else "plain", monitor="val_mean_loss")
+    given = {"max_epochs": 2, "limit_train_batches": 2, "use_distributed_sampler": False}
+    run = Trainer(**{**QUIET, "enable_checkpointing": True}, **given, accelerator="cpu", devices=devices, strategy=strategy, callbacks=[saving])
+    run.fit(module, loader(8), loader(8))
+    return float(saving.best_model_score), module.drawn
+
+
+def test_checkpoints_have_what_the_last_stage_wrote_by_all_its_names(world, tmp_path):
+    expected, _ = kept_in_a_checkpoint(tmp_path, None)
+    for score, drawn in world(2).run(kept_in_a_checkpoint, tmp_path, {"size": 2, "microbatches": 1}):
+        assert score == pytest.approx(expected, rel=1e-5)
+        assert len(set(drawn)) == len(drawn) == 4, "each batch draws its own random numbers"
+    mine, plain = (torch.load(tmp_path / f"{name}.ckpt", weights_only=True)["state_dict"] for name in ("mine", "plain"))
+    assert list(mine) == list(plain)
+    for name in mine:
+        torch.testing.assert_close(mine[name], plain[name], rtol=1e-5, atol=1e-6)
+
+
 def odd_batches(pipeline):
     """A last batch that is short, and batches of several lengths."""
     warnings.simplefilter("ignore")

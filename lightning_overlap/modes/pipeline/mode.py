@@ -422,7 +422,8 @@ class PipelineMode(OverlapMode):
             return state  # a replica of the pipeline that has rank 0, which saves
         mine = set(self.partition.owned(self._rank))
         parts = self.group.gather_objects({name: state[name].cpu() for name in mine if name in state and self._rank > 0})
-        return {**state, **{name: value for part in parts for name, value in part.items()}}
+        found = {name: value for part in parts for name, value in part.items()}
+        return {name: found.get(self.partition.first_names.get(name, name), value) for name, value in state.items()}
 
     def whole_optimizer(self, optimizer: Optimizer, state: dict[str, Any]) -> dict[str, Any]:
         """The optimizer's ``state_dict()`` with every stage's values, on the pipeline's first rank."""

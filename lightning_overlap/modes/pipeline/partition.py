@@ -1,7 +1,8 @@
 """Which parts of the model each stage holds. What another rank holds takes no memory here, and keeps its place and name.
 
 What is registered before the blocks (embeddings) belongs to the first stage, what is registered after them (last norm, head) to
-the last one. A parameter that several stages use belongs to all of them: a tied embedding, a block that occurs twice.
+the last one, and so do the buffers of a module that has the blocks in it: code after them may write these. A parameter that
+several stages use belongs to all of them: a tied embedding, a block that occurs twice.
 """
 
 from __future__ import annotations
@@ -59,17 +60,19 @@ class Partition:
         for path, module in model.named_modules(remove_duplicate=False):
             inside = path.removeprefix(name + ".") if name and path.startswith(name + ".") else path if not name and path else ""
             behind = behind or module is blocks
-            if inside:
-                keys = list(blocks._modules)
-                stage = stage_of_block[keys.index(inside.split(".")[0])]
-            else:
-                stage = len(stages) - 1 if behind else 0
+            is_around = not inside and f"{name}.".startswith(f"{path}." if path else "")
             for key, tensor in [*module._parameters.items(), *module._buffers.items()]:
-                if tensor is not None:
-                    if behind and not inside:
-                        after.setdefault(id(tensor))
-                    users.setdefault(id(tensor), set()).add(stage)
-                    names.setdefault(id(tensor), f"{path}.{key}".lstrip("."))
+                if tensor is None:
+                    continue
+                if inside:
+                    stage = stage_of_block[list(blocks._modules).index(inside.split(".")[0])]
+                elif behind or (is_around and key in module._buffers):
+                    stage = len(stages) - 1
+                    after.setdefault(id(tensor))
+                else:
+                    stage = 0
+                users.setdefault(id(tensor), set()).add(stage)
+                names.setdefault(id(tensor), f"{path}.{key}".lstrip("."))
         self.users = {names[tensor]: tuple(sorted(numbers)) for tensor, numbers in users.items()}
         """By parameter and buffer, the stages that use it."""
         self.owners = {name: tuple(sorted({placement[stage] for stage in numbers})) for name, numbers in self.users.items()}
@@ -80,11 +83,12 @@ class Partition:
         self.is_whole = not any(map(is_absent, self._parameters.values()))
         """Whether this rank had all of the model at first."""
         everything = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
-        self._first_names = {name: names[id(tensor)] for name, tensor in everything}
+        self.first_names = {name: names[id(tensor)] for name, tensor in everything}
+        """Of every name of a parameter or buffer, the one it goes by here: it may have several."""
 
     def holders(self, name: str) -> tuple[int, ...]:
         """The ranks of a parameter or buffer, by any of its names."""
-        return self.owners[self._first_names[name]]
+        return self.owners[self.first_names[name]]
 
     def keep(self, rank: int, names: Iterable[str] | None = None) -> None:
         """Gives up the parameters that are not this rank's, or those of them that are named.
