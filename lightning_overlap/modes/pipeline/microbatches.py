@@ -27,11 +27,11 @@ def samples(batch: Any) -> int:
     lengths = {len(leaf) for leaf in leaves(batch) if isinstance(leaf, Tensor) and leaf.dim()}
     if len(lengths) == 1:
         return lengths.pop()
+    if not lengths:
+        raise ConfigError("a batch without a tensor cannot be cut into microbatches: have the data loader collate tensors")
     raise ConfigError(
-        "a batch without a tensor cannot be cut into microbatches: have the data loader collate tensors"
-        if not lengths
-        else f"a batch of lists, whose tensors have the lengths {sorted(lengths)}, does not tell how many samples it has: have the data "
-        "loader put a tensor beside them that has one row for each sample"
+        f"a batch of lists, whose tensors have the lengths {sorted(lengths)}, does not tell how many samples it has: have the data loader "
+        "put a tensor beside them that has one row for each sample"
     )
 
 
@@ -83,6 +83,8 @@ def _are_columns(items: Sequence[Any], size: int) -> bool:
     """Whether a sequence as long as the batch has what is to be cut in each of its items, and not an item for each sample."""
 
     def is_column(item: Any) -> bool:
-        return isinstance(item, Tensor | list | tuple) and any(isinstance(x, Tensor) and x.dim() and len(x) == size for x in leaves(item))
+        return isinstance(item, Tensor | list | tuple) and any(
+            isinstance(x, Tensor) and x.dim() and len(x) == size for x in leaves(item)
+        )
 
     return all(item is None or is_column(item) for item in items) and any(item is not None for item in items)
