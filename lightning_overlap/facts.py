@@ -76,6 +76,7 @@ class Facts:
     automatic_optimization: bool = True
     gradient_readers: tuple[str, ...] = ()
     unfreezers: tuple[str, ...] = ()
+    averagers: tuple[str, ...] = ()
     compiled: bool = False
     optimizers: tuple[OptimizerFacts, ...] | None = None
     parameters: int | None = None

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import BaseFinetuning
+from lightning.pytorch.callbacks import BaseFinetuning, StochasticWeightAveraging, WeightAveraging
 from lightning.pytorch.loops.optimization.automatic import Closure, _AutomaticOptimization
 from lightning.pytorch.loops.training_epoch_loop import _TrainingEpochLoop
 from lightning.pytorch.plugins.precision import Precision
@@ -74,6 +74,12 @@ def unfreezers(trainer: Trainer) -> tuple[str, ...]:
     return tuple(type(c).__name__ for c in trainer.callbacks if isinstance(c, BaseFinetuning))  # type: ignore[attr-defined]
 
 
+def averagers(trainer: Trainer) -> tuple[str, ...]:
+    """Callbacks that read and write all weights while training."""
+    kinds = (StochasticWeightAveraging, WeightAveraging)
+    return tuple(type(c).__name__ for c in trainer.callbacks if isinstance(c, kinds))  # type: ignore[attr-defined]
+
+
 def is_compiled(module: LightningModule) -> bool:
     """Whether code that runs past Python is in the module: ``torch.compile``, or TorchScript."""
     # Lightning sets it on the instance when it takes a compiled module apart.
@@ -104,6 +110,7 @@ def facts_of(trainer: Trainer, module: LightningModule, config: OverlapConfig, *
         automatic_optimization=module.automatic_optimization,
         gradient_readers=gradient_readers(trainer, module),
         unfreezers=unfreezers(trainer),
+        averagers=averagers(trainer),
         compiled=is_compiled(module),
         parameters=sum(p.numel() for p in module.parameters() if p.requires_grad),
         **known,

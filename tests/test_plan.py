@@ -133,6 +133,14 @@ def test_explicit_requests_are_not_dropped(data, facts, words):
         choices(OverlapConfig(data_parallel=DataParallel(**data)), **facts)
 
 
+def test_what_a_pipeline_cannot_run_with():
+    config = OverlapConfig(pipeline_parallel=PipelineParallel(size=2))
+    with pytest.raises(
+        ConfigError, match=r"EMAWeightAveraging averages all weights, and a rank has its stages' only: save checkpoints"
+    ):
+        resolve(config, Facts(world_size=2, averagers=("EMAWeightAveraging",)))
+
+
 DEFER = "pipeline_parallel.defer_embedding_wgrad"
 EVEN = {"pipeline": PipelineFacts("blocks", (2, 2), (12, 12), 4, 0.9, ("Conv1D",))}
 

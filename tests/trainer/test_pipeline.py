@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 import torchmetrics
 from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
-from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
+from lightning.pytorch.callbacks import EarlyStopping, EMAWeightAveraging, LearningRateFinder, ModelCheckpoint
 from lightning.pytorch.plugins.environments import TorchElasticEnvironment
 from lightning.pytorch.strategies import SingleDeviceStrategy
 from torch import nn
@@ -678,7 +678,9 @@ def kept_in_a_checkpoint(folder, pipeline):
         devices, strategy = pipeline["size"], OverlapStrategy(pipeline_parallel=PipelineParallel(**pipeline), **env)
     saving = ModelCheckpoint(folder, "mine" if pipeline else "plain", monitor="val_mean_loss")
     given = {"max_epochs": 2, "limit_train_batches": 2, "use_distributed_sampler": False}
-    run = Trainer(**{**QUIET, "enable_checkpointing": True}, **given, accelerator="cpu", devices=devices, strategy=strategy, callbacks=[saving])
+    run = Trainer(
+        **{**QUIET, "enable_checkpointing": True}, **given, accelerator="cpu", devices=devices, strategy=strategy, callbacks=[saving]
+    )
     run.fit(module, loader(8), loader(8))
     return float(saving.best_model_score), module.drawn
 
@@ -902,6 +904,27 @@ def test_a_parameter_without_dims(world):
 def test_ranks_of_a_pipeline_that_read_different_batches_are_told(world):
     for answer in world(2).run(refused, Net, {"size": 2, "microbatches": 2}, True):
         assert "have read another batch than rank 0" in answer
+
+
+def changes_weights(how: str) -> str:
+    """What Lightning does to all weights in the middle of a fit."""
+    warnings.simplefilter("ignore")
+    env = {"cluster_environment": TorchElasticEnvironment(), "process_group_backend": "gloo"}
+    strategy = OverlapStrategy(pipeline_parallel=PipelineParallel(size=2, microbatches=2), **env)
+    callbacks = [EMAWeightAveraging()] if how == "average" else [LearningRateFinder(num_training_steps=2)]
+    given = {"devices": 2, "strategy": strategy, "use_distributed_sampler": False, "callbacks": callbacks, "limit_val_batches": 0}
+    module = Net()
+    module.lr = 1e-2  # type: ignore[assignment]
+    with pytest.raises(ConfigError) as caught:
+        Trainer(**QUIET, accelerator="cpu", max_steps=4, **given).fit(module, loader(8))  # type: ignore[arg-type]
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("how", "said"), [("average", "EMAWeightAveraging averages all weights"), ("find", "weights are loaded in the middle of a fit")]
+)
+def test_what_changes_all_weights_is_refused_on_every_rank(world, how, said):
+    assert all(said in answer for answer in world(2).run(changes_weights, how))
 
 
 class Leaves(Block):

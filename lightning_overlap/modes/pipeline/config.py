@@ -277,6 +277,10 @@ def _refuse_what_cannot_run(own: PipelineParallel, facts: Facts, *, cut: bool) -
         (facts.precision == "16-mixed", "precision 16-mixed scales the loss, which is not in this version: use bf16-mixed"),
         (facts.compiled, "torch.compile takes the model's loop over its blocks into one graph: compile nothing, or the blocks only"),
         (bool(facts.unfreezers), f"{', '.join(facts.unfreezers)} gives the optimizer parameters later: freeze in configure_model"),
+        (
+            bool(facts.averagers),
+            f"{', '.join(facts.averagers)} averages all weights, and a rank has its stages' only: save checkpoints and average those",
+        ),
         (cut, f"{own.chosen} splits backward, and tensor_parallel computes gradients in an order of its own: use interleaved or 1f1b"),
         (bool(coupled), f"{', '.join(coupled)} looks at all parameters at once, and a rank has its stages' only"),
     ]
