@@ -568,12 +568,14 @@ class OnMeta(Net):
                 block.up, block.down = nn.Linear(16, 512), nn.Sequential(nn.Linear(512, 512), nn.Linear(512, 16))  # type: ignore[assignment]
                 block.register_buffer("scale", torch.ones(3))
             self.tokens, self.head, self.norm = nn.Embedding(32, 16), nn.Linear(16, 32, bias=False), nn.LayerNorm(16)
+            self.norm.register_buffer("late", torch.ones(3))
+            self.register_buffer("around", torch.ones(3))
             if self.is_tied:
                 self.head.weight = self.tokens.weight
 
     def _init_weights(self, part: nn.Module) -> None:
-        if isinstance(part, Block):
-            part.scale.fill_(1.0)  # type: ignore[operator, union-attr]
+        for buffer in part.buffers(recurse=False):
+            buffer.fill_(1.0)
         if isinstance(part, nn.Linear):
             nn.init.normal_(part.weight, std=0.02)
 
@@ -598,11 +600,14 @@ def fit_from_meta(pipeline, path, resume, kind, lazy=True, epochs=1):
     length = {"limit_train_batches": 2, "limit_val_batches": 1, "use_distributed_sampler": False, "num_sanity_val_steps": 0}
     given = {"accelerator": "cpu", "devices": dist.get_world_size(), "max_epochs": epochs, **length, **QUIET}
     run = Trainer(strategy=strategy, **given)
+    seen: list[torch.Tensor] = []
+    module.on_train_start = lambda: seen.append(torch.cat([module.around, module.norm.late]))  # type: ignore[method-assign, arg-type]
     _, most = peak(lambda: run.fit(module, loader(8), loader(8), ckpt_path=resume), resume)
     if path:
         run.save_checkpoint(path)
     found = {"weights": {name: p.detach().clone() for name, p in module.named_parameters()}, "peak": most}
     found["loss"] = float(run.callback_metrics["loss"])
+    found["buffers"] = seen[0].tolist()
     if path:
         try:
             run.validate(module, loader(8), verbose=False)
@@ -622,6 +627,7 @@ def test_no_rank_holds_a_model_from_the_meta_device(world, tmp_path, kind):
     for rank, found in enumerate([*begun, *gone_on]):
         # A block, its gradient, what is added to it, its momentum, and activations. With the weights of all four: seven and more.
         assert found["peak"] < 5 * block, rank
+        assert found["buffers"] == [1.0] * 6, "what is around the blocks is read on every rank"
         here = [name for name, weight in found["weights"].items() if ".up.weight" in name and not weight.isnan().any()]
         assert here == [f"blocks.{rank % 4}.up.weight"]
         assert found["validated"] == begun[0]["validated"] or rank > 3

@@ -95,6 +95,8 @@ class PipelineMode(OverlapMode):
         self.partition = Partition(model, name, blocks, self._stages, self._placement)
         self._whole = all(self.group.all_gather_objects(self.partition.is_whole))
         self._tie()
+        if not self._whole:  # each has made those of its own stages, and goes through what is around the blocks of all
+            self._share(self.partition.is_buffer)
         self.partition.keep(self._rank)
         self._device = next(model.parameters()).device
         self._stack = BlockStack(blocks, name)
@@ -263,10 +265,13 @@ class PipelineMode(OverlapMode):
     def _gather(self, *, buffers: bool) -> list[str]:
         """Every rank gets the whole model; the names of the parameters that it had not."""
         taken = self.partition.take_back()
-        for rank in range(self.group.size):
-            names = [name for name in self.partition.owned(rank) if buffers or not self.partition.is_buffer(name)]
-            share([self.partition.tensor(name) for name in names], self.group, rank)
+        self._share(lambda name: buffers or not self.partition.is_buffer(name))
         return taken
+
+    def _share(self, wanted: Callable[[str], bool]) -> None:
+        """Every rank gets what another one holds, of the parameters and buffers that are wanted."""
+        for rank in range(self.group.size):
+            share([self.partition.tensor(name) for name in self.partition.owned(rank) if wanted(name)], self.group, rank)
 
     @property
     def has_the_loss(self) -> bool:
