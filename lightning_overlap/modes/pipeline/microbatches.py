@@ -30,8 +30,8 @@ def samples(batch: Any) -> int:
     if not lengths:
         raise ConfigError("a batch without a tensor cannot be cut into microbatches: have the data loader collate tensors")
     raise ConfigError(
-        f"a batch of lists, whose tensors have the lengths {sorted(lengths)}, does not tell how many samples it has: have the data loader "
-        "put a tensor beside them that has one row for each sample"
+        f"a batch of lists, whose tensors have the lengths {sorted(lengths)}, does not tell how many samples it has: have the data "
+        "loader put a tensor beside them that has one row for each sample"
     )
 
 
