@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.autograd import Function
+from torch.utils.data import DataLoader
 
 from lightning_overlap import ConfigError, PipelineParallel, TensorParallel
 from lightning_overlap.config import OverlapConfig
@@ -24,7 +25,7 @@ from lightning_overlap.modes.tensor.gemm import Exchange, shares
 from lightning_overlap.plan import resolve
 from tests.tensor.group import tensor_group
 from tests.tensor.test_linear import Region
-from tests.trainer.test_tensor import compare, train
+from tests.trainer.test_tensor import Net, compare, train
 
 GOLDEN = json.loads((Path(__file__).parents[1] / "golden" / "transformer_engine.json").read_text())
 EMPTY = inspect.Parameter.empty
@@ -198,6 +199,15 @@ def test_the_input_is_read_by_something_else(world: Any) -> None:
 RUNS = Decision("tensor_parallel.backend", "userbuffers", "userbuffers", "")
 
 
+def smaller_batches(net: Net) -> DataLoader:
+    return DataLoader(net.loader().dataset, batch_size=2)
+
+
+def train_and_validate(*args: Any, **kwargs: Any) -> Any:
+    with mock.patch.object(Net, "val_dataloader", smaller_batches):  # which do not fit
+        return train(*args, **kwargs)
+
+
 def trained(lengths: tuple[int, ...], model: dict[str, Any], trainer: dict[str, Any]) -> Any:
     """Several times: a process has one set of buffers, of one shape."""
     fake, found = Fake(), []
@@ -207,7 +217,7 @@ def trained(lengths: tuple[int, ...], model: dict[str, Any], trainer: dict[str, 
         fake.names.clear()
         library = mock.patch.object(userbuffers, "library", return_value=fake.library)
         with library, mock.patch.object(config, "_backend", return_value=[RUNS]):
-            told = train(strategy, {**model, "tokens": tokens}, **trainer)
+            told = train_and_validate(strategy, {**model, "tokens": tokens}, **trainer)
         assert fake.buffers is None, "given back at the end"
         called = [what for what, _, _ in fake.calls]
         found.append({**told, "counts": {what: called.count(what) for what in SIGNATURES}, "names": list(fake.names)})
@@ -225,7 +235,7 @@ TRAINERS: dict[str, tuple[tuple[int, ...], dict[str, Any], dict[str, Any]]] = {
 @pytest.mark.parametrize("case", TRAINERS)
 def test_training_is_close_to_one_process(world: Any, case: str) -> None:
     lengths, model, trainer = TRAINERS[case]
-    expected = [train(None, {**model, "tokens": tokens}, **trainer) for tokens in lengths]
+    expected = [train_and_validate(None, {**model, "tokens": tokens}, **trainer) for tokens in lengths]
     for found in world(2).run(trained, lengths, model, trainer):
         for told, alone, tokens in zip(found, expected, lengths, strict=True):
             compare(told, alone)
