@@ -23,7 +23,8 @@ class OnPaper:
     Attributes:
         ideal: compute and the schedule's bubble, with transfers that take no time.
         simulated: with transfers that take as long as they do, beside compute.
-        outside: of both, what is not the schedule's: the optimizer, the data loader.
+        outside: of both, what is not the schedule's: the optimizer, the data loader. That of the rank that computes longest: the
+            others wait for it there.
         forward: of a stage's forward of a microbatch, the mean of the stages.
         backward: of its backward.
         transfer: of one transfer.
@@ -68,11 +69,13 @@ def pipeline_on_paper(
         return None
     schedule = scheduled(config, plan, config.count)
     spans: dict[tuple[str, int], list[float]] = defaultdict(list)
-    outside = []
+    longest = rest = 0.0
     for of_rank, seconds in all_gather_objects((list(work), step)):
         for name, start, end in of_rank:
             spans[name[0], int(name[1:].split(".")[0])].append(end - start)
-        outside.append(seconds - sum(end - start for _, start, end in of_rank) / steps)
+        own = sum(end - start for _, start, end in of_rank) / steps
+        if own > longest:
+            longest, rest = own, seconds - own
     cost = {key: statistics.median(seconds) for key, seconds in spans.items()}
     stages = range(schedule.stages)
     weight = [cost.get(("W", s), 0.0) for s in stages]
@@ -81,15 +84,13 @@ def pipeline_on_paper(
     transfer = statistics.median(alone["pipeline"]) / busiest(schedule)
     free = simulate(schedule, forward=forward, backward=backward, weight=weight)
     run = simulate(schedule, forward=forward, backward=backward, weight=weight, transfer=transfer)
-    rest = max(outside)
     return OnPaper(free.seconds + rest, run.seconds + rest, rest, statistics.mean(forward), statistics.mean(backward), transfer)
 
 
 def busiest(schedule: Schedule) -> int:
-    """Transfers of a batch in one direction between two ranks, where there are most."""
-    place = schedule.placement
-    hops = [hop for pair in pairwise(place) if pair[0] != pair[1] for hop in (pair, pair[::-1])]
-    return schedule.microbatches * max(Counter(hops).values())
+    """Transfers of a batch that a rank sends, to whomever, where they are most."""
+    sources = [rank for here, there in pairwise(schedule.placement) if here != there for rank in (here, there)]
+    return schedule.microbatches * max(Counter(sources).values())
 
 
 def what_it_takes(schedule: Schedule, times: str) -> str:

@@ -336,6 +336,13 @@ def test_a_link_carries_one_transfer_at_a_time():
     assert [starts[f"B0.{m}"] for m in range(3)] == [12.0, 14.0, 16.0]
 
 
+def test_what_goes_on_and_what_goes_back_share_a_ranks_link():
+    made = parse("F0.0 F0.1 B0.0 B0.1\nF1.0 B1.0 F1.1 B1.1\nF2.0 B2.0 F2.1 B2.1\n")
+    starts = {str(action): start for _, action, start, _ in simulate(made, transfer=4.0).spans}
+    # B1.0 ends at 19 and sends until 23; F1.1 ends at 20, and what it gives is there 4 after that.
+    assert (starts["B0.0"], starts["F1.1"], starts["F2.1"]) == (23.0, 19.0, 27.0)
+
+
 def test_the_plain_twin_stands_still_at_both_ends():
     run = simulate(build("gpipe", 2, 1, 3), transfer=2.0, overlapped=False)
     spans = {str(action): (start, end) for _, action, start, end in run.spans}

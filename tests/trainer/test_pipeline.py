@@ -461,7 +461,7 @@ def watched(pipeline: dict[str, Any] | None, folder: str) -> dict[str, Any]:
 
 
 def test_what_watches_a_validation_sees_what_it_does_without_a_pipeline(world, tmp_path):
-    """EarlyStopping, ModelCheckpoint and ReduceLROnPlateau, by outputs that each rank has collected; and a hook that reads gradients."""
+    """EarlyStopping, ModelCheckpoint, ReduceLROnPlateau, by outputs that each rank has collected; and a hook that reads gradients."""
     expected = watched(None, str(tmp_path / "plain"))
     assert 0 < expected["stopped"] < 8
     assert expected["rates"][0] < 0.1

@@ -32,7 +32,7 @@ class DataParallel:
     overlap_optimizer_step: Switch = "auto"
     """Update a bucket as soon as it is reduced, in backward. Needs that nothing looks at all the gradients first."""
     align_param_gather: Switch = "auto"
-    """Start the gathers of a pipeline's stages after the whole step, in the order of forward, not in each stage's own last backward."""
+    """Start the gathers of all stages of a pipeline after the step, in the order of forward, not in each one's own last backward."""
     bucket_size: int | Literal["auto"] = "auto"
     """Elements at which a bucket closes. Smaller hides more, larger moves faster."""
     param_gather_prefetch: int | Literal["all"] = "all"

@@ -54,8 +54,8 @@ def simulate(
         forward: seconds of a forward.
         backward: seconds of a whole backward.
         weight: seconds of the weights' part of it; by default half of it.
-        transfer: seconds of a transfer between two ranks. A rank has one on its way to each other rank at a time, in the order of
-            its actions.
+        transfer: seconds of a transfer between two ranks. A rank sends one at a time, in the order of its actions: what goes to the
+            next stage and what goes back share its link.
         overlapped: transfers run beside compute. Otherwise sender and receiver both stand still for it, at its place in
             :func:`in_turn`: the plain twin.
 
@@ -70,14 +70,14 @@ def simulate(
     free, busy = [0.0] * schedule.ranks, [0.0] * schedule.ranks
     held, peak = [0] * schedule.ranks, [0] * schedule.ranks
     computed = [0.0] * schedule.ranks  # until when a rank's last action ran, after which its transfers can begin
-    link_free: dict[tuple[int, int], float] = {}
+    link_free = [0.0] * schedule.ranks
     here: dict[Action, float] = {}  # when its own stage can go on from it
     there: dict[Action, float] = {}  # when the next or previous stage can
     spans = []
 
     def send(action: Action, source: int, target: int) -> None:
-        begin = max(here[action.gives], link_free.get((source, target), 0.0), 0.0 if overlapped else computed[target])
-        there[action.gives] = link_free[source, target] = arrival = begin + transfer
+        begin = max(here[action.gives], link_free[source], 0.0 if overlapped else computed[target])
+        there[action.gives] = link_free[source] = arrival = begin + transfer
         if not overlapped:
             free[source], free[target] = max(free[source], arrival), max(free[target], arrival)
 
