@@ -30,6 +30,7 @@ DISTRIBUTED = {
     "modes/tensor/symm_mem.py",
     "bench/peers.py",
     "bench/pipelining.py",
+    "bench/products.py",
 }
 
 
