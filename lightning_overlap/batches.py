@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Hashable, Iterator, Mapping
 from typing import Any
 
@@ -10,6 +11,9 @@ from torch import Tensor
 
 from lightning_overlap.comm import Group
 from lightning_overlap.decision import ConfigError
+
+CLOSE = 1e-3
+"""Relative difference that rounding may make in a loss that is computed alike."""
 
 
 def kind(batch: Any) -> Hashable:
@@ -48,4 +52,26 @@ def refuse_different(batch: Any, group: Group) -> None:
         raise ConfigError(
             f"ranks {different} have read another batch than rank {group.ranks[0]}, with which they share each batch: a data loader "
             "that shuffles or augments on its own must draw the same on all ranks (seed_everything, or Lightning's sampler)"
+        )
+
+
+def refuse_other_loss(output: Any, group: Group) -> None:
+    """Ranks that share a batch come to the same loss, or one of them trains on something else. Collective.
+
+    Args:
+        output: of ``training_step``.
+        group: the ranks.
+
+    Raises:
+        ConfigError: on every rank of the group.
+    """
+    loss = output.get("loss") if isinstance(output, Mapping) else output
+    mine = float(loss.detach()) if isinstance(loss, Tensor) and loss.numel() == 1 else None
+    everyone = group.all_gather_objects(mine)
+    told = [loss for loss in everyone if loss is not None and math.isfinite(loss)]
+    if told and max(told) - min(told) > CLOSE * max(map(abs, told)):
+        raise ConfigError(
+            f"ranks {list(group.ranks)} share a batch and come to the losses {everyone}: something in training_step differs between "
+            "them. It may read hidden states between blocks, of which a rank has its part of the tokens (set "
+            "tensor_parallel.sequence_parallel: false), or draw other random numbers (call seed_everything)"
         )

@@ -29,7 +29,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_overlap import environment
-from lightning_overlap.batches import refuse_different
+from lightning_overlap.batches import refuse_different, refuse_other_loss
 from lightning_overlap.checkpoint import AtomicCheckpointIO, Saves, compact, in_place, is_local, load_file, load_lazily
 from lightning_overlap.comm import Group, agree, all_gather_objects, backend, broadcast_object, end_world, make_group, world_size
 from lightning_overlap.config import OverlapConfig
@@ -245,12 +245,23 @@ class OverlapStrategy(DDPStrategy):
                 sharing = self.mesh.groups(*(axis for axis in self.mesh.sizes if axis != "dp"))
                 self._sharing = make_group(sharing, "batch", self.time_limit, gathers=False, threads=False)
                 self._unchecked = CHECKED_BATCHES
+                self._share_random_state(self._sharing)
                 if self._driver is not None:
                     mirrored = mirrored_metrics(trainer.lightning_module, self._driver, self._alike, lambda: self._in_step)
                     self._until_teardown.enter_context(mirrored)
                     if self._driver.mirrors_evaluation:
                         self._until_teardown.enter_context(failing_together(trainer.lightning_module, self._driver))
         self.setup_precision_plugin()
+
+    def _share_random_state(self, group: Group) -> None:
+        """Ranks that share a batch draw the same random numbers: masks of dropout outside of what is cut, say."""
+        if group.size > 1:
+            cuda = self.root_device.type == "cuda"
+            mine = torch.get_rng_state(), torch.cuda.get_rng_state(self.root_device) if cuda else None
+            cpu, device = group.share_object(mine)
+            torch.set_rng_state(cpu)
+            if device is not None:
+                torch.cuda.set_rng_state(device, self.root_device)
 
     def _materialize(self, fitting: bool) -> None:
         """Gives memory to what this rank will hold of a model on the meta device; all of it, if there is nothing to fit."""
@@ -338,13 +349,17 @@ class OverlapStrategy(DDPStrategy):
         if self._buffers is not None:
             self._buffers.before_forward()
         batch, *rest = [*args, *kwargs.values()]
-        if self._sharing is not None and self._sharing.size > 1 and self._unchecked:
+        checked = self._sharing if self._sharing is not None and self._sharing.size > 1 and self._unchecked else None
+        if checked is not None:
             self._unchecked -= 1
-            refuse_different(batch, self._sharing)
+            refuse_different(batch, checked)
         for mode in self.modes:
             mode.start_forward()
         if self._driver is None:
-            return super().training_step(*args, **kwargs)
+            output = super().training_step(*args, **kwargs)
+            if checked is not None:
+                refuse_other_loss(output, checked)
+            return output
         module = self.lightning_module
         assert module is not None, "Lightning connects the module"
         # Not the arguments, of which a training_step may leave out the batch's number.
