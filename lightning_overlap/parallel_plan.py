@@ -81,6 +81,8 @@ class TensorPlan:
         source: where the roles come from.
         counts: attributes, by the names of module and attribute, that are divided by the number of ranks.
         loose: modules that keep the blocks' tokens from being cut, by name.
+        shared_by_blocks: parameters that are not cut, of the blocks and of a module outside of them, by name.
+        shared_by_regions: the same of regions.
     """
 
     cuts: tuple[Cut, ...]
@@ -89,6 +91,8 @@ class TensorPlan:
     source: str
     counts: dict[tuple[str, str], int]
     loose: tuple[str, ...]
+    shared_by_blocks: tuple[str, ...]
+    shared_by_regions: tuple[str, ...]
 
 
 def find_blocks(model: nn.Module, asked: str | None, stages: int) -> tuple[str, Blocks]:
@@ -148,6 +152,9 @@ def find(model: nn.Module, given: Mapping[str, str], size: int) -> TensorPlan:
                 problems.append(str(error))
     _add_tied(model, cuts, problems)
     regions, direct = _regions(model, blocks, cuts, problems)
+    for region in regions:
+        weights = {id(cut.module.weight): cut.name for cut in region.columns}
+        problems += [f"{c.name} shares its weight with {n}" for c in region.columns if (n := weights[id(c.module.weight)]) != c.name]
     counts = _counts(model, regions, cuts, size, problems)
     for cut in cuts.values():
         least = min(cut.parts)
@@ -159,7 +166,20 @@ def find(model: nn.Module, given: Mapping[str, str], size: int) -> TensorPlan:
     if problems:
         raise ConfigError(f"tensor_parallel.size={size} with the {source} cannot cut the model: {'; '.join(dict.fromkeys(problems))}")
     loose = [*direct, *_mixing(model, blocks, regions, whole)]
-    return TensorPlan(tuple(cuts.values()), tuple(regions), blocks, source, counts, tuple(dict.fromkeys(loose)))
+    cut = {id(c.module.weight) for c in cuts.values()}
+    cut |= {id(c.module.bias) for c in cuts.values() if c.role in ("column", "vocab_head")}
+    biases = {id(c.module.bias) for c in cuts.values() if c.role == "row"}  # where tokens are not cut, their gradients are whole
+    of_blocks, of_regions = ({name: model.get_submodule(name) for name in names} for names in ((blocks,), [r.name for r in regions]))
+    return TensorPlan(
+        tuple(cuts.values()),
+        tuple(regions),
+        blocks,
+        source,
+        counts,
+        tuple(dict.fromkeys(loose)),
+        _shared(model, of_blocks, cut),
+        _shared(model, of_regions, cut | biases),
+    )
 
 
 def _roles(model: nn.Module, given: Mapping[str, str]) -> tuple[str, dict[str, str]]:
@@ -320,13 +340,32 @@ def _mixing(model: nn.Module, blocks: str, regions: list[Region], token_wise: se
         if name in inside or name in token_wise or _is_token_wise(module):
             return
         children = list(module.named_children())
-        if not children:
+        around = isinstance(module, nn.Sequential | nn.ModuleList | nn.ModuleDict) or any(r.startswith(f"{name}.") for r in inside)
+        if not children or not around:  # its own forward may do anything with them: an attention that has no role, say
             yield name
+            return
         for key, child in children:
             yield from look(f"{name}.{key}", child)
 
     for key, block in model.get_submodule(blocks).named_children():
         yield from look(f"{blocks}.{key}", block)
+
+
+def _shared(model: nn.Module, parts: Mapping[str, nn.Module], whole: set[int]) -> tuple[str, ...]:
+    """Parameters of these parts that a module outside of them has, too; but those with an id in ``whole``."""
+    # Another name for a part, or for one of the list's blocks, is no other use of it.
+    parted = {id(m) for part in parts.values() for m in (part, *(part.children() if isinstance(part, Blocks) else ()))}
+    elsewhere: set[int] = set()
+
+    def walk(module: nn.Module) -> None:
+        if id(module) not in parted:
+            elsewhere.update(id(parameter) for parameter in module._parameters.values())
+            for child in module.children():
+                walk(child)
+
+    walk(model)
+    inside = {id(p): f"{name}.{own}" for name, part in parts.items() for own, p in part.named_parameters()}
+    return tuple(name for number, name in inside.items() if number in elsewhere - whole)
 
 
 def _is_token_wise(module: nn.Module) -> bool:

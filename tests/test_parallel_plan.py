@@ -161,6 +161,33 @@ def test_what_may_mix_tokens() -> None:
     assert find(model, {**PLAN, "dropout": "token_wise"}, 2).loose == ()
 
 
+def test_an_attention_without_a_role_may_mix_tokens() -> None:
+    mlp = {"mlp.up": "column", "mlp.down": "row"}
+    assert find(Model(), mlp, 2).loose == ("blocks.0.attention", "blocks.1.attention")
+    assert find(Model(), {**mlp, "attention": "token_wise"}, 2).loose == ()
+
+
+def test_what_blocks_share_with_the_rest() -> None:
+    model = Model()
+    model.alias, model.first = model.blocks, model.blocks[0]
+    assert find(model, PLAN, 2).shared_by_blocks == (), "another name is no other use"
+    model.norm = model.blocks[1].norm
+    found = find(model, PLAN, 2)
+    assert found.shared_by_blocks == ("blocks.1.norm.weight", "blocks.1.norm.bias")
+    assert found.shared_by_regions == ()
+    model.down = model.blocks[0].mlp.down
+    found = find(model, PLAN, 2)
+    assert "blocks.0.mlp.down.bias" in found.shared_by_blocks
+    assert found.shared_by_regions == ()
+
+
+def test_columns_of_one_region_share_no_weight() -> None:
+    model = Model()
+    model.blocks[0].mlp.gate = nn.Linear(16, 64)
+    model.blocks[0].mlp.gate.weight = model.blocks[0].mlp.up.weight
+    assert "shares its weight with blocks.0.mlp" in refused({**PLAN, "mlp.gate": "column"}, 2, model)
+
+
 def test_layers_in_the_block_itself_keep_tokens_from_being_cut() -> None:
     model = Model()
     for block in model.blocks:

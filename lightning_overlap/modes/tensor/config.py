@@ -96,6 +96,7 @@ def decide(own: TensorParallel, whole: OverlapConfig, facts: Facts) -> list[Deci
     found = facts.tensor
     loose = found.loose if found is not None else ()
     more = f" and {len(loose) - 3} more" if loose[3:] else ""
+    shared = found.shared if found is not None else ()
     sequence = settle(
         "tensor_parallel.sequence_parallel",
         own.sequence_parallel,
@@ -106,7 +107,11 @@ def decide(own: TensorParallel, whole: OverlapConfig, facts: Facts) -> list[Deci
                 bool(loose),
                 f"{', '.join(loose[:3])}{more} may mix tokens, or stand in a block's own forward, which would see a part of them: "
                 "put attention and mlp into modules of their own, or give what works on each token by itself the role token_wise",
-            )
+            ),
+            (
+                bool(shared),
+                f"{', '.join(shared[:3])} is used in the blocks, where a rank would have a part of its gradient, and outside of them",
+            ),
         ],
     )
     scattered = sequence.choice == "on"
