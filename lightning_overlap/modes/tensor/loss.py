@@ -66,6 +66,7 @@ def cross_entropy(
     ignore_index: int = -100,
     reduction: str = "mean",
     label_smoothing: float = 0.0,
+    dtype: torch.dtype | None = None,
 ) -> Tensor:
     """As :func:`torch.nn.functional.cross_entropy` of the whole logits, accumulated in fp32 at least.
 
@@ -77,6 +78,7 @@ def cross_entropy(
         ignore_index: targets that do not count.
         reduction: ``mean``, ``sum`` or ``none``.
         label_smoothing: part of each target that is spread over all entries.
+        dtype: of the result; None: the logits'. (Autocast has losses in fp32.)
 
     Raises:
         IndexError: a target is no entry (on the CPU; on every rank).
@@ -87,10 +89,11 @@ def cross_entropy(
     if not targets.is_cuda and bool((kept & ((targets < 0) | (targets >= bounds[-1]))).any()):
         raise IndexError(f"targets must be from 0 to {bounds[-1] - 1}, or {ignore_index}: got {targets[kept].tolist()[:8]} ...")
     losses: Tensor = _CrossEntropy.apply(rows, targets, kept, group, tuple(bounds), label_smoothing)  # type: ignore[no-untyped-call]
+    dtype = dtype or logits.dtype
     if reduction == "mean":
-        return (losses.sum() / kept.sum()).to(logits.dtype)
+        return (losses.sum() / kept.sum()).to(dtype)
     if reduction == "sum":
-        return losses.sum().to(logits.dtype)
+        return losses.sum().to(dtype)
     if reduction == "none":
-        return losses.view(target.shape).to(logits.dtype)
+        return losses.view(target.shape).to(dtype)
     raise ValueError(f"reduction must be mean, sum or none, got {reduction!r}")

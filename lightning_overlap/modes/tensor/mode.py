@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from lightning_overlap.batches import leaves
 from lightning_overlap.block_stack import find_hidden
 from lightning_overlap.comm import Group, make_group
 from lightning_overlap.decision import ConfigError
@@ -64,6 +65,9 @@ class TensorMode(OverlapMode):
         self._after: dict[str, str] = {}  # by row layer, the region that reads next
         self._prepared: tuple[str, int, Reading] | None = None
         self._latest: dict[str, tuple[Reading, Tensor]] = {}  # by region, what it has read, until its row layer runs
+        self._inside = False  # whether a forward has entered the blocks and not left them
+        self._summed = False  # whether gradients that are there are sums over the ranks already
+        self._apart: dict[int, Tensor] = {}  # by parameter, such a gradient, during a backward that adds to it
         self._first_rank = all(mesh.coordinates()[axis] == 0 for axis in ("dp", "ep", "cp"))
 
     @classmethod
@@ -82,6 +86,7 @@ class TensorMode(OverlapMode):
         found = find(model, self.config.parallel_plan, self.group.size)
         cuts = [cut for cut in found.cuts if cut.role not in VOCABULARY or self.plan.choice("tensor_parallel.vocab_parallel") == "on"]
         blocks = list(model.get_submodule(found.blocks).children())
+        self._one_block = len(blocks) == 1  # which is entered and left; it may stand in the list several times
         self._own_numbers = OwnNumbers(self.group.rank, next(model.parameters()).device)
         self._names = {name: id(parameter) for name, parameter in model.named_parameters(remove_duplicate=False)}
         self._partition = Partition(cuts, self.group)
@@ -103,17 +108,39 @@ class TensorMode(OverlapMode):
             self._replace(model.get_submodule(owner), name, count // self.group.size)
         for region in found.regions:
             self._read_at(region)
+        # However it is left: an activation checkpoint ends in the middle of what it runs again.
+        direct = {cut.name for cut in cuts}
+        for module in (*blocks, *[region.module for region in found.regions if not self._scattered and region.name not in direct]):
+            self._hook(module.register_forward_hook, lambda *_: self._own_numbers.stop(), always_call=True)
         if self._first is not None:
             self._hook(blocks[0].register_forward_pre_hook, self._check, with_kwargs=True)
         if self._scattered:
             self._scatter_tokens(blocks)
 
+    def prepare_optimizers(self, optimizers: Sequence[Optimizer]) -> None:
+        """State that is made with the optimizer (Adagrad's) is cut like its parameter."""
+        for optimizer in optimizers:
+            for parameter, values in optimizer.state.items():
+                piece = self._partition.pieces.get(id(parameter))
+                for key, value in values.items() if piece is not None else ():
+                    if isinstance(value, Tensor) and value.shape == piece.shape:
+                        values[key] = piece.of(value, self.group.rank, self.group.size).clone()
+
     def _check(self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         def whole(x: Tensor, tokens: int) -> Tensor:
-            return leave(x, tokens, self._exchange) if self._scattered else x
+            return leave(x, tokens, self._exchange) if self._scattered and not self._one_block else x
+
+        def piece(parameter: nn.Parameter, grad: Tensor) -> Tensor:
+            cut = self._partition.pieces.get(id(parameter))
+            return grad if cut is None else cut.of(grad, self.group.rank, self.group.size)
+
+        def complete(parameter: nn.Parameter, grad: Tensor) -> Tensor:
+            return self.group.all_reduce(grad.clone(), label="tensor.check").wait() if id(parameter) in self._partial else grad
 
         if self._first is not None and not self._first.running and block.training:
-            self._first.check(args, kwargs, whole)
+            # In a pipeline gradients of weights may be put off.
+            backward = (piece, complete) if self.mesh.sizes["pp"] == 1 else None
+            self._first.check(args, kwargs, whole, backward, self.group)
             self._first = None
 
     def _mark(self, model: nn.Module, found: TensorPlan, blocks: Sequence[nn.Module]) -> None:
@@ -121,6 +148,11 @@ class TensorMode(OverlapMode):
         inside = [region.module for region in found.regions]
         if self._scattered:
             inside = list(blocks)
+        elif shared := found.shared_by_regions:
+            raise ConfigError(
+                f"{', '.join(shared[:3])} belongs to an attention or mlp, where a rank has a part of its gradient, and to something "
+                "else: with tensor_parallel.sequence_parallel off a parameter must be in one of the two only"
+            )
         # Where all ranks have all tokens, a row's bias is added after the sum, to the same numbers on each.
         after = {id(cut.module.bias) for cut in found.cuts if cut.role == "row" and not self._scattered}
         self._partial = {
@@ -183,13 +215,14 @@ class TensorMode(OverlapMode):
 
     def start_forward(self) -> None:
         self._step += 1
+        self._inside = False
 
     def _read_at(self, region: Region) -> None:
         columns = self._columns[region.name]
 
         def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
             place, x = find_hidden(args, kwargs, region.name)
-            self._refuse_second_input(region.name, x, (*args, *kwargs.values()))
+            self._refuse_second_input(x, (args, kwargs), f"{region.name} is", "leave it out of the parallel_plan")
             tokens = self._tokens_of(x, region.name)
             if self._fused is not None and symm_mem.fits(tokens, self._exchange):
                 return _put(args, kwargs, place, symm_mem.read(x, columns, self._fused, self._exchange, region.name))
@@ -210,12 +243,12 @@ class TensorMode(OverlapMode):
         self._replace(region.module, "forward", torch.compiler.disable(region.module.forward))
 
     @staticmethod
-    def _refuse_second_input(name: str, x: Tensor, inputs: Sequence[Any]) -> None:
-        for other in inputs:
+    def _refuse_second_input(x: Tensor, inputs: Any, who: str, what_to_do: str) -> None:
+        for other in leaves(inputs):
             if isinstance(other, Tensor) and other is not x and other.requires_grad:
                 raise ConfigError(
-                    f"{name} is called with a second tensor that gradients flow through (cross-attention, say), of which a rank would "
-                    "have a part only: leave it out of the parallel_plan"
+                    f"{who} called with a second tensor that gradients flow through (cross-attention, a learned bias or condition, "
+                    f"say), of whose gradient a rank would have a part only: {what_to_do}"
                 )
 
     def _tokens_of(self, x: Tensor, name: str) -> int:
@@ -236,7 +269,7 @@ class TensorMode(OverlapMode):
     def _scatter_tokens(self, blocks: Sequence[nn.Module]) -> None:
         def entering(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
             place, x = find_hidden(args, kwargs, "the first block")
-            self._tokens = x.shape[-2]
+            self._tokens, self._inside = x.shape[-2], True
             if self.mesh.sizes["pp"] > 1 and self._tokens % self.group.size:
                 raise ConfigError(
                     f"a sequence of {self._tokens} tokens is not divisible by tensor_parallel.size={self.group.size}, which it "
@@ -247,36 +280,58 @@ class TensorMode(OverlapMode):
         def leaving(module: nn.Module, args: Any, result: Any) -> Any:
             x = result[0] if isinstance(result, tuple) else result
             tokens = x.shape[-2] * self.group.size if self.mesh.sizes["pp"] > 1 else self._tokens
-            whole = leave(x, tokens, self._exchange)
+            whole, self._inside = leave(x, tokens, self._exchange), False
             return (whole, *result[1:]) if isinstance(result, tuple) else whole
 
         def start(module: nn.Module, _: Any) -> None:
             if module.training:
                 self._own_numbers.start()
 
-        def stop(*_: Any) -> None:
-            self._own_numbers.stop()
+        def alone(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            x = find_hidden(args, kwargs, "a block")[1]
+            self._refuse_second_input(x, (args, kwargs), "a block is", "set tensor_parallel.sequence_parallel: false")
 
         for block in blocks:
             self._hook(block.register_forward_pre_hook, start)
-            self._hook(block.register_forward_hook, stop, always_call=True)
+            self._hook(block.register_forward_pre_hook, alone, with_kwargs=True)
         self._hook(blocks[0].register_forward_pre_hook, entering, with_kwargs=True)
         self._hook(blocks[-1].register_forward_hook, leaving)
 
     # -- training ----------------------------------------------------------------------------------------------------
 
+    def start_backward(self) -> None:
+        """What an earlier backward has left (manual optimization does) is kept apart, and not summed once more."""
+        if self._inside and self.mesh.sizes["pp"] == 1:
+            raise ConfigError(
+                "the last block was left out in this step, and what came after the blocks has seen a rank's part of the tokens only: "
+                "run the last block always, or set tensor_parallel.sequence_parallel: false"
+            )
+        for number, parameter in self._partial.items() if self._summed else ():
+            if parameter.grad is not None:
+                self._apart[number] = parameter.grad.clone()  # it may be a view of a bucket, which is written over
+                parameter.grad = None
+
     def finish_backward(self) -> None:
         """Gradients of replicated parameters that the ranks have summands of are summed, all in one transfer."""
+        self._inside = False  # what activation checkpoints have run again
+        self._summed = not self._held
         if self._held:
             return
         trained = [p for p in self._partial.values() if p.requires_grad]
         for dtype in sorted({p.dtype for p in trained}, key=str):
             together = [p for p in trained if p.dtype == dtype]
             grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in together]
-            flat = self.group.all_reduce(torch.cat([grad.flatten() for grad in grads]), label="tensor.replicated").wait()
-            for parameter, grad, total in zip(together, grads, flat.split([grad.numel() for grad in grads]), strict=True):
+            sizes = [*(grad.numel() for grad in grads), len(grads)]
+            found = grads[0].new_tensor([float(p.grad is not None) for p in together])
+            flat = self.group.all_reduce(torch.cat([*(grad.flatten() for grad in grads), found]), label="tensor.replicated").wait()
+            *totals, found = flat.split(sizes)
+            for number, (parameter, grad, total) in enumerate(zip(together, grads, totals, strict=True)):
+                before = self._apart.pop(id(parameter), None)
+                if parameter.grad is None and not found[number]:  # nobody has one
+                    parameter.grad = before
+                    continue
                 grad.copy_(total.view(grad.shape))
-                parameter.grad = grad
+                parameter.grad = grad if before is None else grad.add_(before)
 
     def reduce_norm(self, sum_of_squares: Tensor) -> Tensor:
         return self.group.all_reduce(sum_of_squares, label="tensor.norm").wait()
@@ -365,4 +420,4 @@ def _facts(found: TensorPlan) -> TensorFacts:
     entries = max((cut.parts[0] for cut in found.cuts if cut.role in VOCABULARY), default=0)
     layers = [cut for cut in found.cuts if cut.role not in VOCABULARY]
     transposed = tuple(cut.name for cut in layers if not isinstance(cut.module, nn.Linear))
-    return TensorFacts(f"{found.source}: {said}", found.loose, entries, transposed)
+    return TensorFacts(f"{found.source}: {said}", found.loose, entries, transposed, found.shared_by_blocks)

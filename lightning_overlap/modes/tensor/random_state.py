@@ -24,7 +24,9 @@ class OwnNumbers:
         self._common: tuple[torch.Tensor, torch.Tensor | None] | None = None
 
     def start(self) -> None:
-        """To be called at the same places on all ranks."""
+        """To be called at the same places on all ranks. Nothing, if they are this rank's own already."""
+        if self._common is not None:
+            return
         seed = int(torch.randint(_SEEDS, (), device="cpu"))
         self._common = torch.get_rng_state(), None if self._device is None else torch.cuda.get_rng_state(self._device)
         torch.manual_seed((seed + self._rank) % _SEEDS)

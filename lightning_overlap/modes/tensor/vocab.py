@@ -237,13 +237,14 @@ def _loss(
     classes_last = isinstance(input, CutLogits) and input.dim() <= 2
     if not classes_last or weight is not None or target.is_floating_point() or size_average is not None or reduce is not None:
         return None
-    vocabulary = input.vocabulary
+    vocabulary, local = input.vocabulary, input.local
     return cross_entropy(
-        input.local,
+        local,
         target,
         vocabulary.group,
         vocabulary.bounds,
         ignore_index=ignore_index,
         reduction=reduction,
         label_smoothing=label_smoothing,
+        dtype=torch.float32 if torch.is_autocast_enabled(local.device.type) else local.dtype,
     )
