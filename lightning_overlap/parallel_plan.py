@@ -166,8 +166,8 @@ def find(model: nn.Module, given: Mapping[str, str], size: int) -> TensorPlan:
     if problems:
         raise ConfigError(f"tensor_parallel.size={size} with the {source} cannot cut the model: {'; '.join(dict.fromkeys(problems))}")
     loose = [*direct, *_mixing(model, blocks, regions, whole)]
-    cut = {id(c.module.weight) for c in cuts.values()}
-    cut |= {id(c.module.bias) for c in cuts.values() if c.role in ("column", "vocab_head")}
+    numbers = {id(c.module.weight) for c in cuts.values()}
+    numbers |= {id(c.module.bias) for c in cuts.values() if c.role in ("column", "vocab_head")}
     biases = {id(c.module.bias) for c in cuts.values() if c.role == "row"}  # where tokens are not cut, their gradients are whole
     of_blocks, of_regions = ({name: model.get_submodule(name) for name in names} for names in ((blocks,), [r.name for r in regions]))
     return TensorPlan(
@@ -177,8 +177,8 @@ def find(model: nn.Module, given: Mapping[str, str], size: int) -> TensorPlan:
         source,
         counts,
         tuple(dict.fromkeys(loose)),
-        _shared(model, of_blocks, cut),
-        _shared(model, of_regions, cut | biases),
+        _shared(model, of_blocks, numbers),
+        _shared(model, of_regions, numbers | biases),
     )
 
 

@@ -121,8 +121,9 @@ class TensorMode(OverlapMode):
         """State that is made with the optimizer (Adagrad's) is cut like its parameter."""
         for optimizer in optimizers:
             for parameter, values in optimizer.state.items():
-                piece = self._partition.pieces.get(id(parameter))
-                for key, value in values.items() if piece is not None else ():
+                if (piece := self._partition.pieces.get(id(parameter))) is None:
+                    continue
+                for key, value in values.items():
                     if isinstance(value, Tensor) and value.shape == piece.shape:
                         values[key] = piece.of(value, self.group.rank, self.group.size).clone()
 
