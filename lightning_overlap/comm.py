@@ -23,7 +23,7 @@ import threading
 import time
 import weakref
 from collections import defaultdict, deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
@@ -332,6 +332,9 @@ class Group:
         keyed: whether reduce-scatters and all-gathers find each other by their key, so that ranks may post them in
             different orders (gloo). NCCL's, and every all-reduce, are matched by the order of posting.
         can_poll: whether a work that has been posted tells when it is complete (NCCL).
+        device: where what it transfers must be; None: anywhere.
+        in_one_order: whether all ranks must post all of their transfers, of whatever group, in one order, as long as there are
+            kernels that have not run yet: CUDA loads one when it is first launched, and may wait for all that runs by then (NCCL).
     """
 
     def __init__(
@@ -352,7 +355,8 @@ class Group:
         self._free: dict[torch.dtype, list[Tensor]] = defaultdict(list)
         self._native = dist.get_backend(reduces) == "nccl"
         self.keyed = not self._native
-        self.can_poll = self._native
+        self.can_poll = self.in_one_order = self._native
+        self.device = torch.device("cuda", torch.cuda.current_device()) if self._native else None
         self._beside = torch.cuda.Stream() if self._native else None  # see Marks
         self._threads = _Threads(self) if threads and self.size > 1 and not self._native else None
         self._end = weakref.finalize(self, _destroy, reduces, gathers)
@@ -488,6 +492,22 @@ class Group:
         else:
             pending.add([self.post(label, dist.irecv, x, source, self.reduces, key)])
         return pending
+
+    def connect(self, hops: Collection[tuple[int, int]]) -> None:
+        """Makes the connections of point-to-point transfers; all members call it with the same (source, target) ranks of the group.
+
+        NCCL makes one with the first transfer, and both ends' hosts stand still until the other one has come to it: two that send to
+        each other first would stay there.
+        """
+        if not self._native:
+            return
+        dist.all_reduce(torch.zeros(1, device=self.device), group=self.reduces)  # in which every member takes part
+        mine: list[tuple[Callable[..., Any], int]] = [(dist.isend, target) for source, target in sorted(hops) if source == self.rank]
+        mine += [(dist.irecv, source) for source, target in sorted(hops) if target == self.rank]
+        ops = [dist.P2POp(what, torch.zeros(1, device=self.device), self.ranks[peer], self.reduces) for what, peer in mine]
+        for work in dist.batch_isend_irecv(ops) if ops else ():
+            work.wait()
+        torch.cuda.synchronize()
 
     def share_object(self, mine: T, source: int = 0) -> T:
         """A member's object, the first one's by default. Blocking."""

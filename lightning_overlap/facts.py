@@ -36,8 +36,8 @@ def installed(package: str) -> str | None:
 
 @dataclass(frozen=True)
 class TensorFacts:
-    """What can be cut over a tensor axis: in words, the modules in the blocks that may mix tokens, the vocabulary's entries, layers whose
-    weight is ``(in, out)``, and the parameters that the blocks share with the rest of the model."""
+    """What can be cut over a tensor axis: in words, the modules in the blocks that may mix tokens, the vocabulary's entries, layers
+    whose weight is ``(in, out)``, and the parameters that the blocks share with the rest of the model."""
 
     said: str
     loose: tuple[str, ...]

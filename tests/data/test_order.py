@@ -35,7 +35,7 @@ class Recorded:
 class Recorder:
     """The group of rank 0 of two, of which the other gives zeros."""
 
-    size, rank, ranks, keyed, name = 2, 0, (0, 1), True, "recorded"
+    size, rank, ranks, keyed, in_one_order, name = 2, 0, (0, 1), True, False, "recorded"
 
     def __init__(self, events):
         self.events = events
@@ -73,9 +73,10 @@ def layer(events, i):
 
 @pytest.fixture
 def make(monkeypatch):
-    def make(overlap="auto", pipeline=1, data=None, **trainer):
+    def make(overlap="auto", pipeline=1, data=None, in_one_order=False, **trainer):
         events = []
-        monkeypatch.setattr(data_mode, "make_group", lambda *_, **__: Recorder(events))
+        recorder = type("Recorder", (Recorder,), {"in_one_order": in_one_order})
+        monkeypatch.setattr(data_mode, "make_group", lambda *_, **__: recorder(events))
         model = nn.Sequential(*(layer(events, i) for i in range(LAYERS)))
         optimizer = torch.optim.AdamW(model.parameters())
         own = DataParallel(bucket_size=64, **(data or {}))
@@ -131,9 +132,11 @@ def test_clipping_keeps_updates_until_all_is_reduced(make):
     assert events[2 * LAYERS + 1 :] == [*backward, "step", *(f"gather {i}" for i in range(LAYERS))]
 
 
-def test_gathers_that_are_aligned_start_after_the_step(make):
-    """Of updates in backward, too, and then in the order of forward; the next forward waits as ever."""
-    step = make(pipeline=2, data={"align_param_gather": True})
+@pytest.mark.parametrize("given", [{"pipeline": 2, "data": {"align_param_gather": True}}, {"in_one_order": True}])
+def test_gathers_that_are_aligned_start_after_the_step(make, given):
+    """Of updates in backward, too, and then in the order of forward; the next forward waits as ever. On NCCL, ranks that post a gather
+    when they see that a reduce has arrived would post it before or after the next reduce."""
+    step = make(**given)
     backward = [f"{what} {i}" for i in (3, 2, 1, 0) for what in ("backward", "reduce", "wait for reduce")]
     assert step()[2 * LAYERS + 1 :] == [*backward, "step", *(f"gather {i}" for i in range(LAYERS))]
     assert step()[: 3 * LAYERS] == [f"{what} {i}" for i in range(LAYERS) for what in ("before", "wait for gather", "forward")]

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 
-from lightning_overlap.modes.pipeline.runtime import Form, Runtime, channel_kinds, lane
+from lightning_overlap.modes.pipeline.runtime import Form, Runtime, channel_kinds, hops, lane
 from lightning_overlap.modes.pipeline.schedule import SCHEDULES, Schedule, build
 
 FORM = Form((0,), torch.float32, True, 0)
@@ -14,6 +14,8 @@ Event = tuple[Any, ...]
 
 class Recorder:
     """One rank: a group of it, and what its actions compute. Writes down what is posted, waited for and computed."""
+
+    in_one_order = True
 
     def __init__(self, rank: int, stages: int, events: list[Event], name: str = "") -> None:
         self.rank, self.stages, self.events, self.name = rank, stages, events, name
@@ -41,8 +43,8 @@ class Recorder:
         self.events.append(("compute",))
 
 
-def posted(schedule: Schedule, prefetch: int | None) -> list[list[Event]]:
-    """By rank, what its main thread does in a step whose forms are known."""
+def posted(schedule: Schedule, prefetch: int | None, *, new: bool = False) -> list[list[Event]]:
+    """By rank, what its main thread does in a step whose forms are known, and whose kernels are too unless it is ``new``."""
     ranks = []
     for rank in range(schedule.ranks):
         events: list[Event] = []
@@ -50,7 +52,9 @@ def posted(schedule: Schedule, prefetch: int | None) -> list[list[Event]]:
         groups: Any = {kind: Recorder(rank, schedule.stages, events, lane(kind, "nccl")) for kind in kinds}
         known = {(stage, 0) for stage in range(schedule.stages)}
         runtime = Runtime(schedule, rank, groups, dict.fromkeys(known, FORM), known, torch.device("cpu"), prefetch)
-        runtime.run(Recorder(rank, schedule.stages, events), [0] * schedule.microbatches)
+        for _ in range(1 if new else 2):
+            events.clear()
+            runtime.run(Recorder(rank, schedule.stages, events), [0] * schedule.microbatches)
         ranks.append(events)
     return ranks
 
@@ -89,6 +93,23 @@ def test_no_transfer_stands_behind_one_that_waits_for_it(name: str, prefetch: in
     for size, microbatches in ((2, 4), (3, 6), (4, 8)):
         chunks = 2 if name in ("interleaved", "interleaved_zb", "zb_v", "dualpipev") else 1
         assert comes_to_an_end(posted(build(name, size, chunks, microbatches), prefetch)), (size, microbatches)
+
+
+def test_nothing_is_posted_ahead_while_kernels_are_new() -> None:
+    """Loading one may wait for what runs: two ranks that load would wait for each other's receives."""
+    schedule = build("1f1b", 2, 1, 4)
+    assert posted(schedule, 2, new=True) == posted(schedule, None)
+    assert posted(schedule, 2) != posted(schedule, None)
+
+
+def test_connections_are_made_for_every_hop() -> None:
+    """Of a rank's hops in a group, both ends make them at once: a first transfer waits for the other end."""
+    placement = (0, 1, 2, 0, 1, 2)
+    found = {way: hops(placement, way) for way in channel_kinds(placement)}
+    assert found[("F", True, 0)] == {(0, 1)}
+    assert found[("F", False, 0)] == {(2, 0)}
+    assert found[("B", False, 1)] == {(1, 0)}
+    assert sum(map(len, found.values())) == 6
 
 
 def test_neighbours_hops_have_groups_of_their_own() -> None:

@@ -102,6 +102,21 @@ def test_it_is_refused_where_it_cannot_run() -> None:
         TensorParallel(size=2, backend="nvlink")  # type: ignore[arg-type]
 
 
+def test_the_operators_run_without_autocast() -> None:
+    """Which would have their products in another dtype than the buffers that they write them to (seen on CUDA)."""
+    seen: list[bool] = []
+
+    def gather(*_: Any, **__: Any) -> Any:
+        seen.append(torch.is_autocast_enabled("cpu"))
+        return None, None
+
+    fused = symm_mem.Operators(gather, gather, "group")
+    with torch.autocast("cpu", torch.bfloat16):
+        fused.gather(torch.zeros(2, 2), [])
+        fused.reduce(torch.zeros(2, 2), torch.zeros(2, 2))
+    assert seen == [False, False]
+
+
 def test_torch_has_the_operators() -> None:
     fused = symm_mem.operators(mock.Mock())
     assert "group_name" in str(fused.all_gather_matmul.default._schema)

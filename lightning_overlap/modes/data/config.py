@@ -32,7 +32,8 @@ class DataParallel:
     overlap_optimizer_step: Switch = "auto"
     """Update a bucket as soon as it is reduced, in backward. Needs that nothing looks at all the gradients first."""
     align_param_gather: Switch = "auto"
-    """Start the gathers of all stages of a pipeline after the step, in the order of forward, not in each one's own last backward."""
+    """Start the gathers of a pipeline's stages after the whole step, in the order of forward, not in each stage's last backward; on
+    NCCL ``auto`` does, with or without a pipeline."""
     bucket_size: int | Literal["auto"] = "auto"
     """Elements at which a bucket closes. Smaller hides more, larger moves faster."""
     param_gather_prefetch: int | Literal["all"] = "all"
@@ -121,19 +122,28 @@ def decide(own: DataParallel, whole: OverlapConfig, facts: Facts) -> list[Decisi
     )
     if step.choice == "off" and step.asked == "auto" and not quiet and gather.choice != "off" and not inseparable:
         step = Decision(step.feature, step.asked, "by bucket after backward", step.why)
-    alone = whole.pipeline_parallel.size == 1
+    ordered = facts.backend == "nccl"
+    alone = whole.pipeline_parallel.size == 1 and not ordered
     earlier = step.choice == "in backward"
+    if ordered and earlier and own.align_param_gather is False:
+        raise ConfigError(
+            "data_parallel.align_param_gather: false cannot run on NCCL: a gather that is posted when a rank sees that a reduce has "
+            "arrived stands before reduces that another rank has posted first, and may wait for them. Leave it out"
+        )
     align = overlap(
         "align_param_gather",
         own.align_param_gather,
         "after the step",
-        "all stages gather in the order of forward once the step is over",
+        "all ranks post in one order on NCCL" if ordered else "all stages gather in the order of forward once the step is over",
         [
             (alone, "one rank has all stages; leave it out, or set pipeline_parallel.size"),
             needs_optimizer,
             (gather.choice == "off", "parameters are gathered in the step; set data_parallel.overlap_param_gather: true"),
             (own.param_gather_prefetch != "all", "forward posts what param_gather_prefetch bounds; set it to all"),
-            (own.align_param_gather == "auto" and not alone, ALIGNING if earlier else "all stages gather after backward as it is"),
+            (
+                own.align_param_gather == "auto" and not alone and not ordered,
+                ALIGNING if earlier else "all stages gather after backward as it is",
+            ),
         ],
     )
     return [

@@ -74,7 +74,8 @@ class DataMode(OverlapMode):
         self._wire = torch.bfloat16 if own.reduce_scatter_with_fp32_accumulation else None
         self._groups(own.num_optimizer_instances)
         prefetch = None if own.param_gather_prefetch == "all" else int(own.param_gather_prefetch)
-        aligned = plan.choice("data_parallel.align_param_gather") == "after the step"
+        # Ranks see at different times that something has arrived. Where they must post in one order, nothing is posted for that.
+        aligned = plan.choice("data_parallel.align_param_gather") == "after the step" or (self.group.in_one_order and prefetch is None)
         self._gathers = Gathers(self._buckets, self.group, prefetch, aligned=aligned)
         # Ranks may see gradients in different orders. What is matched by the order of posting is posted by bucket number.
         self._any_order = self.group.keyed and self._scatter and self._instances is None
@@ -336,6 +337,8 @@ class DataMode(OverlapMode):
 
     def _progress(self, *, block: bool) -> None:
         """Takes in what has arrived, in the order of posting; all of it if ``block``."""
+        if not block and self._instances is not None and self.group.in_one_order:
+            return
         while self._reducing and (block or self._reducing[0][1].arrived()):
             bucket, pending = self._reducing.popleft()
             reduced = pending.wait()

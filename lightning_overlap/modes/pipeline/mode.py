@@ -25,7 +25,7 @@ from lightning_overlap.modes.pipeline import layout, microbatches
 from lightning_overlap.modes.pipeline.config import PipelineParallel, scheduled
 from lightning_overlap.modes.pipeline.partition import Partition, heads, work
 from lightning_overlap.modes.pipeline.random_state import kept, pin
-from lightning_overlap.modes.pipeline.runtime import Form, Runtime, channel_kinds, lane
+from lightning_overlap.modes.pipeline.runtime import Form, Runtime, channel_kinds, hops, lane
 from lightning_overlap.modes.pipeline.stage import Stages, block_seeds
 from lightning_overlap.modes.pipeline.weight_grad import WeightGradients, what_splits
 from lightning_overlap.parallel_plan import Blocks, find_blocks
@@ -58,6 +58,8 @@ class PipelineMode(OverlapMode):
         lanes = {kind: lane(kind, backend()) for kind in channel_kinds(self._placement)}
         made = {name: make_group(ranks, f"pipeline.{name}", timeout, gathers=False) for name in sorted(set(lanes.values()))}
         self.channels = {kind: made[name] for kind, name in lanes.items()}
+        for way in sorted(self.channels):
+            self.channels[way].connect(hops(self._placement, way))
         overlapped = plan.choice("pipeline_parallel.overlap_p2p") == "beside compute"
         self._prefetch = self._own.p2p_prefetch if overlapped else None
         self._forms: dict[tuple[int, Hashable], Form] = {}

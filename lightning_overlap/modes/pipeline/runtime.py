@@ -10,7 +10,7 @@ a send is never waited for: its tensor is let go of when it has gone. No transfe
 :func:`lane`.
 
 The plain twin posts transfers between two actions, those that :func:`in_turn` has there, and waits for all of them at once:
-nothing is on its way while either end computes.
+nothing is on its way while either end computes. On CUDA the first batch of a kind goes that way, too: see ``Group.in_one_order``.
 """
 
 from __future__ import annotations
@@ -128,7 +128,10 @@ class Runtime:
         self._prefetch = prefetch
         self._sends: list[Pending] = []
         self._here: dict[Action, tuple[Tensor, Form | None]] = {}  # from one stage of this rank to another
-        self._between = between(schedule, rank) if prefetch is None else None
+        self._in_turn = between(schedule, rank)
+        self._between: list[list[Action]] | None = None
+        self._careful = any(group.in_one_order for group in groups.values())
+        self._seen: set[Hashable] = set()
 
     @property
     def actions(self) -> tuple[Action, ...]:
@@ -143,6 +146,10 @@ class Runtime:
             kinds: by microbatch, what decides the form of its hidden states, the same on all ranks.
             timeline: is told when each of them ran, without what it waited for.
         """
+        # Where a kernel that is new may wait for a receive that was posted ahead, the first batch of a kind goes in turn.
+        is_new = self._careful and not self._seen.issuperset(kinds)
+        self._between = self._in_turn if self._prefetch is None or is_new else None
+        self._seen.update(kinds)
         self._channels = self._incoming()
         self._kinds = kinds
         self._made: dict[Action, tuple[Tensor, Form | None]] = {}
@@ -335,6 +342,12 @@ def channel_kinds(placement: Sequence[int]) -> list[Direction]:
     return sorted(
         {direction("F", here, there) for here, there in neighbours} | {direction("B", there, here) for here, there in neighbours}
     )
+
+
+def hops(placement: Sequence[int], way: Direction) -> set[tuple[int, int]]:
+    """The ranks between which something is sent in a direction: source, target."""
+    sent = [(a, b) if way[0] == "F" else (b, a) for a, b in pairwise(placement) if a != b]
+    return {(source, target) for source, target in sent if direction(way[0], source, target) == way}
 
 
 def lane(kind: Direction, backend: str) -> str:

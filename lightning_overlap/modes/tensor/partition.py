@@ -111,10 +111,12 @@ class Partition:
             piece: how it is cut.
             own: this rank's piece, of any dtype and device.
         """
-        group, device = self._group, piece.parameter.device
+        group = self._group
+        device = group.device or own.device  # after a fit Lightning has everything on the CPU
         shapes = [piece.shape_of(rank, group.size) for rank in range(group.size)]
         bounds = [0, *itertools.accumulate(shape.numel() for shape in shapes)]
         flat = torch.empty(bounds[-1], dtype=own.dtype, device=device)
         flat[bounds[group.rank] : bounds[group.rank + 1]] = own.detach().to(device).flatten()
         group.all_gather(flat, bounds, key=0, label="tensor.whole").wait()
-        return piece.join([flat[a:b].view(shape) for shape, (a, b) in zip(shapes, itertools.pairwise(bounds), strict=True)])
+        parts = [flat[a:b].view(shape) for shape, (a, b) in zip(shapes, itertools.pairwise(bounds), strict=True)]
+        return piece.join(parts).to(own.device)

@@ -33,12 +33,14 @@ class Operators:
 
     def gather(self, x: Tensor, weights: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
         """All tokens of ``x`` ``(..., own tokens, in)``, and their products with each of the weights ``(in, out)``."""
-        whole, products = self.all_gather_matmul(x.contiguous(), list(weights), x.dim() - 2, self.group, return_A=True)
+        with torch.autocast(x.device.type, enabled=False):  # operands are cast already, and the operators write into buffers of their own
+            whole, products = self.all_gather_matmul(x.contiguous(), list(weights), x.dim() - 2, self.group, return_A=True)
         return whole, products
 
     def reduce(self, x: Tensor, weight: Tensor) -> Tensor:
         """This rank's tokens of the sum over the ranks of ``x @ weight``."""
-        summed: Tensor = self.matmul_reduce_scatter(x, weight, "sum", x.dim() - 2, self.group)
+        with torch.autocast(x.device.type, enabled=False):
+            summed: Tensor = self.matmul_reduce_scatter(x, weight, "sum", x.dim() - 2, self.group)
         return summed
 
 
