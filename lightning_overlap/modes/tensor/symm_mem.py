@@ -33,7 +33,7 @@ class Operators:
 
     def gather(self, x: Tensor, weights: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
         """All tokens of ``x`` ``(..., own tokens, in)``, and their products with each of the weights ``(in, out)``."""
-        with torch.autocast(x.device.type, enabled=False):  # operands are cast already, and the operators write into buffers of their own
+        with torch.autocast(x.device.type, enabled=False):  # operands are cast, and results go into buffers
             whole, products = self.all_gather_matmul(x.contiguous(), list(weights), x.dim() - 2, self.group, return_A=True)
         return whole, products
 
