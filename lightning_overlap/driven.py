@@ -10,6 +10,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from copy import copy
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -84,9 +85,16 @@ class DrivenStep:
         for mode in self._strategy.modes:
             mode.finish_backward()
 
+    def aside(self, modules: Sequence[torch.nn.Module], *, metrics: bool) -> AbstractContextManager[None]:
+        return unchanged([*modules, *(self._metrics if metrics else ())])
+
+    @cached_property
+    def _metrics(self) -> list[torch.nn.Module]:
+        return [part for part in self._module.modules() if isinstance(part, Metric)]
+
     @contextmanager
     def trial(self) -> Iterator[None]:
-        with unchanged(self._module):
+        with unchanged(list(self._module.modules())):
             yield
         self._outputs.clear()
         self._logs.clear()
@@ -191,10 +199,10 @@ _KEPT_BY_MODULES = frozenset(vars(torch.nn.Module()))
 
 
 @contextmanager
-def unchanged(module: LightningModule) -> Iterator[None]:
+def unchanged(modules: Sequence[torch.nn.Module]) -> Iterator[None]:
     """Buffers and attributes, metrics' states among them, are afterwards what they were: tensors, lists, dicts and sets by content."""
     kept: list[tuple[dict[str, Any], str, Any, Any]] = []
-    for part in module.modules():
+    for part in modules:
         own = {name: value for name, value in vars(part).items() if name not in _KEPT_BY_MODULES}
         for store, values in ((vars(part), own), (part._buffers, dict(part._buffers))):
             for name, value in values.items():
@@ -202,7 +210,7 @@ def unchanged(module: LightningModule) -> Iterator[None]:
                     kept.append((store, name, value, value.detach().clone()))
                 else:
                     kept.append((store, name, value, copy(value) if type(value) in (list, dict, set) else None))
-    before = [(vars(part), set(vars(part))) for part in module.modules()]
+    before = [(vars(part), set(vars(part))) for part in modules]
     try:
         yield
     finally:

@@ -51,6 +51,9 @@ class Step(Protocol):
     def finish_backward(self) -> None:
         """After the last one's: gradients are complete."""
 
+    def aside(self, modules: Sequence[nn.Module], *, metrics: bool) -> AbstractContextManager[None]:
+        """Forwards inside leave these modules as they were, their parameters aside, and the module's metrics too, if ``metrics``."""
+
     def trial(self) -> AbstractContextManager[None]:
         """Forwards inside leave nothing behind: the module's buffers, metrics and attributes, what it logs."""
 

@@ -113,8 +113,9 @@ class OverlapProfiler(Callback):
         self._phase, self._at = ("forward", self._clock.now()), self._clock.ran()
 
     def _forget(self, before: float) -> None:
-        """What is over is no step's any more. What only comes to this rank is over at some time before it was waited for."""
-        self._log[:] = [t for t in self._log if t.waited is None or (t.done is None and t.waited[1] >= before)]
+        """What is over is no step's any more. What only comes to this rank is over at some time before it was waited for; nobody waits
+        for what a pipeline sends."""
+        self._log[:] = [t for t in self._log if (t.posted if t.waited is None else t.waited[1] if t.done is None else 0.0) >= before]
 
     def on_before_backward(self, trainer: Trainer, module: LightningModule, loss: Any) -> None:
         self._next_phase("backward and step")

@@ -1024,6 +1024,64 @@ def fit_twice_and_more(with_pipeline):
     return {**told(run, module), "losses": [between["val_loss"], after["val_loss"]], "predicted": predicted}
 
 
+class CountsBefore(Net):
+    """Batch norm and a metric before the blocks."""
+
+    def __init__(self) -> None:
+        super().__init__(blocks=4)
+        self.bn = nn.BatchNorm1d(16)
+        names = dict.fromkeys(["tokens", "bn", *self._modules])
+        self._modules = {name: self._modules[name] for name in names}
+        self.tokens_seen = torchmetrics.SumMetric()
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        x = self.bn(self.tokens(ids).transpose(1, 2)).transpose(1, 2)
+        for block in self.blocks:
+            x = block(x)
+        return self.head(self.norm(x))
+
+    def training_step(self, batch: torch.Tensor, index: int) -> Any:
+        self.tokens_seen.update(batch.numel())
+        return super().training_step(batch, index)
+
+    def on_train_epoch_end(self) -> None:
+        super().on_train_epoch_end()
+        self.counted = self.tokens_seen.compute().item()
+
+
+def counting(pipeline: dict[str, Any]) -> Any:
+    strategy = OverlapStrategy(
+        pipeline_parallel=PipelineParallel(**pipeline), cluster_environment=TorchElasticEnvironment(), process_group_backend="gloo"
+    )
+    seed_everything(1, verbose=False)
+    module = CountsBefore()
+    given = {"max_epochs": 1, "limit_train_batches": 3, "use_distributed_sampler": False}
+    run = Trainer(**QUIET, **given, accelerator="cpu", devices=2, strategy=strategy)
+    run.fit(module, loader(8))
+    return module.counted, module.bn.num_batches_tracked.item(), module.bn.running_mean
+
+
+def counted_by_hand(microbatches: int) -> Any:
+    seed_everything(1, verbose=False)
+    module = CountsBefore()
+    (optimizer,), _ = module.configure_optimizers()
+    for batch in itertools.islice(loader(8), 3):
+        optimizer.zero_grad()
+        for part in batch.tensor_split(microbatches):
+            (module.loss(part) * (len(part) / len(batch))).backward()
+        optimizer.step()
+    return 3 * 8 * 9, module.bn.num_batches_tracked.item(), module.bn.running_mean
+
+
+@pytest.mark.parametrize("schedule", ["interleaved", "zb_v"])
+def test_what_comes_before_the_blocks_counts_once(world, schedule):
+    """A rank with several stages comes by it for each: interleaved has the first and the last stage on two ranks, zb_v on one."""
+    expected = counted_by_hand(4)
+    for found in world(2).run(counting, {"size": 2, "virtual_stages": 2, "schedule": schedule, "microbatches": 4}):
+        assert found[:2] == expected[:2]
+        torch.testing.assert_close(found[2], expected[2])
+
+
 def test_fit_twice_and_evaluation_alone(world):
     expected = fit_twice_and_more(False)
     for rank in world(2).run(fit_twice_and_more, True):

@@ -101,6 +101,7 @@ class PipelineMode(OverlapMode):
             self._share(self.partition.is_buffer)
         self.partition.keep(self._rank)
         self._device = next(model.parameters()).device
+        self._before = self.partition.before(model)
         self._stack = BlockStack(blocks, name)
         deferring = self.plan.choice("pipeline_parallel.defer_embedding_wgrad") != "off"
         if own.plan(own.count).splits_backward or deferring:
@@ -218,8 +219,8 @@ class PipelineMode(OverlapMode):
             self._stages,
             step,
             parts,
+            self._before,
             shares,
-            step.place,
             self._weight_gradients,
             runtime.actions,
             self._sum_tied,

@@ -50,6 +50,7 @@ class Partition:
     """
 
     def __init__(self, model: nn.Module, name: str, blocks: Blocks, stages: Sequence[range], placement: Sequence[int]) -> None:
+        self._name = name
         self._parameters = dict(model.named_parameters())
         self._buffers = dict(model.named_buffers())
         stage_of_block = {number: stage for stage, numbers in enumerate(stages) for number in numbers}
@@ -89,6 +90,12 @@ class Partition:
     def holders(self, name: str) -> tuple[int, ...]:
         """The ranks of a parameter or buffer, by any of its names."""
         return self.owners[self.first_names[name]]
+
+    def before(self, model: nn.Module) -> list[nn.Module]:
+        """Modules with buffers before the blocks."""
+        first = {name for name, stages in self.users.items() if stages == (0,) and self.is_buffer(name)}
+        outside = [name for name in first if self._name and not name.startswith(f"{self._name}.")]
+        return [model.get_submodule(path) for path in sorted({name.rpartition(".")[0] for name in outside})]
 
     def keep(self, rank: int, names: Iterable[str] | None = None) -> None:
         """Gives up the parameters that are not this rank's, or those of them that are named.

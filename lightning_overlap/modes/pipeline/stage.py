@@ -7,7 +7,7 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lightning_overlap.block_stack import BlockStack, Pass
 from lightning_overlap.decision import ConfigError
@@ -40,8 +40,8 @@ class Stages:
         stages: by stage, its blocks.
         step: the user's, on a microbatch.
         parts: the microbatches.
+        before: modules before the blocks with buffers, whose stage is the first one.
         shares: by microbatch, its part of the batch's loss.
-        seed: what random numbers are drawn from, besides microbatch and block; the same on all ranks of the pipeline.
         weight_gradients: what a schedule that splits backward needs.
         actions: the rank's, all of them.
         backward_done: called after the last backward; weights' gradients that it has left may follow.
@@ -54,8 +54,8 @@ class Stages:
         stages: Sequence[range],
         step: Step,
         parts: Sequence[Any],
+        before: Sequence[nn.Module],
         shares: Sequence[float],
-        seed: Sequence[int],
         weight_gradients: WeightGradients | None,
         actions: Sequence[Action],
         backward_done: Callable[[], None],
@@ -66,8 +66,9 @@ class Stages:
         self._stages = stages
         self._step = step
         self._parts = parts
+        self._before = before
         self._shares = shares
-        self._seed = seed
+        self._seed = step.place
         self._weight_gradients = weight_gradients
         self._actions = frozenset(actions)
         self._finals = finals(actions)
@@ -106,7 +107,9 @@ class Stages:
             how.leave = {blocks[-1] if blocks else -1: sent.append}
         pin(*self._seed, microbatch)
         loss: Tensor | None = None
-        with self._stack.passing(how), self._splitting(stage, microbatch):
+        # Every stage comes by the code before the blocks, and a rank may have several: it counts once.
+        aside = self._step.aside(() if stage == 0 else self._before, metrics=not last)
+        with self._stack.passing(how), self._splitting(stage, microbatch), aside:
             loss = self._step.forward(self._parts[microbatch], microbatch)
         if last:
             if loss is None:
