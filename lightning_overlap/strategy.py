@@ -561,10 +561,12 @@ class OverlapStrategy(DDPStrategy):
         for mode in self.modes:
             mode.sync_parameters()
         assert self.lightning_module is not None, "Lightning connects the module"
-        if self._preemption is not None and is_deferred(self.lightning_module):
+        own = self.lightning_module.state_dict() if self._preemption is not None else {}
+        cut = any(name in own and own[name].shape != value.shape for name, value in checkpoint["state_dict"].items())
+        if self._preemption is not None and (cut or is_deferred(self.lightning_module)):
             raise ConfigError(
                 "weights are loaded in the middle of a fit (a Tuner does, after lr_find or scale_batch_size), when this rank has its "
-                "stages' only: find these values in a run of one process, or load by trainer.fit(..., ckpt_path=...)"
+                "part of them only: find these values in a run of one process, or load by trainer.fit(..., ckpt_path=...)"
             )
         with warnings.catch_warnings():
             if is_deferred(self.lightning_module):  # names are checked here, values loaded once there is memory for them

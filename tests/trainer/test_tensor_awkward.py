@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from lightning.pytorch import Trainer, seed_everything
+from lightning.pytorch.callbacks import LearningRateFinder
 from lightning.pytorch.plugins.environments import TorchElasticEnvironment
 from lightning.pytorch.strategies import SingleDeviceStrategy
 from torch import Tensor, nn
@@ -47,7 +48,8 @@ class Conditioned(Block):
 class Awkward(Net):
     def __init__(self, kind: str) -> None:
         super().__init__(dropout=0.5 if kind == "random numbers" else 0.0)
-        self.kind, self.automatic_optimization = kind, kind != "two backwards"
+        self.lr = 0.01
+        self.kind, self.automatic_optimization = kind, kind not in ("two backwards", "own backward")
         for block in self.blocks:
             if kind == "residual":
                 block.mlp.__class__ = Residual
@@ -87,7 +89,8 @@ class Awkward(Net):
         optimizer: Any = self.optimizers()
         optimizer.zero_grad()
         for part in (batch[:1], batch[1:]):
-            self.manual_backward(self.loss(part))
+            loss = self.loss(part)
+            self.manual_backward(loss) if self.kind == "two backwards" else loss.backward()
         optimizer.step()
         return None
 
@@ -111,7 +114,9 @@ def train(kind: str, sequence: Any) -> Any:
         seed_everything(5 + dist.get_rank(), verbose=False)
         env = {"cluster_environment": TorchElasticEnvironment(), "process_group_backend": "gloo"}
         chosen = OverlapStrategy(tensor_parallel=TensorParallel(size=2, sequence_parallel=sequence, vocab_parallel=False), **env)
-    length = {"max_steps": CHECKED_BATCHES + 1, "limit_val_batches": 0, "use_distributed_sampler": False}
+    length: dict[str, Any] = {"max_steps": CHECKED_BATCHES + 1, "limit_val_batches": 0, "use_distributed_sampler": False}
+    if kind == "searched rate":
+        length["callbacks"] = [LearningRateFinder(num_training_steps=2)]
     run = Trainer(accelerator="cpu", devices=2 if world else 1, strategy=chosen, **QUIET, **length)  # type: ignore[arg-type]
     try:
         run.fit(module)
@@ -136,6 +141,8 @@ REFUSED: dict[str, tuple[Any, str]] = {
     "unequal heads": ("auto", "blocks.0 fails when its layers are cut over the ranks: "),
     "condition": ("auto", "a block is called with a second tensor that gradients flow through"),
     "between": ("auto", "share a batch and come to the losses"),
+    "own backward": ("auto", "call self.manual_backward(loss)"),
+    "searched rate": ("auto", "weights are loaded in the middle of a fit"),
     "left out": ("auto", "the last block was left out in this step"),
 }
 

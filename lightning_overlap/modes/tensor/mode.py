@@ -65,6 +65,7 @@ class TensorMode(OverlapMode):
         self._after: dict[str, str] = {}  # by row layer, the region that reads next
         self._prepared: tuple[str, int, Reading] | None = None
         self._latest: dict[str, tuple[Reading, Tensor]] = {}  # by region, what it has read, until its row layer runs
+        self._in_backward = False
         self._inside = False  # whether a forward has entered the blocks and not left them
         self._summed = False  # whether gradients that are there are sums over the ranks already
         self._apart: dict[int, Tensor] = {}  # by parameter, such a gradient, during a backward that adds to it
@@ -164,6 +165,7 @@ class TensorMode(OverlapMode):
         }
         for parameter in self._partial.values():
             self._set(parameter, LATE_GRADIENT)
+            self._undo.append(parameter.register_post_accumulate_grad_hook(self._refuse_own_backward).remove)
         for parameter in model.parameters():
             if id(parameter) not in self._partition.pieces and self.group.rank > 0:
                 self._set(parameter, COUNTED_ELSEWHERE)
@@ -302,6 +304,7 @@ class TensorMode(OverlapMode):
 
     def start_backward(self) -> None:
         """What an earlier backward has left (manual optimization does) is kept apart, and not summed once more."""
+        self._in_backward = True
         if self._inside and self.mesh.sizes["pp"] == 1:
             raise ConfigError(
                 "the last block was left out in this step, and what came after the blocks has seen a rank's part of the tokens only: "
@@ -312,8 +315,16 @@ class TensorMode(OverlapMode):
                 self._apart[number] = parameter.grad.clone()  # it may be a view of a bucket, which is written over
                 parameter.grad = None
 
+    def _refuse_own_backward(self, parameter: nn.Parameter) -> None:
+        if not self._in_backward:
+            raise ConfigError(
+                "loss.backward() gives a rank its part of some gradients, which nobody would sum with those of the other ranks of "
+                "tensor_parallel: call self.manual_backward(loss)"
+            )
+
     def finish_backward(self) -> None:
         """Gradients of replicated parameters that the ranks have summands of are summed, all in one transfer."""
+        self._in_backward = False
         self._inside = False  # what activation checkpoints have run again
         self._summed = not self._held
         if self._held:
