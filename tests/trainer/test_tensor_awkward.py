@@ -33,6 +33,26 @@ class Scaled(MLP):
         return self.scale * super().forward(x)
 
 
+class Routed(MLP):
+    """With losses of a router's, one left on the module and one in the result."""
+
+    def __init__(self) -> None:
+        super().__init__(16, True)
+        self.router = nn.Linear(16, 4)
+
+    def forward(self, x: Tensor) -> Any:
+        p = self.router(x).softmax(-1)
+        self.left = p.mean((0, 1)).square().sum()
+        return super().forward(x), p.amax(-1).mean()
+
+
+class Routing(Block):
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.attention(self.norm1(x))
+        more, self.given = self.mlp(self.norm2(x))
+        return x + more
+
+
 class Recomputed(Block):
     """A reentrant checkpoint, which knows no gradients of chosen tensors."""
 
@@ -55,6 +75,8 @@ class Awkward(Net):
                 block.mlp.__class__ = Residual
             if kind == "scale":
                 block.mlp = Scaled()
+            if kind == "router":
+                block.mlp, block.__class__ = Routed(), Routing
             if kind == "recomputed":
                 block.__class__ = Recomputed
             if kind == "condition":
@@ -81,7 +103,8 @@ class Awkward(Net):
     def loss(self, batch: Tensor) -> Tensor:
         if self.kind == "left out":
             return F.cross_entropy(self(batch).mean(1), batch[:, 0])
-        return super().loss(batch) + self.seen
+        loss = super().loss(batch) + self.seen
+        return loss + sum(block.mlp.left + block.given for block in self.blocks) if self.kind == "router" else loss
 
     def training_step(self, batch: Tensor, index: int) -> Any:
         if self.automatic_optimization:
@@ -126,7 +149,7 @@ def train(kind: str, sequence: Any) -> Any:
 
 
 @pytest.mark.parametrize("sequence", ["auto", False])
-@pytest.mark.parametrize("kind", ["shared norm", "two backwards", "adagrad", "recomputed", "one block"])
+@pytest.mark.parametrize("kind", ["shared norm", "two backwards", "adagrad", "recomputed", "one block", "router"])
 def test_the_numbers_of_one_process(world: Any, kind: str, sequence: Any) -> None:
     expected = train(kind, None)
     for found in world(2).run(train, kind, sequence):

@@ -193,6 +193,23 @@ class _Whole(Function):
         return grad, None
 
 
+class _Alike(Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, ranks: int) -> Tensor:
+        ctx.ranks = ranks
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        return grad / ctx.ranks, None
+
+
+def alike(x: Tensor, ranks: int) -> Tensor:
+    """What a region gives beside its row layers' outputs (a router's loss), computed alike on all ranks: the gradients of what it is
+    computed from are summed over them, so each has its share of this one's."""
+    return _Alike.apply(x, ranks)  # type: ignore[no-untyped-call, no-any-return]
+
+
 @dataclass
 class _RowState:
     """What the nodes of one row product share."""

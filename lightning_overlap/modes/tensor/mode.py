@@ -20,7 +20,7 @@ from lightning_overlap.modes.base import COUNTED_ELSEWHERE, LATE_GRADIENT, Overl
 from lightning_overlap.modes.tensor import symm_mem, userbuffers
 from lightning_overlap.modes.tensor.check import FirstBlock
 from lightning_overlap.modes.tensor.gemm import Exchange, shares
-from lightning_overlap.modes.tensor.linear import Reading, column_forward, matrix, prepare, read, row_product
+from lightning_overlap.modes.tensor.linear import Reading, alike, column_forward, matrix, prepare, read, row_product
 from lightning_overlap.modes.tensor.partition import Partition, Piece
 from lightning_overlap.modes.tensor.random_state import OwnNumbers
 from lightning_overlap.modes.tensor.sequence import enter, leave
@@ -241,7 +241,20 @@ class TensorMode(OverlapMode):
                 self._own_numbers.start()
             return _put(args, kwargs, place, handle)
 
+        def after(module: nn.Module, args: Any, result: Any) -> Any:
+            if not torch.is_grad_enabled():
+                return result
+            for part in module.modules():
+                for name, value in vars(part).items():
+                    if type(value) is Tensor and value.grad_fn is not None:
+                        vars(part)[name] = alike(value, self.group.size)
+            if not isinstance(result, tuple):
+                return result
+            more = [alike(x, self.group.size) if type(x) is Tensor and x.grad_fn is not None else x for x in result[1:]]
+            return (result[0], *more)
+
         self._hook(region.module.register_forward_pre_hook, before, with_kwargs=True)
+        self._hook(region.module.register_forward_hook, after)
         # Compiled code has no place for numbers that are on their way: a region of compiled blocks runs as it is.
         self._replace(region.module, "forward", torch.compiler.disable(region.module.forward))
 
