@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_overlap.comm import Pending
 from lightning_overlap.modes.tensor.config import METHODS
-from lightning_overlap.modes.tensor.gemm import Exchange, shares
+from lightning_overlap.modes.tensor.gemm import Exchange, growing, shares
 from lightning_overlap.modes.tensor.linear import prepare, read, row_product
 from tests.tensor.group import tensor_group
 
@@ -281,3 +281,11 @@ def pieces(methods: dict[str, str]) -> list[str]:
 def test_only_what_is_multiplied_in_pieces_is_sent_in_pieces(world: Any) -> None:
     assert world(2).run(pieces, {})[0] == ["input"]  # three pieces and, in backward, one
     assert world(2).run(pieces, {"column_dgrad": "bulk", "row_fprop": "plain"})[0] == ["input", "input_grad", "output"]
+
+
+@pytest.mark.parametrize(
+    ("n", "pieces", "size", "offsets"),
+    [(150, 4, 2, (0, 10, 30, 70, 150)), (1, 3, 2, (0, 0, 0, 1)), (8, 4, 1, (0, 2, 4, 6, 8)), (176, 4, 4, (0, 27, 63, 111, 176))],
+)
+def test_pieces_grow_as_fast_as_they_can_be_computed(n: int, pieces: int, size: int, offsets: tuple[int, ...]) -> None:
+    assert growing(n, pieces, size) == offsets

@@ -5,9 +5,10 @@ Activations are ``(..., tokens, features)``. Tokens are cut into one part a rank
     gathered   what is there is multiplied while the other ranks' parts arrive, each as soon as it is there
     reduced    the other ranks' parts are multiplied first and sent as soon as they are ready, this rank's own part last
 
-A part travels in ``splits`` pieces: what stays exposed is the first or last piece. Both orders are those of a ring exchange on two
-ranks; on more, each rank sends to each directly, which takes a full-duplex link as long and needs no step in between. (The idea:
-S. Wang et al., Overlap Communication with Dependent Computation via Decomposition, ASPLOS 2023.)
+A part travels in ``splits`` pieces. What stays exposed is the product of the last one that is gathered, which is the smallest, see
+:func:`growing`; and that of the first one that is reduced: those are equal, since the last of growing ones would be sent late. Both
+orders are those of a ring exchange on two ranks; on more, each rank sends to each directly, which takes a full-duplex link as long and
+needs no step in between. (The idea: S. Wang et al., Overlap Communication with Dependent Computation via Decomposition, ASPLOS 2023.)
 """
 
 from __future__ import annotations
@@ -24,13 +25,24 @@ from lightning_overlap.modes.tensor.config import METHODS
 
 MOST_SPLITS = 4
 PIECE_BYTES = 256 << 10
-"""A piece is not smaller, if the user does not say how many there are: each costs a tenth of a millisecond on the host."""
+"""A piece is not smaller on average, if the user does not say how many there are: each costs a tenth of a millisecond on the host."""
 _KEYS = 1 << 12
 
 
 def shares(n: int, size: int) -> tuple[int, ...]:
     """``size + 1`` offsets that deal out ``n`` as evenly as can be."""
     return tuple(n * r // size for r in range(size + 1))
+
+
+def growing(n: int, pieces: int, size: int) -> tuple[int, ...]:
+    """``pieces + 1`` offsets that cut ``n``, each piece larger than the one before: 1 : 2 : 4 : 8 on two ranks.
+
+    The others' parts are (size - 1) / size of a product. Where the whole of it takes as long as the transfer, a piece that is
+    size / (size - 1) times as large as the one before is computed while that one travels.
+    """
+    ratio = size / (size - 1) if size > 1 else 1.0
+    offsets = [0.0, *itertools.accumulate(ratio**i for i in range(pieces))]
+    return tuple(int(n * (offset / offsets[-1])) for offset in offsets)
 
 
 @dataclass
@@ -109,7 +121,7 @@ class Gathered:
         rows = [others * (b - a) for a, b in itertools.pairwise(exchange.parts(tokens))]
         method = exchange.method(product)
         pieces = exchange.pieces(self.own.nbytes, method)
-        cuts = [shares(n, pieces) for n in rows]
+        cuts = [[n - offset for offset in reversed(growing(n, pieces, group.size))] for n in rows]
         for i in range(pieces):
             bounds = [0, *itertools.accumulate(width * (cut[i + 1] - cut[i]) for cut in cuts)]
             buffer = own.new_empty(bounds[-1])
