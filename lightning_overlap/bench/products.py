@@ -132,8 +132,9 @@ def measure(runs: Mapping[str, list[Run]], steps: int, repeats: int) -> dict[str
     rows = {name: [Row(name) for _ in of_name] for name, of_name in runs.items()}
     for repeat, number, name in itertools.product(range(repeats + 1), range(len(PRODUCTS)), runs):
         dist.barrier()
-        start = time.perf_counter()
-        for _ in range(steps):
+        for step in range(steps + 1):
+            if step == 1:  # a connection that was idle begins slowly
+                start = time.perf_counter()
             for result in runs[name][number]():
                 result.flatten()[0].item()  # torch's may still be on its way
         seconds = max(all_gather_objects((time.perf_counter() - start) / steps))
