@@ -128,9 +128,9 @@ class Runtime:
         self._prefetch = prefetch
         self._sends: list[Pending] = []
         self._here: dict[Action, tuple[Tensor, Form | None]] = {}  # from one stage of this rank to another
-        self._in_turn = between(schedule, rank)
-        self._between: list[list[Action]] | None = None
         self._careful = any(group.in_one_order for group in groups.values())
+        self._in_turn = between(schedule, rank) if prefetch is None or self._careful else None
+        self._between: list[list[Action]] | None = None
         self._seen: set[Hashable] = set()
 
     @property
