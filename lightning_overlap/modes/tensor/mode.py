@@ -165,7 +165,8 @@ class TensorMode(OverlapMode):
         }
         for parameter in self._partial.values():
             self._set(parameter, LATE_GRADIENT)
-            self._undo.append(parameter.register_post_accumulate_grad_hook(self._refuse_own_backward).remove)
+            if parameter.requires_grad:
+                self._undo.append(parameter.register_post_accumulate_grad_hook(self._refuse_own_backward).remove)
         for parameter in model.parameters():
             if id(parameter) not in self._partition.pieces and self.group.rank > 0:
                 self._set(parameter, COUNTED_ELSEWHERE)
