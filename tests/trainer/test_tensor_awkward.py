@@ -1,6 +1,7 @@
 """Models that a cut would train wrongly: they are refused with a sentence, or their numbers are those of one process."""
 
 import warnings
+from itertools import product
 from typing import Any
 
 import pytest
@@ -46,6 +47,15 @@ class Routed(MLP):
         return super().forward(x), p.amax(-1).mean()
 
 
+class Kept(MLP):
+    """With its output left on the module, for a regulariser."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = super().forward(x)
+        self.left = 10 * out.square().mean()
+        return out
+
+
 class Routing(Block):
     def forward(self, x: Tensor) -> Tensor:
         x = x + self.attention(self.norm1(x))
@@ -77,6 +87,8 @@ class Awkward(Net):
                 block.mlp = Scaled()
             if kind == "router":
                 block.mlp, block.__class__ = Routed(), Routing
+            if kind == "kept output":
+                block.mlp.__class__ = Kept
             if kind == "recomputed":
                 block.__class__ = Recomputed
             if kind == "condition":
@@ -104,6 +116,8 @@ class Awkward(Net):
         if self.kind == "left out":
             return F.cross_entropy(self(batch).mean(1), batch[:, 0])
         loss = super().loss(batch) + self.seen
+        if self.kind == "kept output":
+            return loss + sum(block.mlp.left for block in self.blocks)
         return loss + sum(block.mlp.left + block.given for block in self.blocks) if self.kind == "router" else loss
 
     def training_step(self, batch: Tensor, index: int) -> Any:
@@ -148,8 +162,10 @@ def train(kind: str, sequence: Any) -> Any:
     return {name: p.detach().clone() for name, p in module.named_parameters()}
 
 
-@pytest.mark.parametrize("sequence", ["auto", False])
-@pytest.mark.parametrize("kind", ["shared norm", "two backwards", "adagrad", "recomputed", "one block", "router"])
+KINDS = list(product(["shared norm", "two backwards", "adagrad", "recomputed", "one block", "router"], ["auto", False]))
+
+
+@pytest.mark.parametrize(("kind", "sequence"), [*KINDS, ("kept output", False)])
 def test_the_numbers_of_one_process(world: Any, kind: str, sequence: Any) -> None:
     expected = train(kind, None)
     for found in world(2).run(train, kind, sequence):
@@ -164,6 +180,7 @@ REFUSED: dict[str, tuple[Any, str]] = {
     "unequal heads": ("auto", "blocks.0 fails when its layers are cut over the ranks: "),
     "condition": ("auto", "a block is called with a second tensor that gradients flow through"),
     "between": ("auto", "share a batch and come to the losses"),
+    "kept output": ("auto", "share a batch and come to the losses"),
     "own backward": ("auto", "call self.manual_backward(loss)"),
     "searched rate": ("auto", "weights are loaded in the middle of a fit"),
     "left out": ("auto", "the last block was left out in this step"),

@@ -204,10 +204,27 @@ class _Alike(Function):
         return grad / ctx.ranks, None
 
 
-def alike(x: Tensor, ranks: int) -> Tensor:
+INPUTS = frozenset({"_GatherBackward", "_FinishBackward", "_ReadBackward", "_SumBackward"})
+"""Nodes where a region begins."""
+
+
+def alike(x: Any, ranks: int) -> Any:
     """What a region gives beside its row layers' outputs (a router's loss), computed alike on all ranks: the gradients of what it is
-    computed from are summed over them, so each has its share of this one's."""
-    return _Alike.apply(x, ranks)  # type: ignore[no-untyped-call, no-any-return]
+    computed from are summed over them, so each has its share of this one's. Those of a row layer's output are not: it stays as it is.
+    """
+    if type(x) is not Tensor or x.grad_fn is None:
+        return x
+    seen: set[Any] = set()
+    left: list[Any] = [x.grad_fn]
+    while left:
+        node = left.pop()
+        if node is None or node in seen or node.name() in INPUTS:
+            continue
+        if node.name() == "_RowOutputBackward":
+            return x
+        seen.add(node)
+        left += [before for before, _ in node.next_functions]
+    return _Alike.apply(x, ranks)  # type: ignore[no-untyped-call]
 
 
 @dataclass

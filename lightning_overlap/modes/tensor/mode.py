@@ -246,13 +246,8 @@ class TensorMode(OverlapMode):
             if not torch.is_grad_enabled():
                 return result
             for part in module.modules():
-                for name, value in vars(part).items():
-                    if type(value) is Tensor and value.grad_fn is not None:
-                        vars(part)[name] = alike(value, self.group.size)
-            if not isinstance(result, tuple):
-                return result
-            more = [alike(x, self.group.size) if type(x) is Tensor and x.grad_fn is not None else x for x in result[1:]]
-            return (result[0], *more)
+                vars(part).update({name: alike(value, self.group.size) for name, value in vars(part).items() if type(value) is Tensor})
+            return (result[0], *(alike(x, self.group.size) for x in result[1:])) if isinstance(result, tuple) else result
 
         self._hook(region.module.register_forward_pre_hook, before, with_kwargs=True)
         self._hook(region.module.register_forward_hook, after)
