@@ -4,6 +4,7 @@ import gc
 import itertools
 import os
 import re
+import tempfile
 import warnings
 from contextlib import nullcontext
 from typing import Any
@@ -923,7 +924,8 @@ def changes_weights(how: str) -> str:
     module = Net()
     module.lr = 1e-2  # type: ignore[assignment]
     with pytest.raises(ConfigError) as caught:
-        Trainer(**QUIET, accelerator="cpu", max_steps=4, **given).fit(module, loader(8))  # type: ignore[arg-type]
+        where = {**given, "default_root_dir": tempfile.gettempdir()}
+        Trainer(**QUIET, accelerator="cpu", max_steps=4, **where).fit(module, loader(8))  # type: ignore[arg-type]
     return str(caught.value)
 
 

@@ -1,5 +1,6 @@
 """Models that a cut would train wrongly: they are refused with a sentence, or their numbers are those of one process."""
 
+import tempfile
 import warnings
 from itertools import product
 from typing import Any
@@ -153,7 +154,7 @@ def train(kind: str, sequence: Any) -> Any:
         chosen = OverlapStrategy(tensor_parallel=TensorParallel(size=2, sequence_parallel=sequence, vocab_parallel=False), **env)
     length: dict[str, Any] = {"max_steps": CHECKED_BATCHES + 1, "limit_val_batches": 0, "use_distributed_sampler": False}
     if kind == "searched rate":
-        length["callbacks"] = [LearningRateFinder(num_training_steps=2)]
+        length |= {"callbacks": [LearningRateFinder(num_training_steps=2)], "default_root_dir": tempfile.gettempdir()}
     run = Trainer(accelerator="cpu", devices=2 if world else 1, strategy=chosen, **QUIET, **length)  # type: ignore[arg-type]
     try:
         run.fit(module)
