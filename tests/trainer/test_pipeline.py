@@ -923,8 +923,8 @@ def changes_weights(how: str) -> str:
     given = {"devices": 2, "strategy": strategy, "use_distributed_sampler": False, "callbacks": callbacks, "limit_val_batches": 0}
     module = Net()
     module.lr = 1e-2  # type: ignore[assignment]
+    where = {**given, "default_root_dir": tempfile.gettempdir()}
     with pytest.raises(ConfigError) as caught:
-        where = {**given, "default_root_dir": tempfile.gettempdir()}
         Trainer(**QUIET, accelerator="cpu", max_steps=4, **where).fit(module, loader(8))  # type: ignore[arg-type]
     return str(caught.value)
 
