@@ -36,6 +36,7 @@ from lightning_overlap.config import OverlapConfig
 from lightning_overlap.decision import ConfigError
 from lightning_overlap.driven import DrivenStep, failing_together, mirrored_metrics, mirrored_step
 from lightning_overlap.facts import Facts
+from lightning_overlap.first_step import first_step
 from lightning_overlap.materialize import forget, initialize, is_deferred, materialize, without_values
 from lightning_overlap.mesh import ParallelMesh
 from lightning_overlap.modes import MODES
@@ -70,6 +71,8 @@ class OverlapStrategy(DDPStrategy):
         expert_parallel: ranks along the expert axis, or :class:`ExpertParallel`.
         overlap: ``"off"`` keeps the layout and turns every overlap off.
         parallel_plan: roles of the model's parts by name, where they are not found: ``{"model.layers": "blocks"}``.
+        verify_first_step: compare the loss and the gradients of a fit's first batch, as the ranks compute them, with those of the
+            model whole. ``"auto"``: where something of the model is cut, and a rank has had the model whole.
         state_dict_type: ``"full"``: a checkpoint is one file in Lightning's format, which loads anywhere. ``"sharded"``: a folder
             that all ranks write their share of, and that loads into any number of ranks. Either loads, whatever is saved.
         async_save: write checkpoints while training goes on; at the price of a copy of the state, in the CPU's memory.
@@ -97,6 +100,7 @@ class OverlapStrategy(DDPStrategy):
         expert_parallel: int | ExpertParallel = 1,
         overlap: Literal["auto", "off"] = "auto",
         parallel_plan: dict[str, str] | None = None,
+        verify_first_step: bool | Literal["auto"] = "auto",
         state_dict_type: Literal["full", "sharded"] = "full",
         async_save: bool = False,
         accelerator: Accelerator | None = None,
@@ -130,6 +134,7 @@ class OverlapStrategy(DDPStrategy):
             expert_parallel=sized(expert_parallel, ExpertParallel),
             overlap=overlap,
             parallel_plan=parallel_plan or {},
+            verify_first_step=verify_first_step,
         )
         if state_dict_type not in ("full", "sharded"):
             raise ConfigError(f"state_dict_type={state_dict_type!r}: it is 'full' or 'sharded'")
@@ -151,6 +156,7 @@ class OverlapStrategy(DDPStrategy):
         self._sharing: Group | None = None
         """While fitting: ranks that see the same data."""
         self._unchecked = CHECKED_BATCHES
+        self._unproven = self._was_deferred = False
         self._until_teardown = contextlib.ExitStack()
 
     @property
@@ -230,7 +236,8 @@ class OverlapStrategy(DDPStrategy):
             self.model = self._layer_sync.apply(self.model)
         forget(self.model)
         self._agree()
-        if is_deferred(self.model):
+        self._was_deferred = is_deferred(self.model)
+        if self._was_deferred:
             self._materialize(fitting)
         else:
             self.model_to_device()
@@ -298,11 +305,13 @@ class OverlapStrategy(DDPStrategy):
             device=self.root_device.type,
             backend=backend(),
             optimizers=tuple(examine(optimizer) for optimizer in self.optimizers),
+            deferred=self._was_deferred,
         )
         # What the plan is made from (callbacks, clipping, optimizers) may differ between ranks, and plans that differ hang.
         self._same_everywhere({field.name: repr(getattr(facts, field.name)) for field in fields(facts)})
         self._plan = resolve(self.config, facts)
         rank_zero_info(self._plan.explain())
+        self._unproven = self._plan.choice("verify_first_step") != "off"
         earlier = self.modes
         self.modes = [m(self._plan, self.config, self.mesh, self.time_limit) for m in self.mode_types if m.runs(self._plan)]
         for mode in self.modes:
@@ -353,6 +362,8 @@ class OverlapStrategy(DDPStrategy):
         if checked is not None:
             self._unchecked -= 1
             refuse_different(batch, checked)
+        if self._unproven:
+            self._unproven = not self._prove(batch, rest)
         for mode in self.modes:
             mode.start_forward()
         if self._driver is None:
@@ -362,16 +373,29 @@ class OverlapStrategy(DDPStrategy):
             return output
         module = self.lightning_module
         assert module is not None, "Lightning connects the module"
-        # Not the arguments, of which a training_step may leave out the batch's number.
-        batch_idx = module.trainer.fit_loop.batch_idx
-        place = (self._seed or 0, self.mesh.coordinates()["dp"], module.trainer.current_epoch, batch_idx)
-        step = DrivenStep(self, module.trainer, module, batch, rest, place)
+        step = DrivenStep(self, module.trainer, module, batch, rest, self._place_of_step)
         self._in_step = True
         try:
             self._driver.run_step(step)
         finally:
             self._in_step = False
         return step.output
+
+    def _prove(self, batch: Any, rest: Any) -> bool:
+        """Compares the first step with that of the model whole; whether there was something to compare."""
+        self._in_step = True
+        try:
+            return first_step(self, self.lightning_module, batch, rest, self._place_of_step, self.root_device).prove()
+        finally:
+            self._in_step = False
+
+    @property
+    def _place_of_step(self) -> tuple[int, ...]:
+        """Tells the step from all others of the run."""
+        assert self.lightning_module is not None, "Lightning connects the module"
+        trainer = self.lightning_module.trainer
+        # Not the arguments, of which a training_step may leave out the batch's number.
+        return self._seed or 0, self.mesh.coordinates()["dp"], trainer.current_epoch, trainer.fit_loop.batch_idx
 
     @property
     def _driver(self) -> OverlapMode | None:

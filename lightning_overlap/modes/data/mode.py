@@ -14,7 +14,8 @@ from __future__ import annotations
 
 import warnings
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
@@ -62,7 +63,7 @@ class DataMode(OverlapMode):
         self._kinds: list[list[tuple[str, nn.Parameter]]] = []  # parameters that can share a buffer
         self._fired: dict[int, None] | None = {}  # ids of parameters in the order of their first gradients
         self._announced = self._backward_open = False
-        self._said_unused = self._seen_backward = False
+        self._said_unused = self._seen_backward = self._aside = False
         own = config.data_parallel
         self._sharded = plan.choice("data_parallel.distributed_optimizer") != "off"
         self._whole = plan.choice("data_parallel.distributed_optimizer") == "whole parameters"
@@ -220,7 +221,17 @@ class DataMode(OverlapMode):
         if self._gathering != "under next forward":
             self.sync_parameters()
 
+    @contextmanager
+    def stand_aside(self) -> Iterator[None]:
+        self._aside = True
+        try:
+            yield
+        finally:
+            self._aside = False
+
     def start_backward(self) -> None:
+        if self._aside:
+            return
         self._announced = True
         self._gathers.post_all()  # a forward that left out modules may have left some unposted
         if not self._held:
@@ -264,6 +275,8 @@ class DataMode(OverlapMode):
                         self._optimizer.adopt(bucket)
 
     def _on_gradient(self, parameter: nn.Parameter) -> None:
+        if self._aside:
+            return
         if self._sharded and not self._announced:
             return  # a backward of the user's own, in validation say: its gradients are no training step's
         bucket, view = self._home[id(parameter)]
@@ -362,6 +375,8 @@ class DataMode(OverlapMode):
             self._optimizer.update(bucket)
 
     def finish_backward(self) -> None:
+        if self._aside:
+            return
         self._announced = False
         if self._held or not self._backward_open:
             return
