@@ -63,7 +63,7 @@ class DataMode(OverlapMode):
         self._kinds: list[list[tuple[str, nn.Parameter]]] = []  # parameters that can share a buffer
         self._fired: dict[int, None] | None = {}  # ids of parameters in the order of their first gradients
         self._announced = self._backward_open = False
-        self._said_unused = self._seen_backward = self._aside = False
+        self._said_unused = self._seen_backward = self._on_trial = False
         own = config.data_parallel
         self._sharded = plan.choice("data_parallel.distributed_optimizer") != "off"
         self._whole = plan.choice("data_parallel.distributed_optimizer") == "whole parameters"
@@ -222,15 +222,15 @@ class DataMode(OverlapMode):
             self.sync_parameters()
 
     @contextmanager
-    def stand_aside(self) -> Iterator[None]:
-        self._aside = True
+    def trial(self) -> Iterator[None]:
+        self._on_trial = True
         try:
             yield
         finally:
-            self._aside = False
+            self._on_trial = False
 
     def start_backward(self) -> None:
-        if self._aside:
+        if self._on_trial:
             return
         self._announced = True
         self._gathers.post_all()  # a forward that left out modules may have left some unposted
@@ -275,7 +275,7 @@ class DataMode(OverlapMode):
                         self._optimizer.adopt(bucket)
 
     def _on_gradient(self, parameter: nn.Parameter) -> None:
-        if self._aside:
+        if self._on_trial:
             return
         if self._sharded and not self._announced:
             return  # a backward of the user's own, in validation say: its gradients are no training step's
@@ -375,7 +375,7 @@ class DataMode(OverlapMode):
             self._optimizer.update(bucket)
 
     def finish_backward(self) -> None:
-        if self._aside:
+        if self._on_trial:
             return
         self._announced = False
         if self._held or not self._backward_open:
