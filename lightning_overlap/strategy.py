@@ -29,6 +29,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_overlap import environment
+from lightning_overlap.agreement import model_in_words, optimizers_in_words
 from lightning_overlap.batches import refuse_different, refuse_other_loss
 from lightning_overlap.checkpoint import AtomicCheckpointIO, Saves, compact, in_place, is_local, load_file, load_lazily
 from lightning_overlap.comm import Group, agree, all_gather_objects, backend, broadcast_object, end_world, make_group, world_size
@@ -308,7 +309,8 @@ class OverlapStrategy(DDPStrategy):
             deferred=self._was_deferred,
         )
         # What the plan is made from (callbacks, clipping, optimizers) may differ between ranks, and plans that differ hang.
-        self._same_everywhere({field.name: repr(getattr(facts, field.name)) for field in fields(facts)})
+        plan_inputs = {field.name: repr(getattr(facts, field.name)) for field in fields(facts)}
+        self._same_everywhere({**plan_inputs, **optimizers_in_words(self.optimizers, model)})
         self._plan = resolve(self.config, facts)
         rank_zero_info(self._plan.explain())
         self._unproven = self._plan.choice("verify_first_step") != "off"
@@ -331,9 +333,7 @@ class OverlapStrategy(DDPStrategy):
         self._seed = broadcast_object(int(os.environ.get("PL_GLOBAL_SEED", 0)))
         arguments = repr((self.config, self._state_dict_type, self._async_save))
         mine: dict[str, str] = {"strategy arguments": arguments, "versions": repr(Facts(world_size=1).versions)}
-        for name, p in self.model.named_parameters():
-            mine[f"parameter {name}"] = f"{tuple(p.shape)} {p.dtype} requires_grad={p.requires_grad}"
-        self._same_everywhere(mine)
+        self._same_everywhere({**mine, **model_in_words(self.model)})
 
     @staticmethod
     def _same_everywhere(mine: dict[str, str]) -> None:
