@@ -88,8 +88,8 @@ class Gathers:
         for name, parameter, version in zip(bucket.names, bucket.parameters, bucket.versions, strict=True):
             if parameter._version != version:
                 raise ConfigError(
-                    f"{name} was written through a view that was taken earlier (parameter.detach(), kept), while its update was on its "
-                    "way to this rank, and the write is lost. Write to the parameter itself, which waits for the update: "
+                    f"{name} was written through a view that was taken earlier (parameter.detach(), kept), while its update was on "
+                    "its way to this rank, and the write is lost. Write to the parameter itself, which waits for the update: "
                     "with torch.no_grad(): parameter.copy_(...)"
                 )
 

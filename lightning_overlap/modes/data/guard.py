@@ -79,14 +79,21 @@ def _nothing(parameter: nn.Parameter) -> None:
     """What completes nothing."""
 
 
+_ATTRIBUTES = "grad_fn is_leaf shape dtype device ndim layout is_sparse is_cuda is_cpu is_meta nbytes itemsize _version output_nr name"
+_SETTABLE = "grad grad_dtype requires_grad _backward_hooks _post_accumulate_grad_hooks"
+_METHODS = (
+    "size dim ndimension numel nelement stride element_size is_contiguous is_floating_point is_complex requires_grad_ register_hook "
+    "register_post_accumulate_grad_hook __len__ __dir__"
+)
 _READ_NO_VALUES = frozenset(
-    [getattr(Tensor, name).__get__ for name in ("grad", "grad_fn", "grad_dtype", "requires_grad", "is_leaf", "shape", "dtype", "device")]
-    + [getattr(Tensor, name).__get__ for name in ("ndim", "layout", "is_sparse", "is_cuda", "is_cpu", "is_meta", "nbytes", "itemsize")]
-    + [getattr(Tensor, name).__get__ for name in ("_version", "_backward_hooks", "_post_accumulate_grad_hooks", "output_nr", "name")]
-    + [getattr(Tensor, name).__set__ for name in ("grad", "grad_dtype", "requires_grad", "_backward_hooks", "_post_accumulate_grad_hooks")]
-    + [getattr(Tensor, name) for name in ("size", "dim", "ndimension", "numel", "nelement", "stride", "element_size", "is_contiguous")]
-    + [getattr(Tensor, name) for name in ("is_floating_point", "is_complex", "requires_grad_", "register_hook", "__len__", "__dir__")]
-    + [Tensor.register_post_accumulate_grad_hook, torch.numel, torch.is_floating_point, torch.is_complex]
+    [
+        *(getattr(Tensor, name).__get__ for name in f"{_ATTRIBUTES} {_SETTABLE}".split()),
+        *(getattr(Tensor, name).__set__ for name in _SETTABLE.split()),
+        *(getattr(Tensor, name) for name in _METHODS.split()),
+        torch.numel,
+        torch.is_floating_point,
+        torch.is_complex,
+    ]
 )
 """Functions that ask for or change what belongs to a parameter besides its values: they wait for nothing."""
 
@@ -132,20 +139,21 @@ class ReferenceGuard:
     def guard(self, parameters: Iterable[nn.Parameter]) -> None:
         """From here on these are incomplete."""
         for parameter in parameters:
-            plain = type(parameter)
-            if issubclass(plain, IncompleteParameter):
-                continue
-            if plain not in self._classes:
-                names = {"complete": self._use, "plain": plain}
-                self._classes[plain] = type(f"Incomplete{plain.__name__}", (IncompleteParameter, plain), names)
-            parameter.__class__ = self._classes[plain]
+            if not isinstance(parameter, IncompleteParameter):
+                parameter.__class__ = self._class_for(type(parameter))
+
+    def _class_for(self, plain: type[nn.Parameter]) -> Any:
+        if plain not in self._classes:
+            names = {"complete": self._use, "plain": plain}
+            self._classes[plain] = type(f"Incomplete{plain.__name__}", (IncompleteParameter, plain), names)
+        return self._classes[plain]
 
     @staticmethod
     def free(parameters: Iterable[nn.Parameter]) -> None:
         """These are complete."""
         for parameter in parameters:
             if isinstance(parameter, IncompleteParameter):
-                parameter.__class__ = type(parameter).plain
+                parameter.__class__ = type(parameter).plain  # type: ignore[assignment]
 
     def _use(self, parameter: nn.Parameter) -> None:
         if not self._said:
