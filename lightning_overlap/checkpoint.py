@@ -121,6 +121,20 @@ def refuse_broken(path: Any, broken: str | None) -> None:
         raise CheckpointError(f"{path} is damaged: {broken}. Load another checkpoint, or copy this one again from where it is whole")
 
 
+def refuse_damaged(path: Path, *, read_here: bool) -> None:
+    """Compares a checkpoint that is one file with its checksums. Collective.
+
+    Args:
+        path: the file.
+        read_here: this rank reads it; one of each machine does for all.
+
+    Raises:
+        CheckpointError: on every rank, if it is damaged on one machine.
+    """
+    broken = all_gather_objects(what_is_broken(path) if read_here else None)
+    refuse_broken(path, next(filter(None, broken), None))
+
+
 # -- one file ----------------------------------------------------------------------------------------------------------
 
 

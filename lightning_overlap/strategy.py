@@ -29,6 +29,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_overlap import environment
+from lightning_overlap.agreement import model_in_words, optimizers_in_words
 from lightning_overlap.batches import refuse_different, refuse_other_loss
 from lightning_overlap.checkpoint import (
     AtomicCheckpointIO,
@@ -38,16 +39,27 @@ from lightning_overlap.checkpoint import (
     is_local,
     load_file,
     load_lazily,
-    refuse_broken,
-    what_is_broken,
+    refuse_damaged,
 )
-from lightning_overlap.comm import Group, agree, all_gather_objects, backend, broadcast_object, end_world, make_group, world_size
+from lightning_overlap.comm import (
+    Group,
+    agree,
+    all_gather_objects,
+    backend,
+    broadcast_object,
+    end_world,
+    is_everyone,
+    make_group,
+    world_size,
+)
 from lightning_overlap.config import OverlapConfig
 from lightning_overlap.decision import ConfigError
-from lightning_overlap.driven import DrivenStep, failing_together, mirrored_metrics, mirrored_step
+from lightning_overlap.driven import DrivenStep, failing_together, mirrored_step
 from lightning_overlap.facts import Facts
+from lightning_overlap.first_step import first_step
 from lightning_overlap.materialize import forget, initialize, is_deferred, materialize, without_values
 from lightning_overlap.mesh import ParallelMesh
+from lightning_overlap.metrics import MirroredMetrics, metrics_over
 from lightning_overlap.modes import MODES
 from lightning_overlap.modes.base import COUNTED_ELSEWHERE, OverlapMode
 from lightning_overlap.modes.context.config import ContextParallel
@@ -80,6 +92,8 @@ class OverlapStrategy(DDPStrategy):
         expert_parallel: ranks along the expert axis, or :class:`ExpertParallel`.
         overlap: ``"off"`` keeps the layout and turns every overlap off.
         parallel_plan: roles of the model's parts by name, where they are not found: ``{"model.layers": "blocks"}``.
+        verify_first_step: compare the loss and the gradients of a fit's first batch, as the ranks compute them, with those of the
+            model whole. ``"auto"``: where something of the model is cut, and a rank has had the model whole.
         state_dict_type: ``"full"``: a checkpoint is one file in Lightning's format, which loads anywhere. ``"sharded"``: a folder
             that all ranks write their share of, and that loads into any number of ranks. Either loads, whatever is saved.
         async_save: write checkpoints while training goes on; at the price of a copy of the state, in the CPU's memory.
@@ -107,6 +121,7 @@ class OverlapStrategy(DDPStrategy):
         expert_parallel: int | ExpertParallel = 1,
         overlap: Literal["auto", "off"] = "auto",
         parallel_plan: dict[str, str] | None = None,
+        verify_first_step: bool | Literal["auto"] = "auto",
         state_dict_type: Literal["full", "sharded"] = "full",
         async_save: bool = False,
         accelerator: Accelerator | None = None,
@@ -140,6 +155,7 @@ class OverlapStrategy(DDPStrategy):
             expert_parallel=sized(expert_parallel, ExpertParallel),
             overlap=overlap,
             parallel_plan=parallel_plan or {},
+            verify_first_step=verify_first_step,
         )
         if state_dict_type not in ("full", "sharded"):
             raise ConfigError(f"state_dict_type={state_dict_type!r}: it is 'full' or 'sharded'")
@@ -157,10 +173,12 @@ class OverlapStrategy(DDPStrategy):
         """A model's part of a checkpoint, until there is memory for it."""
         self._buffers: SharedBuffers | None = None
         self._alike: Group | None = None
-        """While fitting: ranks that hold the same of the model and see different data."""
+        """Until the teardown: ranks that hold the same of the model and see different data."""
+        self._mirrored: MirroredMetrics | None = None
         self._sharing: Group | None = None
         """While fitting: ranks that see the same data."""
         self._unchecked = CHECKED_BATCHES
+        self._unproven = self._was_deferred = False
         self._until_teardown = contextlib.ExitStack()
 
     @property
@@ -240,25 +258,28 @@ class OverlapStrategy(DDPStrategy):
             self.model = self._layer_sync.apply(self.model)
         forget(self.model)
         self._agree()
-        if is_deferred(self.model):
+        self._was_deferred = is_deferred(self.model)
+        if self._was_deferred:
             self._materialize(fitting)
         else:
             self.model_to_device()
             share([*self.model.parameters(), *self.model.buffers()])
+        if world_size() > 1:
+            self._alike = make_group(self.mesh.groups("dp"), "alike", self.time_limit, gathers=False, threads=False)
+            self._until_teardown.enter_context(metrics_over(self._alike))
         if fitting:
             self.setup_optimizers(trainer)
-            if world_size() > 1:
+            if self._alike is not None:
                 everyone = make_group([range(self.world_size)], "world", self.time_limit, backend="gloo", gathers=False, threads=False)
                 self._preemption = Preemption(trainer, everyone)
-                self._alike = make_group(self.mesh.groups("dp"), "alike", self.time_limit, gathers=False, threads=False)
                 self._buffers = SharedBuffers(self.model, self._alike)
                 sharing = self.mesh.groups(*(axis for axis in self.mesh.sizes if axis != "dp"))
                 self._sharing = make_group(sharing, "batch", self.time_limit, gathers=False, threads=False)
                 self._unchecked = CHECKED_BATCHES
                 self._share_random_state(self._sharing)
                 if self._driver is not None:
-                    mirrored = mirrored_metrics(trainer.lightning_module, self._driver, self._alike, lambda: self._in_step)
-                    self._until_teardown.enter_context(mirrored)
+                    self._mirrored = MirroredMetrics(trainer.lightning_module, self._driver, lambda: self._in_step)
+                    self._until_teardown.callback(self._mirrored.remove)
                     if self._driver.mirrors_evaluation:
                         self._until_teardown.enter_context(failing_together(trainer.lightning_module, self._driver))
         self.setup_precision_plugin()
@@ -308,11 +329,14 @@ class OverlapStrategy(DDPStrategy):
             device=self.root_device.type,
             backend=backend(),
             optimizers=tuple(examine(optimizer) for optimizer in self.optimizers),
+            deferred=self._was_deferred,
         )
         # What the plan is made from (callbacks, clipping, optimizers) may differ between ranks, and plans that differ hang.
-        self._same_everywhere({field.name: repr(getattr(facts, field.name)) for field in fields(facts)})
+        plan_inputs = {field.name: repr(getattr(facts, field.name)) for field in fields(facts)}
+        self._same_everywhere({**plan_inputs, **optimizers_in_words(self.optimizers, model)})
         self._plan = resolve(self.config, facts)
         rank_zero_info(self._plan.explain())
+        self._unproven = self._plan.choice("verify_first_step") != "off"
         earlier = self.modes
         self.modes = [m(self._plan, self.config, self.mesh, self.time_limit) for m in self.mode_types if m.runs(self._plan)]
         for mode in self.modes:
@@ -332,9 +356,7 @@ class OverlapStrategy(DDPStrategy):
         self._seed = broadcast_object(int(os.environ.get("PL_GLOBAL_SEED", 0)))
         arguments = repr((self.config, self._state_dict_type, self._async_save))
         mine: dict[str, str] = {"strategy arguments": arguments, "versions": repr(Facts(world_size=1).versions)}
-        for name, p in self.model.named_parameters():
-            mine[f"parameter {name}"] = f"{tuple(p.shape)} {p.dtype} requires_grad={p.requires_grad}"
-        self._same_everywhere(mine)
+        self._same_everywhere({**mine, **model_in_words(self.model)})
 
     @staticmethod
     def _same_everywhere(mine: dict[str, str]) -> None:
@@ -363,6 +385,8 @@ class OverlapStrategy(DDPStrategy):
         if checked is not None:
             self._unchecked -= 1
             refuse_different(batch, checked)
+        if self._unproven:
+            self._unproven = not self._prove(batch, rest)
         for mode in self.modes:
             mode.start_forward()
         if self._driver is None:
@@ -372,10 +396,8 @@ class OverlapStrategy(DDPStrategy):
             return output
         module = self.lightning_module
         assert module is not None, "Lightning connects the module"
-        # Not the arguments, of which a training_step may leave out the batch's number.
-        batch_idx = module.trainer.fit_loop.batch_idx
-        place = (self._seed or 0, self.mesh.coordinates()["dp"], module.trainer.current_epoch, batch_idx)
-        step = DrivenStep(self, module.trainer, module, batch, rest, place)
+        step = DrivenStep(self, module.trainer, module, batch, rest, self._place_of_step)
+        self._take_in_new_metrics()
         self._in_step = True
         try:
             self._driver.run_step(step)
@@ -383,12 +405,33 @@ class OverlapStrategy(DDPStrategy):
             self._in_step = False
         return step.output
 
+    def _prove(self, batch: Any, rest: Any) -> bool:
+        """Compares the first step with that of the model whole; whether there was something to compare."""
+        self._in_step = True
+        try:
+            return first_step(self, self.lightning_module, batch, rest, self._place_of_step, self.root_device).prove()
+        finally:
+            self._in_step = False
+
+    @property
+    def _place_of_step(self) -> tuple[int, ...]:
+        """Tells the step from all others of the run."""
+        assert self.lightning_module is not None, "Lightning connects the module"
+        trainer = self.lightning_module.trainer
+        # Not the arguments, of which a training_step may leave out the batch's number.
+        return self._seed or 0, self.mesh.coordinates()["dp"], trainer.current_epoch, trainer.fit_loop.batch_idx
+
     @property
     def _driver(self) -> OverlapMode | None:
         """The mode that runs steps in parts, backward included."""
         return next((mode for mode in self.modes if mode.runs_steps), None)
 
+    def _take_in_new_metrics(self) -> None:
+        if self._mirrored is not None:
+            self._mirrored.add()
+
     def validation_step(self, *args: Any, **kwargs: Any) -> Any:
+        self._take_in_new_metrics()
         driver, module = self._driver, self.lightning_module
         if driver is not None and driver.mirrors_evaluation:
             assert module is not None, "Lightning connects the module"
@@ -461,6 +504,14 @@ class OverlapStrategy(DDPStrategy):
             group = self._alike.reduces
         return super().reduce(tensor, group, reduce_op)
 
+    def all_gather(self, tensor: Tensor, group: Any = None, sync_grads: bool = False) -> Tensor:
+        """As ``DDPStrategy.all_gather``, over the ranks that see different data: their number is the first dim."""
+        if self._alike is not None and is_everyone(group):
+            if self._alike.size == 1:
+                return tensor.unsqueeze(0)
+            group = self._alike.reduces
+        return super().all_gather(tensor, group, sync_grads)
+
     def reduce_boolean_decision(self, decision: bool, all: bool = True) -> bool:
         # Stopping and saving are agreed by the world, whatever ``reduce`` reduces over.
         return agree(decision, self.root_device, by_all=all)
@@ -471,8 +522,8 @@ class OverlapStrategy(DDPStrategy):
         for mode in self.modes:
             mode.sync_parameters()
         if self.lightning_module is not None:
-            # Running statistics are the first rank's, as DDP's broadcast_buffers makes them.
-            share(self.lightning_module.buffers(), self._alike)
+            # Running statistics are the first rank's, as DDP's broadcast_buffers makes them; outside of a fit all hold the same.
+            share(self.lightning_module.buffers(), self._alike if self._preemption is not None else None)
 
     def on_validation_start(self) -> None:
         self._complete_weights()
@@ -659,9 +710,7 @@ class OverlapStrategy(DDPStrategy):
                 for mode in self.modes:
                     mode.sync_parameters()
                 return self._folders.load(path, self.lightning_module.state_dict(), weights_only=safe)
-            # One rank of each machine reads it for all. What is damaged on one is an error on all.
-            broken = all_gather_objects(what_is_broken(path) if self.local_rank == 0 else None)
-            refuse_broken(path, next(filter(None, broken), None))
+            refuse_damaged(path, read_here=self.local_rank == 0)
             if is_deferred(self.lightning_module) and type(self.checkpoint_io) is AtomicCheckpointIO:
                 return load_lazily(path, weights_only=safe)
         return load_file(self.checkpoint_io, path, weights_only=safe)
@@ -685,7 +734,7 @@ class OverlapStrategy(DDPStrategy):
         for group in (self._alike, self._sharing):
             if group is not None and not self._failed:
                 group.close()
-        self._alike = self._sharing = None
+        self._alike = self._sharing = self._mirrored = None
         for mode in reversed(self.modes):
             mode.release(complete=not self._failed)
         if self._failed and self.modes:

@@ -959,7 +959,7 @@ class LeavesBehind(Net):
 def test_what_the_unsplit_model_knows_better_is_found_in_the_first_batch(world):
     pipeline = {"size": 2, "microbatches": 2}
     assert world(2).run(refused, LeavesBehind, pipeline) == ["trained"] * 2
-    said = world(2).run(refused, LeavesBehind, {**pipeline, "verify_first_batch": True})
+    said = world(2).run(refused, LeavesBehind, {**pipeline, "verify_first_step": True})
     assert said[0] == said[1]
     found, expected = map(float, re.match(r"ConfigError: .* is ([\d.]+) in .* and ([\d.]+) in the unsplit", said[0]).groups())
     assert expected - found > 0.1
@@ -1000,7 +1000,7 @@ def verified(pipeline, trainer, tied):
 def test_verifying_the_first_batch_leaves_nothing_behind(world, ranks, pipeline, trainer, tied):
     pipeline = {"size": 2, "microbatches": 4, **pipeline}
     plain = world(ranks).run(verified, pipeline, trainer, tied)
-    looked = world(ranks).run(verified, {**pipeline, "verify_first_batch": True}, trainer, tied)
+    looked = world(ranks).run(verified, {**pipeline, "verify_first_step": True}, trainer, tied)
     for one, other in zip(plain, looked, strict=True):
         assert torch.equal(one.pop("weights"), other.pop("weights"))
         assert torch.equal(one.pop("buffers"), other.pop("buffers"))
