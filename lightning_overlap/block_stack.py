@@ -291,9 +291,9 @@ class BlockStack:
                 hook.remove()
         if order[: self.size] != list(range(self.size)):
             raise ConfigError(
-                f"training_step calls the blocks {order[: self.size]} of {self.name}, which has {self.size}: each block must be called "
-                "once in a step, in the order of the list. Blocks that are left out at random, another list of blocks, or a model that "
-                "is called twice in one training_step cannot be cut into stages"
+                f"training_step calls the blocks {order[: self.size]} of {self.name}, which has {self.size}: each block must be "
+                "called once in a step, in the order of the list. Blocks that are left out at random, another list of blocks, or a "
+                "model that is called twice in one training_step cannot be cut into stages"
             )
 
     def _refuse_if_unfinished(self, how: Pass) -> None:

@@ -302,9 +302,9 @@ class FirstStep:
         if expected.at_once is not None and not _is_close(expected.loss, expected.at_once, OTHER_OBJECTIVE):
             rank_zero_warn(
                 f"the loss of the first batch is {expected.at_once:.6g} in one piece, and {expected.loss:.6g} in microbatches: it "
-                "is no mean over the samples. pipeline_parallel.microbatch_weight (labels, causal_labels, sum) makes sums and means over "
-                "counted labels exact, and so does a method microbatch_weight(batch) of the module; what compares samples with each "
-                "other (a contrastive loss, batch norm) has another objective in microbatches"
+                "is no mean over the samples. pipeline_parallel.microbatch_weight (labels, causal_labels, sum) makes sums and means "
+                "over counted labels exact, and so does a method microbatch_weight(batch) of the module; what compares samples with "
+                "each other (a contrastive loss, batch norm) has another objective in microbatches"
             )
 
 
