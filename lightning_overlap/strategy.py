@@ -31,9 +31,19 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_overlap import environment
+from lightning_overlap.agreement import model_in_words, optimizers_in_words
 from lightning_overlap.batches import refuse_different, refuse_other_loss
 from lightning_overlap.block_stack import without_nested_tensors
-from lightning_overlap.checkpoint import AtomicCheckpointIO, Saves, compact, in_place, is_local, load_file, load_lazily
+from lightning_overlap.checkpoint import (
+    AtomicCheckpointIO,
+    Saves,
+    compact,
+    in_place,
+    is_local,
+    load_file,
+    load_lazily,
+    refuse_damaged,
+)
 from lightning_overlap.comm import (
     Group,
     agree,
@@ -49,6 +59,7 @@ from lightning_overlap.config import OverlapConfig
 from lightning_overlap.decision import ConfigError
 from lightning_overlap.driven import DrivenStep, failing_together, mirrored_step
 from lightning_overlap.facts import Facts
+from lightning_overlap.first_step import first_step
 from lightning_overlap.materialize import forget, initialize, is_deferred, materialize, without_values
 from lightning_overlap.mesh import ParallelMesh
 from lightning_overlap.metrics import MirroredMetrics, metrics_over
@@ -84,6 +95,8 @@ class OverlapStrategy(DDPStrategy):
         expert_parallel: ranks along the expert axis, or :class:`ExpertParallel`.
         overlap: ``"off"`` keeps the layout and turns every overlap off.
         parallel_plan: roles of the model's parts by name, where they are not found: ``{"model.layers": "blocks"}``.
+        verify_first_step: compare the loss and the gradients of a fit's first batch, as the ranks compute them, with those of the
+            model whole. ``"auto"``: where something of the model is cut, and a rank has had the model whole.
         state_dict_type: ``"full"``: a checkpoint is one file in Lightning's format, which loads anywhere. ``"sharded"``: a folder
             that all ranks write their share of, and that loads into any number of ranks. Either loads, whatever is saved.
         async_save: write checkpoints while training goes on; at the price of a copy of the state, in the CPU's memory.
@@ -111,6 +124,7 @@ class OverlapStrategy(DDPStrategy):
         expert_parallel: int | ExpertParallel = 1,
         overlap: Literal["auto", "off"] = "auto",
         parallel_plan: dict[str, str] | None = None,
+        verify_first_step: bool | Literal["auto"] = "auto",
         state_dict_type: Literal["full", "sharded"] = "full",
         async_save: bool = False,
         accelerator: Accelerator | None = None,
@@ -144,6 +158,7 @@ class OverlapStrategy(DDPStrategy):
             expert_parallel=sized(expert_parallel, ExpertParallel),
             overlap=overlap,
             parallel_plan=parallel_plan or {},
+            verify_first_step=verify_first_step,
         )
         if state_dict_type not in ("full", "sharded"):
             raise ConfigError(f"state_dict_type={state_dict_type!r}: it is 'full' or 'sharded'")
@@ -166,6 +181,7 @@ class OverlapStrategy(DDPStrategy):
         self._sharing: Group | None = None
         """While fitting: ranks that see the same data."""
         self._unchecked = CHECKED_BATCHES
+        self._unproven = self._was_deferred = False
         self._until_teardown = contextlib.ExitStack()
 
     @property
@@ -245,7 +261,8 @@ class OverlapStrategy(DDPStrategy):
             self.model = self._layer_sync.apply(self.model)
         forget(self.model)
         self._agree()
-        if is_deferred(self.model):
+        self._was_deferred = is_deferred(self.model)
+        if self._was_deferred:
             self._materialize(fitting)
         else:
             self.model_to_device()
@@ -318,13 +335,16 @@ class OverlapStrategy(DDPStrategy):
             device=self.root_device.type,
             backend=backend(),
             optimizers=tuple(examine(optimizer) for optimizer in self.optimizers),
+            deferred=self._was_deferred,
         )
         # What the plan is made from (callbacks, clipping, optimizers) may differ between ranks, and plans that differ hang.
-        self._same_everywhere({field.name: repr(getattr(facts, field.name)) for field in fields(facts)})
+        plan_inputs = {field.name: repr(getattr(facts, field.name)) for field in fields(facts)}
+        self._same_everywhere({**plan_inputs, **optimizers_in_words(self.optimizers, model)})
         self._plan = resolve(self.config, facts)
         rank_zero_info(self._plan.explain())
         if self.mesh.sizes["tp"] * self.mesh.sizes["pp"] > 1:
             self._until_teardown.enter_context(without_nested_tensors(model))
+        self._unproven = self._plan.choice("verify_first_step") != "off"
         earlier = self.modes
         self.modes = [m(self._plan, self.config, self.mesh, self.time_limit) for m in self.mode_types if m.runs(self._plan)]
         for mode in self.modes:
@@ -344,9 +364,7 @@ class OverlapStrategy(DDPStrategy):
         self._seed = broadcast_object(int(os.environ.get("PL_GLOBAL_SEED", 0)))
         arguments = repr((self.config, self._state_dict_type, self._async_save))
         mine: dict[str, str] = {"strategy arguments": arguments, "versions": repr(Facts(world_size=1).versions)}
-        for name, p in self.model.named_parameters():
-            mine[f"parameter {name}"] = f"{tuple(p.shape)} {p.dtype} requires_grad={p.requires_grad}"
-        self._same_everywhere(mine)
+        self._same_everywhere({**mine, **model_in_words(self.model)})
 
     @staticmethod
     def _same_everywhere(mine: dict[str, str]) -> None:
@@ -375,6 +393,8 @@ class OverlapStrategy(DDPStrategy):
         if checked is not None:
             self._unchecked -= 1
             refuse_different(batch, checked)
+        if self._unproven:
+            self._unproven = not self._prove(batch, rest)
         for mode in self.modes:
             mode.start_forward()
         if self._driver is None:
@@ -384,10 +404,7 @@ class OverlapStrategy(DDPStrategy):
             return output
         module = self.lightning_module
         assert module is not None, "Lightning connects the module"
-        # Not the arguments, of which a training_step may leave out the batch's number.
-        batch_idx = module.trainer.fit_loop.batch_idx
-        place = (self._seed or 0, self.mesh.coordinates()["dp"], module.trainer.current_epoch, batch_idx)
-        step = DrivenStep(self, module.trainer, module, batch, rest, place)
+        step = DrivenStep(self, module.trainer, module, batch, rest, self._place_of_step)
         self._take_in_new_metrics()
         self._in_step = True
         try:
@@ -395,6 +412,22 @@ class OverlapStrategy(DDPStrategy):
         finally:
             self._in_step = False
         return step.output
+
+    def _prove(self, batch: Any, rest: Any) -> bool:
+        """Compares the first step with that of the model whole; whether there was something to compare."""
+        self._in_step = True
+        try:
+            return first_step(self, self.lightning_module, batch, rest, self._place_of_step, self.root_device).prove()
+        finally:
+            self._in_step = False
+
+    @property
+    def _place_of_step(self) -> tuple[int, ...]:
+        """Tells the step from all others of the run."""
+        assert self.lightning_module is not None, "Lightning connects the module"
+        trainer = self.lightning_module.trainer
+        # Not the arguments, of which a training_step may leave out the batch's number.
+        return self._seed or 0, self.mesh.coordinates()["dp"], trainer.current_epoch, trainer.fit_loop.batch_idx
 
     @property
     def _driver(self) -> OverlapMode | None:
@@ -626,6 +659,11 @@ class OverlapStrategy(DDPStrategy):
         module.load_state_dict({name: value for name, value in mine.items() if name not in on_disk}, strict=False)
 
     def load_optimizer_state_dict(self, checkpoint: Any) -> None:
+        if len(states := checkpoint["optimizer_states"]) < len(self.optimizers):
+            rank_zero_warn(
+                f"the checkpoint has the state of {len(states)} optimizers, and the module has {len(self.optimizers)}: those without "
+                "go on as new ones, without the moments that they had"
+            )
         for optimizer, state in zip(self.optimizers, checkpoint["optimizer_states"], strict=False):
             if isinstance(state, SavedOptimizer):
                 shards = partial(self._optimizer_shards, optimizer)
@@ -644,6 +682,9 @@ class OverlapStrategy(DDPStrategy):
         background = self._async_save and self._training
 
         def prepare() -> Callable[[], None]:
+            if is_local(filepath):
+                # Not with the rest on a thread: ModelCheckpoint may put a link beside the checkpoint at once.
+                Path(filepath).parent.mkdir(parents=True, exist_ok=True)
             if self._state_dict_type == "sharded":
                 if storage_options is not None:
                     raise TypeError("storage_options are for a CheckpointIO, which writes no sharded checkpoint")
@@ -677,6 +718,7 @@ class OverlapStrategy(DDPStrategy):
                 for mode in self.modes:
                     mode.sync_parameters()
                 return self._folders.load(path, self.lightning_module.state_dict(), weights_only=safe)
+            refuse_damaged(path, read_here=self.local_rank == 0)
             if is_deferred(self.lightning_module) and type(self.checkpoint_io) is AtomicCheckpointIO:
                 return load_lazily(path, weights_only=safe)
         return load_file(self.checkpoint_io, path, weights_only=safe)
@@ -709,8 +751,9 @@ class OverlapStrategy(DDPStrategy):
         atexit.unregister(end_world)
         if not self._failed:  # after a failure it might wait for what never comes
             atexit.register(end_world)
-        self._failed = self._training = False
         self._saves.close()
+        self._folders.close(complete=not self._failed)
+        self._failed = self._training = False
         super().teardown()
 
 

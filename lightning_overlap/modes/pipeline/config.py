@@ -59,8 +59,6 @@ class PipelineParallel:
     ``mirror`` has the last stage alone go on, and tells the others what it logs, its metrics and the numbers that it returns. It
     sends less, and no rank holds the weights of another; what ``validation_step`` collects on ``self`` is then on the last
     stage only."""
-    verify_first_batch: bool = False
-    """The first batch's loss is compared with that of the unsplit model, for which the last stage needs the whole model once."""
 
     def advice(self, kind: str) -> str:
         """What may help where a kind of transfer is exposed: ``forward``, ``backward``, ``tied``; ``bytes``: the link is too slow."""
@@ -166,7 +164,6 @@ def decide(own: PipelineParallel, whole: OverlapConfig, facts: Facts) -> list[De
     schedule = own.plan(own.count)
     _refuse_what_cannot_run(own, facts, cut=whole.tensor_parallel.size > 1 and schedule.splits_backward)
     free = simulate(schedule)
-    verified = [Decision("pipeline_parallel.verify_first_batch", "on", "on", "the whole model is held once")]
     held = ", ".join(str(n) for n in free.peak)
     found = facts.pipeline
     blocks = "" if found is None else f"; {found.name or 'blocks'} by stage: {', '.join(map(str, found.blocks))}"
@@ -189,7 +186,6 @@ def decide(own: PipelineParallel, whole: OverlapConfig, facts: Facts) -> list[De
         *([_split(found)] if schedule.splits_backward else []),
         _deferral(own, whole, facts, schedule),
         Decision("pipeline_parallel.evaluation", own.evaluation, own.evaluation, EVALUATION[own.evaluation]),
-        *(verified if own.verify_first_batch else []),
     ]
 
 

@@ -90,7 +90,8 @@ class Partition:
         self._group = group
         self.pieces: dict[int, Piece] = {}
         """By id of the parameter."""
-        self._parameters: dict[int, nn.Parameter] = {}
+        self.parameters: dict[int, nn.Parameter] = {}
+        """The same."""
         for cut in cuts:
             weight, bias = cut.module.weight, getattr(cut.module, "bias", None)
             assert isinstance(weight, nn.Parameter), "roles are given to layers with weights"
@@ -100,12 +101,12 @@ class Partition:
 
     def _cut(self, parameter: nn.Parameter, dim: int, parts: tuple[int, ...]) -> None:
         self.pieces.setdefault(id(parameter), Piece(parameter.shape, dim, parts))
-        self._parameters[id(parameter)] = parameter
+        self.parameters[id(parameter)] = parameter
 
     def keep(self) -> None:
         """Every parameter becomes this rank's piece."""
         for number, piece in self.pieces.items():
-            parameter = self._parameters[number]
+            parameter = self.parameters[number]
             whole = parameter.data
             if is_absent(whole):  # on another stage of a pipeline
                 parameter.data = whole.as_strided((), ()).expand(piece.shape_of(self._group.rank, self._group.size))
@@ -116,7 +117,7 @@ class Partition:
     def give_back(self, *, complete: bool) -> None:
         """Every parameter is whole again; not a number, unless ``complete``. Collective, if it is."""
         for number, piece in self.pieces.items():
-            parameter = self._parameters[number]
+            parameter = self.parameters[number]
             own = parameter.data
             parameter.grad = None
             if is_absent(own):

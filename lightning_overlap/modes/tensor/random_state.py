@@ -1,9 +1,10 @@
 """Random numbers where activations are cut over the ranks: all ranks draw the same, but for masks of dropout.
 
-What a block decides at random (to be left out, to drop a sample) must be decided alike on all ranks, or they wait for each other.
-Masks of dropout must differ: ranks have other tokens, other heads. So the numbers inside are common ones that are marked as such,
-and torch's dropout functions, where they find the mark, draw this rank's own. The mark is in the seed, which an activation
-checkpoint puts back with the state: what runs again draws the same again, wherever it runs.
+What a block decides at random (to be left out, to drop a sample) must be decided alike on all ranks, or they wait for each other; and
+as one process would decide it. Masks of dropout must differ: ranks have other tokens, other heads. So the numbers inside are the
+common ones, and are marked: torch's dropout functions, where they find the mark, draw this rank's own. The mark is in the seed that
+a generator's state tells, and that nothing is drawn from. An activation checkpoint puts it back with the state: what runs again draws
+the same again, wherever it runs.
 
 A mask that a block draws by hand (``torch.bernoulli``) is the same on each rank, of other tokens: no rank has another chance.
 """
@@ -21,9 +22,9 @@ from torch.nn import functional as F
 
 from lightning_overlap.modes.tensor.stand_in import StandIn
 
-_DRAWN = 1 << 47
+_BITS = 47
 _MARK = 1 << 63
-"""Seeds from here to ``_MARK + _DRAWN`` are ours: a user's are smaller, or negative, which are the largest."""
+"""Seeds from here to ``_MARK + (1 << _BITS)`` are ours: a user's are smaller, or negative, which are the largest."""
 _FUNCTIONS = (
     *((F, name, 1) for name in ("dropout", "alpha_dropout", "dropout1d", "dropout2d", "dropout3d", "feature_alpha_dropout")),
     *((torch, name, 1) for name in ("dropout", "dropout_", "native_dropout")),
@@ -43,20 +44,23 @@ class CommonNumbers:
     def __init__(self, rank: int, device: torch.device) -> None:
         self._rank = rank
         self._cuda = device if device.type == "cuda" else None
-        self._outside: tuple[Tensor, Tensor | None] | None = None
+        self._seed_before: int | None = None
+        self._masking_now = False
+        self.without_masks = False
+        """Dropout is off, and draws nothing."""
 
     def start(self) -> None:
         """To be called at the same places on all ranks. Nothing, if they have started already."""
-        if self._outside is None:
-            seed = _draw()
-            self._outside = self._state()
-            self._seed(_MARK + seed)
+        if self._seed_before is None:
+            state = torch.default_generator.get_state()
+            self._seed_before = _seed_of(state)
+            torch.default_generator.set_state(_with_seed(state, _MARK + self._seed_before % (1 << _BITS)))
 
     def stop(self) -> None:
-        """Numbers go on as from :meth:`start`, however many were drawn. Nothing, if they have not started."""
-        if self._outside is not None:
-            self._restore(self._outside)
-            self._outside = None
+        """Nothing, if they have not started."""
+        if self._seed_before is not None:
+            torch.default_generator.set_state(_with_seed(torch.default_generator.get_state(), self._seed_before))
+            self._seed_before = None
 
     @contextmanager
     def masks(self) -> Iterator[None]:
@@ -74,18 +78,22 @@ class CommonNumbers:
         @functools.wraps(function)
         def masking(*args: Any, **kwargs: Any) -> Any:
             # Compiled code cannot ask for the mark: its masks are common.
-            if torch.compiler.is_compiling() or not _is_marked():
+            if torch.compiler.is_compiling() or self._masking_now or self.without_masks or not _is_marked():
                 return function(*args, **kwargs)
             probability = args[place] if len(args) > place else kwargs.get("p", kwargs.get("dropout_p", int(place == 1)))
-            if not probability or not _is_cut(args[0] if args else kwargs.get("input")):
-                return function(*args, **kwargs)
-            seed = _draw()
-            common = self._state()
-            self._seed(seed + self._rank)
+            self._masking_now = True  # torch's functions may call each other, by the names that were replaced
             try:
-                return function(*args, **kwargs)
+                if not probability or not _is_cut(args[0] if args else kwargs.get("input")):
+                    return function(*args, **kwargs)
+                seed = int(torch.randint(1 << _BITS, (), device="cpu"))
+                common = self._state()
+                self._seed(seed + self._rank)
+                try:
+                    return function(*args, **kwargs)
+                finally:
+                    self._restore(common)
             finally:
-                self._restore(common)
+                self._masking_now = False
 
         return masking
 
@@ -105,12 +113,20 @@ class CommonNumbers:
             torch.cuda.set_rng_state(cuda, self._cuda)
 
 
-def _draw() -> int:
-    return int(torch.randint(_DRAWN, (), device="cpu"))
+def _seed_of(state: Tensor) -> int:
+    """The seed that a state of the CPU's generator begins with."""
+    return int(state[:8].view(torch.int64)) % (1 << 64)
+
+
+def _with_seed(state: Tensor, seed: int) -> Tensor:
+    """A state that gives the same numbers, and tells of another seed."""
+    state = state.clone()
+    state[:8].view(torch.int64).fill_(seed - (1 << 64) if seed >= 1 << 63 else seed)
+    return state
 
 
 def _is_marked() -> bool:
-    return _MARK <= torch.default_generator.initial_seed() < _MARK + _DRAWN
+    return _MARK <= torch.default_generator.initial_seed() < _MARK + (1 << _BITS)
 
 
 def _is_cut(x: Any) -> bool:
