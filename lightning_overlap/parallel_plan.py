@@ -26,12 +26,13 @@ STYLES = {
     "colwise_rep": "column_gathered",
     "rowwise_split_input": "row_split",
     "rowwise_rep": "row_split",
+    "packed_colwise": "column[2]",
     "embedding_rowwise": "vocab_embedding",
     "replicated_with_grad_allreduce": "",
+    "moe_tp_experts": "",
+    "moe_identity_expert": "",
 }
-"""Hugging Face's words for roles; the empty one: the layer stays as it is."""
-EXPERTS = ("packed_colwise", "packed_rowwise", "moe_tp_experts", "moe_identity_expert", "grouped_gemm")
-"""Its words for experts, which stay whole on every rank."""
+"""Hugging Face's words for roles; the empty one: the layer stays as it is. (So do experts, whose weights are of no layer.)"""
 _BERT = {
     **{f"attention.self.{name}": "column" for name in ("query", "key", "value")},
     "attention.output.dense": "row",
@@ -247,10 +248,7 @@ def _of_hugging_face(prefix: str, model: Any) -> Iterator[tuple[str, str]]:
             f"{type(model).__name__} ({kind}) has no plan of its own for tensor_parallel: give OverlapStrategy(parallel_plan=...) "
             "with the roles of its layers: 'column' for q, k, v and what goes up, 'row' for what comes out of attention and mlp"
         )
-    experts = {name for name, style in styles.items() if style in EXPERTS}
     for name, style in styles.items():
-        if any(name.startswith(other) or other.startswith(f"{name}.") for other in experts):
-            continue
         if style not in STYLES:
             raise ConfigError(
                 f"{type(model).__name__}'s own plan has the style {style!r} for {name}, which is not in this version; there are "
