@@ -337,6 +337,20 @@ def find_hidden(args: tuple[Any, ...], kwargs: Mapping[str, Any], who: str) -> t
     )
 
 
+@contextmanager
+def without_nested_tensors(model: nn.Module) -> Iterator[None]:
+    """Torch's own encoders give their blocks padded tensors inside, as they do in training: a nested one, which they make of padding
+    in evaluation, has no tokens that could be counted or cut. (Its padding would come out as zeros.)"""
+    encoders = [(m, m.use_nested_tensor) for m in model.modules() if isinstance(m, nn.TransformerEncoder)]
+    for encoder, _ in encoders:
+        encoder.use_nested_tensor = False
+    try:
+        yield
+    finally:
+        for encoder, used in encoders:
+            encoder.use_nested_tensor = used
+
+
 class _Part:
     """A slice of the list."""
 

@@ -67,10 +67,10 @@ class _WithoutDropout(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if func in _DROPOUTS:
+        if getattr(func, "__wrapped__", func) in _DROPOUTS:  # a mode may have put its own around it
             # In place or not: the hidden states are what they are.
             return args[0] if args else kwargs["input"]
-        if func is F.scaled_dot_product_attention:
+        if func is _ATTENTION:
             args, kwargs = args[:4], {**kwargs, "dropout_p": 0.0, **dict(zip(("is_causal",), args[5:6], strict=False))}
         elif func is F.multi_head_attention_forward:
             args, kwargs = (*args[:10], 0.0, *args[11:]) if len(args) > 10 else args, kwargs
@@ -78,6 +78,7 @@ class _WithoutDropout(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
+_ATTENTION = F.scaled_dot_product_attention
 _DROPOUTS = frozenset({F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout, F.feature_alpha_dropout, torch.dropout})
 
 

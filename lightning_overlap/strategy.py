@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import contextlib
 import os
+import random
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -14,6 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy
 import torch
 import torch.distributed as dist
 from lightning.fabric.plugins import CheckpointIO, ClusterEnvironment
@@ -31,6 +33,7 @@ from torch.optim import Optimizer
 from lightning_overlap import announcements, environment
 from lightning_overlap.agreement import model_in_words, optimizers_in_words
 from lightning_overlap.batches import refuse_different, refuse_other_loss
+from lightning_overlap.block_stack import without_nested_tensors
 from lightning_overlap.checkpoint import (
     AtomicCheckpointIO,
     Saves,
@@ -303,11 +306,14 @@ class OverlapStrategy(DDPStrategy):
         self.setup_precision_plugin()
 
     def _share_random_state(self, group: Group) -> None:
-        """Ranks that share a batch draw the same random numbers: masks of dropout outside of what is cut, say."""
+        """Ranks that share a batch draw the same random numbers, torch's, NumPy's and Python's: masks of dropout outside of what is
+        cut, say."""
         if group.size > 1:
             cuda = self.root_device.type == "cuda"
             mine = torch.get_rng_state(), torch.cuda.get_rng_state(self.root_device) if cuda else None
-            cpu, device = group.share_object(mine)
+            (cpu, device), of_numpy, of_python = group.share_object((mine, numpy.random.get_state(), random.getstate()))
+            numpy.random.set_state(of_numpy)
+            random.setstate(of_python)
             torch.set_rng_state(cpu)
             if device is not None:
                 torch.cuda.set_rng_state(device, self.root_device)
@@ -354,6 +360,8 @@ class OverlapStrategy(DDPStrategy):
         self._same_everywhere({**plan_inputs, **optimizers_in_words(self.optimizers, model)})
         self._plan = resolve(self.config, facts)
         rank_zero_info(self._plan.explain())
+        if self.mesh.sizes["tp"] * self.mesh.sizes["pp"] > 1:
+            self._until_teardown.enter_context(without_nested_tensors(model))
         self._unproven = self._plan.choice("verify_first_step") != "off"
         earlier = self.modes
         self.modes = [m(self._plan, self.config, self.mesh, self.time_limit) for m in self.mode_types if m.runs(self._plan)]
