@@ -51,6 +51,7 @@ from lightning_overlap.plan import Plan, resolve
 from lightning_overlap.probe import examine
 from lightning_overlap.sharded_checkpoint import Folders, SavedOptimizer, describe, is_folder, names_of
 from lightning_overlap.shared_state import SharedBuffers, share
+from lightning_overlap.whole_state import WholeStateOnly
 
 CHECKED_BATCHES = 3
 """Batches at the start of a fit that are compared between the ranks that share them."""
@@ -152,6 +153,7 @@ class OverlapStrategy(DDPStrategy):
         """While fitting: ranks that see the same data."""
         self._unchecked = CHECKED_BATCHES
         self._until_teardown = contextlib.ExitStack()
+        self._whole_state: WholeStateOnly | None = None
 
     @property
     def plan(self) -> Plan:
@@ -237,6 +239,9 @@ class OverlapStrategy(DDPStrategy):
             share([*self.model.parameters(), *self.model.buffers()])
         if fitting:
             self.setup_optimizers(trainer)
+            if self.config.tensor_parallel.size > 1 or self.config.pipeline_parallel.size > 1:
+                self._whole_state = WholeStateOnly(self.lightning_module)  # type: ignore[arg-type]
+                self._until_teardown.callback(self._whole_state.remove)
             if world_size() > 1:
                 everyone = make_group([range(self.world_size)], "world", self.time_limit, backend="gloo", gathers=False, threads=False)
                 self._preemption = Preemption(trainer, everyone)
@@ -519,12 +524,17 @@ class OverlapStrategy(DDPStrategy):
     def checkpoint_io(self, io: CheckpointIO) -> None:
         self._checkpoint_io = io
 
+    def _reading_state(self) -> contextlib.AbstractContextManager[None]:
+        """Around each ``state_dict()`` of the strategy's own."""
+        return self._whole_state.allowed() if self._whole_state is not None else contextlib.nullcontext()
+
     def lightning_module_state_dict(self) -> dict[str, Any]:
         for mode in self.modes:
             mode.sync_parameters()
         if self._state_dict_type == "sharded" and self.lightning_module is not None:
             share(self.lightning_module.buffers(), self._alike)  # every rank writes a part of them
-        state = super().lightning_module_state_dict()
+        with self._reading_state():
+            state = super().lightning_module_state_dict()
         for mode in (
             reversed(self.modes) if self._state_dict_type == "full" else ()
         ):  # put together in the reverse of the order in which it was cut
@@ -561,7 +571,8 @@ class OverlapStrategy(DDPStrategy):
         for mode in self.modes:
             mode.sync_parameters()
         assert self.lightning_module is not None, "Lightning connects the module"
-        own = self.lightning_module.state_dict() if self._preemption is not None else {}
+        with self._reading_state():
+            own = self.lightning_module.state_dict() if self._preemption is not None else {}
         cut = any(name in own and own[name].shape != value.shape for name, value in checkpoint["state_dict"].items())
         if self._preemption is not None and (cut or is_deferred(self.lightning_module)):
             raise ConfigError(
@@ -640,7 +651,9 @@ class OverlapStrategy(DDPStrategy):
             if is_folder(path):
                 for mode in self.modes:
                     mode.sync_parameters()
-                return self._folders.load(path, self.lightning_module.state_dict(), weights_only=safe)
+                with self._reading_state():
+                    own = self.lightning_module.state_dict()
+                return self._folders.load(path, own, weights_only=safe)
             if is_deferred(self.lightning_module) and type(self.checkpoint_io) is AtomicCheckpointIO:
                 return load_lazily(path, weights_only=safe)
         return load_file(self.checkpoint_io, path, weights_only=safe)
