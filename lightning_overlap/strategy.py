@@ -34,7 +34,7 @@ from lightning_overlap.checkpoint import AtomicCheckpointIO, Saves, compact, in_
 from lightning_overlap.comm import Group, agree, all_gather_objects, backend, broadcast_object, end_world, make_group, world_size
 from lightning_overlap.config import OverlapConfig
 from lightning_overlap.decision import ConfigError
-from lightning_overlap.driven import DrivenStep, failing_together, mirrored_metrics, mirrored_step
+from lightning_overlap.driven import DrivenStep, explaining, failing_together, mirrored_metrics, mirrored_step
 from lightning_overlap.facts import Facts
 from lightning_overlap.materialize import forget, initialize, is_deferred, materialize, without_values
 from lightning_overlap.mesh import ParallelMesh
@@ -254,6 +254,7 @@ class OverlapStrategy(DDPStrategy):
                 if self._driver is not None:
                     mirrored = mirrored_metrics(trainer.lightning_module, self._driver, self._alike, lambda: self._in_step)
                     self._until_teardown.enter_context(mirrored)
+                    self._until_teardown.enter_context(explaining(trainer.lightning_module, self._driver))
                     if self._driver.mirrors_evaluation:
                         self._until_teardown.enter_context(failing_together(trainer.lightning_module, self._driver))
         self.setup_precision_plugin()

@@ -131,3 +131,17 @@ def test_all_stages_draw_the_same_numbers(world):
     for name, weight in one[0].items():
         assert torch.equal(weight, again[0][name])
         torch.testing.assert_close(weight, other[0][name], rtol=1e-5, atol=1e-6)
+
+
+class Leaves(Net):
+    def training_step(self, batch: torch.Tensor, index: int) -> torch.Tensor:
+        self.latest = super().training_step(batch, index)
+        return self.latest
+
+    def on_train_batch_end(self, outputs: Any, batch: Any, index: int) -> None:
+        assert self.latest is not None
+
+
+def test_a_hook_that_reads_what_a_step_has_left_says_where_it_is(world):
+    said = world(2).run(pipelined, Leaves, {})
+    assert all("what training_step leaves on self after the model is called is on the last stage only" in answer for answer in said), said
