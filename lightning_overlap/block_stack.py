@@ -106,6 +106,7 @@ class Pass:
         stop: the forward is left when the loop asks for this block; the number of blocks for one that is not left.
         carried: what has come here of what skipped blocks return, and of the arguments of block 0 that are not computed here.
         outputs: by skipped block, what it returns, with a :class:`Slot` for each tensor.
+        first: whether what comes before the blocks is computed here, and not for its shapes alone.
         wanted: whether a tensor is kept that a block returns that is run, or that block 0 is called with.
         fetch: gets what is not in ``carried``; None: that is an error.
         arrive: told the number of each block before it is skipped, and -1 at block 0: ``carried`` and ``outputs`` may grow.
@@ -118,6 +119,7 @@ class Pass:
     stop: int
     carried: dict[Leaf, Tensor] = field(default_factory=dict)
     outputs: dict[int, Any] = field(default_factory=dict)
+    first: bool = False
     wanted: Callable[[Leaf], bool] = lambda leaf: False
     fetch: Callable[[Leaf], Tensor] | None = None
     arrive: Callable[[int], None] | None = None
@@ -389,7 +391,8 @@ class _StandIn:
             self._check_order(hidden)
             if number == 0:
                 how.arguments = tensors_of((args, kwargs))
-                how.keep(ARGUMENTS, how.arguments)
+                if how.first:
+                    how.keep(ARGUMENTS, how.arguments)
                 if ARGUMENTS in how.leave:
                     how.leave[ARGUMENTS]()
                 if how.arrive is not None:

@@ -19,6 +19,7 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 from torchmetrics import Metric
 
+from lightning_overlap.comm import TransferError
 from lightning_overlap.decision import ConfigError
 from lightning_overlap.generators import pin_generators
 from lightning_overlap.optimization import held, logs_go_to
@@ -226,6 +227,51 @@ def failing_together(module: LightningModule, mode: OverlapMode) -> Iterator[Non
         yield
     finally:
         del module.on_validation_epoch_end  # type: ignore[method-assign]
+
+
+HOOKS = ("on_train_batch_end", "on_train_epoch_end", "on_train_end")
+"""Hooks that may read what ``training_step`` has left on the module."""
+
+
+class _Explained:
+    """A hook of the module's that fails on a rank that ``training_step`` is left on says that this may be why. Copies do without."""
+
+    def __init__(self, module: LightningModule, name: str, mode: OverlapMode) -> None:
+        self._module, self._name, self._mode = module, name, mode
+        self.__wrapped__ = getattr(module, name)  # which Lightning looks at
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return self.__wrapped__(*args, **kwargs)
+        except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+            if self._mode.has_the_loss or isinstance(error, ConfigError | TransferError):
+                raise
+            raise ConfigError(
+                f"{self._name} fails on a rank that training_step is left on ({type(error).__name__}: {error}): what training_step "
+                "leaves on self after the model is called is on the last stage only. Return it, if it is a number, in a dictionary "
+                "with the loss, which on_train_batch_end gets as outputs on every rank; log it; or collect it in a torchmetrics.Metric"
+            ) from error
+
+    def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+        return getattr, (self._module, self._name)
+
+
+@contextmanager
+def explaining(module: LightningModule, mode: OverlapMode) -> Iterator[None]:
+    """Hooks of a fit say where things are that a step has left.
+
+    Args:
+        module: the user's.
+        mode: that leaves its steps.
+    """
+    given = [name for name in HOOKS if getattr(type(module), name) is not getattr(LightningModule, name)]
+    for name in given:
+        setattr(module, name, _Explained(module, name, mode))
+    try:
+        yield
+    finally:
+        for name in given:
+            delattr(module, name)
 
 
 _KEPT_BY_MODULES = frozenset(vars(torch.nn.Module()))

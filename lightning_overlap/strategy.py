@@ -60,7 +60,7 @@ from lightning_overlap.comm import (
 )
 from lightning_overlap.config import OverlapConfig
 from lightning_overlap.decision import ConfigError
-from lightning_overlap.driven import DrivenStep, failing_together, mirrored_step
+from lightning_overlap.driven import DrivenStep, explaining, failing_together, mirrored_step
 from lightning_overlap.facts import Facts
 from lightning_overlap.first_step import first_step
 from lightning_overlap.launching import ProcessLauncher, ScriptLauncher, keep_store_alive, start_world
@@ -80,6 +80,7 @@ from lightning_overlap.plan import Plan, resolve
 from lightning_overlap.probe import examine
 from lightning_overlap.sharded_checkpoint import Folders, SavedOptimizer, describe, is_folder, names_of
 from lightning_overlap.shared_state import SharedBuffers, share
+from lightning_overlap.whole_state import WholeStateOnly
 
 CHECKED_BATCHES = 3
 """Batches at the start of a fit that are compared between the ranks that share them."""
@@ -190,6 +191,7 @@ class OverlapStrategy(DDPStrategy):
         self._unchecked = CHECKED_BATCHES
         self._unproven = self._was_deferred = False
         self.until_teardown = contextlib.ExitStack()
+        self._whole_state: WholeStateOnly | None = None
 
     @property
     def plan(self) -> Plan:
@@ -291,6 +293,9 @@ class OverlapStrategy(DDPStrategy):
             self.until_teardown.enter_context(metrics_over(self._alike))
         if fitting:
             self.setup_optimizers(trainer)
+            if any(mode.cuts_the_model for mode in self.modes):
+                self._whole_state = WholeStateOnly(self.lightning_module)  # type: ignore[arg-type]
+                self.until_teardown.callback(self._whole_state.remove)
             if self._alike is not None:
                 self._preemption = Preemption(trainer, everyone())
                 self._buffers = SharedBuffers(self.model, self._alike)
@@ -301,6 +306,7 @@ class OverlapStrategy(DDPStrategy):
                 if self._driver is not None:
                     self._mirrored = MirroredMetrics(trainer.lightning_module, self._driver, lambda: self._in_step)
                     self.until_teardown.callback(self._mirrored.remove)
+                    self.until_teardown.enter_context(explaining(trainer.lightning_module, self._driver))
                     if self._driver.mirrors_evaluation:
                         self.until_teardown.enter_context(failing_together(trainer.lightning_module, self._driver))
         self.setup_precision_plugin()
@@ -361,7 +367,7 @@ class OverlapStrategy(DDPStrategy):
         self._plan = resolve(self.config, facts)
         rank_zero_info(self._plan.explain())
         if self.mesh.sizes["tp"] * self.mesh.sizes["pp"] > 1:
-            self._until_teardown.enter_context(without_nested_tensors(model))
+            self.until_teardown.enter_context(without_nested_tensors(model))
         self._unproven = self._plan.choice("verify_first_step") != "off"
         earlier = self.modes
         self.modes = [m(self._plan, self.config, self.mesh, self.time_limit) for m in self.mode_types if m.runs(self._plan)]
@@ -628,12 +634,17 @@ class OverlapStrategy(DDPStrategy):
     def checkpoint_io(self, io: CheckpointIO) -> None:
         self._checkpoint_io = io
 
+    def _reading_state(self) -> contextlib.AbstractContextManager[None]:
+        """Around each ``state_dict()`` of the strategy's own."""
+        return self._whole_state.allowed() if self._whole_state is not None else contextlib.nullcontext()
+
     def lightning_module_state_dict(self) -> dict[str, Any]:
         for mode in self.modes:
             mode.sync_parameters()
         if self._state_dict_type == "sharded" and self.lightning_module is not None:
             share(self.lightning_module.buffers(), self._alike)  # every rank writes a part of them
-        state = super().lightning_module_state_dict()
+        with self._reading_state():
+            state = super().lightning_module_state_dict()
         for mode in (
             reversed(self.modes) if self._state_dict_type == "full" else ()
         ):  # put together in the reverse of the order in which it was cut
@@ -670,7 +681,8 @@ class OverlapStrategy(DDPStrategy):
         for mode in self.modes:
             mode.sync_parameters()
         assert self.lightning_module is not None, "Lightning connects the module"
-        own = self.lightning_module.state_dict() if self._preemption is not None else {}
+        with self._reading_state():
+            own = self.lightning_module.state_dict() if self._preemption is not None else {}
         cut = any(name in own and own[name].shape != value.shape for name, value in checkpoint["state_dict"].items())
         if self._preemption is not None and (cut or is_deferred(self.lightning_module)):
             raise ConfigError(
@@ -757,7 +769,9 @@ class OverlapStrategy(DDPStrategy):
             if is_folder(path):
                 for mode in self.modes:
                     mode.sync_parameters()
-                return self._folders.load(path, self.lightning_module.state_dict(), weights_only=safe)
+                with self._reading_state():
+                    own = self.lightning_module.state_dict()
+                return self._folders.load(path, own, weights_only=safe)
             refuse_damaged(path, read_here=self.local_rank == 0)
             if is_deferred(self.lightning_module) and type(self.checkpoint_io) is AtomicCheckpointIO:
                 return load_lazily(path, weights_only=safe)

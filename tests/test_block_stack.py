@@ -98,7 +98,7 @@ def test_a_last_stage_without_blocks():
 
 def test_a_first_stage_without_blocks():
     s = stack()
-    how = Pass(frozenset(), 0, wanted=lambda leaf: True)
+    how = Pass(frozenset(), 0, first=True, wanted=lambda leaf: True)
     with s.passing(how):
         plain(s, torch.tensor([7.0]))
     assert how.kept[ARGUMENTS, 0].tolist() == [7.0]
@@ -173,7 +173,7 @@ def test_an_argument_that_is_computed_before_the_blocks():
         asked.append(leaf)
         return {(0, 0): torch.tensor([10.0]), (ARGUMENTS, 1): torch.tensor(2.0)}[leaf]
 
-    with s.passing(Pass(frozenset({1, 2, 3}), 4, outputs=dict(OUTPUTS), fetch=fetch)):
+    with s.passing(Pass(frozenset({1, 2, 3}), 4, outputs=dict(OUTPUTS), fetch=fetch, wanted=lambda leaf: True)):
         assert conditioned(torch.ones(1)).tolist() == [22.0]
     assert asked == [(0, 0), (ARGUMENTS, 1)]
 

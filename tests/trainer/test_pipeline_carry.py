@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader
 
 from lightning_overlap import ConfigError, OverlapStrategy, PipelineParallel
+from lightning_overlap.comm import TransferError
 
 QUIET = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
 WIDTH = 8
@@ -54,6 +55,10 @@ class Net(LightningModule):
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return torch.optim.SGD(self.parameters(), 0.1, momentum=0.9)
+
+    @staticmethod
+    def data() -> DataLoader:
+        return DataLoader(torch.randn(24, 4, generator=torch.Generator().manual_seed(2)), 8)  # type: ignore[arg-type]
 
 
 class MakesBias(Block):
@@ -171,10 +176,6 @@ class Conditioned(Net):
         return self.out(x).square().mean()
 
 
-def data() -> DataLoader:
-    return DataLoader(torch.randn(24, 4, generator=torch.Generator().manual_seed(2)), 8)  # type: ignore[arg-type]
-
-
 def pipelined(kind: type[Net], pipeline: dict[str, Any], trainer: dict[str, Any] | None = None) -> Any:
     warnings.simplefilter("ignore")
     seed_everything(1, verbose=False)
@@ -185,9 +186,9 @@ def pipelined(kind: type[Net], pipeline: dict[str, Any], trainer: dict[str, Any]
     run = Trainer(**QUIET, accelerator="cpu", devices=size, strategy=strategy, **given)
     module = kind()
     try:
-        run.fit(module, data(), data())
-    except ConfigError as error:
-        return str(error)
+        run.fit(module, kind.data(), kind.data())
+    except (ConfigError, TransferError) as error:
+        return f"{type(error).__name__}: {error}"
     weights = {name: p.detach().clone() for name, p in module.named_parameters()}
     return weights, {key: float(value) for key, value in run.callback_metrics.items()}
 
@@ -197,15 +198,16 @@ def by_hand(kind: type[Net], microbatches: int = 4) -> tuple[dict[str, torch.Ten
     seed_everything(1, verbose=False)
     module = kind()
     optimizer: Any = module.configure_optimizers()
-    for batch in data():
+    for batch in kind.data():
         optimizer.zero_grad()
-        losses = [module.loss(part) * (len(part) / len(batch)) for part in batch.tensor_split(microbatches)]
-        sum(losses).backward()  # type: ignore[union-attr]
+        parts = [batch] if microbatches == 1 else batch.tensor_split(microbatches)
+        loss = torch.stack([module.loss(part) * (len(part) / len(batch)) for part in parts]).sum()
+        loss.backward()
         optimizer.step()
     with torch.no_grad():
-        validation = [float(module.loss(batch)) for batch in data()]
+        validation = [float(module.loss(batch)) for batch in kind.data()]
     weights = {name: p.detach() for name, p in module.named_parameters()}
-    return weights, float(sum(losses)), sum(validation) / len(validation)
+    return weights, loss.item(), sum(validation) / len(validation)
 
 
 KINDS = [SharedBias, Checkpointed, ValueResidual, UNet, AuxiliaryLoss, DeepSupervision, Conditioned]

@@ -72,7 +72,7 @@ class Evaluation:
             again: called where the model is called a second time; None: it is gone through once more.
         """
         rank = self._group.rank
-        how = Pass(run=frozenset(), stop=size)
+        how = Pass(run=frozenset(), stop=size, first=self._placement[0] == rank)
         if self._flow is None:
             how.kept = WeakValueDictionary()
         sources: dict[int, int] = {}  # by stage whose tensors come to this rank, in the order in which they come
@@ -125,7 +125,7 @@ class Evaluation:
         return leaf[1] in {number for block, number in self._flow.uses[-1] if number != how.hidden or block < first - 1}
 
     def _hand_on(self, how: Pass, stage: int, targets: list[int]) -> None:
-        here = {leaf: x for leaf, x in {**how.carried, **how.kept}.items() if self._goes_on(how, stage, leaf)}
+        here = {leaf: x for leaf, x in {**how.kept, **how.carried}.items() if self._goes_on(how, stage, leaf)}
         tensors = list({id(x): x for x in here.values()}.values())
         numbers = {id(x): number for number, x in enumerate(tensors)}
         places = {leaf: numbers[id(x)] for leaf, x in here.items()}

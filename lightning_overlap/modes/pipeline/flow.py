@@ -118,6 +118,7 @@ def _run_stage(
         run=frozenset(blocks),
         stop=size if stage == len(stages) - 1 else blocks.stop,
         outputs=dict(outputs),
+        first=stage == 0,
         wanted=lambda leaf: True,
         fetch=asks if stage > 0 else None,
     )
@@ -127,9 +128,7 @@ def _run_stage(
         run(stage, how)
     except Exception as error:  # the others are waiting to be asked
         return _Ran(frozenset(), {}, in_words(error)), error
-    made |= {leaf: x.detach().requires_grad_(x.requires_grad) for leaf, x in how.kept.items() if leaf[0] in blocks}
-    if stage == 0:
-        made |= {leaf: x.detach().requires_grad_(x.requires_grad) for leaf, x in how.kept.items() if leaf[0] == ARGUMENTS}
+    made |= {leaf: x.detach().requires_grad_(x.requires_grad) for leaf, x in how.kept.items()}
     return _Ran(frozenset(how.carried), {block: how.outputs[block] for block in blocks}), None
 
 

@@ -102,6 +102,7 @@ class Stages:
             stop=self._stack.size if last else blocks.stop,
             carried=carried,
             outputs=dict(self._flow.outputs),
+            first=stage == 0,
             wanted=frozenset(leaving).__contains__,
             before=block_seeds(self._seed, microbatch),
         )
