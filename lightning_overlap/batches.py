@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import math
 from collections.abc import Hashable, Iterator, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from lightning_overlap.comm import Group
@@ -22,9 +24,15 @@ def kind(batch: Any) -> Hashable:
 
 
 def digest(batch: Any) -> Hashable:
-    """Tells batches apart."""
-    tensors = [leaf for leaf in leaves(batch) if isinstance(leaf, Tensor)]
-    return kind(batch), tuple(repr(leaf.double().sum().item()) for leaf in tensors if not leaf.is_complex())
+    """Tells batches apart, also those that have the same samples in another order: a hash of all bytes, and of plain values."""
+    content = hashlib.blake2b(digest_size=16)
+    for leaf in leaves(batch):
+        if isinstance(leaf, Tensor):
+            values = leaf.detach().to_dense() if leaf.layout is not torch.strided else leaf.detach()
+            content.update(values.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+        elif isinstance(leaf, str | int | float | None):
+            content.update(repr(leaf).encode())
+    return kind(batch), content.hexdigest()
 
 
 def leaves(value: Any) -> Iterator[Any]:

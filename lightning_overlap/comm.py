@@ -773,6 +773,11 @@ def end_world() -> None:
         dist.destroy_process_group()
 
 
+def is_everyone(group: Any) -> bool:
+    """Whether a process group is that of all ranks; None is."""
+    return group is None or group is dist.group.WORLD
+
+
 def world_size() -> int:
     """Ranks that have met; 1 before there are process groups."""
     return dist.get_world_size() if dist.is_initialized() else 1

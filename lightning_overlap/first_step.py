@@ -170,7 +170,7 @@ class FirstStep:
         torch.set_float32_matmul_precision("highest")
         with ExitStack() as stack:
             for mode in self._modes:
-                stack.enter_context(mode.stand_aside())
+                stack.enter_context(mode.trial())
                 stack.enter_context(mode.complete_gradients())
             stack.enter_context(_same_random_numbers(self._device))
             try:

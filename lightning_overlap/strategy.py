@@ -29,16 +29,28 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_overlap import environment
+from lightning_overlap.agreement import model_in_words, optimizers_in_words
 from lightning_overlap.batches import refuse_different, refuse_other_loss
 from lightning_overlap.checkpoint import AtomicCheckpointIO, Saves, compact, in_place, is_local, load_file, load_lazily
-from lightning_overlap.comm import Group, agree, all_gather_objects, backend, broadcast_object, end_world, make_group, world_size
+from lightning_overlap.comm import (
+    Group,
+    agree,
+    all_gather_objects,
+    backend,
+    broadcast_object,
+    end_world,
+    is_everyone,
+    make_group,
+    world_size,
+)
 from lightning_overlap.config import OverlapConfig
 from lightning_overlap.decision import ConfigError
-from lightning_overlap.driven import DrivenStep, failing_together, mirrored_metrics, mirrored_step
+from lightning_overlap.driven import DrivenStep, failing_together, mirrored_step
 from lightning_overlap.facts import Facts
 from lightning_overlap.first_step import first_step
 from lightning_overlap.materialize import forget, initialize, is_deferred, materialize, without_values
 from lightning_overlap.mesh import ParallelMesh
+from lightning_overlap.metrics import MirroredMetrics, metrics_over
 from lightning_overlap.modes import MODES
 from lightning_overlap.modes.base import COUNTED_ELSEWHERE, OverlapMode
 from lightning_overlap.modes.context.config import ContextParallel
@@ -152,7 +164,8 @@ class OverlapStrategy(DDPStrategy):
         """A model's part of a checkpoint, until there is memory for it."""
         self._buffers: SharedBuffers | None = None
         self._alike: Group | None = None
-        """While fitting: ranks that hold the same of the model and see different data."""
+        """Until the teardown: ranks that hold the same of the model and see different data."""
+        self._mirrored: MirroredMetrics | None = None
         self._sharing: Group | None = None
         """While fitting: ranks that see the same data."""
         self._unchecked = CHECKED_BATCHES
@@ -242,20 +255,22 @@ class OverlapStrategy(DDPStrategy):
         else:
             self.model_to_device()
             share([*self.model.parameters(), *self.model.buffers()])
+        if world_size() > 1:
+            self._alike = make_group(self.mesh.groups("dp"), "alike", self.time_limit, gathers=False, threads=False)
+            self._until_teardown.enter_context(metrics_over(self._alike))
         if fitting:
             self.setup_optimizers(trainer)
-            if world_size() > 1:
+            if self._alike is not None:
                 everyone = make_group([range(self.world_size)], "world", self.time_limit, backend="gloo", gathers=False, threads=False)
                 self._preemption = Preemption(trainer, everyone)
-                self._alike = make_group(self.mesh.groups("dp"), "alike", self.time_limit, gathers=False, threads=False)
                 self._buffers = SharedBuffers(self.model, self._alike)
                 sharing = self.mesh.groups(*(axis for axis in self.mesh.sizes if axis != "dp"))
                 self._sharing = make_group(sharing, "batch", self.time_limit, gathers=False, threads=False)
                 self._unchecked = CHECKED_BATCHES
                 self._share_random_state(self._sharing)
                 if self._driver is not None:
-                    mirrored = mirrored_metrics(trainer.lightning_module, self._driver, self._alike, lambda: self._in_step)
-                    self._until_teardown.enter_context(mirrored)
+                    self._mirrored = MirroredMetrics(trainer.lightning_module, self._driver, lambda: self._in_step)
+                    self._until_teardown.callback(self._mirrored.remove)
                     if self._driver.mirrors_evaluation:
                         self._until_teardown.enter_context(failing_together(trainer.lightning_module, self._driver))
         self.setup_precision_plugin()
@@ -308,7 +323,8 @@ class OverlapStrategy(DDPStrategy):
             deferred=self._was_deferred,
         )
         # What the plan is made from (callbacks, clipping, optimizers) may differ between ranks, and plans that differ hang.
-        self._same_everywhere({field.name: repr(getattr(facts, field.name)) for field in fields(facts)})
+        plan_inputs = {field.name: repr(getattr(facts, field.name)) for field in fields(facts)}
+        self._same_everywhere({**plan_inputs, **optimizers_in_words(self.optimizers, model)})
         self._plan = resolve(self.config, facts)
         rank_zero_info(self._plan.explain())
         self._unproven = self._plan.choice("verify_first_step") != "off"
@@ -331,9 +347,7 @@ class OverlapStrategy(DDPStrategy):
         self._seed = broadcast_object(int(os.environ.get("PL_GLOBAL_SEED", 0)))
         arguments = repr((self.config, self._state_dict_type, self._async_save))
         mine: dict[str, str] = {"strategy arguments": arguments, "versions": repr(Facts(world_size=1).versions)}
-        for name, p in self.model.named_parameters():
-            mine[f"parameter {name}"] = f"{tuple(p.shape)} {p.dtype} requires_grad={p.requires_grad}"
-        self._same_everywhere(mine)
+        self._same_everywhere({**mine, **model_in_words(self.model)})
 
     @staticmethod
     def _same_everywhere(mine: dict[str, str]) -> None:
@@ -374,6 +388,7 @@ class OverlapStrategy(DDPStrategy):
         module = self.lightning_module
         assert module is not None, "Lightning connects the module"
         step = DrivenStep(self, module.trainer, module, batch, rest, self._place_of_step)
+        self._take_in_new_metrics()
         self._in_step = True
         try:
             self._driver.run_step(step)
@@ -402,7 +417,12 @@ class OverlapStrategy(DDPStrategy):
         """The mode that runs steps in parts, backward included."""
         return next((mode for mode in self.modes if mode.runs_steps), None)
 
+    def _take_in_new_metrics(self) -> None:
+        if self._mirrored is not None:
+            self._mirrored.add()
+
     def validation_step(self, *args: Any, **kwargs: Any) -> Any:
+        self._take_in_new_metrics()
         driver, module = self._driver, self.lightning_module
         if driver is not None and driver.mirrors_evaluation:
             assert module is not None, "Lightning connects the module"
@@ -475,6 +495,14 @@ class OverlapStrategy(DDPStrategy):
             group = self._alike.reduces
         return super().reduce(tensor, group, reduce_op)
 
+    def all_gather(self, tensor: Tensor, group: Any = None, sync_grads: bool = False) -> Tensor:
+        """As ``DDPStrategy.all_gather``, over the ranks that see different data: their number is the first dim."""
+        if self._alike is not None and is_everyone(group):
+            if self._alike.size == 1:
+                return tensor.unsqueeze(0)
+            group = self._alike.reduces
+        return super().all_gather(tensor, group, sync_grads)
+
     def reduce_boolean_decision(self, decision: bool, all: bool = True) -> bool:
         # Stopping and saving are agreed by the world, whatever ``reduce`` reduces over.
         return agree(decision, self.root_device, by_all=all)
@@ -485,8 +513,8 @@ class OverlapStrategy(DDPStrategy):
         for mode in self.modes:
             mode.sync_parameters()
         if self.lightning_module is not None:
-            # Running statistics are the first rank's, as DDP's broadcast_buffers makes them.
-            share(self.lightning_module.buffers(), self._alike)
+            # Running statistics are the first rank's, as DDP's broadcast_buffers makes them; outside of a fit all hold the same.
+            share(self.lightning_module.buffers(), self._alike if self._preemption is not None else None)
 
     def on_validation_start(self) -> None:
         self._complete_weights()
@@ -688,7 +716,7 @@ class OverlapStrategy(DDPStrategy):
         for group in (self._alike, self._sharing):
             if group is not None and not self._failed:
                 group.close()
-        self._alike = self._sharing = None
+        self._alike = self._sharing = self._mirrored = None
         for mode in reversed(self.modes):
             mode.release(complete=not self._failed)
         if self._failed and self.modes:

@@ -151,8 +151,8 @@ class OverlapMode:
     def start_forward(self) -> None:
         """Before each training step of the user's."""
 
-    def stand_aside(self) -> AbstractContextManager[None]:
-        """Inside, gradients are none of this mode's business: it neither sends nor keeps them."""
+    def trial(self) -> AbstractContextManager[None]:
+        """Around steps that are computed for their loss and gradients only: this mode trains nothing with them, and learns nothing."""
         return nullcontext()
 
     def whole(self) -> AbstractContextManager[None]:

@@ -237,6 +237,17 @@ class PipelineMode(OverlapMode):
                     yield part, number, share
 
     @contextmanager
+    def trial(self) -> Iterator[None]:
+        # In another precision, hidden states of the same batch have another dtype.
+        forms, announced = dict(self._forms), set(self._announced)
+        try:
+            yield
+        finally:
+            for known, before in ((self._forms, forms), (self._announced, announced)):
+                known.clear()
+                known.update(before)  # type: ignore[arg-type, call-overload]
+
+    @contextmanager
     def whole(self) -> Iterator[None]:
         taken = self._gather(buffers=False)  # which no training step has changed yet
         try:

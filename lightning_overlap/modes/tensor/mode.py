@@ -21,7 +21,7 @@ from lightning_overlap.modes.base import COUNTED_ELSEWHERE, LATE_GRADIENT, Overl
 from lightning_overlap.modes.tensor import symm_mem, userbuffers
 from lightning_overlap.modes.tensor.check import FirstBlock
 from lightning_overlap.modes.tensor.gemm import Exchange, shares
-from lightning_overlap.modes.tensor.linear import Reading, alike, column_forward, matrix, prepare, read, row_product
+from lightning_overlap.modes.tensor.linear import Prepared, Reading, alike, column_forward, matrix, prepare, read, row_product
 from lightning_overlap.modes.tensor.partition import Partition, Piece
 from lightning_overlap.modes.tensor.random_state import OwnNumbers
 from lightning_overlap.modes.tensor.sequence import enter, leave
@@ -66,7 +66,7 @@ class TensorMode(OverlapMode):
         self._step = 0
         self._place = ""  # the row layer that was the last one to run
         self._after: dict[str, str] = {}  # by row layer, the region that reads next
-        self._prepared: tuple[str, int, Reading] | None = None
+        self._prepared: tuple[str, int, Prepared] | None = None
         self._latest: dict[str, tuple[Reading, Tensor]] = {}  # by region, what it has read, until its row layer runs
         self._in_backward = False
         self._inside = False  # whether a forward has entered the blocks and not left them
@@ -243,7 +243,7 @@ class TensorMode(OverlapMode):
         if region is not None and self._scattered and self._exchange.overlapped and torch.is_grad_enabled():
             self._prepared = (region, self._step, prepare(self._columns[region], self._exchange, region))
 
-    def _reading(self, region: str) -> Reading:
+    def _reading(self, region: str) -> Prepared:
         self._after[self._place] = region
         prepared, self._prepared = self._prepared, None
         # Not one that an activation checkpoint has left, which went no further than its block: weights may be others since.
