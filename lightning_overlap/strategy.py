@@ -31,7 +31,16 @@ from torch.optim import Optimizer
 from lightning_overlap import environment
 from lightning_overlap.agreement import model_in_words, optimizers_in_words
 from lightning_overlap.batches import refuse_different, refuse_other_loss
-from lightning_overlap.checkpoint import AtomicCheckpointIO, Saves, compact, in_place, is_local, load_file, load_lazily
+from lightning_overlap.checkpoint import (
+    AtomicCheckpointIO,
+    Saves,
+    compact,
+    in_place,
+    is_local,
+    load_file,
+    load_lazily,
+    refuse_damaged,
+)
 from lightning_overlap.comm import (
     Group,
     agree,
@@ -642,6 +651,11 @@ class OverlapStrategy(DDPStrategy):
         module.load_state_dict({name: value for name, value in mine.items() if name not in on_disk}, strict=False)
 
     def load_optimizer_state_dict(self, checkpoint: Any) -> None:
+        if len(states := checkpoint["optimizer_states"]) < len(self.optimizers):
+            rank_zero_warn(
+                f"the checkpoint has the state of {len(states)} optimizers, and the module has {len(self.optimizers)}: those without "
+                "go on as new ones, without the moments that they had"
+            )
         for optimizer, state in zip(self.optimizers, checkpoint["optimizer_states"], strict=False):
             if isinstance(state, SavedOptimizer):
                 shards = partial(self._optimizer_shards, optimizer)
@@ -660,6 +674,9 @@ class OverlapStrategy(DDPStrategy):
         background = self._async_save and self._training
 
         def prepare() -> Callable[[], None]:
+            if is_local(filepath):
+                # Not with the rest on a thread: ModelCheckpoint may put a link beside the checkpoint at once.
+                Path(filepath).parent.mkdir(parents=True, exist_ok=True)
             if self._state_dict_type == "sharded":
                 if storage_options is not None:
                     raise TypeError("storage_options are for a CheckpointIO, which writes no sharded checkpoint")
@@ -693,6 +710,7 @@ class OverlapStrategy(DDPStrategy):
                 for mode in self.modes:
                     mode.sync_parameters()
                 return self._folders.load(path, self.lightning_module.state_dict(), weights_only=safe)
+            refuse_damaged(path, read_here=self.local_rank == 0)
             if is_deferred(self.lightning_module) and type(self.checkpoint_io) is AtomicCheckpointIO:
                 return load_lazily(path, weights_only=safe)
         return load_file(self.checkpoint_io, path, weights_only=safe)
@@ -725,8 +743,9 @@ class OverlapStrategy(DDPStrategy):
         atexit.unregister(end_world)
         if not self._failed:  # after a failure it might wait for what never comes
             atexit.register(end_world)
-        self._failed = self._training = False
         self._saves.close()
+        self._folders.close(complete=not self._failed)
+        self._failed = self._training = False
         super().teardown()
 
 
