@@ -265,8 +265,6 @@ PLANTED: dict[str, tuple[type[Net], dict[str, Any]]] = {
     "an auxiliary loss on blocks, pipeline": (AuxiliaryLoss, PIPELINE),
     "a small auxiliary loss, pipeline": (SmallAuxiliaryLoss, PIPELINE),
     "an auxiliary loss by hooks, pipeline": (HookedLoss, PIPELINE),
-    "deep supervision": (DeepSupervision, INTERLEAVED),
-    "the first block's output at the end": (FirstToLast, PIPELINE),
     "a regulariser, pipeline": (Penalty, PIPELINE),
     "state in Python": (StateInPython, PIPELINE),
     "a regulariser, tensor": (Penalty, TENSOR),
@@ -315,6 +313,49 @@ def test_a_gradient_is_named_where_the_loss_is_right(world: Any) -> None:
     assert "gradients differ" in told
     assert "the loss is" not in told
     assert "blocks.0." in told
+
+
+@pytest.mark.parametrize(("kind", "strategy"), [(DeepSupervision, INTERLEAVED), (FirstToLast, PIPELINE)])
+def test_what_stages_hand_on_passes(world: Any, kind: type[Net], strategy: dict[str, Any]) -> None:
+    for weights, _, _ in world(2).run(fit, kind, strategy):
+        assert weights.isfinite().all()
+
+
+class CountsTokens(Net):
+    """Raises where the model is cut only."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks[1].norm2 = NormOfSix()
+
+
+class NormOfSix(nn.LayerNorm):
+    def __init__(self) -> None:
+        super().__init__(WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.view(-1, 6, WIDTH))
+
+
+def test_what_fails_only_where_it_is_cut_is_told(world: Any) -> None:
+    for told in world(2).run(fit, CountsTokens, TENSOR):
+        assert "the model whole computes the first batch, and the model as it is cut over the ranks fails: RuntimeError" in told
+
+
+class LeavesOut(Net):
+    """A decision that is the same on all ranks."""
+
+    def go(self, x: Tensor) -> Tensor:
+        for number, block in enumerate(self.blocks):
+            if number != 2:
+                x = block(x)
+        return x
+
+
+def test_a_block_that_is_left_out_is_told_alike_on_all_ranks(world: Any) -> None:
+    told = world(2).run(fit, LeavesOut, PIPELINE)
+    assert told[0] == told[1]
+    assert "training_step calls the blocks [0, 1, 3] of blocks, which has 4" in told[0]
 
 
 def test_leaving_it_out(world: Any) -> None:
