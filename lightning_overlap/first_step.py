@@ -102,7 +102,8 @@ class _Trial(DrivenStep):
         return nullcontext() if str(plugin.precision).endswith("-mixed") else plugin.train_step_context()
 
     def backward(self, loss: Tensor, share: float) -> None:
-        (loss * share).backward()
+        with _WithoutDropout():  # activation checkpoints run forwards again
+            (loss * share).backward()
 
     def logged(self, shares: Sequence[float]) -> Any:
         losses = torch.stack([self._outputs[i].double() for i in range(len(shares))])
