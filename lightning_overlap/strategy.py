@@ -361,7 +361,7 @@ class OverlapStrategy(DDPStrategy):
         self._plan = resolve(self.config, facts)
         rank_zero_info(self._plan.explain())
         if self.mesh.sizes["tp"] * self.mesh.sizes["pp"] > 1:
-            self._until_teardown.enter_context(without_nested_tensors(model))
+            self.until_teardown.enter_context(without_nested_tensors(model))
         self._unproven = self._plan.choice("verify_first_step") != "off"
         earlier = self.modes
         self.modes = [m(self._plan, self.config, self.mesh, self.time_limit) for m in self.mode_types if m.runs(self._plan)]

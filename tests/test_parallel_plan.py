@@ -1,8 +1,8 @@
 """Roles: where they come from, what is cut, and what is refused."""
 
 import re
-from unittest import mock
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
