@@ -89,7 +89,7 @@ class _Trial(DrivenStep):
     """The batch's loss, where this rank knows it."""
 
     def forward(self, part: Any, number: int) -> Tensor | None:
-        with logs_go_to(self._trainer, None), self._precision(), _WithoutDropout():
+        with logs_go_to(self._trainer, None), self._precision():
             output = self._module.training_step(part, *self._rest)
         loss = output["loss"] if isinstance(output, Mapping) else output
         if not isinstance(loss, Tensor):
@@ -173,6 +173,7 @@ class FirstStep:
                 stack.enter_context(mode.trial())
                 stack.enter_context(mode.complete_gradients())
             stack.enter_context(_same_random_numbers(self._device))
+            stack.enter_context(_WithoutDropout())  # in backward too, where activation checkpoints run forwards again
             try:
                 yield
             finally:

@@ -2,6 +2,7 @@
 
 import re
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -147,7 +148,28 @@ def test_a_style_of_hugging_faces_that_is_not_known() -> None:
     module = nn.Module()
     with torch.device("meta"):
         module.model = transformers.AutoModelForCausalLM.from_config(transformers.Phi3Config(**SIZES, pad_token_id=0))
-    assert "Phi3ForCausalLM's own plan has the style 'colwise_gather_output'" in refused({}, 2, module)
+    styles = {"layers.*.self_attn.qkv_proj": "sideways"}
+    with mock.patch.object(type(module.model), "tp_plan", new_callable=mock.PropertyMock, return_value=styles):
+        assert "Phi3ForCausalLM's own plan has the style 'sideways' for layers.*.self_attn.qkv_proj" in refused({}, 2, module)
+
+
+def test_a_model_without_a_plan_is_named() -> None:
+    module = nn.Module()
+    with torch.device("meta"):
+        sizes = {"vocab_size": 33, "d_model": 16, "d_kv": 4, "d_ff": 32, "num_layers": 1, "num_heads": 4}
+        module.model = transformers.T5ForConditionalGeneration(transformers.T5Config(**sizes))
+    assert "T5ForConditionalGeneration (t5) has no plan of its own" in refused({}, 2, module)
+
+
+def test_gathered_columns_keep_all_heads() -> None:
+    module = nn.Module()
+    with torch.device("meta"):
+        module.model = transformers.AutoModelForCausalLM.from_config(transformers.Phi3Config(**SIZES, pad_token_id=0))
+    found = find(module, {}, 2)
+    assert {cut.role for cut in found.cuts if cut.whole} == {"column", "row"}
+    assert found.counts == {}
+    mixed = {"self_attn.qkv_proj": "column_gathered", "self_attn.o_proj": "row"}
+    assert "layers of two kinds: column_gathered and row_split go together" in refused(mixed, 2, module)
 
 
 def test_no_plan() -> None:

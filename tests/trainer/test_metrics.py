@@ -99,7 +99,10 @@ def counts(strategy: dict[str, Any] | None) -> Any:
     chosen: Any = SingleDeviceStrategy(torch.device("cpu"))
     module = Counting("pipeline_parallel" in (strategy or {}))
     if strategy is not None:
-        chosen = OverlapStrategy(**strategy, cluster_environment=TorchElasticEnvironment(), process_group_backend="gloo")
+        # Which computes the first batch twice more, and cannot know of metrics that are not registered.
+        chosen = OverlapStrategy(
+            **strategy, verify_first_step=False, cluster_environment=TorchElasticEnvironment(), process_group_backend="gloo"
+        )
         module.data_ranks = chosen.config.degrees(dist.get_world_size()).dp
     devices = 1 if strategy is None else dist.get_world_size()
     trainer = Trainer(

@@ -20,6 +20,7 @@ class Forward:
     def __init__(self, module: nn.Module, function: Callable[..., Any]) -> None:
         self._module, self._function = module, function
         self._before = vars(module).get("forward")
+        self.__wrapped__ = function  # whose signature it has
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
