@@ -19,6 +19,10 @@ class OptimizerFacts:
     elementwise: bool
     separable: bool
     reason: str
+    known: bool = True
+    """False: it refuses to be tried, and ``reason`` has its own words."""
+    methods: tuple[str, ...] = ()
+    """Its own public methods, beside the step, that read its state."""
 
 
 def versions() -> dict[str, str]:
@@ -76,6 +80,8 @@ class Facts:
     gradient_clip_val: float | None = None
     automatic_optimization: bool = True
     gradient_readers: tuple[str, ...] = ()
+    clippers: tuple[str, ...] = ()
+    """Hooks of the user's that clip gradients by a norm of their own."""
     unfreezers: tuple[str, ...] = ()
     averagers: tuple[str, ...] = ()
     compiled: bool = False

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 import signal
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
@@ -15,12 +16,14 @@ from lightning.pytorch.loops.training_epoch_loop import _TrainingEpochLoop
 from lightning.pytorch.plugins.precision import Precision
 from lightning.pytorch.trainer.connectors.logger_connector.result import _ResultCollection
 from lightning.pytorch.trainer.connectors.signal_connector import _SignalConnector
+from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch._dynamo import OptimizedModule
 from torch.jit import ScriptModule
 
 from lightning_overlap.facts import Facts
 from lightning_overlap.modes import MODES
+from lightning_overlap.probe import names_in
 
 if TYPE_CHECKING:
     from lightning_overlap.comm import Group, Pending
@@ -69,6 +72,35 @@ def gradient_readers(trainer: Trainer, module: LightningModule) -> tuple[str, ..
     return tuple(found)
 
 
+CLIPPING = frozenset(["clip_grad_norm_", "clip_grad_norm", "clip_grads_with_norm_"])
+"""Functions of torch that scale gradients by a norm over all of them."""
+
+
+def clippers(trainer: Trainer, module: LightningModule) -> tuple[str, ...]:
+    """The user's hooks that clip gradients by torch's functions, which know nothing of what other ranks have."""
+    owners = {type(owner).__name__: owner for owner in (module, *trainer.callbacks)}  # type: ignore[attr-defined]
+    found = []
+    for reader in gradient_readers(trainer, module):
+        owner, hook = reader.split(".")
+        function = inspect.unwrap(getattr(owners[owner], hook))
+        code = getattr(getattr(function, "__func__", function), "__code__", None)
+        if code is not None and CLIPPING.intersection(names_in(code)):
+            found.append(reader)
+    return tuple(found)
+
+
+def warn_of_parts(facts: Facts) -> None:
+    """Says of which hooks see a part of the gradients, where a rank has a part of the model."""
+    readers = [reader for reader in facts.gradient_readers if not reader.endswith(("zero_grad", ".optimizer_step"))]
+    if readers:
+        rank_zero_warn(
+            f"{', '.join(readers)} may read gradients, and a rank has those of its part of the model: under tensor_parallel pieces of "
+            "cut weights, under pipeline_parallel its stages'. What goes element by element is right; a norm or a sum over gradients "
+            "is of this rank's part, and differs from rank to rank. For clipping use gradient_clip_val, or call "
+            "self.clip_gradients(...) in configure_gradient_clipping, which count all parts"
+        )
+
+
 def unfreezers(trainer: Trainer) -> tuple[str, ...]:
     """Callbacks that give the optimizer more parameters while training."""
     return tuple(type(c).__name__ for c in trainer.callbacks if isinstance(c, BaseFinetuning))  # type: ignore[attr-defined]
@@ -109,6 +141,7 @@ def facts_of(trainer: Trainer, module: LightningModule, config: OverlapConfig, *
         gradient_clip_val=trainer.gradient_clip_val,  # type: ignore[arg-type]
         automatic_optimization=module.automatic_optimization,
         gradient_readers=gradient_readers(trainer, module),
+        clippers=clippers(trainer, module),
         unfreezers=unfreezers(trainer),
         averagers=averagers(trainer),
         compiled=is_compiled(module),

@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import copy
+import inspect
+import itertools
+import math
 from collections import OrderedDict, defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from types import CodeType
 from typing import Any
 
 import torch
@@ -13,68 +18,164 @@ from torch.optim import Optimizer
 
 from lightning_overlap.facts import OptimizerFacts
 
-SHAPE = (4, 6)
+SHAPES = ((80, 64), (4, 6)), ((80, 64), (64, 48))
+"""Two matrices to try an optimizer on: a large and a small one, since some go by size; where it refuses those, two large ones."""
+STEPS = 10
+"""Steps that are tried. What an optimizer begins to do later is not found."""
 
 
 def examine(optimizer: Optimizer) -> OptimizerFacts:
-    """Steps copies of the optimizer, with its own hyperparameters, on two small matrices: together, alone, and cut in pieces.
+    """Steps copies of the optimizer, with its own hyperparameters, on two matrices: together, alone, and cut in pieces.
 
     Elementwise optimizers (SGD, Adam, AdamW, Lion, ...) always give the same numbers. Those that look at a whole matrix (Muon,
     Adafactor, Shampoo, LAMB) do not when it is cut, and neither do those whose steps draw random numbers: they keep whole
-    parameters. Those that look at all parameters at once (a norm over all of them) differ when one is alone.
+    parameters. Those that look at all parameters at once (a norm over all of them) differ when one is alone. Of one that refuses
+    to be tried nothing is known.
     """
     name = type(optimizer).__name__
+    methods = methods_that_read_state(type(optimizer))
 
     def facts(reason: str, *, independent: bool = True, elementwise: bool = False, separable: bool = False) -> OptimizerFacts:
-        return OptimizerFacts(name, independent, elementwise, separable, f"{name} {reason}")
+        return OptimizerFacts(name, independent, elementwise, separable, f"{name} {reason}", methods=methods)
 
     if isinstance(optimizer, torch.optim.LBFGS):
         return facts("evaluates the loss inside its step", independent=False)
-    groups = [_only(group) for group in optimizer.param_groups if group["params"]]
-    matrices, pieces = [slice(0, 24), slice(24, 48)], [slice(0, 12), slice(12, 24), slice(24, 48)]
-    whole = [_steps(optimizer, group, matrices) for group in groups]
+    trials, refusal = _find_trials(optimizer)
+    if refusal:
+        return OptimizerFacts(name, False, False, False, f"{name} {refusal}", known=False, methods=methods)
 
-    def alike(parts: Sequence[slice], *, apart: bool = False) -> bool:
-        return all(_alike(w, _steps(optimizer, g, parts, apart=apart)) for w, g in zip(whole, groups, strict=True))
+    def alike(parts: Callable[[_Trial], Sequence[slice]], *, apart: bool = False) -> bool:
+        return all(_alike(trial, parts(trial), apart=apart) for trial in trials)
 
-    if all(w is not None for w in whole) and not alike(matrices[:1]):
+    if not alike(lambda trial: trial.matrices[:1]):
         return facts("looks at all parameters at once", independent=False)
-    if not alike(pieces):
+    if not alike(lambda trial: trial.pieces):
         return facts("does not update each element on its own")
     if optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks:
         return facts("has step hooks, to be called once a step", elementwise=True)
-    if not alike(pieces, apart=True):
+    if not alike(lambda trial: trial.pieces, apart=True):
         return facts("cannot step a part of its parameters at a time", elementwise=True)
     return facts("updates each element on its own", elementwise=True, separable=True)
 
 
-def _only(group: dict[str, Any]) -> dict[str, Any]:
+@dataclass(frozen=True)
+class _Trial:
+    """One group of the optimizer on two matrices.
+
+    Attributes:
+        optimizer: the user's, of which copies are stepped.
+        group: hyperparameters.
+        shapes: of the matrices.
+        device: of the matrices.
+        result: the two matrices, flattened, after some steps.
+    """
+
+    optimizer: Optimizer
+    group: dict[str, Any]
+    shapes: tuple[tuple[int, int], tuple[int, int]]
+    device: torch.device
+    result: Tensor
+
+    @property
+    def matrices(self) -> list[slice]:
+        return _matrices(self.shapes)
+
+    @property
+    def pieces(self) -> list[slice]:
+        """Each matrix in flat pieces, small and large ones."""
+        first, second = self.matrices
+        cuts = [0, 24, first.stop // 2, first.stop, first.stop + 12, second.stop]
+        return [slice(a, b) for a, b in itertools.pairwise(cuts)]
+
+
+def _matrices(shapes: Sequence[tuple[int, int]]) -> list[slice]:
+    first, second = map(math.prod, shapes)
+    return [slice(0, first), slice(first, first + second)]
+
+
+def _find_trials(optimizer: Optimizer) -> tuple[list[_Trial], str]:
+    """A trial of each group, on matrices that the optimizer takes; or why there is none, in its own words."""
+    own = next((p.device for group in optimizer.param_groups for p in group["params"]), torch.device("cpu"))
+    devices = [torch.device("cpu"), *([own] if own.type not in ("cpu", "meta") else [])]
+    refusal = ""
+    for device in devices:
+        for shapes in SHAPES:
+            trials = []
+            for group in _different([_only(group, device) for group in optimizer.param_groups if group["params"]]):
+                try:
+                    result = _steps(optimizer, group, shapes, _matrices(shapes), device)
+                except Exception as error:
+                    refusal = (
+                        f"refuses to be tried ({type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else ''})"
+                    )
+                    break
+                if result is None:
+                    refusal = f"has changed nothing in {STEPS} steps that were tried"
+                    break
+                trials.append(_Trial(optimizer, group, shapes, device, result))
+            else:
+                return trials, ""
+    return [], f"{refusal}, so nothing is known of what it looks at"
+
+
+def _different(groups: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Those that do not only differ in numbers that are not zero, as the learning rates of layers do."""
+
+    def kind(value: Any) -> Any:
+        if isinstance(value, float | Tensor):
+            return bool((torch.as_tensor(value) != 0).any())
+        return [kind(item) for item in value] if isinstance(value, tuple | list) else repr(value)
+
+    return list({repr({key: kind(value) for key, value in group.items()}): group for group in groups}.values())
+
+
+def _only(group: dict[str, Any], device: torch.device) -> dict[str, Any]:
     """A group's hyperparameters; a schedule that warms up from zero would hide what a step does."""
     kept = {key: copy.deepcopy(value) for key, value in group.items() if key not in ("params", "param_names")}
     if kept.get("lr") is not None and not float(kept["lr"]):
         kept["lr"] = 1e-2
+    if device.type == "cpu" and kept.get("capturable"):
+        kept["capturable"] = False  # CUDA graphs may record the step: the same step, which torch refuses on the CPU
     return kept
 
 
-def _alike(whole: Tensor | None, parts: Tensor | None) -> bool:
-    return whole is not None and parts is not None and torch.allclose(whole[: len(parts)], parts, rtol=1e-6, atol=1e-7)
+def _alike(trial: _Trial, parts: Sequence[slice], *, apart: bool) -> bool:
+    try:
+        result = _steps(trial.optimizer, trial.group, trial.shapes, parts, trial.device, apart=apart)
+    except Exception:
+        return False  # it takes matrices, and refuses a part of one in its own way
+    return result is not None and torch.allclose(trial.result[: len(result)], result, rtol=1e-6, atol=1e-7)
 
 
-def _steps(optimizer: Optimizer, group: dict[str, Any], parts: Sequence[slice], *, apart: bool = False) -> Tensor | None:
-    """The parts of two flattened matrices after three steps; None if the optimizer refuses them, or leaves them as they are.
+def _steps(
+    optimizer: Optimizer,
+    group: dict[str, Any],
+    shapes: Sequence[tuple[int, int]],
+    parts: Sequence[slice],
+    device: torch.device,
+    *,
+    apart: bool = False,
+) -> Tensor | None:
+    """The parts of two flattened matrices after some steps; None if the optimizer leaves them as they are.
 
     Args:
         optimizer: the user's, of which a copy is stepped.
         group: hyperparameters.
+        shapes: of the two matrices.
         parts: what its parameters are: whole matrices, or flat pieces.
+        device: of the parameters.
         apart: each parameter is stepped by a call of its own.
+
+    Raises:
+        Exception: the optimizer's own.
     """
     generator = torch.Generator().manual_seed(0)
-    start = torch.randn(48, generator=generator)
-    gradients = [torch.randn(48, generator=generator) for _ in range(3)]
+    matrices = _matrices(shapes)
+    size = matrices[-1].stop
+    start, *gradients = (torch.randn(size, generator=generator).to(device) for _ in range(STEPS + 1))
 
     def cut(x: Tensor) -> list[Tensor]:
-        return [x[part].view(SHAPE).clone() if part.stop - part.start == 24 else x[part].clone() for part in parts]
+        return [x[part].view(shapes[matrices.index(part)]).clone() if part in matrices else x[part].clone() for part in parts]
 
     parameters = [nn.Parameter(piece) for piece in cut(start)]
     probe = copy.copy(optimizer)
@@ -82,17 +183,48 @@ def _steps(optimizer: Optimizer, group: dict[str, Any], parts: Sequence[slice], 
     probe.param_groups = [{**copy.deepcopy(group), "params": parameters}]
     probe._optimizer_step_pre_hooks, probe._optimizer_step_post_hooks = OrderedDict(), OrderedDict()
     step = type(optimizer).step
-    random_state = torch.get_rng_state()
-    try:
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        if callable(train := getattr(probe, "train", None)):
+            train()  # schedule-free optimizers do not step before
         for gradient in gradients:
             for parameter, piece in zip(parameters, cut(gradient), strict=True):
                 parameter.grad = piece
             for together in [[p] for p in parameters] if apart else [parameters]:
                 probe.param_groups[0]["params"] = together
                 step(probe)  # type: ignore[call-arg]
-    except Exception:
-        return None  # it needs a matrix, and says so in its own way: not elementwise
-    finally:
-        torch.set_rng_state(random_state)
     result = torch.cat([parameter.detach().flatten() for parameter in parameters])
     return None if result.equal(start[: len(result)]) else result
+
+
+def methods_that_read_state(kind: type[Optimizer]) -> tuple[str, ...]:
+    """Public methods of a class of optimizers that read its state, and that its step does not call.
+
+    ``train`` and ``eval`` of a schedule-free optimizer, say, which swap weights and averages outside of the step.
+    """
+    # Of torch's own, share_memory is the only one, which swaps nothing.
+    classes = [each for each in kind.__mro__ if not each.__module__.startswith(("torch.", "builtins"))]
+    codes: dict[str, list[CodeType]] = {}
+    for each in reversed(classes):
+        for name, value in vars(each).items():
+            value = value.fget if isinstance(value, property) else getattr(value, "__func__", value)
+            if inspect.isfunction(value):
+                codes.setdefault(name, []).append(inspect.unwrap(value).__code__)  # super() may call an earlier one
+    used = {name: {n for code in several for n in names_in(code)} for name, several in codes.items()}
+
+    def reached(name: str) -> set[str]:
+        found, left = set(), [name]
+        while left:
+            if (now := left.pop()) not in found:
+                found.add(now)
+                left += [other for other in used.get(now, ()) if other in used]
+        return found
+
+    known = {*dir(Optimizer), *reached("step")}
+    own = [name for name in used if not name.startswith("_") and name not in known]
+    return tuple(sorted(name for name in own if any("state" in used[other] for other in reached(name))))
+
+
+def names_in(code: CodeType) -> set[str]:
+    """The names of attributes and globals in a function, and in what is defined in it."""
+    inner = (constant for constant in code.co_consts if isinstance(constant, CodeType))
+    return {*code.co_names, *(name for each in inner for name in names_in(each))}

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator
 import torch
 from torch import Tensor, nn
 
-from lightning_overlap.comm import Group, everyone, world_size
+from lightning_overlap.comm import Group, Pending, everyone, world_size
 
 AT_ONCE = 1 << 25
 """Bytes that are broadcast together: many small tensors cost one transfer, and no copy is larger."""
@@ -30,7 +30,7 @@ def share(tensors: Iterable[Tensor], group: Group | None = None, source: int = 0
         ranks.broadcast(flat, source)
         if ranks.rank != source:
             for tensor, part in zip(together, flat.split([tensor.numel() for tensor in together]), strict=True):
-                tensor.detach().copy_(part.view(tensor.shape))
+                tensor.data.copy_(part.view(tensor.shape))  # no new version, by which SharedBuffers sees what training writes
 
 
 def _batches(tensors: Iterable[Tensor]) -> Iterator[list[Tensor]]:
@@ -45,35 +45,61 @@ def _batches(tensors: Iterable[Tensor]) -> Iterator[list[Tensor]]:
 
 
 class SharedBuffers:
-    """Buffers that the first step writes (running statistics, codebooks) are the first rank's before each later one, as in DDP.
+    """Buffers that training writes (running statistics, codebooks) are the first rank's before each training step, as in DDP.
 
-    Which these are is agreed once, so that the masks and tables of a transformer cost nothing.
+    Which these are is agreed, so that the masks and tables of a transformer cost nothing: each step posts one number after its
+    forward, whether it has written a buffer that is not shared yet, and the next step reads it. What hooks write for the first time
+    after a forward is therefore shared a step later than in DDP.
 
     Args:
         module: the user's.
         group: ranks that hold the same of it.
+        everyone: all ranks, on the CPU, so that reading a number never waits for a device.
     """
 
-    def __init__(self, module: nn.Module, group: Group) -> None:
-        self._module = module
+    def __init__(self, module: nn.Module, group: Group, everyone: Group) -> None:
+        self._holders = [(path, part) for path, part in module.named_modules() if part._buffers]
         self._group = group
-        self._before: dict[str, tuple[int, int]] | None = None
-        self._written: list[str] | None = None
+        self._everyone = everyone
+        self._before = self._state()
+        self._shared: list[str] = []
+        self._news: Pending | None = None
 
     def before_forward(self) -> None:
         """To be called on every rank before each training step."""
-        if self._before is None:
-            self._before = self._state()
+        if self._group.size == 1:
             return
-        if self._written is None:
-            now = self._state()
-            everyone = self._group.all_gather_objects([name for name in now if now[name] != self._before.get(name)])
-            modules = {name.rpartition(".")[0] for names in everyone for name in names}
+        if self._news is None or self._news.wait().item():
+            everyone = self._group.all_gather_objects(self._written())
+            parts = {name.rpartition(".")[0] for names in [self._shared, *everyone] for name in names}
             # All of a module's: torch does not see its own kernels write running statistics, only the count of batches beside them.
-            self._written = sorted(name for name in now if name.rpartition(".")[0] in modules)
-        if self._written:
-            buffers = dict(self._module.named_buffers())
-            share((buffers[name] for name in self._written), self._group)
+            self._shared = sorted(name for name in self._state() if name.rpartition(".")[0] in parts)
+        if self._shared:
+            share(self._named(self._shared), self._group)
+
+    def after_forward(self) -> None:
+        """To be called on every rank after each training step."""
+        if self._group.size > 1:
+            news = not set(self._shared).issuperset(self._written())
+            self._news = self._everyone.all_reduce(torch.tensor(int(news)), label="buffers")
+
+    def finish(self) -> None:
+        """Takes in what the last step has posted."""
+        if self._news is not None:
+            self._news.wait()
+
+    def _named(self, names: Iterable[str]) -> list[Tensor]:
+        buffers = {f"{path}.{key}": buffer for path, part in self._holders for key, buffer in part._buffers.items()}
+        return [buffer for name in names if (buffer := buffers.get(name)) is not None]
+
+    def _written(self) -> list[str]:
+        """Since setup."""
+        return [name for name, state in self._state().items() if state != self._before.get(name)]
 
     def _state(self) -> dict[str, tuple[int, int]]:
-        return {name: (buffer.data_ptr(), buffer._version) for name, buffer in self._module.named_buffers()}
+        return {
+            f"{path}.{key}": (buffer.data_ptr(), buffer._version)
+            for path, part in self._holders
+            for key, buffer in part._buffers.items()
+            if buffer is not None
+        }

@@ -74,7 +74,7 @@ from lightning_overlap.modes.data.config import DataParallel
 from lightning_overlap.modes.expert.config import ExpertParallel
 from lightning_overlap.modes.pipeline.config import PipelineParallel
 from lightning_overlap.modes.tensor.config import TensorParallel
-from lightning_overlap.optimization import Preemption, adapt_precision, after_closure, facts_of, held, zeroing_first
+from lightning_overlap.optimization import Preemption, adapt_precision, after_closure, facts_of, held, warn_of_parts, zeroing_first
 from lightning_overlap.parts import Parts
 from lightning_overlap.plan import Plan, resolve
 from lightning_overlap.probe import examine
@@ -298,7 +298,7 @@ class OverlapStrategy(DDPStrategy):
                 self.until_teardown.callback(self._whole_state.remove)
             if self._alike is not None:
                 self._preemption = Preemption(trainer, everyone())
-                self._buffers = SharedBuffers(self.model, self._alike)
+                self._buffers = SharedBuffers(self.model, self._alike, everyone())
                 sharing = self.mesh.groups(*(axis for axis in self.mesh.sizes if axis != "dp"))
                 self._sharing = make_group(sharing, "batch", self.time_limit, gathers=False, threads=False)
                 self._unchecked = CHECKED_BATCHES
@@ -368,6 +368,7 @@ class OverlapStrategy(DDPStrategy):
         rank_zero_info(self._plan.explain())
         if self.mesh.sizes["tp"] * self.mesh.sizes["pp"] > 1:
             self.until_teardown.enter_context(without_nested_tensors(model))
+            warn_of_parts(facts)
         self._unproven = self._plan.choice("verify_first_step") != "off"
         earlier = self.modes
         self.modes = [m(self._plan, self.config, self.mesh, self.time_limit) for m in self.mode_types if m.runs(self._plan)]
@@ -412,6 +413,12 @@ class OverlapStrategy(DDPStrategy):
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
         if self._buffers is not None:
             self._buffers.before_forward()
+        output = self._training_step(*args, **kwargs)
+        if self._buffers is not None:
+            self._buffers.after_forward()
+        return output
+
+    def _training_step(self, *args: Any, **kwargs: Any) -> Any:
         batch, *rest = [*args, *kwargs.values()]
         checked = self._sharing if self._sharing is not None and self._sharing.size > 1 and self._unchecked else None
         if checked is not None:
@@ -512,8 +519,8 @@ class OverlapStrategy(DDPStrategy):
     def clip_gradients_by_norm(self, optimizer: Optimizer, clip_val: float) -> None:
         """Clips by the norm over all ranks' shards."""
         stepped = [(p, p.grad) for p in self.stepped_parameters(optimizer) if p.grad is not None]
-        counted = [grad.float().norm() ** 2 for p, grad in stepped if not getattr(p, COUNTED_ELSEWHERE, False)]
-        squares = torch.zeros((), device=self.root_device)
+        counted = [_sum_of_squares(grad) for p, grad in stepped if not getattr(p, COUNTED_ELSEWHERE, False)]
+        squares = torch.zeros((), dtype=torch.float64, device=self.root_device)
         if counted:
             squares += torch.stack(counted).sum()
         for mode in self.modes:
@@ -781,6 +788,8 @@ class OverlapStrategy(DDPStrategy):
 
     def teardown(self) -> None:
         self.until_teardown.close()
+        if self._buffers is not None and not self.failed:
+            self._buffers.finish()
         if self._preemption is not None:
             self._preemption.close(complete=not self.failed)
             self._preemption = self._buffers = None
@@ -801,6 +810,14 @@ class OverlapStrategy(DDPStrategy):
         self.failed = self._training = False
         announcements.end()
         super().teardown()
+
+
+def _sum_of_squares(grad: Tensor) -> Tensor:
+    """Of the absolute values of a gradient, in fp64: a scalar in which neither squares nor their sum overflow."""
+    values = grad.coalesce().values() if grad.is_sparse else grad
+    values = torch.view_as_real(values) if values.is_complex() else values
+    norm: Tensor = torch.linalg.vector_norm(values, dtype=torch.promote_types(values.dtype, torch.float32))
+    return norm.double() ** 2
 
 
 class _WorkerSeed:

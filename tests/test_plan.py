@@ -54,6 +54,8 @@ def choices(config=None, **facts):
 ADAM = OptimizerFacts("AdamW", True, True, True, "AdamW updates each element on its own")
 NORM = OptimizerFacts("Norm", False, False, False, "Norm looks at all parameters at once")
 MUON = OptimizerFacts("Muon", True, False, False, "Muon does not update each element on its own")
+REFUSES = OptimizerFacts("Shy", False, False, False, "Shy refuses to be tried (TypeError: no), so nothing is known", known=False)
+SWAPS = OptimizerFacts("Free", True, True, True, "Free updates each element on its own", methods=("eval", "train"))
 
 
 def test_everything_overlaps_by_default():
@@ -80,6 +82,8 @@ def test_large_models_get_the_reference_bucket_size(world_size, size):
         ({"automatic_optimization": False}, "overlap_param_gather", "off"),
         ({"optimizers": (MUON,)}, "distributed_optimizer", "whole parameters"),
         ({"optimizers": (MUON,)}, "overlap_optimizer_step", "off"),
+        ({"optimizers": (REFUSES,)}, "distributed_optimizer", "off"),
+        ({"optimizers": (SWAPS,)}, "distributed_optimizer", "off"),
     ],
 )
 def test_auto_declines(facts, feature, choice):
@@ -125,6 +129,8 @@ def test_overlap_off_keeps_the_layout():
         ({}, {"precision": "16-mixed"}, "use bf16-mixed"),
         ({"distributed_optimizer": True}, {"unfreezers": ("BackboneFinetuning",)}, "BackboneFinetuning brings in parameters"),
         ({"distributed_optimizer": True}, {"optimizers": (NORM,)}, "looks at all parameters at once"),
+        ({"distributed_optimizer": True}, {"optimizers": (REFUSES,)}, r"Shy refuses to be tried \(TypeError: no\)"),
+        ({"distributed_optimizer": True}, {"optimizers": (SWAPS,)}, "Free.eval, Free.train reads the optimizer's state outside"),
         ({}, {"optimizers": (OptimizerFacts("LBFGS", False, False, False, ""),)}, "L-BFGS"),
     ],
 )
@@ -272,6 +278,12 @@ def test_tensor_parallelism_says_what_it_does():
         ({"found": ("", (), 0), "vocab_parallel": True}, "no embedding or head has the role"),
         ({"facts": {"precision": "16-mixed"}}, "precision 16-mixed scales the loss"),
         ({"facts": {"optimizers": (OptimizerFacts("Muon", True, False, True, ""),)}}, "Muon looks at whole matrices"),
+        (
+            {"facts": {"clippers": ("Net.configure_gradient_clipping",)}},
+            "clips by a norm over the gradients that a rank has, its pieces",
+        ),
+        ({"facts": {"optimizers": (REFUSES,)}}, "Shy refuses to be tried (TypeError: no)"),
+        ({"facts": {"averagers": ("EMAWeightAveraging",)}}, "EMAWeightAveraging averages copies of whole weights"),
         ({"pipeline": PipelineParallel(size=2, microbatches=4, schedule="zb_h1")}, "zb_h1 splits backward"),
         (
             {

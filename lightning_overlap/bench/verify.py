@@ -5,8 +5,8 @@ from __future__ import annotations
 import copy
 import hashlib
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
@@ -18,8 +18,10 @@ from torch.utils.data import DataLoader
 
 from lightning_overlap.bench.runs import Runs
 from lightning_overlap.comm import all_gather_objects, rank, world_size
+from lightning_overlap.config import OverlapConfig
 from lightning_overlap.decision import ConfigError
 from lightning_overlap.mesh import ParallelMesh
+from lightning_overlap.plan import Plan, resolve
 from lightning_overlap.shared_state import share
 from lightning_overlap.strategy import OverlapStrategy
 
@@ -159,43 +161,69 @@ def verify(
         A verdict for each comparison.
 
     Raises:
-        ConfigError: ``steps`` is less than 1, or there is one rank only.
+        ConfigError: ``steps`` is less than 1, there is one rank only, or nothing overlaps and there is nothing else to compare with.
     """
     if steps < 1:
         raise ConfigError(f"steps={steps} must be at least 1")
     runs = Runs(model, datamodule, strategy, trainer)
 
+    plans: list[Plan] = []
+
     def run(overlap: str, **looks: bool) -> Seen:
         witness = _Witness(**looks)
         module = copy.deepcopy(model)
-        runs.fit(runs.ours(overlap=overlap), steps, witness, module)
+        ours = runs.ours(overlap=overlap)
+        runs.fit(ours, steps, witness, module)
+        plans.append(ours.plan)
         return witness.after(module)
 
     on = run(strategy.config.overlap, batches=against == "single")
     if world_size() == 1:
         raise ConfigError("on one rank nothing is communicated, and there is nothing to compare: ask for more devices")
-    off = run("off")
     close = CLOSE if "16" not in str(trainer.get("precision")) else CLOSE_HALF
-    # Products in pieces round otherwise than whole ones.
-    exact = strategy.config.tensor_parallel.size == 1
-    differences = _shared(
-        _differences(on, off, "with overlap", "without") if exact else _far(on, off, off.losses, close, "without overlap")
-    )
-    if differences and exact:
-        # Only now, because it takes time in which a transfer that is late may arrive.
-        looked = _shared(_weights_read(run(strategy.config.overlap, weights=True), run("off", weights=True)))
-        differences += looked[:1] or ["while they are looked at, the weights that forward reads do not differ: a matter of timing"]
-    counted = f"{len(on.losses)} losses, {len(on.norms)} norms of gradients and {len(on.weights)} parameters"
-    verdicts = [
-        Verdict(
-            f"overlap on and off, {counted} on each of {world_size()} ranks, {'bit by bit' if exact else f'to {close:g}'}", differences
+    verdicts = []
+    if _overlaps(plans[0], strategy.config):
+        verdicts.append(_on_and_off(on, run, strategy.config, close))
+    elif against != "single":
+        raise ConfigError(
+            "nothing overlaps in this plan, so that overlap on and off are the same run, and comparing them prove nothing: ask for "
+            "overlap (overlap: auto), or compare with one process (against='single', --against single)"
         )
-    ]
     if against == "single":
         single, mesh = _single(runs, on.batches, steps), _mesh(runs)
         far = _far(on, single, single.losses[mesh.coordinates()["dp"] :: mesh.sizes["dp"]], close, "on one process")
         verdicts.append(Verdict(f"{world_size()} ranks and one process, losses and weights to {close:g}", _shared(far)))
     return verdicts
+
+
+def _overlaps(plan: Plan, config: OverlapConfig) -> bool:
+    """Whether overlap="off" would change anything of a plan."""
+    off = resolve(replace(config, overlap="off"), plan.facts)
+    return [(d.feature, d.choice) for d in plan.decisions] != [(d.feature, d.choice) for d in off.decisions]
+
+
+def _on_and_off(on: Seen, run: Callable[..., Seen], config: OverlapConfig, close: float) -> Verdict:
+    """Compares a run with its twin without overlap, which is trained here.
+
+    Args:
+        on: the run.
+        run: trains, given what ``overlap`` is.
+        config: of the run.
+        close: the relative difference that rounding explains.
+    """
+    off = run("off")
+    # Products in pieces round otherwise than whole ones.
+    exact = config.tensor_parallel.size == 1
+    differences = _shared(
+        _differences(on, off, "with overlap", "without") if exact else _far(on, off, off.losses, close, "without overlap")
+    )
+    if differences and exact:
+        # Only now, because it takes time in which a transfer that is late may arrive.
+        looked = _shared(_weights_read(run(config.overlap, weights=True), run("off", weights=True)))
+        differences += looked[:1] or ["while they are looked at, the weights that forward reads do not differ: a matter of timing"]
+    counted = f"{len(on.losses)} losses, {len(on.norms)} norms of gradients and {len(on.weights)} parameters"
+    how = "bit by bit" if exact else f"to {close:g}"
+    return Verdict(f"overlap on and off, {counted} on each of {world_size()} ranks, {how}", differences)
 
 
 def _shared(mine: list[str]) -> list[str]:

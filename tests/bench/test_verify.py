@@ -72,7 +72,7 @@ class Faults:
         return mock.patch.object(Group, "reduce_scatter", reduce_scatter)
 
 
-def verified(fault=None, against="off", optimizer="sgd", **trainer):
+def verified(fault=None, against="off", optimizer="sgd", overlap="auto", **trainer):
     warnings.simplefilter("ignore")
     faults, real = Faults(), DataMode.__init__
 
@@ -82,7 +82,7 @@ def verified(fault=None, against="off", optimizer="sgd", **trainer):
 
     size = dist.get_world_size()
     given = {"accelerator": "cpu", "devices": size, "plugins": [TorchElasticEnvironment()], **trainer}
-    strategy = OverlapStrategy(DataParallel(bucket_size=500), cluster_environment=TorchElasticEnvironment())
+    strategy = OverlapStrategy(DataParallel(bucket_size=500), overlap=overlap, cluster_environment=TorchElasticEnvironment())
     strategy.parallel_devices = [torch.device("cpu")] * size
     model = Net(optimizer)
     del model.unused  # which counts as zero gradients, and is skipped on one process
@@ -134,6 +134,19 @@ def one_rank():
 
 def test_one_rank_has_nothing_to_compare(world):
     world(1).run(one_rank)
+
+
+def without_overlap():
+    with pytest.raises(ConfigError, match="nothing overlaps in this plan"):
+        verified(overlap="off")
+    return verified(overlap="off", against="single")
+
+
+def test_a_plan_in_which_nothing_overlaps_is_no_proof(world):
+    for verdicts in world(2).run(without_overlap):
+        ((equal, words),) = verdicts
+        assert equal, words
+        assert words.startswith("2 ranks and one process")
 
 
 class Piped(PipelineNet):

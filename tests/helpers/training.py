@@ -111,7 +111,8 @@ def train(
     if made is not None:
         made.append(run)
     run.fit(model, ckpt_path=resume)
-    weights = torch.cat([p.detach().flatten().float() for p in model.parameters()])
+    real = [torch.view_as_real(p.detach()) if p.is_complex() else p.detach() for p in model.parameters()]
+    weights = torch.cat([p.flatten().float() for p in real])
     return {
         "losses": model.losses,
         "weights": weights.tolist(),

@@ -104,6 +104,44 @@ class PenalizesKeptWeights(Plain):
         return super().training_step(batch, index) + 0.01 * penalty
 
 
+class Averaging(torch.optim.SGD):
+    """As schedule-free optimizers: eval() puts averages in the place of the weights."""
+
+    def step(self, closure=None):
+        result = super().step(closure)
+        with torch.no_grad():
+            for group in self.param_groups:
+                for p in group["params"]:
+                    self.state[p].setdefault("average", torch.zeros_like(p)).lerp_(p, 0.5)
+        return result
+
+    @torch.no_grad()
+    def eval(self):
+        for group in self.param_groups:
+            for p in group["params"]:
+                p.copy_(self.state[p]["average"])
+
+
+class EndsWithAverages(Plain):
+    def configure_optimizers(self):
+        return Averaging([p for p in self.parameters() if p.requires_grad], 0.1)
+
+    def on_train_end(self):
+        self.optimizers().eval()
+
+
+class ComplexWeights(Plain):
+    """Whose gradients are far larger in their imaginary parts."""
+
+    def __init__(self, optimizer="sgd"):
+        super().__init__(optimizer)
+        self.phase = nn.Parameter(torch.randn(16, dtype=torch.cfloat))
+
+    def training_step(self, batch, index):
+        x = self.embedding(batch)
+        return super().training_step(batch, index) + 100 * (x * self.phase).imag.square().mean()
+
+
 class BackwardInValidation(Plain):
     def validation_step(self, batch, index):
         with torch.enable_grad(), torch.inference_mode(False):
@@ -152,6 +190,30 @@ class RunningStatistics(Plain):
         return super().training_step(batch, index) + (normal * (x - self.batch_norm.running_mean.clone())).square().mean()
 
 
+class LateCodebook(Codebook):
+    """First written in the third step."""
+
+    def training_step(self, batch, index):
+        before = self.mean.clone()
+        loss = super().training_step(batch, index)
+        if index < 2:
+            self.mean.copy_(before)
+        return loss
+
+
+class UnfreezesBatchNorm(RunningStatistics):
+    def training_step(self, batch, index):
+        self.batch_norm.train(index >= 2)
+        return super().training_step(batch, index)
+
+
+class ReplacesABuffer(Codebook):
+    def training_step(self, batch, index):
+        if index == 2:
+            self.mean = self.embedding(batch).detach().mean((0, 1))
+        return Plain.training_step(self, batch, index) + self.up(self.embedding(batch) - self.mean).square().mean()
+
+
 class Sparse(Plain):
     def __init__(self, optimizer="sgd"):
         super().__init__(optimizer)
@@ -162,6 +224,34 @@ class Sparse(Plain):
 
     def configure_optimizers(self):
         return torch.optim.SGD([p for p in self.parameters() if p.requires_grad], 0.1)
+
+
+class SparseState(Sparse):
+    """An optimizer that takes sparse gradients only, and whose step depends on which rows they have."""
+
+    def configure_optimizers(self):
+        return torch.optim.SparseAdam([self.extra.weight], 0.1)
+
+
+class SparseByHand(Sparse):
+    """Beside a dense one."""
+
+    def __init__(self, optimizer="sgd"):
+        super().__init__(optimizer)
+        self.automatic_optimization = False
+
+    def configure_optimizers(self):
+        dense = [p for p in self.parameters() if p.requires_grad and p is not self.extra.weight]
+        return [torch.optim.SGD(dense, 0.1), torch.optim.SparseAdam([self.extra.weight], 0.1)]
+
+    def training_step(self, batch, index):
+        loss = super().training_step(batch, index)
+        for optimizer in self.optimizers():
+            optimizer.zero_grad()
+        self.manual_backward(loss)
+        for optimizer in self.optimizers():
+            optimizer.step()
+        return loss
 
 
 class Recurrent(Plain):
@@ -222,10 +312,19 @@ class Finetuned(Plain):
         (CopiesItself, {}),
         (Codebook, {}),
         (RunningStatistics, {}),
+        (RunningStatistics, {"val_check_interval": 2}),
+        (LateCodebook, {}),
+        (UnfreezesBatchNorm, {}),
+        (ReplacesABuffer, {}),
         (Sparse, {}),
+        (Sparse, {"data": {"distributed_optimizer": False}, "accumulate_grad_batches": 2}),
+        (SparseState, {}),
+        (SparseByHand, {}),
         (Recurrent, {}),
         (CompiledBlock, {}),
         (Double, {}),
+        (EndsWithAverages, {}),
+        (ComplexWeights, {"gradient_clip_val": 0.5}),
     ],
     ids=lambda value: value.__name__ if isinstance(value, type) else str(value),
 )
@@ -311,6 +410,25 @@ def test_what_a_callback_unfreezes_is_reduced(world):
     assert ours[0]["hash"] == ours[1]["hash"]
     assert "Thaws brings in parameters while training" in ours[0]["plan"]
     torch.testing.assert_close(torch.tensor(ours[0]["weights"]), torch.tensor(one[0]["weights"]), rtol=1e-4, atol=2e-5)
+
+
+class ScalesRows(Plain):
+    """In the forward of an embedding."""
+
+    def __init__(self, optimizer="sgd"):
+        super().__init__(optimizer)
+        self.embedding.max_norm = 1.0
+
+
+def test_a_forward_that_writes_weights_is_refused(world):
+    for message in world(2).run(scale_rows):
+        assert message.startswith("embedding has max_norm, with which forward writes the weight"), message
+
+
+def scale_rows():
+    with pytest.raises(ConfigError) as caught:
+        train(module=ScalesRows)
+    return str(caught.value)
 
 
 class Reuses(Plain):

@@ -165,6 +165,7 @@ def _optimizer(own: DataParallel, facts: Facts) -> Decision:
         raise ConfigError("L-BFGS evaluates the loss inside its step, where nothing overlaps; use AdamW, or manual optimization")
     whole = [f.reason for f in facts.optimizers or () if not f.elementwise]
     coupled = [f.reason for f in facts.optimizers or () if not f.independent]
+    readers = [f"{f.name}.{method}" for f in facts.optimizers or () for method in f.methods]
     return settle(
         feature,
         own.distributed_optimizer,
@@ -176,6 +177,11 @@ def _optimizer(own: DataParallel, facts: Facts) -> Decision:
                 "with manual optimization user code toggles and steps whole parameters; set automatic_optimization = True",
             ),
             (bool(coupled), f"{'; '.join(coupled)}; use an optimizer such as AdamW"),
+            (
+                bool(readers),
+                f"{', '.join(readers)} reads the optimizer's state outside of the step, by parameters, and would find none in shards; "
+                "use an optimizer without",
+            ),
             (bool(facts.unfreezers), f"{', '.join(facts.unfreezers)} brings in parameters while training; remove it"),
         ],
     )

@@ -56,6 +56,7 @@ class DataMode(OverlapMode):
         self._crossing: deque[tuple[LiveBucket, Pending]] = deque()
         self._not_finite: list[str] = []  # what this rank has found in this backward
         self._frozen: list[tuple[str, nn.Parameter]] = []
+        self._sparse: list[tuple[str, nn.Parameter]] = []  # whose gradients stay sparse, for an optimizer that steps whole parameters
         self._lengths: dict[Optimizer, list[int]] = {}
         self._optimizer: ShardedOptimizer | None = None
         self._hooks: list[Any] = []
@@ -99,8 +100,12 @@ class DataMode(OverlapMode):
         # What another mode completes after backward is sent after all else, a stage does not wait for another one's backward, and a
         # shard is counted in the norm as a whole.
         kinds: dict[tuple[bool, int, bool, str, str], list[tuple[str, nn.Parameter]]] = {}
+        self._refuse_max_norm(model)
+        sparse = {id(part.weight) for part in model.modules() if _is_lookup(part) and part.sparse} if not self._sharded else set()
         for name, parameter in model.named_parameters():
-            if parameter.requires_grad or self.plan.facts.unfreezers:
+            if id(parameter) in sparse and not getattr(parameter, LATE_GRADIENT, False):
+                self._sparse.append((name, parameter))
+            elif parameter.requires_grad or self.plan.facts.unfreezers:
                 late, elsewhere = (bool(getattr(parameter, marker, False)) for marker in (LATE_GRADIENT, COUNTED_ELSEWHERE))
                 kind = late, -_stage(parameter), elsewhere, str(parameter.dtype), str(parameter.device)
                 kinds.setdefault(kind, []).append((name, parameter))
@@ -116,6 +121,16 @@ class DataMode(OverlapMode):
                 parameter.requires_grad_(trained)
         if self._sharded:
             self._guard(model)
+
+    @staticmethod
+    def _refuse_max_norm(model: nn.Module) -> None:
+        for name, part in model.named_modules():
+            if _is_lookup(part) and part.max_norm is not None and part.weight.requires_grad:
+                raise ConfigError(
+                    f"{name} has max_norm, with which forward writes the weight: each rank would write the rows of its own batch, and "
+                    "ranks would hold other weights. Leave max_norm out, and scale all rows in on_train_batch_start: "
+                    f"with torch.no_grad(): weight.renorm_({part.norm_type}, 0, {part.max_norm})"
+                )
 
     def _lay_out(self, named: Sequence[tuple[str, nn.Parameter]]) -> tuple[Bucket, ...]:
         return lay_out(
@@ -192,7 +207,8 @@ class DataMode(OverlapMode):
 
     def prepare_optimizers(self, optimizers: Sequence[Optimizer]) -> None:
         everything = [p for o in optimizers for group in o.param_groups for p in group["params"]]
-        strange = [p for p in everything if p.requires_grad and id(p) not in self._home]
+        known = {*self._home, *(id(p) for _, p in self._sparse)}
+        strange = [p for p in everything if p.requires_grad and id(p) not in known]
         if strange:
             raise ConfigError(
                 f"{len(strange)} parameters of the optimizer are not parameters of the module at setup. Create parameters in "
@@ -254,7 +270,8 @@ class DataMode(OverlapMode):
                 f"{thawed[0]} ({len(thawed)} in all) was frozen at setup and is trained now, and is in no bucket. Freeze and unfreeze "
                 "between fits; or leave it trainable and give its group a learning rate of 0 until then."
             )
-        if not self._sharded and all(id(p) in self._home for o in self._lengths for group in o.param_groups for p in group["params"]):
+        known = {*self._home, *(id(p) for _, p in self._sparse)}
+        if not self._sharded and all(id(p) in known for o in self._lengths for group in o.param_groups for p in group["params"]):
             return
         if any(_lengths(optimizer) != lengths for optimizer, lengths in self._lengths.items()):
             raise ConfigError(
@@ -396,6 +413,7 @@ class DataMode(OverlapMode):
             self._launch(bucket)
             self._progress(block=False)
         self._progress(block=True)
+        self._reduce_sparse()
         if self.config.data_parallel.check_for_nan_in_grad:
             self._refuse_not_finite()
         if unused and not self._said_unused:
@@ -408,6 +426,17 @@ class DataMode(OverlapMode):
             for bucket in self._buckets:
                 for parameter in bucket.parameters:
                     parameter.grad = None  # partly reduced: nobody may take it for the gradient
+
+    def _reduce_sparse(self) -> None:
+        """As in DDP: the ranks' rows together, in the order of the parameters, after the rest."""
+        for name, parameter in self._sparse:
+            if parameter.requires_grad:
+                empty = torch.zeros_like(parameter, layout=torch.sparse_coo)
+                grad = empty if parameter.grad is None else parameter.grad
+                grad = grad.coalesce() if grad.is_sparse else grad  # dense, where it is a head's weight, too
+                for group in filter(None, (self.group, self._instances)):
+                    grad = group.all_reduce(grad, label=f"data.sparse[{name}]", average=True).wait()
+                parameter.grad = grad
 
     # -- parameters --------------------------------------------------------------------------------------------------
 
@@ -476,6 +505,10 @@ class DataMode(OverlapMode):
     def close(self) -> None:
         for group in filter(None, (self.group, self._instances)):
             group.close()
+
+
+def _is_lookup(part: nn.Module) -> bool:
+    return isinstance(part, nn.Embedding | nn.EmbeddingBag)
 
 
 def _stage(parameter: nn.Parameter) -> int:

@@ -284,7 +284,8 @@ def _refuse_what_cannot_run(own: PipelineParallel, facts: Facts, *, cut: bool) -
         ConfigError: something is in the way.
     """
     optimizers = facts.optimizers or ()
-    coupled = [o.name for o in optimizers if not o.independent]
+    coupled = [o.name for o in optimizers if not o.independent and o.known]
+    unknown = [o.reason for o in optimizers if not o.known]
     reasons = [
         (not facts.automatic_optimization, "manual optimization runs backward itself, in the middle of training_step: use automatic"),
         (facts.precision == "16-mixed", "precision 16-mixed scales the loss, which is not in this version: use bf16-mixed"),
@@ -296,6 +297,12 @@ def _refuse_what_cannot_run(own: PipelineParallel, facts: Facts, *, cut: bool) -
         ),
         (cut, f"{own.chosen} splits backward, and tensor_parallel computes gradients in an order of its own: use interleaved or 1f1b"),
         (bool(coupled), f"{', '.join(coupled)} looks at all parameters at once, and a rank has its stages' only"),
+        (
+            bool(facts.clippers),
+            f"{', '.join(facts.clippers)} clips by a norm over the gradients that a rank has, its stages' only: use "
+            "gradient_clip_val, or call self.clip_gradients(...) in configure_gradient_clipping",
+        ),
+        (bool(unknown), f"{'; '.join(unknown)}, and a rank has its stages' parameters only: use an optimizer such as AdamW"),
     ]
     if said := [reason for applies, reason in reasons if applies]:
         raise ConfigError(f"pipeline_parallel.size={own.size} cannot run here: {'; '.join(said)}")

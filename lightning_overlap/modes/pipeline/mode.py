@@ -442,6 +442,13 @@ class PipelineMode(OverlapMode):
         parts = self.group.gather_objects(state["state"])
         return {**state, "state": {number: value for part in reversed(parts) for number, value in part.items()}}
 
+    def own_optimizer(self, optimizer: Optimizer, state: dict[str, Any]) -> dict[str, Any]:
+        """Without the state of other stages, so that it is never on this rank's device."""
+        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        foreign = {id(held.parameter) for held in self.partition.foreign.values()}
+        absent = {number for number, parameter in enumerate(parameters) if id(parameter) in foreign}
+        return {**state, "state": {number: values for number, values in state["state"].items() if number not in absent}}
+
     def part_of(self, name: str, coordinates: Mapping[str, int]) -> Hashable:
         return () if coordinates["pp"] in self.partition.holders(name) else None
 

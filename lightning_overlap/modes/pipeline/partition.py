@@ -17,7 +17,7 @@ from torch import nn
 from lightning_overlap.decision import ConfigError
 from lightning_overlap.modes.pipeline.weight_grad import is_plain
 from lightning_overlap.parallel_plan import Blocks
-from lightning_overlap.shards import absent_like, is_absent
+from lightning_overlap.shards import is_absent, leave, take
 
 
 def heads(model: nn.Module, name: str, blocks: Blocks) -> list[nn.Linear]:
@@ -135,7 +135,7 @@ class Partition:
                 self.foreign[name] = Held(parameter, parameter.requires_grad)
                 parameter.requires_grad_(False)
                 parameter.grad = None
-                parameter.data = absent_like(parameter)
+                leave(parameter)
 
     def owned(self, rank: int) -> list[str]:
         """What a rank gives the others: its parameters and buffers, but those that a lower rank has too."""
@@ -176,7 +176,6 @@ class Partition:
         taken = list(self.foreign) if names is None else [name for name in names if name in self.foreign]
         for name in taken:
             held = self.foreign.pop(name)
-            if room:
-                held.parameter.data = held.parameter.data.contiguous()
+            take(held.parameter, room=room)
             held.parameter.requires_grad_(held.trained)
         return taken

@@ -237,10 +237,22 @@ def _refuse_what_cannot_run(own: TensorParallel, facts: Facts) -> None:
     """Raises:
     ConfigError: with every reason.
     """
-    whole = [o.name for o in facts.optimizers or () if not o.elementwise]
+    whole = [o.name for o in facts.optimizers or () if not o.elementwise and o.known]
+    unknown = [o.reason for o in facts.optimizers or () if not o.known]
     reasons = [
         (facts.precision == "16-mixed", "precision 16-mixed scales the loss, which is not in this version: use bf16-mixed"),
         (bool(whole), f"{', '.join(whole)} looks at whole matrices, and a rank has a part of each: use an elementwise optimizer"),
+        (
+            bool(facts.clippers),
+            f"{', '.join(facts.clippers)} clips by a norm over the gradients that a rank has, its pieces only: use gradient_clip_val, "
+            "or call self.clip_gradients(...) in configure_gradient_clipping",
+        ),
+        (bool(unknown), f"{'; '.join(unknown)}, and a rank has a part of each matrix: use an elementwise optimizer such as AdamW"),
+        (
+            bool(facts.averagers),
+            f"{', '.join(facts.averagers)} averages copies of whole weights, and a rank has its part of each: save checkpoints and "
+            "average those",
+        ),
     ]
     if said := [reason for applies, reason in reasons if applies]:
         raise ConfigError(f"tensor_parallel.size={own.size} cannot run here: {'; '.join(said)}")
