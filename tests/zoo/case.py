@@ -32,9 +32,9 @@ LAYOUTS: dict[str, dict[str, Any]] = {
 
 
 def next_tokens(seed: int = 3) -> list[Tensor]:
-    """Samples of token ids, one more than the model reads: enough for all steps and a validation."""
+    """Samples of token ids, one more than the model reads: enough for all steps and a validation. None is padding, or special."""
     generator = torch.Generator().manual_seed(seed)
-    return list(torch.randint(0, VOCABULARY, ((STEPS + 1) * BATCH, TOKENS + 1), generator=generator))
+    return list(torch.randint(3, VOCABULARY, ((STEPS + 1) * BATCH, TOKENS + 1), generator=generator))
 
 
 class Task(LightningModule):

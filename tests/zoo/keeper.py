@@ -13,7 +13,7 @@ from tests.zoo.training import run
 from tests.zoo.verdict import WHOLE, Expected, Verdict, expected_of, judge, references
 
 Case = tuple[str, str, str]
-LIMIT = 75.0
+LIMIT = 40.0
 """Seconds after which a run hangs: the strategy's own limit of a transfer is below."""
 
 

@@ -26,7 +26,7 @@ from tests.zoo.models import MODELS
 
 logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
 QUIET = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
-TIMEOUT = timedelta(seconds=20)
+TIMEOUT = timedelta(seconds=15)
 SAME_LOSS, SAME_WEIGHT = 1e-5, 2e-3
 """Relative difference of losses, and of a weight relative to its own update, that rounding may make."""
 

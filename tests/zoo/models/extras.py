@@ -21,7 +21,7 @@ class RoutedBlock(Block):
     def __init__(self, number: int) -> None:
         super().__init__(number)
         self.gate = nn.Linear(WIDTH, 2)
-        self.balance: Any = None
+        self.balance: Any = torch.zeros(())
 
     def shares(self, x: Tensor) -> Tensor:
         return self.gate(x).softmax(-1)

@@ -164,7 +164,7 @@ LLAMA4 = {
 }
 BALANCED = {"output_router_logits": True}
 ATTENTION = {"self_attn.q_proj": "column", "self_attn.k_proj": "column", "self_attn.v_proj": "column", "self_attn.o_proj": "row"}
-MOE_PLAN = {**ATTENTION, "layers.*.mlp": "token_wise"}
+MOE_PLAN = {**ATTENTION, "layers.*.mlp": "token_wise", "embed_tokens": "vocab_embedding", "lm_head": "vocab_head"}
 BERT_PLAN = {
     "attention.self.query": "column",
     "attention.self.key": "column",

@@ -75,7 +75,7 @@ class Contrastive(GPT):
     def loss(self, batch: Tensor) -> Tensor:
         states = self.norm(self.run_blocks(self.embed(batch[:, :-1])))
         left, right = F.normalize(states[:, : TOKENS // 2].mean(1), dim=-1), F.normalize(states[:, TOKENS // 2 :].mean(1), dim=-1)
-        likeness = left @ right.T / 0.1 + self.head.weight.mean()
+        likeness = left @ right.T / 0.1
         return F.cross_entropy(likeness, torch.arange(len(batch)))
 
 
