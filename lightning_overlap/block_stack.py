@@ -12,7 +12,7 @@ block, not inside a block: there it could stand in an activation checkpoint, whi
 
 from __future__ import annotations
 
-import itertools
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -119,12 +119,16 @@ class BlockStack:
     @contextmanager
     def unsplit(self, before: Callable[[int], None]) -> Iterator[None]:
         """One forward over all blocks, without stand-ins; ``before``: as in :class:`Pass`."""
-        called = itertools.count()
-
-        def tell(*_: Any) -> None:
-            before(next(called))
-
         blocks = list(self.blocks._modules.values())
+        numbers = {id(block): [n for n, other in enumerate(blocks) if other is block] for block in blocks}
+        calls: dict[int, int] = defaultdict(int)
+
+        def tell(block: nn.Module, _: Any) -> None:
+            # An activation checkpoint calls it again in backward: then it is one of the blocks that it was.
+            places = numbers[id(block)]
+            before(places[calls[id(block)] % len(places)])
+            calls[id(block)] += 1
+
         hooks = [block.register_forward_pre_hook(tell) for block in dict.fromkeys(blocks) if block is not None]
         # What comes after the last block draws random numbers of its own.
         hooks += [blocks[-1].register_forward_hook(lambda *_: before(self.size))] if blocks[-1] is not None else []

@@ -1,16 +1,19 @@
-"""Checkpoints on disk: written beside and moved into place, in the background if asked, and read without running their code."""
+"""Checkpoints on disk: written beside and moved into place, in the background if asked, compared with their checksums, and read
+without running their code."""
 
 from __future__ import annotations
 
+import hashlib
 import os
 import pickle
 import re
 import shutil
+import zipfile
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from copy import copy as shallow_copy
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 from lightning.fabric.plugins import CheckpointIO, TorchCheckpointIO
@@ -32,24 +35,52 @@ def is_local(path: str | Path) -> bool:
     return "://" not in str(path)
 
 
-def beside(path: Path, what: str = "writing") -> Path:
-    """Where a checkpoint is while it is written, or ``replaced``."""
-    return path.with_name(f".{path.name}.{what}")
+LONGEST_NAME = 143
+"""Bytes of a name that common file systems take (most take 255; eCryptfs takes these)."""
+_KEPT = 60
+"""Bytes of a name that is too long that are kept in the name derived from it."""
+
+
+def _derived(name: str, begin: str, what: str) -> str:
+    """A name derived from ``name``, which is no longer than that one or LONGEST_NAME."""
+    stem, suffix = os.path.splitext(name)
+    if len(os.fsencode(derived := f"{begin}{stem}.{what}{suffix}")) <= LONGEST_NAME:
+        return derived
+    kept = os.fsencode(stem)[:_KEPT].decode(errors="ignore")
+    suffix = suffix if len(os.fsencode(suffix)) < _KEPT else ""
+    return f"{begin}{kept}.{hashlib.sha256(os.fsencode(name)).hexdigest()[:16]}.{what}{suffix}"
+
+
+def beside(path: Path) -> Path:
+    """Where a checkpoint is while it is written. Hidden, since it is not complete."""
+    return path.with_name(_derived(path.name, ".", "writing"))
+
+
+def aside(path: Path) -> Path:
+    """Where a checkpoint is while another one takes its place.
+
+    Its name begins and ends as that of ``path``: if a crash leaves it there, ``ckpt_path="last"`` finds it by that.
+    """
+    return path.with_name(_derived(path.name, "", "replaced"))
 
 
 def remove(path: Path) -> None:
-    """Removes a file or a folder, if there is one."""
+    """Removes a file or a folder, if there is one; a link, and not what it points to."""
     if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
+        # First out of the way: a crash in the middle must not leave half a folder under the name of a checkpoint.
+        going = path.with_name(_derived(path.name, ".", "removing"))
+        shutil.rmtree(going, ignore_errors=True)  # what such a crash has left
+        os.rename(path, going)
+        shutil.rmtree(going)
     else:
         path.unlink(missing_ok=True)
 
 
 def put_in_place(path: Path) -> None:
     """Moves what was written beside ``path`` there."""
-    new, old = beside(path), beside(path, "replaced")
+    new, old = beside(path), aside(path)
     if path.exists() and (path.is_dir() or new.is_dir()):
-        # No call replaces a folder. A crash between these two leaves the old one aside, where in_place finds it.
+        # No call that every file system has replaces a folder. A crash between these two leaves the old one aside.
         remove(old)
         os.rename(path, old)
     os.replace(new, path)
@@ -58,8 +89,50 @@ def put_in_place(path: Path) -> None:
 
 def in_place(path: Path) -> Path:
     """Where the last good checkpoint of this name is."""
-    old = beside(path, "replaced")
-    return old if old.exists() and not path.exists() else path
+    return aside(path) if aside(path).exists() and not path.exists() else path
+
+
+# -- checksums ---------------------------------------------------------------------------------------------------------
+
+
+def what_is_broken(file: Path | IO[bytes]) -> str | None:
+    """How a file that ``torch.save`` has written differs from its checksums; None if it does not, or has none.
+
+    Such a file is a zip archive with a CRC-32 of each record. ``torch.load`` does not look at them, so a byte that a disk has
+    changed would become a weight. Reads the file once, at about the speed of ``torch.load``.
+    """
+    try:
+        if not zipfile.is_zipfile(file):  # of an earlier format of torch's, or cut off, which loading tells
+            return None
+        with zipfile.ZipFile(file) as archive:
+            if not any(record.CRC for record in archive.infolist()):  # torch was told to compute none
+                return None
+            record = archive.testzip()
+    except Exception as error:  # of whatever kind: what says where a record is may be changed too
+        return f"its table of records is not what was written: {error}"
+    return None if record is None else f"its record {record!r} is not what was written: the checksum differs"
+
+
+def refuse_broken(path: Any, broken: str | None) -> None:
+    """Raises:
+    CheckpointError: something is broken.
+    """
+    if broken is not None:
+        raise CheckpointError(f"{path} is damaged: {broken}. Load another checkpoint, or copy this one again from where it is whole")
+
+
+def refuse_damaged(path: Path, *, read_here: bool) -> None:
+    """Compares a checkpoint that is one file with its checksums. Collective.
+
+    Args:
+        path: the file.
+        read_here: this rank reads it; one of each machine does for all.
+
+    Raises:
+        CheckpointError: on every rank, if it is damaged on one machine.
+    """
+    broken = all_gather_objects(what_is_broken(path) if read_here else None)
+    refuse_broken(path, next(filter(None, broken), None))
 
 
 # -- one file ----------------------------------------------------------------------------------------------------------
@@ -75,7 +148,8 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
-            with beside(path).open("wb") as file:
+            remove(beside(path))  # a file that a killed process has left; or a link, which must not be followed
+            with beside(path).open("xb") as file:
                 torch.save(checkpoint, file)
                 file.flush()
                 os.fsync(file.fileno())
@@ -83,6 +157,12 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         except BaseException:
             remove(beside(path))  # of a full disk, say, which it would keep full
             raise
+
+    def remove_checkpoint(self, path: Any) -> None:
+        if is_local(path):
+            remove(Path(path))
+        else:
+            super().remove_checkpoint(path)
 
 
 def compact(checkpoint: Any, *, copy: bool) -> Any:
@@ -116,13 +196,18 @@ def load_trusting(weights_only: bool, path: Any, load: Callable[[], Any]) -> Any
     """What ``load`` gives.
 
     Raises:
-        CheckpointError: it holds objects whose loading may run code, and ``weights_only``.
+        CheckpointError: it holds objects whose loading may run code, and ``weights_only``; or it cannot be read.
     """
     try:
         return load()
+    except CheckpointError:
+        raise
+    except (RuntimeError, EOFError) as error:
+        words = str(error) or type(error).__name__
+        raise CheckpointError(f"{path} cannot be read, it may have been cut off: {words}. Load another checkpoint") from error
     except pickle.UnpicklingError as error:
         if not weights_only:
-            raise
+            raise CheckpointError(f"{path} cannot be read: {error}. Load another checkpoint") from error
         found = re.search(r"GLOBAL (\S+)", str(error))
         what = found.group(1).rstrip(",") if found else str(error).splitlines()[0]
         raise CheckpointError(

@@ -37,12 +37,15 @@ class OverlapConfig:
     expert_parallel: ExpertParallel = field(default_factory=ExpertParallel)
     overlap: Literal["auto", "off"] = "auto"
     parallel_plan: dict[str, str] = field(default_factory=dict)
+    verify_first_step: bool | Literal["auto"] = "auto"
 
     def __post_init__(self) -> None:
         for role in self.parallel_plan.values():
             parse_role(role)
         if self.overlap not in ("auto", "off"):
             raise ConfigError(f"overlap must be auto or off, got {self.overlap!r}")
+        if self.verify_first_step not in (True, False, "auto"):
+            raise ConfigError(f"verify_first_step must be true, false or auto, got {self.verify_first_step!r}")
 
     def degrees(self, world_size: int) -> Degrees:
         """Ranks along each axis.

@@ -22,7 +22,6 @@ from lightning_overlap.decision import ConfigError
 from lightning_overlap.optimization import held, logs_go_to
 
 if TYPE_CHECKING:
-    from lightning_overlap.comm import Group
     from lightning_overlap.modes.base import OverlapMode
     from lightning_overlap.strategy import OverlapStrategy
 
@@ -287,34 +286,3 @@ def _together(values: Sequence[Any], weights: Sequence[float], reduce: str) -> A
         reduced = getattr(torch, f"a{reduce}" if reduce in ("min", "max") else reduce)(stacked, dim=0)
     like = torch.as_tensor(values[0])
     return reduced.to(like.dtype if like.is_floating_point() else torch.float32)
-
-
-@contextmanager
-def mirrored_metrics(module: LightningModule, mode: OverlapMode, alike: Group, in_step: Callable[[], bool]) -> Iterator[None]:
-    """Metrics compute, on all ranks, what they compute on the rank with the loss, which alone has updated them.
-
-    Args:
-        module: the user's.
-        mode: that runs its steps.
-        alike: the ranks over which metrics are summed.
-        in_step: whether a training step runs: a metric that is computed there has no other rank to tell it to.
-    """
-    metrics = [m for m in module.modules() if isinstance(m, Metric)]
-    before = [(m.compute, m.process_group, m.distributed_available_fn) for m in metrics]
-
-    def mirrored(plain: Callable[..., Any]) -> Callable[..., Any]:
-        def compute(*args: Any, **kwargs: Any) -> Any:
-            return plain(*args, **kwargs) if in_step() else mode.with_the_loss(lambda: plain(*args, **kwargs))
-
-        return compute
-
-    for metric in metrics:
-        metric.compute = mirrored(metric.compute)  # type: ignore[method-assign]
-        metric.process_group = alike.reduces
-        if alike.size == 1:
-            metric.distributed_available_fn = lambda: False
-    try:
-        yield
-    finally:
-        for metric, (compute, group, available) in zip(metrics, before, strict=True):
-            metric.compute, metric.process_group, metric.distributed_available_fn = compute, group, available  # type: ignore[method-assign]

@@ -79,6 +79,8 @@ class Facts:
     unfreezers: tuple[str, ...] = ()
     averagers: tuple[str, ...] = ()
     compiled: bool = False
+    deferred: bool = False
+    """The model was made on the meta device."""
     optimizers: tuple[OptimizerFacts, ...] | None = None
     parameters: int | None = None
     pipeline: PipelineFacts | None = None

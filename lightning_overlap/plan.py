@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import astuple, dataclass
 from typing import TYPE_CHECKING
 
-from lightning_overlap.decision import Decision
+from lightning_overlap.decision import Decision, settle
 from lightning_overlap.modes.context.config import decide as decide_context
 from lightning_overlap.modes.data.config import decide as decide_data
 from lightning_overlap.modes.expert.config import decide as decide_expert
@@ -57,5 +57,28 @@ def resolve(config: OverlapConfig, facts: Facts) -> Plan:
         *decide_context(config.context_parallel, config, facts),
         *decide_expert(config.expert_parallel, config, facts),
         *decide_data(config.data_parallel, config, facts),
+        *_first_step(config, facts, is_cut=degrees.dp < facts.world_size),
     ]
     return Plan(degrees, facts, tuple(decisions))
+
+
+def _first_step(config: OverlapConfig, facts: Facts, *, is_cut: bool) -> list[Decision]:
+    """Whether the first step is compared with that of the model whole."""
+    if not is_cut:
+        return []
+    backend = config.tensor_parallel.backend
+    return [
+        settle(
+            "verify_first_step",
+            config.verify_first_step,
+            best="on",
+            because="the first batch is computed twice more, whole and cut: loss and gradients must be the same; a rank holds all of "
+            "the model for that",
+            blockers=[
+                (facts.deferred, "the model was made on the meta device, and is whole on no rank"),
+                (not facts.automatic_optimization, "with manual optimization training_step steps optimizers itself"),
+                (facts.compiled, "compiled code would be compiled once more for it"),
+                (backend != "p2p", f"tensor_parallel.backend {backend} computes in bf16, and in the shapes of the first step only"),
+            ],
+        )
+    ]

@@ -9,15 +9,14 @@ from __future__ import annotations
 import io
 import os
 import pickle
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
@@ -29,18 +28,29 @@ from torch.distributed.checkpoint.metadata import (
     MetadataIndex,
     StorageMeta,
 )
-from torch.distributed.checkpoint.planner import SavePlan
+from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, SavePlan
 from torch.distributed.checkpoint.state_dict_loader import load
-from torch.distributed.checkpoint.state_dict_saver import save
 from torch.distributed.checkpoint.utils import find_tensor_shard
+from torch.futures import Future
 from torch.optim import Optimizer
 
-from lightning_overlap.checkpoint import CheckpointError, beside, is_local, load_trusting, put_in_place, remove
-from lightning_overlap.comm import all_gather_objects
+from lightning_overlap.checkpoint import (
+    CheckpointError,
+    beside,
+    is_local,
+    load_trusting,
+    put_in_place,
+    refuse_broken,
+    remove,
+    what_is_broken,
+)
+from lightning_overlap.comm import Group, all_gather_objects, make_group, rank, world_size
 from lightning_overlap.parts import Parts
 from lightning_overlap.shards import Place, Run
 
 INDEX, META = ".metadata", "meta.pt"
+T = TypeVar("T")
+R = TypeVar("R")
 State = dict[str, dict[str, Any]]
 """An optimizer's state, or a rank's part of it, by parameter and key."""
 
@@ -126,16 +136,25 @@ class Folders:
 
     def __init__(self, timeout: timedelta) -> None:
         self._timeout = timeout
-        self._made: dist.ProcessGroup | None = None
+        self._made: Group | None = None
         self._reader: _Reader | None = None
 
     @property
-    def _group(self) -> dist.ProcessGroup:
+    def _group(self) -> Group:
         """Its own, so that a save in the background meets nothing of training's, and on the CPU. Made collectively."""
         if self._made is None:
-            self._made = dist.new_group(backend="gloo", timeout=self._timeout)
-        assert self._made is not None, "a group of all ranks is this rank's too"
+            self._made = make_group([range(world_size())], "checkpoint", self._timeout, "gloo", gathers=False, threads=False)
         return self._made
+
+    def close(self, *, complete: bool) -> None:
+        """Ends the connections. No save may be running.
+
+        Args:
+            complete: False after a failure, when a transfer may be in the middle: connections then end with the garbage.
+        """
+        if self._made is not None and complete:
+            self._made.close()
+        self._made = None
 
     def save(self, checkpoint: dict[str, Any], path: Path, parts: Parts, *, copy: bool) -> Callable[[], None]:
         """What writes the folder, on every rank; on a thread as well, if ``copy``. Collective.
@@ -166,15 +185,10 @@ class Folders:
         if copy:
             shares = _copied(shares)
         meta = io.BytesIO()
-        if dist.get_rank() == 0:
+        if rank() == 0:
             torch.save(checkpoint, meta)
         writer = _Writer(path, meta.getvalue())
-
-        def write() -> None:
-            with _plain_errors(f"writing {path}"):
-                save(shares, storage_writer=writer, planner=_SavePlanner(flatten_sharded_tensors=False), process_group=group)
-
-        return write
+        return lambda: _write(shares, writer, group)
 
     @staticmethod
     def _gather_values(optimizers: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -206,6 +220,7 @@ class Folders:
             weights_only: refuse objects whose loading may run code.
         """
         reader = _Reader(path)
+        refuse_broken(path / META, what_is_broken(path / META))
         checkpoint: dict[str, Any] = load_trusting(
             weights_only, path / META, lambda: torch.load(path / META, map_location="cpu", weights_only=weights_only)
         )
@@ -281,9 +296,18 @@ class Folders:
             for group, values in zip(optimizer.param_groups, saved.param_groups, strict=True):
                 group.update({key: value for key, value in values.items() if key not in ("params", "param_names")})
 
-    def _read(self, reader: _Reader, targets: dict[str, Any]) -> None:
-        with _plain_errors(f"reading {reader.path}"):
-            load(targets, storage_reader=reader, planner=_LoadPlanner(), process_group=self._group)
+    @staticmethod
+    def _read(reader: _Reader, targets: dict[str, Any]) -> None:
+        """Each rank reads for itself what it needs; an error of one is an error on all."""
+        try:
+            load(targets, storage_reader=reader, planner=_LoadPlanner(), no_dist=True)
+            mine = None
+        except CheckpointException as error:  # which is no Exception
+            ((cause, _),) = error.failures.values()
+            mine = cause
+        failed = _first_failure(all_gather_objects(None if mine is None else _in_words(mine)))
+        if failed is not None:
+            raise CheckpointError(f"reading {reader.path} failed on {failed}") from mine
 
 
 def _same_parameters(saved: list[list[str]], own: list[list[str]], path: Any) -> None:
@@ -304,14 +328,56 @@ def _copied(value: Any) -> Any:
     return value.copy() if isinstance(value, Run) else value.detach().to("cpu", copy=True)
 
 
-@contextmanager
-def _plain_errors(doing: str) -> Iterator[None]:
-    """DCP's error, which has all ranks' and is no Exception, as one with a sentence."""
+def _in_words(error: BaseException) -> str:
+    return str(error) if isinstance(error, CheckpointError) else f"{type(error).__name__}: {error}"
+
+
+def _first_failure(errors: Iterable[str | None]) -> str | None:
+    """The rank and the words of the first of the errors, which come by rank."""
+    return next((f"rank {number}: {words}" for number, words in enumerate(errors) if words is not None), None)
+
+
+def _attempt(do: Callable[[], T]) -> tuple[str | None, T | None]:
+    """What went wrong, or what ``do`` gives."""
     try:
-        yield
-    except CheckpointException as error:
-        rank, (cause, _) = min(error.failures.items())
-        raise CheckpointError(f"{doing} failed on rank {rank}: {type(cause).__name__}: {cause}") from cause
+        return None, do()
+    except Exception as error:
+        return _in_words(error), None
+
+
+def _each_then_first(group: Group, each: Callable[[], T], first: Callable[[list[Any]], R]) -> R:
+    """Calls ``each`` on every rank, and ``first`` on the first one with what all have given. Gives every rank what that gives.
+
+    Raises:
+        CheckpointError: on every rank, if one has failed.
+    """
+    everyone = group.gather_objects(_attempt(each))
+    failed = _first_failure(error for error, _ in everyone)
+    answer = (failed, None) if failed is not None or group.rank else _attempt(lambda: first([given for _, given in everyone]))
+    error, given = group.share_object(answer)
+    if error is not None:
+        raise CheckpointError(error)
+    return given  # type: ignore[return-value]
+
+
+def _write(shares: dict[str, Any], writer: _Writer, group: Group) -> None:
+    """What torch's ``save`` does, by this package's group: its members hear of an error that another rank has announced, and of a
+    rank that is gone. Collective."""
+    planner, index = _SavePlanner(flatten_sharded_tensors=False), []
+
+    def plan() -> SavePlan:
+        planner.set_up_planner(shares, writer.storage_meta(), is_coordinator=group.rank == 0)
+        writer.set_up_storage_writer(group.rank == 0)
+        return writer.prepare_local_plan(planner.create_local_plan())
+
+    def plan_together(plans: list[SavePlan]) -> list[SavePlan]:
+        plans, metadata = planner.create_global_plan(plans)
+        index.append(metadata)
+        return writer.prepare_global_plan(plans)
+
+    plans = _each_then_first(group, plan, plan_together)
+    own = planner.finish_plan(plans[group.rank])
+    _each_then_first(group, lambda: writer.write_data(own, planner).wait(), lambda results: writer.finish(index[0], results))
 
 
 # -- DCP's parts -------------------------------------------------------------------------------------------------------
@@ -358,7 +424,29 @@ class _Writer(FileSystemWriter):
             file.flush()
             os.fsync(file.fileno())
         super().finish(metadata, results)
+        _append_checksum(Path(self.path) / INDEX)
         put_in_place(self._place)
+
+
+_CHECKSUM = b"crc32:"
+"""What comes after the index, which is a pickle: readers stop at its end."""
+
+
+def _append_checksum(index: Path) -> None:
+    with index.open("r+b") as file:
+        checksum = zlib.crc32(file.read())
+        file.write(_CHECKSUM + b"%08x" % checksum)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _what_is_broken_in_index(content: bytes) -> str | None:
+    """None as well if it has no checksum: another one's, or of an earlier version."""
+    pickled, checksum = content[:-8], content[-8:]
+    if not pickled.endswith(_CHECKSUM):
+        return None
+    written = b"%08x" % zlib.crc32(pickled.removesuffix(_CHECKSUM))
+    return None if checksum == written else "the checksum differs"
 
 
 _DCP = "torch.distributed.checkpoint"
@@ -395,14 +483,15 @@ class _Reader(FileSystemReader):
     """Reads the index once, and trusts it with nothing.
 
     Raises:
-        CheckpointError: the index is no index, or has more than tensors.
+        CheckpointError: the index is no index or is damaged, has more than tensors, or names files outside of the folder.
     """
 
     def __init__(self, path: Path) -> None:
         super().__init__(path)
+        content = (path / INDEX).read_bytes()
+        refuse_broken(path / INDEX, _what_is_broken_in_index(content))
         try:
-            with (path / INDEX).open("rb") as file:
-                self.index: Metadata = _IndexUnpickler(file).load()
+            self.index: Metadata = _IndexUnpickler(io.BytesIO(content)).load()
         except (pickle.UnpicklingError, EOFError, AttributeError, TypeError, ValueError) as error:
             raise CheckpointError(
                 f"{path / INDEX} is no index of a checkpoint, and may be code of whoever wrote it: {error}"
@@ -412,6 +501,18 @@ class _Reader(FileSystemReader):
         for fqn, entry in self.index.state_dict_metadata.items():
             if isinstance(entry, BytesStorageMetadata):
                 raise CheckpointError(f"{path} holds a pickled object, {fqn}, which torch would load with the code in it")
+        for name in {place.relative_path for place in (self.index.storage_data or {}).values()}:
+            if not isinstance(name, str) or name in ("", ".", "..") or "/" in name or os.sep in name:
+                raise CheckpointError(f"{path / INDEX} names {name!r}, which is no file of this folder")
+
+    def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
+        """Compares what is to be read with its checksums, and reads it."""
+        places = [self.storage_data[item.storage_index] for item in plan.items]
+        for name, offset, length in sorted({(place.relative_path, place.offset, place.length) for place in places}):
+            with (Path(self.path) / name).open("rb") as file:
+                file.seek(offset)
+                refuse_broken(file.name, what_is_broken(io.BytesIO(file.read(length))))
+        return super().read_data(plan, planner)
 
     def read_metadata(self) -> Metadata:  # type: ignore[override]  # with kwargs torch would look for an index of each rank
         return self.index

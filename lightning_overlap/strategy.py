@@ -29,8 +29,18 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_overlap import announcements, environment
-from lightning_overlap.batches import refuse_different, refuse_other_loss
-from lightning_overlap.checkpoint import AtomicCheckpointIO, Saves, compact, in_place, is_local, load_file, load_lazily
+from lightning_overlap.agreement import model_in_words, optimizers_in_words, trainer_in_words
+from lightning_overlap.batches import refuse_different, refuse_lone_none, refuse_other_loss
+from lightning_overlap.checkpoint import (
+    AtomicCheckpointIO,
+    Saves,
+    compact,
+    in_place,
+    is_local,
+    load_file,
+    load_lazily,
+    refuse_damaged,
+)
 from lightning_overlap.comm import (
     Group,
     abandon_groups,
@@ -41,16 +51,26 @@ from lightning_overlap.comm import (
     broadcast_object,
     end_world,
     everyone,
+    is_everyone,
     make_group,
     world_size,
 )
 from lightning_overlap.config import OverlapConfig
 from lightning_overlap.decision import ConfigError
-from lightning_overlap.driven import DrivenStep, failing_together, mirrored_metrics, mirrored_step
+from lightning_overlap.driven import DrivenStep, failing_together, mirrored_step
 from lightning_overlap.facts import Facts
-from lightning_overlap.launching import ProcessLauncher, ScriptLauncher, keep_store_alive, start_world
+from lightning_overlap.first_step import first_step
+from lightning_overlap.launching import (
+    ProcessLauncher,
+    ScriptLauncher,
+    check_limit,
+    keep_store_alive,
+    saving_in_step_only,
+    start_world,
+)
 from lightning_overlap.materialize import forget, initialize, is_deferred, materialize, without_values
 from lightning_overlap.mesh import ParallelMesh
+from lightning_overlap.metrics import MirroredMetrics, metrics_over
 from lightning_overlap.modes import MODES
 from lightning_overlap.modes.base import COUNTED_ELSEWHERE, OverlapMode
 from lightning_overlap.modes.context.config import ContextParallel
@@ -58,12 +78,12 @@ from lightning_overlap.modes.data.config import DataParallel
 from lightning_overlap.modes.expert.config import ExpertParallel
 from lightning_overlap.modes.pipeline.config import PipelineParallel
 from lightning_overlap.modes.tensor.config import TensorParallel
-from lightning_overlap.optimization import Preemption, adapt_precision, after_closure, facts_of, held, zeroing_first
+from lightning_overlap.optimization import Preemption, adapt_precision, after_closure, backward_then, facts_of, held, zeroing_first
 from lightning_overlap.parts import Parts
 from lightning_overlap.plan import Plan, resolve
 from lightning_overlap.probe import examine
 from lightning_overlap.sharded_checkpoint import Folders, SavedOptimizer, describe, is_folder, names_of
-from lightning_overlap.shared_state import SharedBuffers, share
+from lightning_overlap.shared_state import SharedBuffers, batch_norms_over, share
 
 CHECKED_BATCHES = 3
 """Batches at the start of a fit that are compared between the ranks that share them."""
@@ -83,6 +103,8 @@ class OverlapStrategy(DDPStrategy):
         expert_parallel: ranks along the expert axis, or :class:`ExpertParallel`.
         overlap: ``"off"`` keeps the layout and turns every overlap off.
         parallel_plan: roles of the model's parts by name, where they are not found: ``{"model.layers": "blocks"}``.
+        verify_first_step: compare the loss and the gradients of a fit's first batch, as the ranks compute them, with those of the
+            model whole. ``"auto"``: where something of the model is cut, and a rank has had the model whole.
         state_dict_type: ``"full"``: a checkpoint is one file in Lightning's format, which loads anywhere. ``"sharded"``: a folder
             that all ranks write their share of, and that loads into any number of ranks. Either loads, whatever is saved.
         async_save: write checkpoints while training goes on; at the price of a copy of the state, in the CPU's memory.
@@ -111,6 +133,7 @@ class OverlapStrategy(DDPStrategy):
         expert_parallel: int | ExpertParallel = 1,
         overlap: Literal["auto", "off"] = "auto",
         parallel_plan: dict[str, str] | None = None,
+        verify_first_step: bool | Literal["auto"] = "auto",
         state_dict_type: Literal["full", "sharded"] = "full",
         async_save: bool = False,
         accelerator: Accelerator | None = None,
@@ -123,6 +146,10 @@ class OverlapStrategy(DDPStrategy):
         meeting_timeout: timedelta = timedelta(minutes=5),
         start_method: Literal["popen", "spawn", "fork", "forkserver"] = "popen",
     ) -> None:
+        check_limit("timeout", timeout)
+        check_limit("meeting_timeout", meeting_timeout)
+        if process_group_backend not in (None, "gloo", "nccl"):
+            raise ConfigError(f"process_group_backend={process_group_backend!r}: it is 'gloo', 'nccl', or None for the device's")
         super().__init__(
             accelerator=accelerator,
             parallel_devices=parallel_devices,
@@ -145,6 +172,7 @@ class OverlapStrategy(DDPStrategy):
             expert_parallel=sized(expert_parallel, ExpertParallel),
             overlap=overlap,
             parallel_plan=parallel_plan or {},
+            verify_first_step=verify_first_step,
         )
         if state_dict_type not in ("full", "sharded"):
             raise ConfigError(f"state_dict_type={state_dict_type!r}: it is 'full' or 'sharded'")
@@ -156,18 +184,20 @@ class OverlapStrategy(DDPStrategy):
         self._training = False
         self.modes: list[OverlapMode] = []
         self._plan: Plan | None = None
-        self.failed = self._in_step = False
+        self.attempting = self.failed = self._in_step = False
         self._seed: int | None = None
         self._preemption: Preemption | None = None
         self._waiting: dict[str, Any] | None = None
         """A model's part of a checkpoint, until there is memory for it."""
         self._buffers: SharedBuffers | None = None
         self._alike: Group | None = None
-        """While fitting: ranks that hold the same of the model and see different data."""
+        """Until the teardown: ranks that hold the same of the model and see different data."""
+        self._mirrored: MirroredMetrics | None = None
         self._sharing: Group | None = None
         """While fitting: ranks that see the same data."""
         self._unchecked = CHECKED_BATCHES
-        self.until_teardown = contextlib.ExitStack()
+        self._unproven = self._was_deferred = False
+        self._until_teardown = contextlib.ExitStack()
 
     @property
     def plan(self) -> Plan:
@@ -195,6 +225,11 @@ class OverlapStrategy(DDPStrategy):
 
     def _configure_launcher(self) -> None:
         # The first place where the number of ranks is known, and before any process is started.
+        if self._process_group_backend == "nccl" and (self.root_device.type != "cuda" or not dist.is_nccl_available()):
+            raise ConfigError(
+                f"process_group_backend='nccl' needs CUDA, and a torch with NCCL; this is {self.root_device.type}: leave it out, or "
+                "use 'gloo'"
+            )
         ranks, device, precision = self.num_nodes * self.num_processes, self.root_device.type, str(self.precision_plugin.precision)
         resolve(self.config, Facts(world_size=ranks, device=device, precision=precision))
         if self.root_device.type == "cuda":
@@ -257,27 +292,34 @@ class OverlapStrategy(DDPStrategy):
         if fitting and self._layer_sync is not None:
             self.model = self._layer_sync.apply(self.model)
         forget(self.model)
-        self._agree()
-        if is_deferred(self.model):
+        self._agree(trainer)
+        self._was_deferred = is_deferred(self.model)
+        if self._was_deferred:
             self._materialize(fitting)
         else:
             self.model_to_device()
             share([*self.model.parameters(), *self.model.buffers()])
+        if world_size() > 1:
+            self._alike = make_group(self.mesh.groups("dp"), "alike", self.time_limit, gathers=False, threads=False)
+            self._until_teardown.enter_context(batch_norms_over(self.model, self._alike))
+            self._until_teardown.enter_context(metrics_over(self._alike))
         if fitting:
             self.setup_optimizers(trainer)
-            if world_size() > 1:
-                self._preemption = Preemption(trainer, everyone())
-                self._alike = make_group(self.mesh.groups("dp"), "alike", self.time_limit, gathers=False, threads=False)
+            if self._alike is not None:
+                # A group of its own: what a batch posts is read a batch later, when ranks may stand elsewhere.
+                ranks = [range(self.world_size)]
+                signals = make_group(ranks, "signals", self.time_limit, backend="gloo", gathers=False, threads=False)
+                self._preemption = Preemption(trainer, signals)
                 self._buffers = SharedBuffers(self.model, self._alike)
                 sharing = self.mesh.groups(*(axis for axis in self.mesh.sizes if axis != "dp"))
                 self._sharing = make_group(sharing, "batch", self.time_limit, gathers=False, threads=False)
                 self._unchecked = CHECKED_BATCHES
                 self._share_random_state(self._sharing)
                 if self._driver is not None:
-                    mirrored = mirrored_metrics(trainer.lightning_module, self._driver, self._alike, lambda: self._in_step)
-                    self.until_teardown.enter_context(mirrored)
+                    self._mirrored = MirroredMetrics(trainer.lightning_module, self._driver, lambda: self._in_step)
+                    self._until_teardown.callback(self._mirrored.remove)
                     if self._driver.mirrors_evaluation:
-                        self.until_teardown.enter_context(failing_together(trainer.lightning_module, self._driver))
+                        self._until_teardown.enter_context(failing_together(trainer.lightning_module, self._driver))
         self.setup_precision_plugin()
 
     def _share_random_state(self, group: Group) -> None:
@@ -325,11 +367,14 @@ class OverlapStrategy(DDPStrategy):
             device=self.root_device.type,
             backend=backend(),
             optimizers=tuple(examine(optimizer) for optimizer in self.optimizers),
+            deferred=self._was_deferred,
         )
         # What the plan is made from (callbacks, clipping, optimizers) may differ between ranks, and plans that differ hang.
-        self._same_everywhere({field.name: repr(getattr(facts, field.name)) for field in fields(facts)})
+        plan_inputs = {field.name: repr(getattr(facts, field.name)) for field in fields(facts)}
+        self._same_everywhere({**plan_inputs, **optimizers_in_words(self.optimizers, model)})
         self._plan = resolve(self.config, facts)
         rank_zero_info(self._plan.explain())
+        self._unproven = self._plan.choice("verify_first_step") != "off"
         earlier = self.modes
         self.modes = [m(self._plan, self.config, self.mesh, self.time_limit) for m in self.mode_types if m.runs(self._plan)]
         for mode in self.modes:
@@ -337,21 +382,19 @@ class OverlapStrategy(DDPStrategy):
         for mode in self.modes:
             mode.prepare_optimizers(self.optimizers)
         if self._driver is not None:
-            self.until_teardown.enter_context(zeroing_first(trainer))
+            self._until_teardown.enter_context(zeroing_first(trainer))
         for mode in earlier:  # an optimizer that is used again has got its state from them
             mode.close()
 
-    def _agree(self) -> None:
-        """All ranks have the same request, versions and parameters; samplers draw with rank 0's seed."""
+    def _agree(self, trainer: Trainer) -> None:
+        """All ranks have the same request, Trainer, versions and parameters; samplers draw with rank 0's seed."""
         if world_size() == 1:
             return
         assert self.model is not None, "Lightning connects the module"
         self._seed = broadcast_object(int(os.environ.get("PL_GLOBAL_SEED", 0)))
         arguments = repr((self.config, self._state_dict_type, self._async_save))
         mine: dict[str, str] = {"strategy arguments": arguments, "versions": repr(Facts(world_size=1).versions)}
-        for name, p in self.model.named_parameters():
-            mine[f"parameter {name}"] = f"{tuple(p.shape)} {p.dtype} requires_grad={p.requires_grad}"
-        self._same_everywhere(mine)
+        self._same_everywhere({**mine, **trainer_in_words(trainer), **model_in_words(self.model)})
 
     @staticmethod
     def _same_everywhere(mine: dict[str, str]) -> None:
@@ -380,19 +423,21 @@ class OverlapStrategy(DDPStrategy):
         if checked is not None:
             self._unchecked -= 1
             refuse_different(batch, checked)
+        if self._unproven:
+            self._unproven = not self._prove(batch, rest)
         for mode in self.modes:
             mode.start_forward()
         if self._driver is None:
             output = super().training_step(*args, **kwargs)
+            if output is None and self._preemption is not None and self.lightning_module.automatic_optimization:  # type: ignore[union-attr]
+                refuse_lone_none(self._place_of_step)
             if checked is not None:
                 refuse_other_loss(output, checked)
             return output
         module = self.lightning_module
         assert module is not None, "Lightning connects the module"
-        # Not the arguments, of which a training_step may leave out the batch's number.
-        batch_idx = module.trainer.fit_loop.batch_idx
-        place = (self._seed or 0, self.mesh.coordinates()["dp"], module.trainer.current_epoch, batch_idx)
-        step = DrivenStep(self, module.trainer, module, batch, rest, place)
+        step = DrivenStep(self, module.trainer, module, batch, rest, self._place_of_step)
+        self._take_in_new_metrics()
         self._in_step = True
         try:
             self._driver.run_step(step)
@@ -400,12 +445,33 @@ class OverlapStrategy(DDPStrategy):
             self._in_step = False
         return step.output
 
+    def _prove(self, batch: Any, rest: Any) -> bool:
+        """Compares the first step with that of the model whole; whether there was something to compare."""
+        self._in_step = True
+        try:
+            return first_step(self, self.lightning_module, batch, rest, self._place_of_step, self.root_device).prove()
+        finally:
+            self._in_step = False
+
+    @property
+    def _place_of_step(self) -> tuple[int, ...]:
+        """Tells the step from all others of the run."""
+        assert self.lightning_module is not None, "Lightning connects the module"
+        trainer = self.lightning_module.trainer
+        # Not the arguments, of which a training_step may leave out the batch's number.
+        return self._seed or 0, self.mesh.coordinates()["dp"], trainer.current_epoch, trainer.fit_loop.batch_idx
+
     @property
     def _driver(self) -> OverlapMode | None:
         """The mode that runs steps in parts, backward included."""
         return next((mode for mode in self.modes if mode.runs_steps), None)
 
+    def _take_in_new_metrics(self) -> None:
+        if self._mirrored is not None:
+            self._mirrored.add()
+
     def validation_step(self, *args: Any, **kwargs: Any) -> Any:
+        self._take_in_new_metrics()
         driver, module = self._driver, self.lightning_module
         if driver is not None and driver.mirrors_evaluation:
             assert module is not None, "Lightning connects the module"
@@ -420,18 +486,20 @@ class OverlapStrategy(DDPStrategy):
                 stack.enter_context(mode.evaluating())
             return super().validation_step(*args, **kwargs)
 
+    def pre_backward(self, closure_loss: Tensor) -> None:
+        for mode in self.modes if self._driver is None else ():
+            mode.start_backward()
+
     def backward(self, closure_loss: Tensor, optimizer: Optimizer | None, *args: Any, **kwargs: Any) -> Tensor:
         """As ``Strategy.backward``, but for the modes' part, which is over before ``on_after_backward`` is called."""
-        assert self.lightning_module is not None, "Lightning connects the module"
-        driven = self._driver is not None  # then backward has been, and only the hooks are left
-        for mode in self.modes if not driven else ():
-            mode.start_backward()
-        loss = self.precision_plugin.pre_backward(closure_loss, self.lightning_module)
-        if not driven:
-            self.precision_plugin.backward(loss, self.lightning_module, optimizer, *args, **kwargs)
-        for mode in self.modes if not driven else ():
-            mode.finish_backward()
-        return self.precision_plugin.post_backward(loss, self.lightning_module)
+
+        def finish() -> None:
+            for mode in self.modes if self._driver is None else ():
+                mode.finish_backward()
+
+        # With a driver backward has been, and only the hooks are left.
+        with backward_then(self.precision_plugin, finish, left_out=self._driver is not None):
+            return super().backward(closure_loss, optimizer, *args, **kwargs)
 
     def optimizer_step(self, optimizer: Optimizer, closure: Callable[[], Any], model: Any = None, **kwargs: Any) -> Any:
         """Lightning runs backward inside ``optimizer.step``. Here it runs first, then hooks and clipping, then the step."""
@@ -480,12 +548,6 @@ class OverlapStrategy(DDPStrategy):
     def broadcast(self, obj: Any, src: int = 0) -> Any:
         return broadcast_object(obj, src)
 
-    def all_gather(self, tensor: Tensor, group: Any = None, sync_grads: bool = False) -> Tensor:
-        """As ``DDPStrategy.all_gather``, on connections of ours where nothing is asked for that they cannot do."""
-        if group is not None or sync_grads or tensor.device.type != "cpu" or world_size() == 1:
-            return super().all_gather(tensor, group, sync_grads)
-        return torch.stack(everyone().all_gather_alike(tensor.detach()))
-
     def reduce(self, tensor: Any, group: Any = None, reduce_op: Any = "mean") -> Any:
         """As ``DDPStrategy.reduce``, over the ranks that see different data."""
         if group is not None or not isinstance(tensor, Tensor) or world_size() == 1:
@@ -503,6 +565,17 @@ class OverlapStrategy(DDPStrategy):
             return total
         return total.div_(ranks.size) if total.is_floating_point() else total.copy_(total / ranks.size)
 
+    def all_gather(self, tensor: Tensor, group: Any = None, sync_grads: bool = False) -> Tensor:
+        """As ``DDPStrategy.all_gather``, over the ranks that see different data: their number is the first dim."""
+        if not is_everyone(group) or world_size() == 1:
+            return super().all_gather(tensor, group, sync_grads)
+        ranks = self._alike or everyone()
+        if ranks.size == 1:
+            return tensor.unsqueeze(0)
+        if sync_grads or (tensor.device.type != "cpu" and ranks.device is None):  # backward through it, or gloo's connections
+            return super().all_gather(tensor, self._alike and self._alike.reduces, sync_grads)
+        return torch.stack(ranks.all_gather_alike(tensor.detach()))
+
     def reduce_boolean_decision(self, decision: bool, all: bool = True) -> bool:
         # Stopping and saving are agreed by the world, whatever ``reduce`` reduces over.
         return agree(decision, by_all=all)
@@ -513,8 +586,8 @@ class OverlapStrategy(DDPStrategy):
         for mode in self.modes:
             mode.sync_parameters()
         if self.lightning_module is not None:
-            # Running statistics are the first rank's, as DDP's broadcast_buffers makes them.
-            share(self.lightning_module.buffers(), self._alike)
+            # Running statistics are the first rank's, as DDP's broadcast_buffers makes them; outside of a fit all hold the same.
+            share(self.lightning_module.buffers(), self._alike if self._preemption is not None else None)
 
     def on_validation_start(self) -> None:
         self._complete_weights()
@@ -642,6 +715,11 @@ class OverlapStrategy(DDPStrategy):
         module.load_state_dict({name: value for name, value in mine.items() if name not in on_disk}, strict=False)
 
     def load_optimizer_state_dict(self, checkpoint: Any) -> None:
+        if len(states := checkpoint["optimizer_states"]) < len(self.optimizers):
+            rank_zero_warn(
+                f"the checkpoint has the state of {len(states)} optimizers, and the module has {len(self.optimizers)}: those without "
+                "go on as new ones, without the moments that they had"
+            )
         for optimizer, state in zip(self.optimizers, checkpoint["optimizer_states"], strict=False):
             if isinstance(state, SavedOptimizer):
                 shards = partial(self._optimizer_shards, optimizer)
@@ -656,13 +734,16 @@ class OverlapStrategy(DDPStrategy):
 
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any | None = None) -> None:
         """As ``Strategy.save_checkpoint``; what fails on one rank is an error on all. With ``async_save``, at the next save."""
+        if storage_options is not None and (self._state_dict_type == "sharded" or type(self.checkpoint_io) is AtomicCheckpointIO):
+            raise TypeError("storage_options are for a CheckpointIO of your own, and `storage_options` arg is not supported here")
         filepath = self.broadcast(filepath)  # names hold metrics, which a rank may format otherwise
         background = self._async_save and self._training
 
         def prepare() -> Callable[[], None]:
+            if is_local(filepath):
+                # Not with the rest on a thread: ModelCheckpoint may put a link beside the checkpoint at once.
+                Path(filepath).parent.mkdir(parents=True, exist_ok=True)
             if self._state_dict_type == "sharded":
-                if storage_options is not None:
-                    raise TypeError("storage_options are for a CheckpointIO, which writes no sharded checkpoint")
                 return self._folders.save(checkpoint, Path(filepath), self._parts, copy=background)
             if not self.is_global_zero:
                 return lambda: None
@@ -693,14 +774,21 @@ class OverlapStrategy(DDPStrategy):
                 for mode in self.modes:
                     mode.sync_parameters()
                 return self._folders.load(path, self.lightning_module.state_dict(), weights_only=safe)
+            refuse_damaged(path, read_here=self.local_rank == 0)
             if is_deferred(self.lightning_module) and type(self.checkpoint_io) is AtomicCheckpointIO:
                 return load_lazily(path, weights_only=safe)
         return load_file(self.checkpoint_io, path, weights_only=safe)
 
     # -- end ---------------------------------------------------------------------------------------------------------
 
+    def has_failed(self, trainer: Trainer | None) -> None:
+        """Transfers may never complete from now on, so nobody waits for them any more."""
+        self.failed = True
+        if trainer is not None:
+            self._until_teardown.enter_context(saving_in_step_only(trainer))
+
     def teardown(self) -> None:
-        self.until_teardown.close()
+        self._until_teardown.close()
         if self._preemption is not None:
             self._preemption.close(complete=not self.failed)
             self._preemption = self._buffers = None
@@ -708,17 +796,20 @@ class OverlapStrategy(DDPStrategy):
         for group in (self._alike, self._sharing):
             if group is not None and not self.failed:
                 group.close()
-        self._alike = self._sharing = None
+        self._alike = self._sharing = self._mirrored = None
         for mode in reversed(self.modes):
             mode.release(complete=not self.failed)
-        if self.failed:
-            if self.modes:
-                rank_zero_warn("training failed in the middle of a step: load a checkpoint before using the module's weights")
+        if self.failed and self.modes:
+            rank_zero_warn("training failed in the middle of a step: load a checkpoint before using the module's weights")
             self.modes = []
+        if self.failed:
             abandon_groups()  # whoever waits for their transfers waits for what never comes
-        self.failed = self._training = False
         self._saves.close()
-        announcements.end()
+        self._folders.close(complete=not self.failed)
+        self.failed = self._training = False
+        if self.attempting:
+            announcements.end()
+            self.attempting = False
         super().teardown()
 
 

@@ -10,6 +10,10 @@ from tests.helpers.world import World
 torch.set_num_threads(1)
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--long", action="store_true", help="look for leaks over 300 steps and 20 fits")
+
+
 @pytest.fixture(scope="session")
 def world() -> Iterator[Callable[[int], World]]:
     """``world(2)`` is the same two workers throughout the session."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -79,6 +79,10 @@ class OverlapMode:
     """
 
     name: str
+    cuts_the_model: ClassVar[bool] = False
+    """Whether a rank holds, or computes, a part of the model only."""
+    keeps_bits: ClassVar[bool] = True
+    """Whether what it computes has the bits of the model whole, if nothing is wrong."""
 
     def __init__(self, plan: Plan, config: OverlapConfig, mesh: ParallelMesh, timeout: timedelta) -> None:
         self.plan = plan
@@ -135,8 +139,29 @@ class OverlapMode:
         finally:
             self._held = before
 
+    @contextmanager
+    def complete_gradients(self) -> Iterator[None]:
+        """Backwards in this context are whole steps, whatever is held around it."""
+        before, self._held = self._held, False
+        try:
+            yield
+        finally:
+            self._held = before
+
     def start_forward(self) -> None:
         """Before each training step of the user's."""
+
+    def trial(self) -> AbstractContextManager[None]:
+        """Around steps that are computed for their loss and gradients only: this mode trains nothing with them, and learns nothing."""
+        return nullcontext()
+
+    def whole(self) -> AbstractContextManager[None]:
+        """Inside, this rank has the model as the user wrote it, with the present weights of all ranks. Entered by all ranks."""
+        return nullcontext()
+
+    def own_gradient(self, name: str, gradient: Tensor) -> Tensor | None:
+        """What this rank has of the gradient of a parameter, which is whole; None if it has nothing of it."""
+        return gradient
 
     @property
     def runs_steps(self) -> bool:
@@ -145,6 +170,13 @@ class OverlapMode:
 
     def run_step(self, step: Step) -> None:
         """Runs one, if it :attr:`runs_steps`."""
+
+    def whole_parts(self, step: Step) -> Iterator[tuple[Any, int, float]]:
+        """The parts of a step for the model whole: the part, its number, its share of the batch's loss.
+
+        While one is given, random numbers are those that the part has in :meth:`run_step`.
+        """
+        yield step.batch, 0, 1.0
 
     @property
     def has_the_loss(self) -> bool:

@@ -33,9 +33,10 @@ class World:
     """``size`` ranks. ``run(function, *arguments)`` calls a top-level function on each and returns the results by rank."""
 
     timeout = 120.0
+    context: Any = mp.get_context("spawn")
 
     def __init__(self, size: int) -> None:
-        context = mp.get_context("spawn")
+        context = self.context
         store = os.path.join(tempfile.mkdtemp(), "store")
         self.pipes, self.workers = [], []
         for rank in range(size):

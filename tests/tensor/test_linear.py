@@ -1,6 +1,8 @@
 """Cut linear layers against whole ones: values and gradients, in real worlds."""
 
+import gc
 import itertools
+import weakref
 from functools import partial
 from typing import Any
 from unittest import mock
@@ -289,3 +291,61 @@ def test_only_what_is_multiplied_in_pieces_is_sent_in_pieces(world: Any) -> None
 )
 def test_pieces_grow_as_fast_as_they_can_be_computed(n: int, pieces: int, size: int, offsets: tuple[int, ...]) -> None:
     assert growing(n, pieces, size) == offsets
+
+
+class _Fails(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, *_: Tensor) -> Tensor:  # type: ignore[override]
+        raise ValueError("in the middle of a backward")
+
+
+def _fails(found: Tensor, own: Tensor) -> None:
+    with pytest.raises(ValueError, match="in the middle"):
+        found.sum().backward()
+    torch.ones(1, requires_grad=True).backward()  # torch lets go of what a failed backward had still to do in the next one
+
+
+ENDS: dict[str, Any] = {
+    "backward": lambda found, own: found.sum().backward(),
+    "of the input only": lambda found, own: torch.autograd.grad(found.sum(), own),
+    "no backward": lambda found, own: None,
+    "a backward that fails": _fails,
+}
+
+
+def what_is_left(settings: dict[str, Any]) -> list[str]:
+    """Ends after which a reading, and so the graph of its step, is still in memory."""
+    group = tensor_group(dist.get_world_size())
+    exchange = Exchange(group, **settings)
+    kept = []
+    for name, end in ENDS.items():
+        with torch.autocast("cpu", torch.bfloat16):
+            region = Region(True, torch.float32)
+            region.cut(group.rank, group.size)
+            columns = [region.q, region.k]
+            own = torch.randn(*((4, 8) if exchange.scattered else (4 * group.size, 8)), requires_grad=True)
+            prepared = prepare(columns, exchange, "region")
+            handle = read(own * 1, columns, prepared, 4 * group.size)
+            region.out.forward = partial(  # type: ignore[method-assign]
+                row_product, layer=region.out, exchange=exchange, name="region", reading=handle.reading, own=handle.gathered.own
+            )
+            if end is _fails:
+                region.q.register_forward_hook(lambda _, __, y: _Fails.apply(y))
+            end(region(handle, beside=True), own)
+        never_read = prepare(columns, exchange, "region")
+        left = [weakref.ref(prepared.reading), weakref.ref(never_read.reading)]
+        del prepared, handle, region, never_read
+        gc.collect()
+        kept += [name] if any(reading() is not None for reading in left) else []
+    return kept
+
+
+@pytest.mark.parametrize("scattered", [True, False])
+def test_nothing_is_left_of_a_reading(world: Any, scattered: bool) -> None:
+    ways: list[dict[str, Any]] = [{}, {"overlapped": False}, {"keep_gathered": True}, {"methods": dict(OTHERS)}]
+    for way in ways:
+        assert world(2).run(what_is_left, {"scattered": scattered, **way}) == [[], []], way

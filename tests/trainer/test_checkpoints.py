@@ -3,6 +3,9 @@
 import io
 import os
 import pickle
+import re
+import signal
+from contextlib import suppress
 from pathlib import Path
 from unittest import mock
 
@@ -12,11 +15,14 @@ import torch.distributed as dist
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from lightning.pytorch.plugins.io import AsyncCheckpointIO
+from torch.distributed.checkpoint.filesystem import _StorageInfo
 
 import lightning_overlap.sharded_checkpoint as folders
 from lightning_overlap import CheckpointError
-from lightning_overlap.checkpoint import Saves, beside
+from lightning_overlap.checkpoint import AtomicCheckpointIO, Saves, aside, beside, load_file, remove, what_is_broken
+from lightning_overlap.comm import TransferError
 from tests.helpers.training import Net, strategy, train
+from tests.helpers.world import World
 
 SHARDED = {"state_dict_type": "sharded"}
 LENGTH = {"max_epochs": 2, "max_steps": -1, "limit_train_batches": 3, "limit_val_batches": 0}
@@ -315,7 +321,7 @@ def test_a_crash_leaves_the_last_good_one(world, tmp_path, kind, background):
     resumed = world(2).run(run, Plain, {"resume": str(path), "strategy_kwargs": {"state_dict_type": kind}}, path)
     assert resumed[0]["step"] == 6
     # The folder's name was free for a moment, and that is where it crashed.
-    os.rename(path, beside(path, "replaced"))
+    os.rename(path, aside(path))
     assert world(2).run(run, Plain, {"resume": str(path)})[0]["step"] == 6
     world(2).run(run, Plain, {"strategy_kwargs": {"state_dict_type": kind}}, path)
     assert os.listdir(tmp_path) == ["last.ckpt"], "the next save cleans up"
@@ -469,3 +475,207 @@ def test_a_view_is_not_written_with_its_buffer(world, tmp_path):
     world(2).run(run, Plain, {"optimizer": "plain sgd", "max_epochs": 1}, path)
     numbers = sum(p.numel() for p in Plain().parameters())
     assert path.stat().st_size < 4 * numbers * 1.5 + 20_000
+
+
+# -- names ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "name", ["last.ckpt", "last-v1.ckpt", 245 * "a" + ".ckpt", 125 * "\u00e4" + ".ckpt", 255 * "b", "a." + 250 * "c"]
+)
+def test_names_beside_fit_where_the_name_does(tmp_path, name):
+    path = tmp_path / name
+    hidden, replaced = beside(path), aside(path)
+    assert len({path, hidden, replaced}) == 3
+    assert all(len(os.fsencode(each.name)) <= max(143, len(os.fsencode(name))) for each in (hidden, replaced))
+    assert hidden.name.startswith("."), "it is not complete"
+    io = AtomicCheckpointIO()
+    for value in (1, 2):
+        io.save_checkpoint({"value": value}, path)
+    assert load_file(io, path, weights_only=True) == {"value": 2}
+    assert os.listdir(tmp_path) == [name]
+
+
+def test_long_names_that_begin_alike_have_names_of_their_own_beside(tmp_path):
+    first, second = (tmp_path / f"{200 * 'a'}{end}.ckpt" for end in "xy")
+    assert len({beside(first), beside(second), aside(first), aside(second)}) == 4
+
+
+def test_a_link_beside_is_not_followed(tmp_path):
+    target, path = tmp_path / "precious", tmp_path / "last.ckpt"
+    target.write_text("whole")
+    beside(path).symlink_to(target)
+    AtomicCheckpointIO().save_checkpoint({"value": 1}, path)
+    assert target.read_text() == "whole"
+    assert not path.is_symlink()
+
+
+def test_a_crash_while_a_folder_is_removed_leaves_no_half_of_it(tmp_path):
+    path = tmp_path / "last.ckpt"
+    for _ in range(2):  # the second finds what the first has left
+        path.mkdir()
+        (path / "meta.pt").write_text("")
+        with mock.patch("shutil.rmtree", side_effect=KeyboardInterrupt), pytest.raises(KeyboardInterrupt):
+            remove(path)
+        remove(path) if path.exists() else None
+        assert all(name.startswith(".") for name in os.listdir(tmp_path))
+
+
+# -- what is on the disk is not what was written -------------------------------------------------------------------------------
+
+
+def flip(path, place):
+    content = bytearray(path.read_bytes())
+    content[place] ^= 0x10
+    path.write_bytes(content)
+
+
+def test_a_changed_byte_of_a_file_is_told(tmp_path):
+    path, io = tmp_path / "a.ckpt", AtomicCheckpointIO()
+    saved = {"state_dict": {"w": torch.arange(200.0)}, "epoch": 3}
+    io.save_checkpoint(saved, path)
+    whole = path.read_bytes()
+    assert what_is_broken(path) is None
+    passed = []
+    for place in range(0, len(whole), 5):
+        path.write_bytes(whole)
+        flip(path, place)
+        if what_is_broken(path) is None:
+            passed.append(place)
+            with suppress(CheckpointError):  # that it is no archive any more, say
+                read = load_file(io, path, weights_only=True)
+                assert torch.equal(read["state_dict"]["w"], saved["state_dict"]["w"]), "changed where nothing is read"
+                assert read["epoch"] == 3
+    numbers = whole.index(saved["state_dict"]["w"].numpy().tobytes())
+    assert not [place for place in passed if numbers <= place < numbers + 800]
+
+
+@pytest.mark.parametrize("left", [0.0, 0.5, 0.99])
+def test_a_file_that_is_cut_off_is_named(tmp_path, left):
+    path, io = tmp_path / "a.ckpt", AtomicCheckpointIO()
+    io.save_checkpoint({"w": torch.arange(200.0)}, path)
+    path.write_bytes(path.read_bytes()[: int(left * path.stat().st_size)])
+    for weights_only in (True, False):
+        with pytest.raises(CheckpointError, match=re.escape(str(path))):
+            load_file(io, path, weights_only=weights_only)
+
+
+def test_damage_is_told_on_every_rank(world, tmp_path):
+    path, folder = tmp_path / "file.ckpt", tmp_path / "folder.ckpt"
+    world(2).run(run, Plain, {"max_epochs": 1}, path)
+    world(2).run(run, Plain, {"strategy_kwargs": SHARDED, "max_epochs": 1}, folder)
+    for file in (path, *(folder / name for name in (".metadata", "meta.pt", "__0_0.distcp", "__1_0.distcp"))):
+        whole = file.read_bytes()
+        flip(file, {".metadata": len(whole) // 3, "meta.pt": whole.index(b"param_groups")}.get(file.name, len(whole) // 2))
+        told = world(2).run(failing, {"resume": str(path if file == path else folder)})
+        assert told[0] == told[1]
+        assert f"{file} is damaged" in told[0]
+        file.write_bytes(whole)
+    assert world(2).run(run, Plain, {"resume": str(folder)})[0]["step"] == 6
+
+
+def without_checksums(path):
+    torch.serialization.set_crc32_options(False)
+    try:
+        run(Plain, {"max_epochs": 1}, path)
+    finally:
+        torch.serialization.set_crc32_options(True)
+
+
+def test_checkpoints_without_checksums_load(world, tmp_path):
+    path, folder = tmp_path / "file.ckpt", tmp_path / "folder.ckpt"
+    world(1).run(without_checksums, path)
+    world(1).run(run, Plain, {"strategy_kwargs": SHARDED, "max_epochs": 1}, folder)
+    index = (folder / ".metadata").read_bytes()
+    (folder / ".metadata").write_bytes(index[: index.rindex(b"crc32:")])
+    for each in (path, folder):
+        assert world(1).run(run, Plain, {"resume": str(each)})[0]["step"] == 6
+
+
+@pytest.mark.parametrize("name", ["../outside.distcp", "/etc/passwd", "..", ""])
+def test_an_index_names_files_of_its_folder_only(tmp_path, name):
+    place = folders.MetadataIndex("model.w")
+    index = folders.Metadata({}, storage_data={place: _StorageInfo(name, 0, 1)})
+    (tmp_path / ".metadata").write_bytes(pickle.dumps(index))
+    with pytest.raises(CheckpointError, match="no file of this folder"):
+        folders._Reader(tmp_path)
+
+
+# -- crashes and links ---------------------------------------------------------------------------------------------------------
+
+
+def saved_last(folder, kwargs, resume, epochs, link=False):
+    saving = ModelCheckpoint(folder, "{step}", save_last="link" if link else True, every_n_train_steps=1)
+    length = {**LENGTH, "max_epochs": epochs}
+    return train(module=Plain, enable_checkpointing=True, callbacks=[saving], strategy_kwargs=kwargs, resume=resume, **length)["step"]
+
+
+def test_last_is_found_after_a_crash_between_two_renames(world, tmp_path):
+    world(2).run(saved_last, tmp_path, SHARDED, None, 1)
+    last = tmp_path / "last.ckpt"
+    os.rename(last, aside(last))
+    beside(last).mkdir()  # what was to take its place
+    step = torch.load(aside(last) / "meta.pt", weights_only=True)["global_step"]
+    assert world(2).run(resumed_from, tmp_path) == [step, step]
+    assert last.is_dir(), "the next save has taken its place"
+    assert not beside(last).exists()
+    assert not aside(last).exists()
+
+
+class FirstStep(Callback):
+    first = None
+
+    def on_train_start(self, trainer, *_):
+        self.first = trainer.global_step
+
+
+def resumed_from(folder):
+    saving, start = ModelCheckpoint(folder, "{step}", save_last=True, every_n_train_steps=1), FirstStep()
+    train(module=Plain, enable_checkpointing=True, callbacks=[saving, start], strategy_kwargs=SHARDED, resume="last", **LENGTH)
+    return start.first
+
+
+@pytest.mark.parametrize("kind", ["full", "sharded"])
+def test_a_link_to_what_is_written_in_the_background(world, tmp_path, kind):
+    kwargs = {"state_dict_type": kind, "async_save": True}
+    folder = tmp_path / "new"
+    assert world(2).run(saved_last, folder, kwargs, None, 2, True) == [6, 6]
+    assert (folder / "last.ckpt").is_symlink()
+    assert world(2).run(run, Plain, {"resume": str(folder / "last.ckpt")})[0]["step"] == 6
+
+
+def killed_while_saving(folder):
+    def write(self, plan, planner):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    killed = mock.patch.object(folders._Writer, "write_data", write) if dist.get_rank() else mock.patch("os.sync")
+    with killed, pytest.raises((CheckpointError, TransferError, RuntimeError)) as caught:
+        train(module=Plain, strategy_kwargs=SHARDED, callbacks=[Save(folder / "a.ckpt")], **LENGTH)
+    return str(caught.value)
+
+
+def test_a_rank_that_is_killed_while_it_saves(tmp_path):
+    own = World(2)
+    assert own.first(killed_while_saving, tmp_path)
+    own.close()
+    assert not (tmp_path / "a.ckpt").exists()
+
+
+# -- optimizers that are not in it ---------------------------------------------------------------------------------------------
+
+
+def resumed_without_states(path):
+    with mock.patch("lightning_overlap.strategy.rank_zero_warn") as warn:
+        run(Plain, {"resume": str(path)})
+    return [call.args[0] for call in warn.call_args_list]
+
+
+def test_an_optimizer_without_its_state_is_told(world, tmp_path):
+    path = tmp_path / "half.ckpt"
+    world(1).run(run, Plain, {"max_epochs": 1}, path)
+    assert world(1).run(resumed_without_states, path) == [[]]
+    saved = torch.load(path, weights_only=True)
+    saved["optimizer_states"] = []
+    torch.save(saved, path)
+    (told,) = world(1).run(resumed_without_states, path)[0]
+    assert "the state of 0 optimizers, and the module has 1" in told

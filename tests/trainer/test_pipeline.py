@@ -841,12 +841,12 @@ class Short(Net):
         super().__init__(blocks=3)
 
 
-def refused(kind, pipeline, different=False, validate=0):
+def refused(kind, pipeline, different=False, validate=0, verify="auto"):
     warnings.simplefilter("ignore")
     env = {"cluster_environment": TorchElasticEnvironment(), "process_group_backend": "gloo"}
     try:
         seed_everything(1, verbose=False)
-        strategy = OverlapStrategy(pipeline_parallel=PipelineParallel(**pipeline), **env)
+        strategy = OverlapStrategy(pipeline_parallel=PipelineParallel(**pipeline), verify_first_step=verify, **env)
         given = {
             "devices": dist.get_world_size(),
             "strategy": strategy,
@@ -958,10 +958,10 @@ class LeavesBehind(Net):
 
 def test_what_the_unsplit_model_knows_better_is_found_in_the_first_batch(world):
     pipeline = {"size": 2, "microbatches": 2}
-    assert world(2).run(refused, LeavesBehind, pipeline) == ["trained"] * 2
-    said = world(2).run(refused, LeavesBehind, {**pipeline, "verify_first_batch": True})
+    assert world(2).run(refused, LeavesBehind, pipeline, False, 0, False) == ["trained"] * 2
+    said = world(2).run(refused, LeavesBehind, pipeline)
     assert said[0] == said[1]
-    found, expected = map(float, re.match(r"ConfigError: .* is ([\d.]+) in .* and ([\d.]+) in the unsplit", said[0]).groups())
+    found, expected = map(float, re.match(r"ConfigError: .* the loss is ([\d.]+) and should be ([\d.]+)\. ", said[0]).groups())
     assert expected - found > 0.1
 
 
@@ -981,11 +981,12 @@ class Counts(Net):
         return self.extra(super().forward(ids))
 
 
-def verified(pipeline, trainer, tied):
+def verified(pipeline, trainer, tied, verify):
     warnings.simplefilter("ignore")
     seed_everything(1, verbose=False)
     env = {"cluster_environment": TorchElasticEnvironment(), "process_group_backend": "gloo"}
-    strategy = OverlapStrategy(DataParallel(bucket_size=1000), pipeline_parallel=PipelineParallel(**pipeline), **env)
+    plan = {"pipeline_parallel": PipelineParallel(**pipeline), "verify_first_step": verify}
+    strategy = OverlapStrategy(DataParallel(bucket_size=1000), **plan, **env)
     module = Counts(tied=tied)
     given = {"devices": dist.get_world_size(), "strategy": strategy, "use_distributed_sampler": False, "limit_val_batches": 0}
     run = Trainer(**QUIET, accelerator="cpu", max_epochs=1, limit_train_batches=2, **given, **trainer)
@@ -999,8 +1000,8 @@ def verified(pipeline, trainer, tied):
 )
 def test_verifying_the_first_batch_leaves_nothing_behind(world, ranks, pipeline, trainer, tied):
     pipeline = {"size": 2, "microbatches": 4, **pipeline}
-    plain = world(ranks).run(verified, pipeline, trainer, tied)
-    looked = world(ranks).run(verified, {**pipeline, "verify_first_batch": True}, trainer, tied)
+    plain = world(ranks).run(verified, pipeline, trainer, tied, False)
+    looked = world(ranks).run(verified, pipeline, trainer, tied, True)
     for one, other in zip(plain, looked, strict=True):
         assert torch.equal(one.pop("weights"), other.pop("weights"))
         assert torch.equal(one.pop("buffers"), other.pop("buffers"))

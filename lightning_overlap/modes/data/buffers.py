@@ -55,6 +55,8 @@ class LiveBucket:
     """ids of the parameters without a gradient in this backward."""
     places: list[int] = field(default_factory=list)
     """Addresses of the parameters."""
+    versions: list[int] = field(default_factory=list)
+    """Of the parameters, when their update was sent."""
     launched: bool = False
     reduced: bool = False
     """Gradients are reduced and not used yet."""

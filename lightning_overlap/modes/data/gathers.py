@@ -5,7 +5,9 @@ from __future__ import annotations
 import torch
 
 from lightning_overlap.comm import Group
+from lightning_overlap.decision import ConfigError
 from lightning_overlap.modes.data.buffers import LiveBucket
+from lightning_overlap.modes.data.guard import ReferenceGuard
 
 
 class Gathers:
@@ -16,13 +18,15 @@ class Gathers:
         group: the ranks that hold the pieces.
         prefetch: buckets in flight ahead of the one that forward waits for; None for all.
         aligned: none is posted before :meth:`end_step`.
+        guard: of the parameters that are incomplete.
 
     Attributes:
         incomplete: keys of the buckets whose parameters are not all there.
     """
 
-    def __init__(self, buckets: list[LiveBucket], group: Group, prefetch: int | None, *, aligned: bool) -> None:
+    def __init__(self, buckets: list[LiveBucket], group: Group, prefetch: int | None, *, aligned: bool, guard: ReferenceGuard) -> None:
         self.incomplete: set[int] = set()
+        self._guard = guard
         self._buckets = buckets
         self._group = group
         self._prefetch = prefetch
@@ -37,6 +41,8 @@ class Gathers:
             bucket.data[bucket.own].copy_(bucket.main)
         # A weight that autograd saved before this cannot be used after it without an error.
         torch.autograd.graph.increment_version(bucket.parameters)
+        bucket.versions = [parameter._version for parameter in bucket.parameters]
+        self._guard.guard(bucket.parameters)
         self.incomplete.add(bucket.key)
         self._to_post.append(bucket)
         if self._prefetch is None and not self._aligned:
@@ -73,13 +79,31 @@ class Gathers:
         bucket.gather.wait()
         bucket.gather = None
         self.incomplete.discard(bucket.key)
+        self._guard.free(bucket.parameters)
+        self._refuse_lost_writes(bucket)
         torch.autograd.graph.increment_version(bucket.parameters)
+
+    @staticmethod
+    def _refuse_lost_writes(bucket: LiveBucket) -> None:
+        for name, parameter, version in zip(bucket.names, bucket.parameters, bucket.versions, strict=True):
+            if parameter._version != version:
+                raise ConfigError(
+                    f"{name} was written through a view that was taken earlier (parameter.detach(), kept), while its update was on "
+                    "its way to this rank, and the write is lost. Write to the parameter itself, which waits for the update: "
+                    "with torch.no_grad(): parameter.copy_(...)"
+                )
 
     def finish_all(self) -> None:
         """Blocks until every parameter is there."""
         self.post_all()
         for bucket in self._buckets:
             self.finish(bucket)
+
+    def abandon(self) -> None:
+        """Nothing is waited for any more: parameters are ordinary ones, with whatever has arrived."""
+        self.incomplete.clear()
+        for bucket in self._buckets:
+            self._guard.free(bucket.parameters)
 
     def follow_order_seen(self) -> None:
         """What this forward read first is sent first in the next one."""

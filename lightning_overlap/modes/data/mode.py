@@ -14,7 +14,8 @@ from __future__ import annotations
 
 import warnings
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
@@ -28,7 +29,7 @@ from lightning_overlap.decision import ConfigError
 from lightning_overlap.modes.base import COUNTED_ELSEWHERE, LATE_GRADIENT, STAGE, OverlapMode
 from lightning_overlap.modes.data.buffers import HALF, LiveBucket, flatten, unflatten
 from lightning_overlap.modes.data.gathers import Gathers
-from lightning_overlap.modes.data.guard import CompleteBefore, GuardedParameters
+from lightning_overlap.modes.data.guard import CompleteBefore, GuardedParameters, ReferenceGuard
 from lightning_overlap.modes.data.layout import Bucket, lateness, lay_out
 from lightning_overlap.modes.data.optimizer import ShardedOptimizer
 
@@ -62,7 +63,7 @@ class DataMode(OverlapMode):
         self._kinds: list[list[tuple[str, nn.Parameter]]] = []  # parameters that can share a buffer
         self._fired: dict[int, None] | None = {}  # ids of parameters in the order of their first gradients
         self._announced = self._backward_open = False
-        self._said_unused = self._seen_backward = False
+        self._said_unused = self._seen_backward = self._on_trial = False
         own = config.data_parallel
         self._sharded = plan.choice("data_parallel.distributed_optimizer") != "off"
         self._whole = plan.choice("data_parallel.distributed_optimizer") == "whole parameters"
@@ -76,7 +77,7 @@ class DataMode(OverlapMode):
         prefetch = None if own.param_gather_prefetch == "all" else int(own.param_gather_prefetch)
         # Ranks see at different times that something has arrived. Where they must post in one order, nothing is posted for that.
         aligned = plan.choice("data_parallel.align_param_gather") == "after the step" or (self.group.in_one_order and prefetch is None)
-        self._gathers = Gathers(self._buckets, self.group, prefetch, aligned=aligned)
+        self._gathers = Gathers(self._buckets, self.group, prefetch, aligned=aligned, guard=ReferenceGuard(self._complete))
         # Ranks may see gradients in different orders. What is matched by the order of posting is posted by bucket number.
         self._any_order = self.group.keyed and self._scatter and self._instances is None
 
@@ -220,7 +221,17 @@ class DataMode(OverlapMode):
         if self._gathering != "under next forward":
             self.sync_parameters()
 
+    @contextmanager
+    def trial(self) -> Iterator[None]:
+        self._on_trial = True
+        try:
+            yield
+        finally:
+            self._on_trial = False
+
     def start_backward(self) -> None:
+        if self._on_trial:
+            return
         self._announced = True
         self._gathers.post_all()  # a forward that left out modules may have left some unposted
         if not self._held:
@@ -255,8 +266,8 @@ class DataMode(OverlapMode):
         """Weights that the user has put elsewhere (``p.data = ...``) come back into their bucket."""
         for bucket in self._buckets:
             for index, (parameter, place) in enumerate(zip(bucket.parameters, bucket.places, strict=True)):
-                if parameter.data_ptr() != place:
-                    self._gathers.finish(bucket)
+                # Whoever puts an incomplete one elsewhere completes it by that.
+                if bucket.key not in self._gathers.incomplete and parameter.data_ptr() != place:
                     view = bucket.views(bucket.data)[index]
                     view.copy_(parameter.data)
                     parameter.data = view
@@ -264,6 +275,8 @@ class DataMode(OverlapMode):
                         self._optimizer.adopt(bucket)
 
     def _on_gradient(self, parameter: nn.Parameter) -> None:
+        if self._on_trial:
+            return
         if self._sharded and not self._announced:
             return  # a backward of the user's own, in validation say: its gradients are no training step's
         bucket, view = self._home[id(parameter)]
@@ -362,6 +375,8 @@ class DataMode(OverlapMode):
             self._optimizer.update(bucket)
 
     def finish_backward(self) -> None:
+        if self._on_trial:
+            return
         self._announced = False
         if self._held or not self._backward_open:
             return
@@ -445,7 +460,7 @@ class DataMode(OverlapMode):
     def release(self, *, complete: bool = True) -> None:
         if complete:
             self.sync_parameters()
-        self._gathers.incomplete.clear()
+        self._gathers.abandon()
         if self._optimizer is not None:
             self._optimizer.release()
         for hook in self._hooks:

@@ -127,6 +127,7 @@ class ShardedOptimizer:
         """Steps the segments of one reduced bucket, and sends them."""
         self._take_gradients(bucket)
         self._gathers.finish(bucket)
+        self.adopt(bucket)  # of weights that the user's hooks have written since the last step
         users = self._put([[s.parameter for s in bucket.segments if s.group == index] for index in range(len(self._shards))])
         self._stepping = True
         try:
@@ -155,6 +156,7 @@ class ShardedOptimizer:
                 self.update(bucket)
         for bucket in self._reduced():
             self._gathers.finish(bucket)
+            self.adopt(bucket)
         self._users = self._put(self._shards)
         return result
 

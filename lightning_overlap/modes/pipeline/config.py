@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from lightning_overlap.decision import ConfigError, Decision, settle
+from lightning_overlap.decision import MOST, ConfigError, Decision, check_count, settle
 from lightning_overlap.modes.pipeline.schedule import SCHEDULES, Schedule, build, deferred, parse, simulate, validate
 
 if TYPE_CHECKING:
@@ -59,8 +59,6 @@ class PipelineParallel:
     ``mirror`` has the last stage alone go on, and tells the others what it logs, its metrics and the numbers that it returns. It
     sends less, and no rank holds the weights of another; what ``validation_step`` collects on ``self`` is then on the last
     stage only."""
-    verify_first_batch: bool = False
-    """The first batch's loss is compared with that of the unsplit model, for which the last stage needs the whole model once."""
 
     def advice(self, kind: str) -> str:
         """What may help where a kind of transfer is exposed: ``forward``, ``backward``, ``tied``; ``bytes``: the link is too slow."""
@@ -72,13 +70,11 @@ class PipelineParallel:
         return f"pipeline_parallel: {known.get(kind, 'a larger p2p_prefetch, or more microbatches')}"
 
     def __post_init__(self) -> None:
+        unset = {"microbatches": "auto", "microbatch_group": None}
         for name in ("size", "virtual_stages", "microbatches", "microbatch_group", "p2p_prefetch"):
-            value = getattr(self, name)
-            if value == {"microbatches": "auto", "microbatch_group": None}.get(name, 0):
-                continue
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise ConfigError(f"pipeline_parallel.{name} must be an integer of at least 1, got {value!r}")
-        if not isinstance(self.wgrad_deferral_limit, int) or self.wgrad_deferral_limit < 0:
+            if name not in unset or getattr(self, name) != unset[name]:
+                check_count(f"pipeline_parallel.{name}", getattr(self, name))
+        if type(self.wgrad_deferral_limit) is not int or self.wgrad_deferral_limit < 0:
             raise ConfigError(
                 "pipeline_parallel.wgrad_deferral_limit must be a number of microbatches, or 0 for any, "
                 f"got {self.wgrad_deferral_limit!r}"
@@ -97,7 +93,7 @@ class PipelineParallel:
             raise ConfigError(f"pipeline_parallel.evaluation must be replicate or mirror, got {self.evaluation!r}")
         if self.layout is not None and self.layers_per_stage is not None:
             raise ConfigError("pipeline_parallel has both layout and layers_per_stage, which say the same: give one")
-        if self.size > 1 or self.microbatches != "auto":
+        if (self.size > 1 or self.microbatches != "auto") and self.stages * self.count <= MOST:  # a larger one when there is a world
             self.plan(self.count)  # a schedule that cannot be built is refused where it is asked for
 
     @property
@@ -166,7 +162,6 @@ def decide(own: PipelineParallel, whole: OverlapConfig, facts: Facts) -> list[De
     schedule = own.plan(own.count)
     _refuse_what_cannot_run(own, facts, cut=whole.tensor_parallel.size > 1 and schedule.splits_backward)
     free = simulate(schedule)
-    verified = [Decision("pipeline_parallel.verify_first_batch", "on", "on", "the whole model is held once")]
     held = ", ".join(str(n) for n in free.peak)
     found = facts.pipeline
     blocks = "" if found is None else f"; {found.name or 'blocks'} by stage: {', '.join(map(str, found.blocks))}"
@@ -189,7 +184,6 @@ def decide(own: PipelineParallel, whole: OverlapConfig, facts: Facts) -> list[De
         *([_split(found)] if schedule.splits_backward else []),
         _deferral(own, whole, facts, schedule),
         Decision("pipeline_parallel.evaluation", own.evaluation, own.evaluation, EVALUATION[own.evaluation]),
-        *(verified if own.verify_first_batch else []),
     ]
 
 

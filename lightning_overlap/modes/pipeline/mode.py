@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections import deque
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -37,8 +36,6 @@ if TYPE_CHECKING:
     from lightning_overlap.plan import Plan
 
 
-SAME_LOSS = 1e-5
-"""Relative difference that is none, though the same operations on the same numbers give the same bits."""
 CHECKED_BATCHES = 3
 """Batches at the start of a fit whose losses are looked at."""
 
@@ -47,6 +44,7 @@ class PipelineMode(OverlapMode):
     """See the module's docstring."""
 
     name = "pipeline"
+    cuts_the_model = True
 
     def __init__(self, plan: Plan, config: OverlapConfig, mesh: ParallelMesh, timeout: timedelta) -> None:
         super().__init__(plan, config, mesh, timeout)
@@ -70,7 +68,6 @@ class PipelineMode(OverlapMode):
         self._stack: BlockStack | None = None
         self._weight_gradients: WeightGradients | None = None
         self._checked = 0
-        self._verified = False
         self._lent: list[str] = []
         self._runtimes: dict[int, Runtime] = {}
 
@@ -207,13 +204,11 @@ class PipelineMode(OverlapMode):
 
     def run_step(self, step: Step) -> None:
         assert self._stack is not None, "the model is parallelized before it is trained"
-        size = microbatches.samples(step.batch)
-        count = min(self._own.count, size)
-        checking = self._checked < CHECKED_BATCHES
+        # Where the first step is compared with that of the model whole, a loss that is no number is the user's.
+        checking = self._checked < CHECKED_BATCHES and self.plan.choice("verify_first_step") == "off"
         self._checked += 1
-        runtime = self._runtime(count)
-        parts = microbatches.cut(step.batch, count)
-        shares = [microbatches.samples(part) / size for part in parts]
+        parts, shares = self._parts(step)
+        runtime = self._runtime(len(parts))
         stages = Stages(
             self._stack,
             self._stages,
@@ -227,43 +222,47 @@ class PipelineMode(OverlapMode):
             check=checking,
         )
         self._unsummed = deque(self._tied)
-        expected = self._unsplit_loss(step, parts, shares) if self._own.verify_first_batch and not self._verified else None
         with kept(self._device):
             runtime.run(stages, [kind(part) for part in parts], self.timeline)
         stages.finish()
-        if self._own.verify_first_batch and not self._verified:
-            self._verified = True
-            self.with_the_loss(lambda: self._compare(expected, _whole_loss(stages.losses, shares)))
         step.log(self.with_the_loss(lambda: step.logged(shares)))
 
-    def _unsplit_loss(self, step: Step, parts: Sequence[Any], shares: Sequence[float]) -> float | None:
-        """The batch's loss by the whole model, of the same microbatches and random numbers, on the rank with the last stage."""
+    def whole_parts(self, step: Step) -> Iterator[tuple[Any, int, float]]:
         assert self._stack is not None, "the model is parallelized before it is trained"
-        taken = self._gather(buffers=False)  # which nobody has changed yet
-        losses: dict[int, Tensor] = {}
-        if self.has_the_loss:
-            with step.trial(), kept(self._device):
-                for number, part in enumerate(parts):
-                    pin(*step.place, number)
-                    with self._stack.unsplit(block_seeds(step.place, number)):
-                        loss = step.forward(part, number)
-                    if loss is not None:  # training says it
-                        losses[number] = loss.detach()
-        self.partition.keep(self._rank, taken)
-        return _whole_loss(losses, shares) if len(losses) == len(parts) else None
+        parts, shares = self._parts(step)
+        with kept(self._device):
+            for number, (part, share) in enumerate(zip(parts, shares, strict=True)):
+                pin(*step.place, number)
+                with self._stack.unsplit(block_seeds(step.place, number)):
+                    yield part, number, share
 
-    @staticmethod
-    def _compare(expected: float | None, found: float) -> None:
-        """Raises:
-        ConfigError: they differ.
-        """
-        assert expected is not None, "a microbatch without a loss is refused by the stage that should have it"
-        if not (math.isclose(found, expected, rel_tol=SAME_LOSS) or (math.isnan(found) and math.isnan(expected))):
-            raise ConfigError(
-                f"the first batch's loss is {found!r} in the pipeline and {expected!r} in the unsplit model, on the same microbatches "
-                "and random numbers: something in training_step reads what is on another stage (sums over all blocks or parameters, "
-                "what a block has left behind). Give it to the loss through the hidden states"
-            )
+    @contextmanager
+    def trial(self) -> Iterator[None]:
+        # In another precision, hidden states of the same batch have another dtype.
+        forms, announced = dict(self._forms), set(self._announced)
+        try:
+            yield
+        finally:
+            for known, before in ((self._forms, forms), (self._announced, announced)):
+                known.clear()
+                known.update(before)  # type: ignore[arg-type, call-overload]
+
+    @contextmanager
+    def whole(self) -> Iterator[None]:
+        taken = self._gather(buffers=False)  # which no training step has changed yet
+        try:
+            yield
+        finally:
+            self.partition.keep(self._rank, taken)
+
+    def own_gradient(self, name: str, gradient: Tensor) -> Tensor | None:
+        return gradient if self._rank in self.partition.holders(name) else None
+
+    def _parts(self, step: Step) -> tuple[list[Any], list[float]]:
+        """The microbatches of a step, and each one's share of the batch's loss."""
+        size = microbatches.samples(step.batch)
+        parts = microbatches.cut(step.batch, min(self._own.count, size))
+        return parts, [microbatches.samples(part) / size for part in parts]
 
     def _gather(self, *, buffers: bool) -> list[str]:
         """Every rank gets the whole model; the names of the parameters that it had not."""
@@ -467,8 +466,3 @@ class PipelineMode(OverlapMode):
     def close(self) -> None:
         for group in self.groups.values():
             group.close()
-
-
-def _whole_loss(losses: Mapping[int, Tensor], shares: Sequence[float]) -> float:
-    """Of the batch, from those of its microbatches."""
-    return sum(share * losses[number].item() for number, share in enumerate(shares)) if losses else math.nan

@@ -44,16 +44,17 @@ from lightning_overlap.modes.tensor.gemm import (
 
 @dataclass
 class Reading:
-    """What the nodes of one reading share, for its backward. Made before what is read is known, see :func:`prepare`."""
+    """What the nodes of one reading share, for its backward.
+
+    It holds no tensor that has a graph. The nodes hold it, and a tensor of theirs in it would close a circle through C++, which
+    Python's garbage collector does not see: every step's graph would stay in memory. Who reads holds such tensors: see
+    :class:`Prepared` and :class:`Arriving`.
+    """
 
     exchange: Exchange
     name: str
     shape: tuple[int, ...] = ()
     """Of all tokens, ``(..., tokens, features)``."""
-    weights: dict[int, Tensor] = field(default_factory=dict)
-    """By id of a weight, the node that adds the rest of its gradient."""
-    ports: dict[int, tuple[Tensor, Tensor | None]] = field(default_factory=dict)
-    """By id of a weight, what stands for it and its bias in the graph."""
     left: dict[int, list[Tensor]] = field(default_factory=dict)
     """By id of a weight, gradients of outputs whose weight's gradient is still to be computed."""
     factors: list[tuple[Tensor, Tensor]] = field(default_factory=list)
@@ -75,6 +76,15 @@ class Reading:
                 f"tensor.input[{self.name}]",
                 "column_wgrad",
             )
+
+
+@dataclass
+class Prepared:
+    """A reading before what is read is known."""
+
+    reading: Reading
+    weights: dict[int, Tensor]
+    """By id of a weight, the output of the node that adds the rest of its gradient."""
 
 
 class _Finish(Function):
@@ -172,7 +182,7 @@ class _Column(Function):
             reading: Reading = ctx.reading
             own, weight = ctx.saved_tensors
             if ctx.needs_input_grad[0]:
-                reading.factors.append((grad, weight))
+                reading.factors.append((grad, weight.detach()))
             if ctx.needs_input_grad[1] or ctx.needs_input_grad[2]:
                 reading.left.setdefault(ctx.number, []).append(grad)
             if ctx.needs_input_grad[1]:
@@ -301,6 +311,8 @@ class Arriving(Tensor):
 
     reading: Reading
     gathered: Gathered
+    ports: dict[int, tuple[Tensor, Tensor | None]]
+    """By id of a weight, what stands for it and its bias in the graph."""
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -310,14 +322,14 @@ class Arriving(Tensor):
                 return func(*args, **kwargs)
         if func is F.linear:
             found = _arguments(*args, **kwargs)
-            if isinstance(found[0], Arriving) and id(found[1]) in found[0].reading.ports:
+            if isinstance(found[0], Arriving) and id(found[1]) in found[0].ports:
                 return found[0].times(id(found[1]))
         args, kwargs = tree_map(lambda x: x.whole() if isinstance(x, Arriving) else x, (args, kwargs))
         return func(*args, **kwargs)
 
     def times(self, weight: int) -> Tensor:
         """The output of the column linear with the weight of that id."""
-        stand_in, bias = self.reading.ports[weight]
+        stand_in, bias = self.ports[weight]
         with torch._C.DisableTorchFunctionSubclass():
             return _Column.apply(self, stand_in, bias, self.gathered, self.reading, weight)  # type: ignore[no-untyped-call, no-any-return]
 
@@ -343,7 +355,7 @@ def matrix(layer: nn.Module) -> Tensor:
     return weight if isinstance(layer, nn.Linear) else weight.t()
 
 
-def prepare(layers: Sequence[nn.Module], exchange: Exchange, name: str) -> Reading:
+def prepare(layers: Sequence[nn.Module], exchange: Exchange, name: str) -> Prepared:
     """A reading to come: from here on the rest of its weights' gradients is computed, on the way back.
 
     Args:
@@ -351,35 +363,36 @@ def prepare(layers: Sequence[nn.Module], exchange: Exchange, name: str) -> Readi
         exchange: the ranks.
         name: of the region, for its transfers.
     """
-    reading = Reading(exchange, name)
+    prepared = Prepared(Reading(exchange, name), {})
     for layer in layers:
         number = id(layer.weight)
-        reading.weights[number] = _Rest.apply(cast(matrix(layer)), reading, number)  # type: ignore[no-untyped-call]
-    return reading
+        prepared.weights[number] = _Rest.apply(cast(matrix(layer)), prepared.reading, number)  # type: ignore[no-untyped-call]
+    return prepared
 
 
-def read(x: Tensor, layers: Sequence[nn.Module], reading: Reading, tokens: int) -> Arriving:
+def read(x: Tensor, layers: Sequence[nn.Module], prepared: Prepared, tokens: int) -> Arriving:
     """Starts a region's reading.
 
     Args:
         x: this rank's tokens, ``(..., own tokens, features)``; all of them where tokens are not cut.
         layers: its column layers.
-        reading: as :func:`prepare` gives it.
+        prepared: as :func:`prepare` gives it.
         tokens: number of all.
 
     Returns:
         ``(..., tokens, features)``.
     """
+    reading, ports = prepared.reading, {}
     reading.shape = (*x.shape[:-2], tokens, x.shape[-1])
     x = cast(_Finish.apply(x, reading))  # type: ignore[no-untyped-call]
     for layer in layers:
         number, bias = id(layer.weight), layer.bias
-        of_layer = (reading.weights.pop(number), None if bias is None else cast(bias))  # type: ignore[arg-type]
-        reading.ports[number] = _Own.apply(*of_layer, reading, number)  # type: ignore[no-untyped-call]
-    with torch.no_grad():
-        gathered = Gathered(x, tokens, reading.exchange, f"tensor.input[{reading.name}]", "column_fprop")
+        of_layer = (prepared.weights[number], None if bias is None else cast(bias))  # type: ignore[arg-type]
+        ports[number] = _Own.apply(*of_layer, reading, number)  # type: ignore[no-untyped-call]
+    # Detached, since a view would hold what it is a view of, which has the graph: in backward the reading holds what is gathered.
+    gathered = Gathered(x.detach(), tokens, reading.exchange, f"tensor.input[{reading.name}]", "column_fprop")
     handle = _Gather.apply(x, reading).as_subclass(Arriving)  # type: ignore[no-untyped-call]
-    handle.reading, handle.gathered = reading, gathered
+    handle.reading, handle.gathered, handle.ports = reading, gathered, ports
     return handle  # type: ignore[no-any-return]
 
 
@@ -387,7 +400,7 @@ def column_forward(layer: nn.Module) -> Callable[[Tensor], Tensor]:
     """The forward of a layer whose own does not call ``F.linear`` on its weight."""
 
     def forward(x: Tensor) -> Tensor:
-        if isinstance(x, Arriving) and id(layer.weight) in x.reading.ports:
+        if isinstance(x, Arriving) and id(layer.weight) in x.ports:
             return x.times(id(layer.weight))
         return F.linear(x, matrix(layer), layer.bias)  # type: ignore[arg-type]
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from datetime import timedelta
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -20,12 +21,12 @@ from lightning_overlap.modes.base import COUNTED_ELSEWHERE, LATE_GRADIENT, Overl
 from lightning_overlap.modes.tensor import symm_mem, userbuffers
 from lightning_overlap.modes.tensor.check import FirstBlock
 from lightning_overlap.modes.tensor.gemm import Exchange, shares
-from lightning_overlap.modes.tensor.linear import Reading, alike, column_forward, matrix, prepare, read, row_product
+from lightning_overlap.modes.tensor.linear import Prepared, Reading, alike, column_forward, matrix, prepare, read, row_product
 from lightning_overlap.modes.tensor.partition import Partition, Piece
 from lightning_overlap.modes.tensor.random_state import OwnNumbers
 from lightning_overlap.modes.tensor.sequence import enter, leave
 from lightning_overlap.modes.tensor.vocab import Vocabulary, embedding_forward, head_forward
-from lightning_overlap.parallel_plan import Region, TensorPlan, find
+from lightning_overlap.parallel_plan import Cut, Region, TensorPlan, find
 from lightning_overlap.shards import Place, is_absent
 
 if TYPE_CHECKING:
@@ -41,6 +42,8 @@ class TensorMode(OverlapMode):
     """See the module's docstring."""
 
     name = "tensor"
+    cuts_the_model = True
+    keeps_bits = False
 
     def __init__(self, plan: Plan, config: OverlapConfig, mesh: ParallelMesh, timeout: timedelta) -> None:
         super().__init__(plan, config, mesh, timeout)
@@ -63,7 +66,7 @@ class TensorMode(OverlapMode):
         self._step = 0
         self._place = ""  # the row layer that was the last one to run
         self._after: dict[str, str] = {}  # by row layer, the region that reads next
-        self._prepared: tuple[str, int, Reading] | None = None
+        self._prepared: tuple[str, int, Prepared] | None = None
         self._latest: dict[str, tuple[Reading, Tensor]] = {}  # by region, what it has read, until its row layer runs
         self._in_backward = False
         self._inside = False  # whether a forward has entered the blocks and not left them
@@ -92,9 +95,15 @@ class TensorMode(OverlapMode):
         self._names = {name: id(parameter) for name, parameter in model.named_parameters(remove_duplicate=False)}
         self._partition = Partition(cuts, self.group)
         absent = any(map(is_absent, blocks[0].parameters()))  # in a pipeline
-        self._first = None if absent or not self.config.tensor_parallel.verify_blocks else FirstBlock(blocks[0], f"{found.blocks}.0")
-        self._mark(model, found, blocks)
+        checked = self.config.tensor_parallel.verify_blocks and self.plan.choice("verify_first_step") == "off"
+        self._first = FirstBlock(blocks[0], f"{found.blocks}.0") if checked and not absent else None
         self._partition.keep()
+        self._install = partial(self._patch, model, found, cuts, blocks)
+        self._install()
+
+    def _patch(self, model: nn.Module, found: TensorPlan, cuts: Sequence[Cut], blocks: Sequence[nn.Module]) -> None:
+        """Has the model compute with this rank's pieces, until :meth:`_uninstall`."""
+        self._mark(model, found, blocks)
         self._columns = {region.name: [cut.module for cut in region.columns] for region in found.regions}
         for cut in cuts:
             if cut.role == "column" and type(cut.module).forward is not nn.Linear.forward:
@@ -117,6 +126,31 @@ class TensorMode(OverlapMode):
             self._hook(blocks[0].register_forward_pre_hook, self._check, with_kwargs=True)
         if self._scattered:
             self._scatter_tokens(blocks)
+
+    def _uninstall(self) -> None:
+        """The model computes as the user wrote it."""
+        for undo in reversed(self._undo):
+            undo()
+        self._undo.clear()
+        self._own_numbers.stop()
+        self._prepared = None
+        self._latest.clear()
+
+    @contextmanager
+    def whole(self) -> Iterator[None]:
+        pieces = [(parameter := piece.parameter, parameter.data) for piece in self._partition.pieces.values()]
+        self._uninstall()
+        self._partition.give_back(complete=True)
+        try:
+            yield
+        finally:
+            for parameter, data in pieces:
+                parameter.data = data
+            self._install()
+
+    def own_gradient(self, name: str, gradient: Tensor) -> Tensor:
+        piece = self._piece(name)
+        return gradient if piece is None else piece.of(gradient, self.group.rank, self.group.size)
 
     def prepare_optimizers(self, optimizers: Sequence[Optimizer]) -> None:
         """State that is made with the optimizer (Adagrad's) is cut like its parameter."""
@@ -209,7 +243,7 @@ class TensorMode(OverlapMode):
         if region is not None and self._scattered and self._exchange.overlapped and torch.is_grad_enabled():
             self._prepared = (region, self._step, prepare(self._columns[region], self._exchange, region))
 
-    def _reading(self, region: str) -> Reading:
+    def _reading(self, region: str) -> Prepared:
         self._after[self._place] = region
         prepared, self._prepared = self._prepared, None
         # Not one that an activation checkpoint has left, which went no further than its block: weights may be others since.
@@ -414,12 +448,9 @@ class TensorMode(OverlapMode):
         """The model is whole again on every rank."""
         if not self._undo:
             return
-        for undo in reversed(self._undo):
-            undo()
-        self._undo.clear()
+        self._uninstall()
         if self._engine is not None and complete:
             self._engine.close()
-        self._own_numbers.stop()
         self._partition.give_back(complete=complete)
         if complete:
             self.group.rest()

@@ -107,10 +107,10 @@ def read(x: Tensor, layers: Sequence[nn.Module], fused: Operators, exchange: Exc
     whole, *products = _Read.apply(cast(x), fused, exchange, name, *[cast(matrix(layer)) for layer in layers])  # type: ignore[no-untyped-call]
     handle: Ready = whole.as_subclass(Ready)
     handle.reading = Reading(exchange, name)
-    handle.products = {}
+    handle.products, handle.ports = {}, {}
     for layer, product in zip(layers, products, strict=True):
         number = id(layer.weight)
-        handle.reading.ports[number] = (product, None)
+        handle.ports[number] = (product, None)
         handle.products[number] = product if layer.bias is None else product + cast(layer.bias)  # type: ignore[arg-type]
     return handle
 

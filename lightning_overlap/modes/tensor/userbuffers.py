@@ -142,10 +142,10 @@ class Engine:
         products = _last(module(_first(x))).split(sizes, -1)
         reading = Reading(self._exchange, name, (*x.shape[:-2], tokens, x.shape[-1]))
         handle: Multiplied = _Sum.apply(x, reading).as_subclass(Multiplied)  # type: ignore[no-untyped-call]
-        handle.reading, handle.own, handle.products = reading, x, {}
+        handle.reading, handle.own, handle.products, handle.ports = reading, x, {}, {}
         for layer, product in zip(layers, products, strict=True):
             number = id(layer.weight)
-            reading.ports[number] = (product, None)
+            handle.ports[number] = (product, None)
             handle.products[number] = _add_bias(product, layer)
         return handle
 

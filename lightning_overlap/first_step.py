@@ -1,0 +1,362 @@
+"""Proof of the first step: the loss and every gradient of the model as it is cut, against those of the model whole.
+
+What passes between two blocks, or from a block to the loss, on a way that a mode does not know of, is lost where the model is cut, and
+nothing else would say so. So the first batch of a fit is computed twice more before it is trained on: by the model whole, which every
+rank puts together for that time, and by the ranks' parts of it. Both leave nothing behind: no gradient, buffer, metric, log, attribute
+or random number. Dropout is off in both, since its masks differ where activations are cut; mixed precision is too, so that what
+differs is not rounding.
+"""
+
+from __future__ import annotations
+
+import random
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from lightning.pytorch.utilities import rank_zero_warn
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
+
+from lightning_overlap.comm import all_gather_objects, world_size
+from lightning_overlap.decision import ConfigError
+from lightning_overlap.driven import DrivenStep
+from lightning_overlap.optimization import logs_go_to
+
+if TYPE_CHECKING:
+    from lightning_overlap.modes.base import OverlapMode
+
+
+@dataclass(frozen=True)
+class Tolerance:
+    """Differences that rounding may make.
+
+    Attributes:
+        loss: relative.
+        gradient: of a parameter's gradient, relative to its norm.
+        noise: of a parameter's gradient, relative to the largest norm of a gradient in the model: a gradient that should be zero
+            (of a key's bias, say) is rounding alone.
+    """
+
+    loss: float
+    gradient: float
+    noise: float
+
+
+TOLERANCES = {
+    torch.float64: Tolerance(1e-9, 1e-6, 1e-9),
+    torch.float32: Tolerance(2e-5, 2e-3, 2e-5),
+    torch.bfloat16: Tolerance(2e-2, 0.25, 2e-2),
+    torch.float16: Tolerance(5e-3, 0.1, 5e-3),
+}
+"""By the lowest precision of the parameters, where the modes multiply matrices of other shapes than the model whole does."""
+SAME_PRODUCTS = Tolerance(1e-6, 1e-5, 1e-7)
+"""In fp32 and better, where they multiply the same ones: only the order of some sums differs (of a tied weight's gradient)."""
+OTHER_OBJECTIVE = 1e-4
+"""Relative difference between the loss of a batch and that of its microbatches, above which it is said."""
+NAMED = 4
+"""Parameters that an error names."""
+
+
+class _WithoutDropout(TorchFunctionMode):
+    """Inside, functional dropout drops nothing, and modules' dropout neither."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func in _DROPOUTS:
+            # In place or not: the hidden states are what they are.
+            return args[0] if args else kwargs["input"]
+        if func is F.scaled_dot_product_attention:
+            args, kwargs = args[:4], {**kwargs, "dropout_p": 0.0, **dict(zip(("is_causal",), args[5:6], strict=False))}
+        elif func is F.multi_head_attention_forward:
+            args, kwargs = (*args[:10], 0.0, *args[11:]) if len(args) > 10 else args, kwargs
+            kwargs = {**kwargs, "dropout_p": 0.0} if "dropout_p" in kwargs else kwargs
+        return func(*args, **kwargs)
+
+
+_DROPOUTS = frozenset({F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout, F.feature_alpha_dropout, torch.dropout})
+
+
+class _Trial(DrivenStep):
+    """A step that is computed for its loss and gradients only."""
+
+    total: Tensor | None = None
+    """The batch's loss, where this rank knows it."""
+
+    def forward(self, part: Any, number: int) -> Tensor | None:
+        with logs_go_to(self._trainer, None), self._precision(), _WithoutDropout():
+            output = self._module.training_step(part, *self._rest)
+        loss = output["loss"] if isinstance(output, Mapping) else output
+        if not isinstance(loss, Tensor):
+            return None
+        self._outputs[number] = loss.detach()
+        return loss
+
+    def _precision(self) -> AbstractContextManager[Any]:
+        plugin = self._strategy.precision_plugin
+        return nullcontext() if str(plugin.precision).endswith("-mixed") else plugin.train_step_context()
+
+    def backward(self, loss: Tensor, share: float) -> None:
+        (loss * share).backward()
+
+    def logged(self, shares: Sequence[float]) -> Any:
+        losses = torch.stack([self._outputs[i].double() for i in range(len(shares))])
+        return (losses * torch.tensor(shares, device=losses.device)).sum().cpu()
+
+    def log(self, said: Any) -> None:
+        self.total = said
+
+
+@dataclass
+class _Result:
+    """What one way of computing the step gives."""
+
+    loss: float | None = None
+    at_once: float | None = None
+    """Of the batch in one piece, where the step is computed in several."""
+    gradients: dict[str, Tensor] = field(default_factory=dict)
+
+
+class FirstStep:
+    """The proof, for one batch.
+
+    Args:
+        step: the user's, not run yet.
+        module: the user's.
+        modes: in their order.
+        device: this rank's.
+    """
+
+    def __init__(self, step: _Trial, module: nn.Module, modes: Sequence[OverlapMode], device: torch.device) -> None:
+        self._step = step
+        self._module = module
+        self._modes = modes
+        self._driver = next((mode for mode in modes if mode.runs_steps), None)
+        self._device = device
+        self._parameters = dict(module.named_parameters())
+
+    def prove(self) -> bool:
+        """Computes and compares. Collective over the world.
+
+        Returns:
+            Whether there was something to compare: a batch of which ``training_step`` makes no loss proves nothing.
+
+        Raises:
+            ConfigError: loss or gradients differ; on every rank.
+        """
+        with self._apart():
+            expected, obstacle = self._whole()
+            everyone = all_gather_objects(obstacle) if world_size() > 1 else [obstacle]
+            if any(everyone):
+                told = next(filter(None, everyone))
+                rank_zero_warn(f"the first step was not compared with the model whole (verify_first_step): {told}")
+                return told != NO_LOSS
+            found = self._cut()
+        self._compare(expected, found)
+        self._tell_of_objective(expected)
+        return True
+
+    # -- two ways to compute it ------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def _apart(self) -> Iterator[None]:
+        """Inside, gradients and random numbers are others than outside, and data parallelism looks at neither."""
+        before = {name: parameter.grad for name, parameter in self._parameters.items()}
+        precision = torch.get_float32_matmul_precision()
+        torch.set_float32_matmul_precision("highest")
+        with ExitStack() as stack:
+            for mode in self._modes:
+                stack.enter_context(mode.trial())
+                stack.enter_context(mode.complete_gradients())
+            stack.enter_context(_same_random_numbers(self._device))
+            try:
+                yield
+            finally:
+                torch.set_float32_matmul_precision(precision)
+                for name, parameter in self._parameters.items():
+                    parameter.grad = before[name]
+
+    def _whole(self) -> tuple[_Result, str | None]:
+        """By the model whole; and what stood in the way."""
+        result = _Result()
+        with ExitStack() as stack:
+            for mode in reversed(self._modes):
+                stack.enter_context(mode.whole())
+            self._forget_gradients()
+            stack.enter_context(_same_random_numbers(self._device))
+            try:
+                shares = self._run_whole(result)
+            except torch.OutOfMemoryError:
+                return result, "a rank has no memory for the model whole. Set verify_first_step: false to leave it out"
+            finally:
+                gradients = {name: p.grad for name, p in self._parameters.items() if p.grad is not None}
+                self._forget_gradients()
+        if shares is None:
+            return result, NO_LOSS
+        for name, gradient in gradients.items():
+            own: Tensor | None = gradient
+            for mode in self._modes:
+                own = own if own is None else mode.own_gradient(name, own)
+            if own is not None:
+                result.gradients[name] = own.clone()  # not a view, which would keep all of it
+        return result, None
+
+    def _run_whole(self, result: _Result) -> list[float] | None:
+        parts = self._driver.whole_parts(self._step) if self._driver is not None else iter([(self._step.batch, 0, 1.0)])
+        shares = []
+        with self._step.trial():
+            for part, number, share in parts:
+                loss = self._step.forward(part, number)
+                if loss is None:
+                    return None
+                shares.append(share)
+                if loss.requires_grad:
+                    self._step.backward(loss, share)
+                del loss
+            result.loss = float(self._step.logged(shares))
+        if len(shares) > 1:
+            with self._step.trial(), torch.no_grad():
+                at_once = self._step.forward(self._step.batch, 0)
+                result.at_once = None if at_once is None else float(at_once)
+        return shares
+
+    def _cut(self) -> _Result:
+        """By the ranks' parts of it, as they train."""
+        result = _Result()
+        self._forget_gradients()
+        with self._step.trial(), _same_random_numbers(self._device):
+            for mode in self._modes:
+                mode.start_forward()
+            if self._driver is not None:
+                self._driver.run_step(self._step)
+            else:
+                loss = self._step.forward(self._step.batch, 0)
+                self._step.start_backward()
+                if loss is not None and loss.requires_grad:
+                    self._step.backward(loss, 1.0)
+                self._step.finish_backward()
+                self._step.log(None if loss is None else loss.detach())
+        result.loss = None if self._step.total is None else float(self._step.total)
+        result.gradients = {name: p.grad for name, p in self._parameters.items() if p.grad is not None}
+        return result
+
+    def _forget_gradients(self) -> None:
+        for parameter in self._parameters.values():
+            parameter.grad = None
+
+    # -- what differs --------------------------------------------------------------------------------------------------
+
+    def _tolerance(self) -> Tolerance:
+        lowest = max((p.dtype for p in self._parameters.values() if p.dtype in TOLERANCES), key=_coarseness, default=torch.float32)
+        exact = all(mode.keeps_bits for mode in self._modes)
+        return SAME_PRODUCTS if exact and torch.finfo(lowest).bits >= 32 else TOLERANCES[lowest]
+
+    def _compare(self, expected: _Result, found: _Result) -> None:
+        within = self._tolerance()
+        wrong: list[tuple[str, float, float]] = []
+        norms = {name: _norm(gradient) for name, gradient in expected.gradients.items()}
+        largest = max(norms.values(), default=0.0)
+        largest = max(all_gather_objects(largest)) if world_size() > 1 else largest
+        for name in {**expected.gradients, **found.gradients}:
+            want, have = expected.gradients.get(name), found.gradients.get(name)
+            difference = _norm(_difference(have, want))
+            if not difference <= within.gradient * norms.get(name, 0.0) + within.noise * largest and not _both_not_finite(want, have):
+                wrong.append((name, difference, norms.get(name, 0.0)))
+        other_loss = not _is_close(found.loss, expected.loss, within.loss)
+        mine = (expected.loss, found.loss, other_loss, wrong)
+        everyone = all_gather_objects(mine) if world_size() > 1 else [mine]
+        losses = next(((want, have) for want, have, other, _ in everyone if other), None)
+        names = list(dict.fromkeys(entry for *_, entries in everyone for entry in entries))
+        if losses is None and not names:
+            return
+        told = []
+        if losses is not None:
+            told.append(f"the loss is {losses[1]!r} and should be {losses[0]!r}")
+        if names:
+            first = ", ".join(f"{name} (off by {difference:.2g}, of {norm:.2g})" for name, difference, norm in names[:NAMED])
+            told.append(f"gradients differ, the first of {len({name for name, *_ in names})}: {first}")
+        raise ConfigError(
+            f"the first step of the model as it is cut over the ranks differs from that of the model whole: {'; '.join(told)}. "
+            f"{_CAUSES} verify_first_step: false leaves this comparison out."
+        )
+
+    def _tell_of_objective(self, expected: _Result) -> None:
+        if expected.at_once is not None and not _is_close(expected.loss, expected.at_once, OTHER_OBJECTIVE):
+            rank_zero_warn(
+                f"the loss of the first batch is {expected.at_once:.6g} in one piece, and {expected.loss:.6g} in microbatches: it "
+                "is no mean over the samples (a sum, a mean over counted tokens, a contrastive loss, batch norm). The microbatches' "
+                "losses are weighted by their numbers of samples. Have training_step return a mean over samples, or set "
+                "pipeline_parallel.microbatches: 1 if the objective of the whole batch is what you want"
+            )
+
+
+NO_LOSS = "training_step gave no loss for the batch"
+_CAUSES = (
+    "Something passes between blocks, or from a block to the loss, on a way that the cut does not follow: a value that a block leaves "
+    "on itself or in a list for another one or for the loss (auxiliary losses, hooks, deep supervision, skip connections), a sum over "
+    "parameters (a regulariser), a layer whose role is wrong ('column[3]' for fused q, k and v), code that counts heads, features or "
+    "tokens of which a rank has a part, or a random decision that differs between ranks. Hand it from block to block through their "
+    "arguments, compute it from the output, mend the roles, or leave this mode out."
+)
+
+
+def first_step(strategy: Any, module: Any, batch: Any, rest: Any, place: tuple[int, ...], device: torch.device) -> FirstStep:
+    """The proof of a fit's first batch.
+
+    Args:
+        strategy: whose modes cut the model.
+        module: the user's.
+        batch: the whole batch.
+        rest: the other arguments of ``training_step``.
+        place: see :class:`lightning_overlap.modes.base.Step`.
+        device: this rank's.
+    """
+    return FirstStep(_Trial(strategy, module.trainer, module, batch, rest, place), module, strategy.modes, device)
+
+
+@contextmanager
+def _same_random_numbers(device: torch.device) -> Iterator[None]:
+    """What is drawn inside leaves no trace outside."""
+    numpy: Any = sys.modules.get("numpy")
+    python, of_numpy = random.getstate(), numpy.random.get_state() if numpy else None
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        try:
+            yield
+        finally:
+            random.setstate(python)
+            if numpy:
+                numpy.random.set_state(of_numpy)
+
+
+def _coarseness(dtype: torch.dtype) -> float:
+    return torch.finfo(dtype).eps
+
+
+def _difference(have: Tensor | None, want: Tensor | None) -> Tensor | None:
+    if have is None or want is None:
+        return want if have is None else have
+    return have.to_dense().float() - want.to_dense().float() if have.dtype.itemsize < 4 else have.to_dense() - want.to_dense()
+
+
+def _norm(x: Tensor | None) -> float:
+    return 0.0 if x is None else float(torch.linalg.vector_norm(x.to_dense().detach().flatten(), dtype=_wide(x.dtype)))
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    return torch.complex128 if dtype.is_complex else torch.float64
+
+
+def _both_not_finite(one: Tensor | None, other: Tensor | None) -> bool:
+    return one is not None and other is not None and not bool(one.isfinite().all()) and not bool(other.isfinite().all())
+
+
+def _is_close(found: float | None, expected: float | None, relative: float) -> bool:
+    if found is None or expected is None:
+        return found is expected
+    if found != found or expected != expected:
+        return found != found and expected != expected
+    return found == expected or abs(found - expected) <= relative * max(abs(found), abs(expected))

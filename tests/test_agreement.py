@@ -1,0 +1,70 @@
+"""What ranks must have alike: batches in one order, models, optimizers' settings."""
+
+from collections import namedtuple
+
+import torch
+from torch import nn
+
+from lightning_overlap.agreement import model_in_words, optimizers_in_words
+from lightning_overlap.batches import digest
+from tests.helpers.training import Net, train
+
+Pair = namedtuple("Pair", "ids labels")
+
+
+def test_a_digest_knows_the_order_of_samples():
+    ids = torch.arange(12).view(4, 3)
+    batch = {"ids": ids, "mask": torch.ones(4, dtype=torch.bool), "names": ["a", "b"]}
+    assert digest(batch) == digest({**batch, "ids": ids.clone()})
+    assert digest(batch) != digest({**batch, "ids": ids[[1, 0, 2, 3]]})
+    assert digest(batch) != digest({**batch, "names": ["b", "a"]})
+    assert digest(Pair(ids, ids)) != digest(Pair(ids, ids.flip(0)))
+    for dtype in (torch.bfloat16, torch.complex64, torch.float64):
+        values = torch.arange(4).to(dtype)
+        assert digest(values) != digest(values.flip(0))
+    assert digest(torch.tensor(1.0)) != digest(torch.tensor(2.0))
+    assert digest(ids.t()) == digest(ids.t().contiguous())
+
+
+def test_a_model_in_words_knows_buffers_and_order():
+    one, other = nn.Sequential(nn.BatchNorm1d(3)), nn.Sequential(nn.BatchNorm1d(4))
+    assert model_in_words(one)["buffer 0.running_mean"] != model_in_words(other)["buffer 0.running_mean"]
+    first, second = nn.Module(), nn.Module()
+    first.a, first.b = nn.Linear(2, 2), nn.Linear(2, 2)
+    second.b, second.a = nn.Linear(2, 2), nn.Linear(2, 2)
+    differ = {key for key, value in model_in_words(first).items() if model_in_words(second)[key] != value}
+    assert differ == {"the order of parameters and buffers"}
+
+
+def test_optimizers_in_words_know_settings_groups_and_order():
+    module = nn.Linear(2, 2)
+
+    def differ(*made):
+        words = [optimizers_in_words([optimizer], module) for optimizer in made]
+        return {key for key in {**words[0], **words[1]} if words[0].get(key) != words[1].get(key)}
+
+    plain = torch.optim.SGD(module.parameters(), 0.1)
+    assert differ(plain, torch.optim.SGD(module.parameters(), 0.1)) == set()
+    assert differ(plain, torch.optim.SGD(module.parameters(), 0.2)) == {"lr in group 0 of optimizer 0"}
+    assert differ(plain, torch.optim.SGD([module.bias, module.weight], 0.1)) == {"the parameters in group 0 of optimizer 0"}
+    assert "the class of optimizer 0" in differ(plain, torch.optim.AdamW(module.parameters(), 0.1))
+    assert "lr in group 1 of optimizer 0" in differ(plain, torch.optim.SGD([{"params": [p]} for p in module.parameters()], 0.1))
+
+
+class OtherRate(Net):
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), 0.1 if self.global_rank == 0 else 0.2)
+
+
+def other_rate():
+    try:
+        train(module=OtherRate)
+    except ValueError as error:
+        return str(error)
+    return "trained"
+
+
+def test_a_learning_rate_that_differs_is_told_on_every_rank(world):
+    told = world(2).run(other_rate)
+    assert told[0] == told[1]
+    assert "ranks disagree about lr in group 0 of optimizer 0: rank 0 has 0.1, rank 1 has 0.2" in told[0]

@@ -1,0 +1,346 @@
+"""The first step of a cut model is compared with that of the model whole: faults that nothing else shows are errors."""
+
+import random
+import re
+import warnings
+from typing import Any, ClassVar
+
+import pytest
+import torch
+import torch.distributed as dist
+from lightning.pytorch import LightningModule, Trainer, seed_everything
+from lightning.pytorch.plugins.environments import TorchElasticEnvironment
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.data import DataLoader
+
+from lightning_overlap import ConfigError, OverlapStrategy, PipelineParallel, TensorParallel
+
+QUIET = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
+WIDTH = 16
+PIPELINE = {"pipeline_parallel": PipelineParallel(size=2, microbatches=2)}
+INTERLEAVED = {"pipeline_parallel": PipelineParallel(size=2, virtual_stages=2, microbatches=2)}
+TENSOR = {"tensor_parallel": TensorParallel(size=2)}
+SUMMED = {"tensor_parallel": TensorParallel(size=2, sequence_parallel=False)}
+BOTH = {**TENSOR, **PIPELINE}
+
+
+class Attention(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.head_dim = 4
+        self.qkv, self.proj = nn.Linear(WIDTH, 3 * WIDTH), nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.qkv(x).unflatten(-1, (3, -1, self.head_dim)).permute(2, 0, 3, 1, 4)
+        return self.proj(F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(2))
+
+
+class MLP(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(WIDTH, 2 * WIDTH), nn.Linear(2 * WIDTH, WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(F.gelu(self.up(x)))
+
+
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm1, self.norm2 = nn.LayerNorm(WIDTH), nn.LayerNorm(WIDTH)
+        self.attention, self.mlp = Attention(), MLP()
+        self.dropout = nn.Dropout(0.1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.dropout(self.attention(self.norm1(x)))
+        return x + self.dropout(self.mlp(self.norm2(x)))
+
+
+class Net(LightningModule):
+    """Right under every mode."""
+
+    parallel_plan: ClassVar[dict[str, str]] = {
+        "attention.qkv": "column[3]",
+        "attention.proj": "row",
+        "mlp.up": "column",
+        "mlp.down": "row",
+    }
+    block: type[nn.Module] = Block
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inp, self.blocks, self.out = nn.Linear(3, WIDTH), nn.ModuleList(self.block() for _ in range(4)), nn.Linear(WIDTH, 2)
+
+    def go(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            x = block(x)
+        return x
+
+    def loss(self, x: Tensor, y: Tensor) -> Tensor:
+        return F.mse_loss(self.out(self.go(self.inp(x))), y)
+
+    def training_step(self, batch: Any, index: int) -> Tensor:
+        return self.loss(*batch)
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD(self.parameters(), 0.1)
+
+
+# -- what a pipeline does not carry --------------------------------------------------------------------------------------
+
+
+class LeavesGate(Block):
+    """An auxiliary loss that is left on the block."""
+
+    weight = 0.1
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate = nn.Linear(WIDTH, 2)
+        self.left: Tensor | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.left = self.gate(x).square().mean() * self.weight
+        return super().forward(x)
+
+
+class AuxiliaryLoss(Net):
+    block = LeavesGate
+
+    def training_step(self, batch: Any, index: int) -> Tensor:
+        loss = self.loss(*batch)
+        return loss + sum(block.left for block in self.blocks if block.left is not None)
+
+
+class LeavesLittle(LeavesGate):
+    weight = 1e-4
+
+
+class SmallAuxiliaryLoss(AuxiliaryLoss):
+    block = LeavesLittle
+
+
+class HookedLoss(Net):
+    """The same, by hooks."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gates: list[Tensor] = []
+        for block in self.blocks:
+            block.mlp.register_forward_hook(lambda _, args, out: self.gates.append(out.square().mean() * 0.1))
+
+    def training_step(self, batch: Any, index: int) -> Tensor:
+        loss = self.loss(*batch)
+        loss = loss + sum(self.gates)
+        self.gates.clear()
+        return loss
+
+
+class DeepSupervision(Net):
+    def training_step(self, batch: Any, index: int) -> Tensor:
+        x, y = batch
+        x, kept = self.inp(x), []
+        for block in self.blocks:
+            x = block(x)
+            kept.append(x)
+        return F.mse_loss(self.out(x), y) + 0.1 * sum(F.mse_loss(self.out(k), y) for k in kept[:-1])
+
+
+class FirstToLast(Net):
+    def training_step(self, batch: Any, index: int) -> Tensor:
+        x, y = batch
+        x, kept = self.inp(x), []
+        for block in self.blocks:
+            x = block(x)
+            kept.append(x)
+        return F.mse_loss(self.out(x + kept[0]), y)
+
+
+class Penalty(Net):
+    """A regulariser over all that is trained."""
+
+    def training_step(self, batch: Any, index: int) -> Tensor:
+        return self.loss(*batch) + 1e-3 * sum(p.square().sum() for p in self.parameters() if p.requires_grad)
+
+
+class Carries(Block):
+    """State that goes from block to block in Python."""
+
+    memory: ClassVar[dict[str, Tensor]] = {}
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = super().forward(x)
+        if "last" in self.memory and self.memory["last"].shape == x.shape:
+            x = x + 0.1 * self.memory["last"]
+        self.memory["last"] = x.detach()
+        return x
+
+
+class StateInPython(Net):
+    block = Carries
+
+    def training_step(self, batch: Any, index: int) -> Tensor:
+        Carries.memory.clear()
+        return self.loss(*batch)
+
+
+# -- what tensor parallelism cuts wrongly --------------------------------------------------------------------------------
+
+
+class Gated(nn.Module):
+    """Two fused halves, of which the plan does not know."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(WIDTH, 4 * WIDTH), nn.Linear(2 * WIDTH, WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        a, b = self.up(x).chunk(2, -1)
+        return self.down(F.silu(a) * b)
+
+
+class OtherLaterBlock(Net):
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks[2].mlp = Gated()
+
+
+class SequenceNorm(nn.Module):
+    """Its name says norm, and it looks at all tokens."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x - x.mean(-2, keepdim=True)
+
+
+class LooksAtTokens(Net):
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks[2].norm2 = SequenceNorm()
+
+
+class InEvalMode(OtherLaterBlock):
+    def on_train_start(self) -> None:
+        self.eval()
+
+
+class Slopes(Attention):
+    """A bias for each head, by the head's number on this rank."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.qkv(x).unflatten(-1, (3, -1, self.head_dim)).permute(2, 0, 3, 1, 4)
+        heads, tokens = q.shape[1], q.shape[2]
+        distance = torch.arange(tokens).view(1, -1) - torch.arange(tokens).view(-1, 1)
+        bias = distance * torch.tensor([2.0 ** -(8 * (h + 1) / heads) for h in range(heads)]).view(-1, 1, 1)
+        return self.proj(F.scaled_dot_product_attention(q, k, v, attn_mask=bias).transpose(1, 2).flatten(2))
+
+
+class Alibi(Net):
+    def __init__(self) -> None:
+        super().__init__()
+        for block in self.blocks:
+            block.attention = Slopes()
+
+
+class InnerResidual(MLP):
+    def forward(self, x: Tensor) -> Tensor:
+        return x + super().forward(x)
+
+
+class ResidualInside(Net):
+    def __init__(self) -> None:
+        super().__init__()
+        for block in self.blocks:
+            block.mlp = InnerResidual()
+
+
+class OwnDecision(Net):
+    """Ranks that share a batch decide otherwise."""
+
+    def training_step(self, batch: Any, index: int) -> Tensor:
+        return self.loss(*batch) * (1.0 if random.Random(self.global_rank).random() < 0.8 else 2.0)
+
+
+PLANTED: dict[str, tuple[type[Net], dict[str, Any]]] = {
+    "an auxiliary loss on blocks, pipeline": (AuxiliaryLoss, PIPELINE),
+    "a small auxiliary loss, pipeline": (SmallAuxiliaryLoss, PIPELINE),
+    "an auxiliary loss by hooks, pipeline": (HookedLoss, PIPELINE),
+    "deep supervision": (DeepSupervision, INTERLEAVED),
+    "the first block's output at the end": (FirstToLast, PIPELINE),
+    "a regulariser, pipeline": (Penalty, PIPELINE),
+    "state in Python": (StateInPython, PIPELINE),
+    "a regulariser, tensor": (Penalty, TENSOR),
+    "an auxiliary loss on blocks, tensor": (AuxiliaryLoss, TENSOR),
+    "another mlp in a later block": (OtherLaterBlock, TENSOR),
+    "another mlp in a later block, sums": (OtherLaterBlock, SUMMED),
+    "a norm over tokens in a later block": (LooksAtTokens, TENSOR),
+    "a model in eval mode": (InEvalMode, TENSOR),
+    "constants by head": (Alibi, SUMMED),
+    "a residual inside an mlp": (ResidualInside, SUMMED),
+    "decisions that differ": (OwnDecision, TENSOR),
+}
+
+
+def fit(kind: type[Net], strategy: dict[str, Any], steps: int = 1, precision: str = "32-true") -> Any:
+    """How a fit of some steps ends on this rank: its error, or the weights; and what it warned of."""
+    seed_everything(1, verbose=False)
+    module = kind()
+    generator = torch.Generator().manual_seed(2)
+    data = torch.utils.data.TensorDataset(torch.randn(16, 6, 3, generator=generator), torch.randn(16, 6, 2, generator=generator))
+    env = {"cluster_environment": TorchElasticEnvironment(), "process_group_backend": "gloo"}
+    made = OverlapStrategy(**strategy, **env)
+    given = {"devices": dist.get_world_size(), "strategy": made, "use_distributed_sampler": False, "max_steps": steps}
+    run = Trainer(**QUIET, accelerator="cpu", precision=precision, **given)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        try:
+            run.fit(module, DataLoader(data, batch_size=8))
+        except ConfigError as error:
+            return str(error)
+    weights = torch.cat([p.detach().flatten() for p in module.parameters()])
+    return weights, [str(w.message) for w in said], made.plan.explain()
+
+
+@pytest.mark.parametrize("case", PLANTED)
+def test_a_planted_fault_is_an_error_on_all_ranks(world: Any, case: str) -> None:
+    told = world(2).run(fit, *PLANTED[case])
+    assert isinstance(told[0], str), "the fault was not seen"
+    assert told[0] == told[1]
+    assert "differs from that of the model whole" in told[0]
+    assert "verify_first_step: false" in told[0]
+
+
+def test_a_gradient_is_named_where_the_loss_is_right(world: Any) -> None:
+    told = world(2).run(fit, ResidualInside, SUMMED)[0]
+    assert "gradients differ" in told
+    assert "the loss is" not in told
+    assert "blocks.0." in told
+
+
+def test_leaving_it_out(world: Any) -> None:
+    for weights, _, plan in world(2).run(fit, Alibi, {**SUMMED, "verify_first_step": False}):
+        assert weights.isfinite().all()
+        assert re.search(r"verify_first_step +off +off +asked for", plan)
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed", "bf16-true"])
+@pytest.mark.parametrize(("ranks", "strategy"), [(2, PIPELINE), (2, TENSOR), (2, SUMMED), (4, BOTH), (4, TENSOR)])
+def test_a_right_model_passes_and_nothing_is_left_behind(world: Any, ranks: int, strategy: dict[str, Any], precision: str) -> None:
+    looked = world(ranks).run(fit, Net, strategy, 3, precision)
+    blind = world(ranks).run(fit, Net, {**strategy, "verify_first_step": False}, 3, precision)
+    for (weights, _, plan), (others, _, _) in zip(looked, blind, strict=True):
+        assert torch.equal(weights, others)
+        assert "the first batch is computed twice more" in plan
+
+
+class Sums(Net):
+    def training_step(self, batch: Any, index: int) -> Tensor:
+        return self.loss(*batch) * len(batch[0])
+
+
+def test_another_objective_of_microbatches_is_said_once(world: Any) -> None:
+    _, said, _ = world(2).run(fit, Sums, PIPELINE, 2)[0]
+    about = [message for message in said if "in one piece" in message]
+    assert len(about) == 1
+    _, said, _ = world(2).run(fit, Net, PIPELINE, 2)[0]
+    assert not [message for message in said if "in one piece" in message]
