@@ -3,10 +3,59 @@
 from __future__ import annotations
 
 import hashlib
+import inspect
 from collections.abc import Iterable, Sequence
+from datetime import timedelta
+from typing import Any
 
+from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.callbacks import (
+    BaseFinetuning,
+    BatchSizeFinder,
+    Checkpoint,
+    EarlyStopping,
+    GradientAccumulationScheduler,
+    LearningRateFinder,
+    StochasticWeightAveraging,
+    Timer,
+    WeightAveraging,
+)
 from torch import nn
 from torch.optim import Optimizer
+
+ARGUMENTS = (
+    *("accumulate_grad_batches", "max_epochs", "min_epochs", "max_steps", "min_steps", "fast_dev_run", "overfit_batches"),
+    *("val_check_interval", "check_val_every_n_epoch", "num_sanity_val_steps", "log_every_n_steps"),
+    *("limit_train_batches", "limit_val_batches", "limit_test_batches", "limit_predict_batches"),
+    *("reload_dataloaders_every_n_epochs", "gradient_clip_val", "gradient_clip_algorithm"),
+)
+"""Of the Trainer, that decide when ranks meet."""
+MEETING = (
+    *(BaseFinetuning, BatchSizeFinder, Checkpoint, EarlyStopping, GradientAccumulationScheduler, LearningRateFinder),
+    *(StochasticWeightAveraging, Timer, WeightAveraging),
+)
+"""Callbacks in which all ranks meet. Others (a progress bar, what a user has on one rank) may differ."""
+PLACES = ("dirpath", "filename", "verbose")
+"""Arguments of these in which no rank but the first one's counts."""
+
+
+def trainer_in_words(trainer: Trainer) -> dict[str, str]:
+    """The Trainer's arguments that decide when ranks meet, and its callbacks in which they do."""
+    words = {f"the Trainer's {name}": repr(getattr(trainer, name)) for name in ARGUMENTS}
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        if isinstance(callback, MEETING):
+            name = type(callback).__name__
+            number = sum(key.startswith(f"the callback {name} ") for key in words) + 1
+            words[f"the callback {name} ({number})"] = _arguments(callback)
+    return words
+
+
+def _arguments(callback: Callback) -> str:
+    """What it was made with, as far as that is kept and is a plain value."""
+    names = {name: None for kind in type(callback).__mro__[:-1] for name in inspect.signature(kind).parameters}
+    kept = {name: getattr(callback, name, getattr(callback, f"_{name}", inspect)) for name in names if name not in PLACES}
+    plain: dict[str, Any] = {n: v for n, v in kept.items() if v is None or isinstance(v, bool | int | float | str | timedelta)}
+    return ", ".join(f"{name}={value!r}" for name, value in plain.items())
 
 
 def model_in_words(module: nn.Module) -> dict[str, str]:

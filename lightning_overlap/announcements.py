@@ -17,6 +17,8 @@ from torch._C._distributed_c10d import PrefixStore, TCPStore
 
 from lightning_overlap.decision import ConfigError
 
+LONGEST_NAP = 0.5
+"""Seconds between two looks at who has come to a place."""
 HEARD = 5.0
 """Seconds that the process with the store stays, after its error, for ranks that have not heard of it."""
 
@@ -50,7 +52,8 @@ class _Board:
         if world is not self._world:
             base: Any = base_store()
             # A connection of its own: another thread's wait on the world's would hold it. (A FileStore has none to hold.)
-            self._world, self._store = world, base.clone() if isinstance(base, TCPStore) else world  # type: ignore[attr-defined]
+            own = isinstance(base, TCPStore)
+            self._world, self._store = world, base.clone() if own else world
         return self._store
 
     def key(self, what: str, attempt: int | None = None) -> str:
@@ -124,6 +127,22 @@ def look() -> None:
         raise _board.mine
     if (error := announced()) is not None:
         raise error
+
+
+def gather(place: str, mine: str, limit: float) -> dict[int, str]:
+    """What ranks that come to a place within so many seconds say there, by rank: all, or those that have come.
+
+    Raises:
+        Exception: as :func:`look`.
+    """
+    store = _board.store
+    start = time.monotonic()
+    keys = [_board.key(f"{place}/{rank}") for rank in range(dist.get_world_size())]
+    store.set(keys[dist.get_rank()], mine)
+    while not (complete := store.check(keys)) and (waited := time.monotonic() - start) < limit:
+        look()
+        time.sleep(min(0.002 + waited / 8, LONGEST_NAP))
+    return {rank: store.get(key).decode() for rank, key in enumerate(keys) if complete or store.check([key])}
 
 
 def all_stopped_alike() -> bool:

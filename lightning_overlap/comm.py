@@ -35,7 +35,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch._C import _distributed_c10d
 
-from lightning_overlap.announcements import TransferError, announced, in_words, look, raise_from_words, wait_until_heard
+from lightning_overlap.announcements import TransferError, announced, gather, in_words, look, raise_from_words, wait_until_heard
 from lightning_overlap.clock import Clock, Marks
 from lightning_overlap.sockets import Sockets
 
@@ -932,6 +932,15 @@ def assemble(timeout: timedelta, meeting_timeout: timedelta) -> None:
         _world.everyone = None
     _world.meeting_timeout = meeting_timeout
     if world_size() > 1:
+        # Groups find their members by a number that each rank counts, and an attempt that failed may have left them at different ones.
+        torchs = dist.distributed_c10d._world
+        counts = gather("groups", str(torchs.group_count), meeting_timeout.total_seconds())
+        if len(counts) < world_size():
+            raise TransferError(
+                f"of {world_size()} ranks only {list(counts)} have come within {meeting_timeout}: look for the errors of the others. "
+                "meeting_timeout is how long ranks wait for each other"
+            )
+        torchs.group_count = max(map(int, counts.values()))
         _world.everyone = make_group([range(world_size())], "world", timeout, backend="gloo", gathers=False, threads=False)
         _world.of = dist.group.WORLD
 

@@ -10,6 +10,27 @@ class ConfigError(ValueError):
     """A request that cannot be met. Says what was asked, why it cannot be, and what to do."""
 
 
+MOST = 1 << 16
+"""Ranks, stages, microbatches: more of them is a mistake, and plans for it would never be made."""
+
+
+def check_count(name: str, value: object, *, most: int | None = MOST) -> None:
+    """Refuses what is no count of at least 1: also True, 2.0 and "2", which Python would take for one somewhere.
+
+    Args:
+        name: as in the configuration.
+        value: what was given.
+        most: the largest.
+
+    Raises:
+        ConfigError: naming all three.
+    """
+    if type(value) is not int or value < 1:
+        raise ConfigError(f"{name} must be an integer of at least 1, got {value!r}")
+    if most is not None and value > most:
+        raise ConfigError(f"{name} must be at most {most}, got {value}")
+
+
 @dataclass(frozen=True)
 class Decision:
     """One line of the plan: what was asked of a feature, what runs, and why."""

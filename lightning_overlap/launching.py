@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -28,8 +29,20 @@ from lightning_overlap.sockets import Sockets
 if TYPE_CHECKING:
     from lightning_overlap.strategy import OverlapStrategy
 
+LONGEST = timedelta(days=365)
+"""A limit above this one is a mistake: torch counts milliseconds, and wraps."""
 LOOK_AGAIN = 0.5
 """Seconds between two attempts to reach the store, and between two looks at who has come."""
+
+
+def check_limit(name: str, limit: object) -> None:
+    """Refuses what is no time to wait.
+
+    Raises:
+        ConfigError: it is not.
+    """
+    if not isinstance(limit, timedelta) or not timedelta(0) < limit <= LONGEST:
+        raise ConfigError(f"{name} must be a datetime.timedelta of more than 0 and at most {LONGEST.days} days, got {limit!r}")
 
 
 class Watched:
@@ -49,7 +62,12 @@ class Watched:
         self._function = function
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        with _one_at_a_time():
+            return self._call(*args, **kwargs)
+
+    def _call(self, *args: Any, **kwargs: Any) -> Any:
         announcements.start()
+        self._strategy.attempting = True
         try:
             return self._function(*args, **kwargs)
         except (SIGTERMException, _TunerExitException):  # all ranks stop at the same batch
@@ -57,9 +75,7 @@ class Watched:
         except BaseException as error:
             told = announcements.announced()
             announcements.announce(error)
-            self._strategy.failed = True
-            if self._trainer is not None:
-                self._strategy.until_teardown.enter_context(_saving_in_step_only(self._trainer))
+            self._strategy.has_failed(self._trainer)
             if told is not None and announcements.follows_from_another(error) and str(told) != str(error):
                 raise told from error
             raise
@@ -67,8 +83,26 @@ class Watched:
             announcements.leave()
 
 
+_running = threading.RLock()
+
+
 @contextmanager
-def _saving_in_step_only(trainer: Trainer) -> Iterator[None]:
+def _one_at_a_time() -> Iterator[None]:
+    """Two threads' collectives would find each other's on the other ranks. A Trainer inside another one's hook is none at once.
+
+    Raises:
+        ConfigError: another thread is inside.
+    """
+    if not _running.acquire(blocking=False):
+        raise ConfigError("another thread of this process runs a Trainer with OverlapStrategy: run one after the other")
+    try:
+        yield
+    finally:
+        _running.release()
+
+
+@contextmanager
+def saving_in_step_only(trainer: Trainer) -> Iterator[None]:
     """Callbacks may save when training has failed, which all ranks do together: those that stand elsewhere would take what one sends
     for something else."""
     save = trainer.save_checkpoint
@@ -122,19 +156,17 @@ def start_world(environment: ClusterEnvironment, backend: str, limit: timedelta,
     rank, size = environment.global_rank(), environment.world_size()
     host, port = environment.main_address, environment.main_port
     os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"] = host, str(port)  # as Lightning leaves them
-    until = time.monotonic() + limit.total_seconds()
-    store = _open_store(host, port, rank, size, limit)
-    _meet(store, rank, size, limit, until)
+    store = open_store(host, port, rank, size, limit)
+    meet_in(store, rank, size, limit)
     bound: dict[str, Any] = {} if device.type == "cpu" else {"device_id": device}
-    left = timedelta(seconds=max(1.0, until - time.monotonic()))
     make = partial(dist.init_process_group, backend, store=PrefixStore("default_pg", store), rank=rank, world_size=size, **bound)
-    patiently(partial(make, timeout=left), left, f"the {size} ranks have met, and have not all connected")
+    patiently(partial(make, timeout=limit), limit, f"the {size} ranks have met, and have not all connected")
     store.set_timeout(timeout)
     dist.group.WORLD.set_timeout(timeout)  # type: ignore[union-attr]
     rank_zero_info(f"lightning_overlap: {size} ranks have met, {backend}")
 
 
-def _open_store(host: str, port: int, rank: int, size: int, limit: timedelta) -> Any:
+def open_store(host: str, port: int, rank: int, size: int, limit: timedelta) -> Any:
     """The store that rank 0, or torchrun's agent, keeps."""
     serves = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
     where = f"{host}:{port} (MASTER_ADDR, MASTER_PORT)"
@@ -156,13 +188,14 @@ def _reach(host: str, port: int, limit: timedelta, failed: str) -> None:
         time.sleep(LOOK_AGAIN / 5)
 
 
-def _meet(store: Any, rank: int, size: int, limit: timedelta, until: float) -> None:
+def meet_in(store: Any, rank: int, size: int, limit: timedelta) -> None:
     """Until all ranks have written down who they are.
 
     Raises:
         ConfigError: on those that have come, if ranks disagree.
         TransferError: naming those that have not come.
     """
+    until = time.monotonic() + limit.total_seconds()
     place = PrefixStore("lightning_overlap/meeting", store)
     mine = f"{size} ranks, process {os.getpid()} of {gethostname()}"
     first = place.compare_set(f"rank {rank}", "", mine).decode()

@@ -127,6 +127,26 @@ def adapt_precision(plugin: Precision, strategy: OverlapStrategy) -> None:
     plugin.clip_grad_by_norm = strategy.clip_gradients_by_norm  # type: ignore[method-assign]
 
 
+@contextlib.contextmanager
+def backward_then(plugin: Precision, finish: Callable[[], None], *, left_out: bool) -> Iterator[None]:
+    """The plugin's backward is followed by ``finish`` inside, before the hooks that follow it; or left out."""
+    before = vars(plugin).get("backward")
+    run = plugin.backward
+
+    def backward(*args: Any, **kwargs: Any) -> None:
+        if not left_out:
+            run(*args, **kwargs)
+        finish()
+
+    plugin.backward = backward  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        del plugin.backward
+        if before is not None:
+            plugin.backward = before  # type: ignore[method-assign]
+
+
 def after_closure(plugin: Precision, model: LightningModule, optimizer: Any) -> None:
     """``on_before_optimizer_step`` and clipping."""
     plugin._after_closure(model, optimizer)
@@ -233,8 +253,10 @@ class Preemption:
 
     def close(self, *, complete: bool = True) -> None:
         """Lightning's own methods come back; the last sum is taken in, if ``complete``."""
-        if complete and self._pending is not None:
-            self._pending.wait()
+        if complete:
+            if self._pending is not None:
+                self._pending.wait()
+            self._group.close()
         del self._trainer._signal_connector._sigterm_notifier_fn
         del self._trainer._signal_connector._slurm_sigusr_handler_fn
         del self._trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -42,6 +43,25 @@ def _batches(tensors: Iterable[Tensor]) -> Iterator[list[Tensor]]:
             together.clear()
         together.append(tensor)
     yield from filter(None, open_.values())
+
+
+@contextmanager
+def batch_norms_over(module: nn.Module, group: Group) -> Iterator[None]:
+    """Batch norms that sum over all ranks (``sync_batchnorm=True``) do so over this group inside.
+
+    Args:
+        module: the user's.
+        group: ranks that see different data. Those that share a batch would count it several times, and those of another stage would
+            be waited for in vain.
+    """
+    layers = [part for part in module.modules() if isinstance(part, nn.SyncBatchNorm) and part.process_group is None]
+    for layer in layers:
+        layer.process_group = group.reduces
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.process_group = None
 
 
 class SharedBuffers:

@@ -31,8 +31,8 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_overlap import announcements, environment
-from lightning_overlap.agreement import model_in_words, optimizers_in_words
-from lightning_overlap.batches import refuse_different, refuse_other_loss
+from lightning_overlap.agreement import model_in_words, optimizers_in_words, trainer_in_words
+from lightning_overlap.batches import refuse_different, refuse_lone_none, refuse_other_loss
 from lightning_overlap.block_stack import without_nested_tensors
 from lightning_overlap.checkpoint import (
     AtomicCheckpointIO,
@@ -63,7 +63,14 @@ from lightning_overlap.decision import ConfigError
 from lightning_overlap.driven import DrivenStep, explaining, failing_together, mirrored_step
 from lightning_overlap.facts import Facts
 from lightning_overlap.first_step import first_step
-from lightning_overlap.launching import ProcessLauncher, ScriptLauncher, keep_store_alive, start_world
+from lightning_overlap.launching import (
+    ProcessLauncher,
+    ScriptLauncher,
+    check_limit,
+    keep_store_alive,
+    saving_in_step_only,
+    start_world,
+)
 from lightning_overlap.materialize import forget, initialize, is_deferred, materialize, without_values
 from lightning_overlap.mesh import ParallelMesh
 from lightning_overlap.metrics import MirroredMetrics, metrics_over
@@ -74,12 +81,21 @@ from lightning_overlap.modes.data.config import DataParallel
 from lightning_overlap.modes.expert.config import ExpertParallel
 from lightning_overlap.modes.pipeline.config import PipelineParallel
 from lightning_overlap.modes.tensor.config import TensorParallel
-from lightning_overlap.optimization import Preemption, adapt_precision, after_closure, facts_of, held, warn_of_parts, zeroing_first
+from lightning_overlap.optimization import (
+    Preemption,
+    adapt_precision,
+    after_closure,
+    backward_then,
+    facts_of,
+    held,
+    warn_of_parts,
+    zeroing_first,
+)
 from lightning_overlap.parts import Parts
 from lightning_overlap.plan import Plan, resolve
 from lightning_overlap.probe import examine
 from lightning_overlap.sharded_checkpoint import Folders, SavedOptimizer, describe, is_folder, names_of
-from lightning_overlap.shared_state import SharedBuffers, share
+from lightning_overlap.shared_state import SharedBuffers, batch_norms_over, share
 from lightning_overlap.whole_state import WholeStateOnly
 
 CHECKED_BATCHES = 3
@@ -143,6 +159,10 @@ class OverlapStrategy(DDPStrategy):
         meeting_timeout: timedelta = timedelta(minutes=5),
         start_method: Literal["popen", "spawn", "fork", "forkserver"] = "popen",
     ) -> None:
+        check_limit("timeout", timeout)
+        check_limit("meeting_timeout", meeting_timeout)
+        if process_group_backend not in (None, "gloo", "nccl"):
+            raise ConfigError(f"process_group_backend={process_group_backend!r}: it is 'gloo', 'nccl', or None for the device's")
         super().__init__(
             accelerator=accelerator,
             parallel_devices=parallel_devices,
@@ -177,7 +197,7 @@ class OverlapStrategy(DDPStrategy):
         self._training = False
         self.modes: list[OverlapMode] = []
         self._plan: Plan | None = None
-        self.failed = self._in_step = False
+        self.attempting = self.failed = self._in_step = False
         self._seed: int | None = None
         self._preemption: Preemption | None = None
         self._waiting: dict[str, Any] | None = None
@@ -190,7 +210,7 @@ class OverlapStrategy(DDPStrategy):
         """While fitting: ranks that see the same data."""
         self._unchecked = CHECKED_BATCHES
         self._unproven = self._was_deferred = False
-        self.until_teardown = contextlib.ExitStack()
+        self._until_teardown = contextlib.ExitStack()
         self._whole_state: WholeStateOnly | None = None
 
     @property
@@ -219,6 +239,11 @@ class OverlapStrategy(DDPStrategy):
 
     def _configure_launcher(self) -> None:
         # The first place where the number of ranks is known, and before any process is started.
+        if self._process_group_backend == "nccl" and (self.root_device.type != "cuda" or not dist.is_nccl_available()):
+            raise ConfigError(
+                f"process_group_backend='nccl' needs CUDA, and a torch with NCCL; this is {self.root_device.type}: leave it out, or "
+                "use 'gloo'"
+            )
         ranks, device, precision = self.num_nodes * self.num_processes, self.root_device.type, str(self.precision_plugin.precision)
         resolve(self.config, Facts(world_size=ranks, device=device, precision=precision))
         if self.root_device.type == "cuda":
@@ -281,7 +306,7 @@ class OverlapStrategy(DDPStrategy):
         if fitting and self._layer_sync is not None:
             self.model = self._layer_sync.apply(self.model)
         forget(self.model)
-        self._agree()
+        self._agree(trainer)
         self._was_deferred = is_deferred(self.model)
         if self._was_deferred:
             self._materialize(fitting)
@@ -290,25 +315,29 @@ class OverlapStrategy(DDPStrategy):
             share([*self.model.parameters(), *self.model.buffers()])
         if world_size() > 1:
             self._alike = make_group(self.mesh.groups("dp"), "alike", self.time_limit, gathers=False, threads=False)
-            self.until_teardown.enter_context(metrics_over(self._alike))
+            self._until_teardown.enter_context(batch_norms_over(self.model, self._alike))
+            self._until_teardown.enter_context(metrics_over(self._alike))
         if fitting:
             self.setup_optimizers(trainer)
             if any(mode.cuts_the_model for mode in self.modes):
                 self._whole_state = WholeStateOnly(self.lightning_module)  # type: ignore[arg-type]
-                self.until_teardown.callback(self._whole_state.remove)
+                self._until_teardown.callback(self._whole_state.remove)
             if self._alike is not None:
-                self._preemption = Preemption(trainer, everyone())
-                self._buffers = SharedBuffers(self.model, self._alike, everyone())
+                # A group of its own: what a batch posts is read a batch later, when ranks may stand elsewhere.
+                ranks = [range(self.world_size)]
+                signals = make_group(ranks, "signals", self.time_limit, backend="gloo", gathers=False, threads=False)
+                self._preemption = Preemption(trainer, signals)
+                self._buffers = SharedBuffers(self.model, self._alike, signals)
                 sharing = self.mesh.groups(*(axis for axis in self.mesh.sizes if axis != "dp"))
                 self._sharing = make_group(sharing, "batch", self.time_limit, gathers=False, threads=False)
                 self._unchecked = CHECKED_BATCHES
                 self._share_random_state(self._sharing)
                 if self._driver is not None:
                     self._mirrored = MirroredMetrics(trainer.lightning_module, self._driver, lambda: self._in_step)
-                    self.until_teardown.callback(self._mirrored.remove)
-                    self.until_teardown.enter_context(explaining(trainer.lightning_module, self._driver))
+                    self._until_teardown.callback(self._mirrored.remove)
+                    self._until_teardown.enter_context(explaining(trainer.lightning_module, self._driver))
                     if self._driver.mirrors_evaluation:
-                        self.until_teardown.enter_context(failing_together(trainer.lightning_module, self._driver))
+                        self._until_teardown.enter_context(failing_together(trainer.lightning_module, self._driver))
         self.setup_precision_plugin()
 
     def _share_random_state(self, group: Group) -> None:
@@ -367,7 +396,7 @@ class OverlapStrategy(DDPStrategy):
         self._plan = resolve(self.config, facts)
         rank_zero_info(self._plan.explain())
         if self.mesh.sizes["tp"] * self.mesh.sizes["pp"] > 1:
-            self.until_teardown.enter_context(without_nested_tensors(model))
+            self._until_teardown.enter_context(without_nested_tensors(model))
             warn_of_parts(facts)
         self._unproven = self._plan.choice("verify_first_step") != "off"
         earlier = self.modes
@@ -377,19 +406,19 @@ class OverlapStrategy(DDPStrategy):
         for mode in self.modes:
             mode.prepare_optimizers(self.optimizers)
         if self._driver is not None:
-            self.until_teardown.enter_context(zeroing_first(trainer))
+            self._until_teardown.enter_context(zeroing_first(trainer))
         for mode in earlier:  # an optimizer that is used again has got its state from them
             mode.close()
 
-    def _agree(self) -> None:
-        """All ranks have the same request, versions and parameters; samplers draw with rank 0's seed."""
+    def _agree(self, trainer: Trainer) -> None:
+        """All ranks have the same request, Trainer, versions and parameters; samplers draw with rank 0's seed."""
         if world_size() == 1:
             return
         assert self.model is not None, "Lightning connects the module"
         self._seed = broadcast_object(int(os.environ.get("PL_GLOBAL_SEED", 0)))
         arguments = repr((self.config, self._state_dict_type, self._async_save))
         mine: dict[str, str] = {"strategy arguments": arguments, "versions": repr(Facts(world_size=1).versions)}
-        self._same_everywhere({**mine, **model_in_words(self.model)})
+        self._same_everywhere({**mine, **trainer_in_words(trainer), **model_in_words(self.model)})
 
     @staticmethod
     def _same_everywhere(mine: dict[str, str]) -> None:
@@ -430,6 +459,8 @@ class OverlapStrategy(DDPStrategy):
             mode.start_forward()
         if self._driver is None:
             output = super().training_step(*args, **kwargs)
+            if output is None and self._preemption is not None and self.lightning_module.automatic_optimization:  # type: ignore[union-attr]
+                refuse_lone_none(self._place_of_step)
             if checked is not None:
                 refuse_other_loss(output, checked)
             return output
@@ -485,18 +516,20 @@ class OverlapStrategy(DDPStrategy):
                 stack.enter_context(mode.evaluating())
             return super().validation_step(*args, **kwargs)
 
+    def pre_backward(self, closure_loss: Tensor) -> None:
+        for mode in self.modes if self._driver is None else ():
+            mode.start_backward()
+
     def backward(self, closure_loss: Tensor, optimizer: Optimizer | None, *args: Any, **kwargs: Any) -> Tensor:
         """As ``Strategy.backward``, but for the modes' part, which is over before ``on_after_backward`` is called."""
-        assert self.lightning_module is not None, "Lightning connects the module"
-        driven = self._driver is not None  # then backward has been, and only the hooks are left
-        for mode in self.modes if not driven else ():
-            mode.start_backward()
-        loss = self.precision_plugin.pre_backward(closure_loss, self.lightning_module)
-        if not driven:
-            self.precision_plugin.backward(loss, self.lightning_module, optimizer, *args, **kwargs)
-        for mode in self.modes if not driven else ():
-            mode.finish_backward()
-        return self.precision_plugin.post_backward(loss, self.lightning_module)
+
+        def finish() -> None:
+            for mode in self.modes if self._driver is None else ():
+                mode.finish_backward()
+
+        # With a driver backward has been, and only the hooks are left.
+        with backward_then(self.precision_plugin, finish, left_out=self._driver is not None):
+            return super().backward(closure_loss, optimizer, *args, **kwargs)
 
     def optimizer_step(self, optimizer: Optimizer, closure: Callable[[], Any], model: Any = None, **kwargs: Any) -> Any:
         """Lightning runs backward inside ``optimizer.step``. Here it runs first, then hooks and clipping, then the step."""
@@ -569,7 +602,7 @@ class OverlapStrategy(DDPStrategy):
         ranks = self._alike or everyone()
         if ranks.size == 1:
             return tensor.unsqueeze(0)
-        if sync_grads or tensor.device.type != "cpu":  # which connections of ours cannot do
+        if sync_grads or (tensor.device.type != "cpu" and ranks.device is None):  # backward through it, or gloo's connections
             return super().all_gather(tensor, self._alike and self._alike.reduces, sync_grads)
         return torch.stack(ranks.all_gather_alike(tensor.detach()))
 
@@ -737,6 +770,8 @@ class OverlapStrategy(DDPStrategy):
 
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any | None = None) -> None:
         """As ``Strategy.save_checkpoint``; what fails on one rank is an error on all. With ``async_save``, at the next save."""
+        if storage_options is not None and (self._state_dict_type == "sharded" or type(self.checkpoint_io) is AtomicCheckpointIO):
+            raise TypeError("storage_options are for a CheckpointIO of your own, and `storage_options` arg is not supported here")
         filepath = self.broadcast(filepath)  # names hold metrics, which a rank may format otherwise
         background = self._async_save and self._training
 
@@ -745,8 +780,6 @@ class OverlapStrategy(DDPStrategy):
                 # Not with the rest on a thread: ModelCheckpoint may put a link beside the checkpoint at once.
                 Path(filepath).parent.mkdir(parents=True, exist_ok=True)
             if self._state_dict_type == "sharded":
-                if storage_options is not None:
-                    raise TypeError("storage_options are for a CheckpointIO, which writes no sharded checkpoint")
                 return self._folders.save(checkpoint, Path(filepath), self._parts, copy=background)
             if not self.is_global_zero:
                 return lambda: None
@@ -786,8 +819,14 @@ class OverlapStrategy(DDPStrategy):
 
     # -- end ---------------------------------------------------------------------------------------------------------
 
+    def has_failed(self, trainer: Trainer | None) -> None:
+        """Transfers may never complete from now on, so nobody waits for them any more."""
+        self.failed = True
+        if trainer is not None:
+            self._until_teardown.enter_context(saving_in_step_only(trainer))
+
     def teardown(self) -> None:
-        self.until_teardown.close()
+        self._until_teardown.close()
         if self._buffers is not None and not self.failed:
             self._buffers.finish()
         if self._preemption is not None:
@@ -800,15 +839,17 @@ class OverlapStrategy(DDPStrategy):
         self._alike = self._sharing = self._mirrored = None
         for mode in reversed(self.modes):
             mode.release(complete=not self.failed)
-        if self.failed:
-            if self.modes:
-                rank_zero_warn("training failed in the middle of a step: load a checkpoint before using the module's weights")
+        if self.failed and self.modes:
+            rank_zero_warn("training failed in the middle of a step: load a checkpoint before using the module's weights")
             self.modes = []
+        if self.failed:
             abandon_groups()  # whoever waits for their transfers waits for what never comes
         self._saves.close()
         self._folders.close(complete=not self.failed)
         self.failed = self._training = False
-        announcements.end()
+        if self.attempting:
+            announcements.end()
+            self.attempting = False
         super().teardown()
 
 

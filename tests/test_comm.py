@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from lightning_overlap import announcements, comm
 from lightning_overlap.comm import SEND_BUFFER, TransferError, make_group
 
 
@@ -257,3 +258,79 @@ def test_a_peer_that_dies_in_the_middle_of_a_transfer_is_noticed(tmp_path):
     assert second.wait(60) == -signal.SIGKILL
     said, _ = first.communicate(timeout=30)
     assert "told: transfer 'large' of group 'test' between rank 0 and rank 1 failed" in said
+
+
+def connections_of_others():
+    """Another thread connects to a server of somebody's while a group is made."""
+    server = socket.socket()
+    server.bind(("127.0.0.1", 0))
+    server.listen()
+    loggers = []
+
+    def new_group(*arguments, **kwargs):
+        loggers.append(socket.create_connection(server.getsockname()))
+        return plain(*arguments, **kwargs)
+
+    plain = dist.new_group
+    before = socket.create_connection(server.getsockname())
+    with mock.patch.object(dist, "new_group", new_group):
+        group = make_group([list(range(dist.get_world_size()))], "test", datetime.timedelta(seconds=30))
+    try:
+        asked = [c.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE) for c in [before, *loggers]]
+        held = [sockets._held for sockets in (group.of_reduces, group.of_gathers)]
+        ours = [c.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE) for connections in held for c in connections]
+        return asked, ours
+    finally:
+        group.close()
+        for each in (before, server, *loggers):
+            each.close()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="descriptors are listed on Linux only")
+def test_connections_of_loggers_are_left_alone(world):
+    for asked, ours in world(2).run(connections_of_others):
+        assert asked == [0, 0, 0]
+        assert ours == [1, 1]
+
+
+def free_buffers():
+    """What a group that is used with pieces of several sizes keeps."""
+    group = make_group([[0, 1]], "test", datetime.timedelta(seconds=30), gathers=False, threads=False)
+    try:
+        sizes = []
+        for bounds in ([0, 0, 8], [0, 4, 8], [0, 0, 8], [0, 6, 8], [0, 4, 8]):
+            group.reduce_scatter(torch.ones(8), bounds, key=0, label="reduce").wait()
+            sizes.append(sorted(b.numel() for free in group._free.values() for b in free))
+        meta = group._take(4, torch.float32, torch.device("meta"))
+        group.give_back(torch.empty(64))
+        return sizes, meta.device.type, group._take(4, torch.float32, torch.device("cpu")).numel()
+    finally:
+        group.close()
+
+
+def test_buffers_are_kept_by_device_and_the_smallest_that_fits_is_taken(world):
+    (first, device, smallest), (second, *_) = world(2).run(free_buffers)
+    assert first == [[], [4], [4], [4, 6], [4, 6]]
+    assert second == [[8], [8], [8], [8], [8]]
+    assert (device, smallest) == ("meta", 4)
+
+
+def never_comes():
+    """One rank fails before a group, for which the other one waits."""
+    announcements.start()
+    comm.ASK_FOR_PEERS = 0.1
+    comm.assemble(datetime.timedelta(seconds=30), datetime.timedelta(seconds=30))
+    try:
+        if dist.get_rank() == 1:
+            announcements.announce(ValueError("the user's"))
+        else:
+            with pytest.raises(TransferError) as caught:
+                make_group([[0, 1]], "test", datetime.timedelta(seconds=30))
+            return str(caught.value)
+    finally:
+        comm.abandon_groups()
+        announcements.end()
+
+
+def test_who_waits_for_a_group_hears_why_nobody_comes(world):
+    assert world(2).run(never_comes) == ["rank 1 has failed: ValueError: the user's", None]

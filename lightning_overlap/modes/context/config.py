@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from lightning_overlap.decision import ConfigError, Decision
+from lightning_overlap.decision import ConfigError, Decision, check_count
 
 if TYPE_CHECKING:
     from lightning_overlap.config import OverlapConfig
@@ -20,8 +20,7 @@ class ContextParallel:
     """Ranks along the axis."""
 
     def __post_init__(self) -> None:
-        if self.size < 1:
-            raise ConfigError(f"context_parallel.size must be at least 1, got {self.size}")
+        check_count("context_parallel.size", self.size)
 
 
 def decide(own: ContextParallel, whole: OverlapConfig, facts: Facts) -> list[Decision]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
-from lightning_overlap.decision import ConfigError, Decision, settle
+from lightning_overlap.decision import ConfigError, Decision, check_count, settle
 
 if TYPE_CHECKING:
     from lightning_overlap.config import OverlapConfig
@@ -66,8 +66,7 @@ class DataParallel:
             value, word = getattr(self, name), "all" if name == "param_gather_prefetch" else "auto"
             if value == word and name != "num_optimizer_instances":
                 continue
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise ConfigError(f"data_parallel.{name} must be an integer of at least 1, got {value!r}")
+            check_count(f"data_parallel.{name}", value, most=None)
         for name in (
             "distributed_optimizer",
             "overlap_grad_reduce",

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from lightning_overlap.decision import ConfigError, Decision, settle
+from lightning_overlap.decision import MOST, ConfigError, Decision, check_count, settle
 from lightning_overlap.modes.pipeline.schedule import SCHEDULES, Schedule, build, deferred, parse, simulate, validate
 
 if TYPE_CHECKING:
@@ -83,13 +83,11 @@ class PipelineParallel:
         return f"pipeline_parallel: {known.get(kind, 'a larger p2p_prefetch, or more microbatches')}"
 
     def __post_init__(self) -> None:
+        unset = {"microbatches": "auto", "microbatch_group": None}
         for name in ("size", "virtual_stages", "microbatches", "microbatch_group", "p2p_prefetch"):
-            value = getattr(self, name)
-            if value == {"microbatches": "auto", "microbatch_group": None}.get(name, 0):
-                continue
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise ConfigError(f"pipeline_parallel.{name} must be an integer of at least 1, got {value!r}")
-        if not isinstance(self.wgrad_deferral_limit, int) or self.wgrad_deferral_limit < 0:
+            if name not in unset or getattr(self, name) != unset[name]:
+                check_count(f"pipeline_parallel.{name}", getattr(self, name))
+        if type(self.wgrad_deferral_limit) is not int or self.wgrad_deferral_limit < 0:
             raise ConfigError(
                 "pipeline_parallel.wgrad_deferral_limit must be a number of microbatches, or 0 for any, "
                 f"got {self.wgrad_deferral_limit!r}"
@@ -112,7 +110,7 @@ class PipelineParallel:
             raise ConfigError(f"pipeline_parallel.batch_dims has a dim of 0 or more, or null, for each place, got {odd[0]!r}")
         if self.layout is not None and self.layers_per_stage is not None:
             raise ConfigError("pipeline_parallel has both layout and layers_per_stage, which say the same: give one")
-        if self.size > 1 or self.microbatches != "auto":
+        if (self.size > 1 or self.microbatches != "auto") and self.stages * self.count <= MOST:  # a larger one when there is a world
             self.plan(self.count)  # a schedule that cannot be built is refused where it is asked for
 
     @property

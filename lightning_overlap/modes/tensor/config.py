@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
-from lightning_overlap.decision import ConfigError, Decision, settle
+from lightning_overlap.decision import ConfigError, Decision, check_count, settle
 
 if TYPE_CHECKING:
     from lightning_overlap.config import OverlapConfig
@@ -68,10 +68,9 @@ class TensorParallel:
         return f"tensor_parallel: {known.get(kind, 'other splits')}"
 
     def __post_init__(self) -> None:
-        if self.size < 1:
-            raise ConfigError(f"tensor_parallel.size must be at least 1, got {self.size}")
-        if self.splits != "auto" and (not isinstance(self.splits, int) or isinstance(self.splits, bool) or self.splits < 1):
-            raise ConfigError(f"tensor_parallel.splits must be at least 1, or auto, got {self.splits!r}")
+        check_count("tensor_parallel.size", self.size)
+        if self.splits != "auto":
+            check_count("tensor_parallel.splits", self.splits)
         if self.backend not in ("p2p", "symm_mem", "userbuffers"):
             raise ConfigError(f"tensor_parallel.backend must be p2p, symm_mem or userbuffers, got {self.backend!r}")
         for product, method in self.methods.items():
