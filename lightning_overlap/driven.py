@@ -249,8 +249,8 @@ class _Explained:
                 raise
             raise ConfigError(
                 f"{self._name} fails on a rank that training_step is left on ({type(error).__name__}: {error}): what training_step "
-                "leaves on self after the model is called is on the last stage only. Return it, if it is a number, in a dictionary with "
-                "the loss, which on_train_batch_end gets as outputs on every rank; log it; or collect it in a torchmetrics.Metric"
+                "leaves on self after the model is called is on the last stage only. Return it, if it is a number, in a dictionary "
+                "with the loss, which on_train_batch_end gets as outputs on every rank; log it; or collect it in a torchmetrics.Metric"
             ) from error
 
     def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
