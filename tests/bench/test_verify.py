@@ -167,9 +167,9 @@ def pipelined(size, fault):
     strategy.parallel_devices = [torch.device("cpu")] * ranks
     real = Runtime._send
 
-    def send(runtime, item, target, x, form):
+    def send(runtime, item, target, tensors, forms):
         wrong = fault and runtime._prefetch is not None and item == Action("F", 0, 1)
-        return real(runtime, item, target, x * 1.01 if wrong else x, form)
+        return real(runtime, item, target, [x * 1.01 for x in tensors] if wrong else tensors, forms)
 
     with mock.patch.object(Runtime, "_send", send):
         return [(v.equal, str(v)) for v in verify(Piped(), None, strategy, given, steps=3, against="single")]

@@ -143,6 +143,7 @@ class Leaves(Net):
 
 
 def test_a_hook_that_reads_what_a_step_has_left_says_where_it_is(world):
-    said = world(2).run(pipelined, Leaves, {})
-    sentence = "what training_step leaves on self after the model is called is on the last stage only"
-    assert all(sentence in answer for answer in said), said
+    first, second = world(2).run(pipelined, Leaves, {})
+    assert first.startswith("ConfigError: on_train_batch_end fails on a rank that training_step is left on (AttributeError: ")
+    assert "training_step leaves on self after the model is called is on the last stage only" in first
+    assert isinstance(second, str)  # in the first batches it may be in a blocking transfer, and learns only that the other one is gone

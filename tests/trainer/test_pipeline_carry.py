@@ -13,7 +13,6 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader
 
 from lightning_overlap import ConfigError, OverlapStrategy, PipelineParallel
-from lightning_overlap.comm import TransferError
 
 QUIET = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
 WIDTH = 8
@@ -187,7 +186,7 @@ def pipelined(kind: type[Net], pipeline: dict[str, Any], trainer: dict[str, Any]
     module = kind()
     try:
         run.fit(module, kind.data(), kind.data())
-    except (ConfigError, TransferError) as error:
+    except (ConfigError, RuntimeError) as error:
         return f"{type(error).__name__}: {error}"
     weights = {name: p.detach().clone() for name, p in module.named_parameters()}
     return weights, {key: float(value) for key, value in run.callback_metrics.items()}
