@@ -3,31 +3,98 @@
 The user's forward goes over a list of alike blocks. While a :class:`Pass` is active, iteration and indexing give stand-ins:
 
     the loop sees      | block 0 | block 1 | block 2 | block 3 | ...
-    a pass with 2, 3   |  skip   |  skip   | enter 2 | 3 leave | left when block 4 is asked for
+    a pass with 2, 3   |  skip   |  skip   |  run 2  |  run 3  | left when block 4 is asked for
 
-A block that is not run passes the hidden states on as they are, so that the loop's numbers stay those of the model; the
-first of the blocks that are run gets what the pass has received instead. The forward is left when the loop asks for the next
-block, not inside a block: there it could stand in an activation checkpoint, which must end as it began.
+A block that is skipped returns what it returned where it was run: the tensors of it that have been carried here (the hidden states
+that block 2 is to get, a position bias that all blocks share, a loss), and a :class:`Missing` for each of the others. The forward is
+left when the loop asks for the next block, not inside a block: there it could stand in an activation checkpoint, which must end as
+it began.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from lightning_overlap.decision import ConfigError
+from lightning_overlap.trees import leaves, replaced
 
 HIDDEN_ARGUMENTS = ("hidden_states", "hidden_state", "x", "hidden", "inputs", "input", "inputs_embeds")
 """Names under which blocks take the hidden states, where they are not the first positional argument."""
+Leaf = tuple[int, int]
+"""A tensor that a block returns: the block's number, and the tensor's among the tensors of what the block returns. Block -1 are the
+arguments of block 0."""
+ARGUMENTS = -1
+"""The number of the block that stands for what comes before the blocks, in a :data:`Leaf`."""
+PLAIN = (type(None), bool, int, float, str)
+"""Types of values beside tensors that a skipped block returns as the block itself has."""
+METADATA = frozenset(
+    [getattr(Tensor, name).__get__ for name in ("shape", "dtype", "device", "ndim", "layout", "requires_grad", "is_cuda", "is_nested")]
+    + [Tensor.size, Tensor.dim, Tensor.numel, Tensor.is_floating_point, Tensor.is_complex, Tensor.__len__]
+)
+"""What the hidden states of a skipped block can be asked for: they look like those before block 0."""
 
 
 class LeaveForward(BaseException):
     """Ends a forward whose rest belongs to another rank. Not an ``Exception``, which a module may catch."""
+
+
+class Slot:
+    """Stands for a tensor in the structure of what a block returns."""
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+
+
+class Elsewhere:
+    """Stands for what is neither a tensor nor a plain value, and that a skipped block would have returned."""
+
+    def __init__(self, block: int, kind: str) -> None:
+        self._block, self._kind = block, kind
+
+    def _refuse(self, *_: Any) -> Any:
+        raise ConfigError(
+            f"block {self._block} returns a {self._kind}, which another stage reads: between stages go tensors only. Return its "
+            "tensors beside the hidden states"
+        )
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return self._refuse()
+
+    __bool__ = __iter__ = __len__ = __getitem__ = __call__ = _refuse
+
+
+class Missing(Tensor):
+    """Stands for a tensor that a skipped block would have returned. Whoever computes with it gets it fetched, or an error.
+
+    Its values are not a number.
+    """
+
+    leaf: Leaf
+    how: Pass
+
+    @staticmethod
+    def make(leaf: Leaf, how: Pass, like: Tensor) -> Missing:
+        dtype = like.dtype if like.is_floating_point() else torch.float32
+        made = torch.full((), float("nan"), dtype=dtype, device=like.device).expand(like.shape).as_subclass(Missing)
+        made.leaf, made.how = leaf, how
+        return made
+
+    @classmethod
+    def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if function in METADATA and args[0].leaf[1] == 0:
+            return super().__torch_function__(function, types, args, kwargs)
+        args, kwargs = replaced((args, kwargs or {}), lambda x: x.how.find(x.leaf) if isinstance(x, Missing) else x)
+        return function(*args, **kwargs)
 
 
 @dataclass
@@ -36,30 +103,110 @@ class Pass:
 
     Attributes:
         run: numbers of the blocks that are run; the others are skipped.
-        enter: by block that is run: what it gets in the place of the hidden states it is called with.
-        leave: by block that is run: told its hidden states. -1: those before block 0.
         stop: the forward is left when the loop asks for this block; the number of blocks for one that is not left.
-        last: what the last block gives, where it is skipped.
+        carried: what has come here of what skipped blocks return, and of the arguments of block 0 that are not computed here.
+        outputs: by skipped block, what it returns, with a :class:`Slot` for each tensor.
+        first: whether what comes before the blocks is computed here, and not for its shapes alone.
+        wanted: whether a tensor is kept that a block returns that is run, or that block 0 is called with.
+        fetch: gets what is not in ``carried``; None: that is an error.
+        arrive: told the number of each block before it is skipped, and -1 at block 0: ``carried`` and ``outputs`` may grow.
+        leave: by block that is run: called after it. -1: before block 0.
         before: told the number of each block before it is run, and the number of blocks after the last.
-        items: what blocks return: 0 for the hidden states alone, n for a tuple of n with the hidden states first; None: not
-            known yet.
-        learn: sets ``items``, where a block is skipped before one is run.
         again: told that the stack is gone through once more; None: that is an error.
     """
 
     run: frozenset[int]
     stop: int
-    enter: dict[int, Callable[[Tensor], Tensor]] = field(default_factory=dict)
-    leave: dict[int, Callable[[Tensor], None]] = field(default_factory=dict)
-    last: Callable[[Tensor], Tensor] | None = None
+    carried: dict[Leaf, Tensor] = field(default_factory=dict)
+    outputs: dict[int, Any] = field(default_factory=dict)
+    first: bool = False
+    wanted: Callable[[Leaf], bool] = lambda leaf: False
+    fetch: Callable[[Leaf], Tensor] | None = None
+    arrive: Callable[[int], None] | None = None
+    leave: dict[int, Callable[[], None]] = field(default_factory=dict)
     before: Callable[[int], None] | None = None
-    items: int | None = None
-    learn: Callable[[], Any] | None = None
     again: Callable[[], None] | None = None
     next: int = 0
     """The block that is to be called next."""
-    passed: Tensor | None = None
-    """The hidden states as the loop has last got them."""
+    kept: MutableMapping[Leaf, Tensor] = field(default_factory=dict)
+    """What was wanted, once it is there."""
+    passed: list[Tensor] = field(default_factory=list)
+    """The tensors that the loop has got from the last block."""
+    arguments: list[Tensor] = field(default_factory=list)
+    """The tensors that block 0 was called with."""
+    matters: bool = False
+    """Whether what is computed now is of what the pass is for: of the blocks that are run, or of what comes after all blocks."""
+    hidden: int = 0
+    """Which of the tensors that a block returns are the hidden states, as far as is known."""
+
+    def find(self, leaf: Leaf) -> Tensor:
+        """What a block that is skipped, or one that was run, has returned.
+
+        Raises:
+            ConfigError: it is not here.
+        """
+        if leaf in self.carried or leaf in self.kept:
+            return self.carried[leaf] if leaf in self.carried else self.kept[leaf]
+        if self.fetch is None:
+            raise ConfigError(
+                f"tensor {leaf[1]} of what block {leaf[0]} returns is used on another stage, and was not in the first training_step "
+                "of this fit, which decides what goes from stage to stage: have each step use the same outputs of the blocks"
+            )
+        self.carried[leaf] = self.fetch(leaf)
+        return self.carried[leaf]
+
+    def keep(self, block: int, tensors: list[Tensor]) -> None:
+        """What a block returns that was run, as far as it is wanted."""
+        for number, tensor in enumerate(tensors):
+            if self.wanted((block, number)):
+                self.kept[block, number] = tensor
+
+    def arrived(self, x: Any) -> Any:
+        """An argument of a block, or what has been carried here in its place."""
+        if isinstance(x, Missing):
+            return self.find(x.leaf)
+        if not isinstance(x, Tensor):
+            return x
+        number = next((number for number, argument in enumerate(self.arguments) if argument is x), None)
+        if number is None:
+            return x
+        # What parameters of another rank were used for is not a number.
+        if self.fetch is not None and x.is_floating_point() and bool(x.isnan().any()):
+            return self.find((ARGUMENTS, number))
+        return self.carried.get((ARGUMENTS, number), x)
+
+
+def structure(block: int, output: Any) -> Any:
+    """What a block returns, with a :class:`Slot` for each tensor. It can be pickled."""
+    number = itertools.count()
+
+    def describe(leaf: Any) -> Any:
+        if isinstance(leaf, Tensor):
+            return Slot(next(number))
+        return leaf if isinstance(leaf, PLAIN) else Elsewhere(block, type(leaf).__name__)
+
+    return replaced(output, describe)
+
+
+def tensors_of(value: Any) -> list[Tensor]:
+    """The tensors in what a block takes or returns."""
+    return [leaf for leaf in leaves(value) if isinstance(leaf, Tensor)]
+
+
+def fill_cache(block: nn.Module, number: int, hidden: Tensor, arguments: Iterable[Any]) -> None:
+    """A skipped block's part of Hugging Face's cache of keys and values gets as many tokens: masks and positions go by its length.
+
+    Args:
+        block: the block.
+        number: its number, which is its place in the cache unless it says another one.
+        hidden: its hidden states, (batch, tokens, features).
+        arguments: what it is called with.
+    """
+    for cache in arguments:
+        if callable(getattr(cache, "get_seq_length", None)) and callable(getattr(cache, "update", None)):
+            places = [module.layer_idx for module in block.modules() if isinstance(getattr(module, "layer_idx", None), int)]
+            nothing = torch.zeros(hidden.shape[0], 1, hidden.shape[1], 1, dtype=hidden.dtype, device=hidden.device)
+            cache.update(nothing, nothing, places[0] if places else number)
 
 
 class BlockStack:
@@ -118,16 +265,23 @@ class BlockStack:
 
     @contextmanager
     def unsplit(self, before: Callable[[int], None]) -> Iterator[None]:
-        """One forward over all blocks, without stand-ins; ``before``: as in :class:`Pass`."""
+        """One forward over all blocks, without stand-ins; ``before``: as in :class:`Pass`.
+
+        Raises:
+            ConfigError: a block is left out or called out of its order, which no pass could follow.
+        """
         blocks = list(self.blocks._modules.values())
         numbers = {id(block): [n for n, other in enumerate(blocks) if other is block] for block in blocks}
         calls: dict[int, int] = defaultdict(int)
+        order: list[int] = []
 
         def tell(block: nn.Module, _: Any) -> None:
             # An activation checkpoint calls it again in backward: then it is one of the blocks that it was.
             places = numbers[id(block)]
-            before(places[calls[id(block)] % len(places)])
+            number = places[calls[id(block)] % len(places)]
             calls[id(block)] += 1
+            order.append(number)
+            before(number)
 
         hooks = [block.register_forward_pre_hook(tell) for block in dict.fromkeys(blocks) if block is not None]
         # What comes after the last block draws random numbers of its own.
@@ -137,6 +291,12 @@ class BlockStack:
         finally:
             for hook in hooks:
                 hook.remove()
+        if order[: self.size] != list(range(self.size)):
+            raise ConfigError(
+                f"training_step calls the blocks {order[: self.size]} of {self.name}, which has {self.size}: each block must be "
+                "called once in a step, in the order of the list. Blocks that are left out at random, another list of blocks, or a "
+                "model that is called twice in one training_step cannot be cut into stages"
+            )
 
     def _refuse_if_unfinished(self, how: Pass) -> None:
         if how.stop < self.size and (how.again is None or how.next > 0):
@@ -179,6 +339,20 @@ def find_hidden(args: tuple[Any, ...], kwargs: Mapping[str, Any], who: str) -> t
     )
 
 
+@contextmanager
+def without_nested_tensors(model: nn.Module) -> Iterator[None]:
+    """Torch's own encoders give their blocks padded tensors inside, as they do in training: a nested one, which they make of padding
+    in evaluation, has no tokens that could be counted or cut. (Its padding would come out as zeros.)"""
+    encoders = [(m, m.use_nested_tensor) for m in model.modules() if isinstance(m, nn.TransformerEncoder)]
+    for encoder, _ in encoders:
+        encoder.use_nested_tensor = False
+    try:
+        yield
+    finally:
+        for encoder, used in encoders:
+            encoder.use_nested_tensor = used
+
+
 class _Part:
     """A slice of the list."""
 
@@ -204,48 +378,74 @@ class _StandIn:
 
     def __init__(self, stack: BlockStack, how: Pass, number: int, block: nn.Module) -> None:
         self._stack, self._how, self._number, self._block = stack, how, number, block
-        self._entered: Tensor | None = None
         self._called = False
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._block, name)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        stack, how, number = self._stack, self._how, self._number
+        how, number = self._how, self._number
         again, self._called = self._called, True
-        place, hidden = find_hidden(args, kwargs, f"a block of {stack.name}")
+        _, hidden = find_hidden(args, kwargs, f"a block of {self._stack.name}")
         if not again:
             self._check_order(hidden)
-        if number == 0 and -1 in how.leave and not again:
-            how.leave[-1](hidden)
+            if number == 0:
+                how.arguments = tensors_of((args, kwargs))
+                if how.first:
+                    how.keep(ARGUMENTS, how.arguments)
+                if ARGUMENTS in how.leave:
+                    how.leave[ARGUMENTS]()
+                if how.arrive is not None:
+                    how.arrive(ARGUMENTS)
         if number == how.stop:  # no block is run, and the loop's first one is the first to see the hidden states
             raise LeaveForward
         if number not in how.run:
-            result = how.last(hidden) if how.last is not None and number == stack.size - 1 else hidden
-            how.passed = result
-            if result is not hidden and how.before is not None:
-                how.before(stack.size)
-            return self._as_the_blocks_do(result)
-        if number in how.enter:
-            self._entered = how.enter[number](hidden) if not again else self._entered
-            assert self._entered is not None, "a block is entered before it is run again"
-            if isinstance(place, str):
-                kwargs = {**kwargs, place: self._entered}
-            else:
-                args = (self._entered, *args[1:])
+            if how.again is not None and not again:
+                fill_cache(self._block, number, hidden, (*args, *kwargs.values()))
+            return self._skip(hidden)
+        if number == 0 and how.fetch is not None:  # the stage begins with it, and what comes before it is on another one
+            how.find((ARGUMENTS, next(n for n, argument in enumerate(how.arguments) if argument is hidden)))
+        return self._run(args, kwargs, again=again)
+
+    def _run(self, args: tuple[Any, ...], kwargs: dict[str, Any], *, again: bool) -> Any:
+        how, number = self._how, self._number
+        if any(how.arrived(leaf) is not leaf for leaf in leaves((args, kwargs))):
+            args, kwargs = replaced((args, kwargs), how.arrived)
         if how.before is not None:
             how.before(number)
+        how.matters = True
         result = self._block(*args, **kwargs)
         if again:
             return result
-        out = result[0] if isinstance(result, tuple) else result
-        how.items = len(result) if isinstance(result, tuple) else 0
-        how.passed = out
+        how.passed = tensors_of(result)
+        if number not in how.outputs:
+            how.outputs[number] = structure(number, result)
+        how.keep(number, how.passed)
         if number in how.leave:
-            how.leave[number](out)
-        if how.before is not None and number == stack.size - 1:
-            how.before(stack.size)
+            how.leave[number]()
+        self._finish()
         return result
+
+    def _skip(self, hidden: Tensor) -> Any:
+        how, number = self._how, self._number
+        if how.arrive is not None:
+            how.arrive(number)
+
+        def fill(leaf: Any) -> Any:
+            if not isinstance(leaf, Slot):
+                return leaf
+            place = number, leaf.number
+            return how.carried[place] if place in how.carried else Missing.make(place, how, hidden)
+
+        result = replaced(how.outputs[number], fill)
+        how.passed = tensors_of(result)
+        self._finish()
+        return result
+
+    def _finish(self) -> None:
+        self._how.matters = self._number == self._stack.size - 1
+        if self._how.before is not None and self._number == self._stack.size - 1:
+            self._how.before(self._stack.size)
 
     def _check_order(self, hidden: Tensor) -> None:
         how, stack = self._how, self._stack
@@ -257,18 +457,11 @@ class _StandIn:
                 f"block {self._number} of {stack.name} is called where block {how.next} is next: each block must be called once in a "
                 "step, in the order of the list. A model that is called twice in one training_step cannot be cut into stages."
             )
-        if self._number > 0 and hidden is not how.passed:
+        found = next((number for number, tensor in enumerate(how.passed) if hidden is tensor), None)
+        if self._number > 0 and found is None:
             raise ConfigError(
                 f"between block {self._number - 1} and block {self._number} of {stack.name} the loop does something with the hidden "
                 "states (adds, norms, a reentrant checkpoint), which a stage would lose: move it into the block, and use "
                 "use_reentrant=False for checkpoints"
             )
-        how.next = self._number + 1
-
-    def _as_the_blocks_do(self, hidden: Tensor) -> Any:
-        how = self._how
-        if how.items is None and how.learn is not None:
-            how.learn()
-        items = how.items
-        assert items is not None, "nobody skips a block before it is known what blocks return"
-        return (hidden, *[None] * (items - 1)) if items else hidden
+        how.next, how.hidden = self._number + 1, found or 0

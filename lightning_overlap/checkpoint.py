@@ -38,22 +38,21 @@ def is_local(path: str | Path) -> bool:
 LONGEST_NAME = 143
 """Bytes of a name that common file systems take (most take 255; eCryptfs takes these)."""
 _KEPT = 60
-"""Bytes of a name that is too long that are kept in the name derived from it."""
+"""Bytes of a longer name that are kept in one that is made from it."""
 
 
-def _derived(name: str, begin: str, what: str) -> str:
-    """A name derived from ``name``, which is no longer than that one or LONGEST_NAME."""
-    stem, suffix = os.path.splitext(name)
-    if len(os.fsencode(derived := f"{begin}{stem}.{what}{suffix}")) <= LONGEST_NAME:
-        return derived
-    kept = os.fsencode(stem)[:_KEPT].decode(errors="ignore")
-    suffix = suffix if len(os.fsencode(suffix)) < _KEPT else ""
-    return f"{begin}{kept}.{hashlib.sha256(os.fsencode(name)).hexdigest()[:16]}.{what}{suffix}"
+def _fitting(begin: str, middle: str, end: str) -> str:
+    """The three together; if that is longer than LONGEST_NAME, with a part of ``middle`` and a digest in its place."""
+    name = begin + middle + end
+    if len(os.fsencode(name)) <= LONGEST_NAME:
+        return name
+    kept = os.fsencode(middle)[:_KEPT].decode(errors="ignore")
+    return f"{begin}{kept}.{hashlib.sha256(os.fsencode(middle)).hexdigest()[:16]}{end}"
 
 
 def beside(path: Path) -> Path:
     """Where a checkpoint is while it is written. Hidden, since it is not complete."""
-    return path.with_name(_derived(path.name, ".", "writing"))
+    return path.with_name(_fitting(".", path.name, ".writing"))
 
 
 def aside(path: Path) -> Path:
@@ -61,14 +60,15 @@ def aside(path: Path) -> Path:
 
     Its name begins and ends as that of ``path``: if a crash leaves it there, ``ckpt_path="last"`` finds it by that.
     """
-    return path.with_name(_derived(path.name, "", "replaced"))
+    stem, suffix = (path.stem, path.suffix) if len(os.fsencode(path.suffix)) < _KEPT else (path.name, "")
+    return path.with_name(_fitting("", stem, f".replaced{suffix}"))
 
 
 def remove(path: Path) -> None:
     """Removes a file or a folder, if there is one; a link, and not what it points to."""
     if path.is_dir() and not path.is_symlink():
         # First out of the way: a crash in the middle must not leave half a folder under the name of a checkpoint.
-        going = path.with_name(_derived(path.name, ".", "removing"))
+        going = path.with_name(_fitting(".", path.name, ".removing"))
         shutil.rmtree(going, ignore_errors=True)  # what such a crash has left
         os.rename(path, going)
         shutil.rmtree(going)

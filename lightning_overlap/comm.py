@@ -18,6 +18,7 @@ from __future__ import annotations
 import heapq
 import itertools
 import json
+import pickle
 import queue
 import threading
 import time
@@ -27,16 +28,18 @@ from collections.abc import Callable, Collection, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, NoReturn, TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch._C import _distributed_c10d
 
+from lightning_overlap.announcements import TransferError, announced, in_words, look, raise_from_words, wait_until_heard
 from lightning_overlap.clock import Clock, Marks
-from lightning_overlap.decision import ConfigError
 from lightning_overlap.sockets import Sockets
+
+__all__ = ["Group", "Pending", "Transfer", "TransferError", "in_words", "make_group", "raise_from_words"]
 
 CHUNK_BYTES = 1 << 20
 """A gather is cut into chunks of this size: what a more urgent transfer waits for at most is the window of chunks."""
@@ -47,8 +50,14 @@ SEND_BUFFER = 128 << 10
 busy connection's buffer to megabytes, which would share the link with the more urgent reduces that follow."""
 LOOK_AGAIN = 0.003
 """Seconds after which a held gather looks again whether the link has nothing of a reduce to send."""
-ASK_FOR_PEERS = 2.0
-"""Seconds of waiting after which connections are looked at, and again after so many more."""
+ASK_FOR_PEERS = 1.0
+"""Seconds of waiting after which announced errors and connections are looked at, and again after so many more."""
+GONE_FOR = 4.0
+"""Seconds of waiting after which a connection that is closed counts as a failure: the peer may have ended after it has sent all."""
+LONGEST_NAP = 0.002
+"""Seconds between two looks at a collective that the main thread waits for."""
+HUNG_UP = 2.0
+"""Seconds that threads have to end once their connections are closed."""
 _MAX_CHUNKS = 1 << 14
 _REMEMBERED = 256
 """Transfers among which an error looks for those that are not complete."""
@@ -59,10 +68,6 @@ _ASKED = 8
 T = TypeVar("T")
 _Transfer = tuple[Callable[..., Any], Tensor, int, Any, int]
 """What to call, a tensor, the peer's rank in the group, the process group, a tag."""
-
-
-class TransferError(RuntimeError):
-    """A transfer failed: a peer died, the link is cut, or the timeout has passed."""
 
 
 @dataclass(slots=True)
@@ -117,7 +122,7 @@ class Pending:
         self._lent: Tensor | None = None  # what they are sent from, free after the last one
         self._arrived = threading.Event()  # set by the thread that has waited for a reduce or posted a gather
         self._arrived.set()
-        self._error: TransferError | None = None
+        self._error: Exception | None = None
 
     def add(self, works: Sequence[tuple[Any, int]]) -> None:
         """What the main thread has posted for it."""
@@ -155,14 +160,11 @@ class Pending:
     def _wait_for_threads(self, start: float) -> None:
         """Until they have settled it. gloo never wakes who waits for a transfer in the middle of which the peer went away."""
         while not self._arrived.wait(ASK_FOR_PEERS):
-            self._group.raise_what_was_announced()
-            if self._group.is_left() and time.perf_counter() - start > 2 * ASK_FOR_PEERS:
-                self._error = self._group.failure(self.transfer.label, -1, ConnectionError("a peer's connection is closed"))
-                break
+            self._group.look_around(self.transfer.label, start)
         if self._error is not None:
             raise self._error
 
-    def _settle(self, error: TransferError | None = None) -> None:
+    def _settle(self, error: Exception | None = None) -> None:
         self._error = self._error or error
         self._arrived.set()
 
@@ -225,14 +227,18 @@ class _Threads:
         # the peer behind: its forward waits for them.
         return not self._reducing or self._chunks[0][0] < self._step or self._group.of_reduces.at_rest()
 
-    def close(self) -> None:
+    def close(self, limit: float | None = None) -> None:
+        """Ends them when they have nothing more to do, or leaves them alone after so many seconds."""
         self._posts.put(None)
         self._asked.put(None)
         with self._changed:
             self._closing = True
+            if limit is not None:
+                self._chunks.clear()
             self._changed.notify()
+        until = None if limit is None else time.monotonic() + limit
         for thread in self._members:
-            thread.join()
+            thread.join(None if until is None else max(0.0, until - time.monotonic()))
 
     def _post(self) -> None:
         while (item := self._posts.get()) is not None:
@@ -244,7 +250,7 @@ class _Threads:
         try:
             for transfer in transfers:
                 pending._works.append(self._group.post(pending.transfer.label, *transfer))
-        except TransferError as error:
+        except Exception as error:
             pending._settle(error)
         if reduce:
             self._reduces.put(pending)
@@ -257,7 +263,7 @@ class _Threads:
             try:
                 self._group.wait_for(pending.transfer.label, pending._works)
                 pending.transfer.complete = True
-            except TransferError as error:
+            except Exception as error:
                 pending._settle(error)
             pending._works.clear()
             pending.transfer.started = max(pending.transfer.posted, last)
@@ -272,7 +278,7 @@ class _Threads:
         while (pending := self._asked.get()) is not None:
             try:
                 self._group.wait_for(pending.transfer.label, pending._works)
-            except TransferError as error:
+            except Exception as error:
                 pending._settle(error)
             pending._settle()
             del pending
@@ -294,17 +300,17 @@ class _Threads:
                 pending.transfer.started = pending.transfer.started or time.perf_counter()
                 try:
                     work = self._group.post(pending.transfer.label, dist.isend, tensor, peer, self._group.gathers, tag)
-                except TransferError as failed:
+                except Exception as failed:
                     pending._settle(failed)
                 else:
                     flying.append((work, pending))
             if not flying:
                 continue
             work, pending = flying.pop(0)
-            error: TransferError | None = None
+            error: Exception | None = None
             try:
                 self._group.wait_for(pending.transfer.label, [work])
-            except TransferError as failed:
+            except Exception as failed:
                 error = failed
             pending._sends -= 1
             if error is not None:
@@ -320,7 +326,7 @@ class Group:
     Args:
         ranks: global ranks of the members, in the order of their rank in the group.
         name: names the group in errors.
-        reduces: the process group of reduces, and of everything that is not a gather.
+        reduces: the process group of reduces, and of everything that is not a gather; None of several ranks: the world's.
         gathers: the process group of gathers; None for a group that makes none.
         of_reduces: the connections of ``reduces``, where they are known.
         of_gathers: those of ``gathers``.
@@ -344,7 +350,7 @@ class Group:
         self.size = len(self.ranks)
         self.rank = self.ranks.index(dist.get_rank())
         self.name = name
-        self.reduces = reduces
+        self.reduces: Any = reduces if reduces is not None or self.size == 1 else dist.group.WORLD
         self.gathers = gathers
         self.of_reduces = of_reduces
         self.of_gathers = of_gathers
@@ -352,7 +358,7 @@ class Group:
         self.clock: Clock | None = None
         self._last: deque[Transfer] = deque(maxlen=_REMEMBERED)
         self._numbers: dict[tuple[str, tuple[int, ...]], int] = defaultdict(int)
-        self._free: dict[torch.dtype, list[Tensor]] = defaultdict(list)
+        self._free: dict[tuple[torch.dtype, torch.device], list[Tensor]] = defaultdict(list)
         self._native = dist.get_backend(reduces) == "nccl"
         self.keyed = not self._native
         self.can_poll = self.in_one_order = self._native
@@ -361,6 +367,8 @@ class Group:
         self._threads = _Threads(self) if threads and self.size > 1 and not self._native else None
         self._end = weakref.finalize(self, _destroy, reduces, gathers)
         self._end.atexit = False
+        if reduces is not None:
+            _world.groups.add(self)
         if self._native:  # whose connections all ranks end together, and they do not collect garbage together
             self._end.detach()
 
@@ -371,7 +379,7 @@ class Group:
         if self.size > 1:
             op = dist.ReduceOp.AVG if average and self._native else dist.ReduceOp.SUM
             # By this thread, as all blocking collectives: they find each other by the order of posting.
-            pending.add([(dist.all_reduce(x, op, self.reduces, async_op=True), -1)])
+            pending.add([(dist.all_reduce(x, op, self._connected, async_op=True), -1)])
             if self._threads is not None:
                 self._threads.post(pending, [], reduce=True)
         return pending
@@ -509,27 +517,94 @@ class Group:
             work.wait()
         torch.cuda.synchronize()
 
+    # Blocking ones: posted, and looked at until they are complete. What stands in a wait of gloo's hears of nothing but its own
+    # connections, and a wait that is given up after a time breaks them; of collectives, unlike point-to-point transfers, gloo tells
+    # whether they are complete.
+
+    def barrier(self) -> None:
+        """Until all members have come to it. Blocking."""
+        self.sum(torch.zeros(1, device=self.device))
+
+    def sum(self, x: Tensor, op: Any = dist.ReduceOp.SUM) -> Tensor:
+        """Reduces ``x`` over the group, in place. Blocking; :meth:`all_reduce` is not."""
+        if self.size > 1:
+            self._stand("a sum", dist.all_reduce(x, op, self._connected, async_op=True))
+        return x
+
+    def broadcast(self, x: Tensor, source: int = 0) -> Tensor:
+        """A member's ``x``, in place. Blocking."""
+        if self.size > 1:
+            self._stand("a broadcast", dist.broadcast(x, self.ranks[source], self._connected, async_op=True))
+        return x
+
+    def all_gather_alike(self, x: Tensor) -> list[Tensor]:
+        """Every member's ``x``, all of one shape. Blocking."""
+        everyone = [x] if self.size == 1 else [torch.empty_like(x) for _ in self.ranks]
+        if self.size > 1:
+            self._stand("a gather", dist.all_gather(everyone, x.contiguous(), self._connected, async_op=True))
+        return everyone
+
     def share_object(self, mine: T, source: int = 0) -> T:
         """A member's object, the first one's by default. Blocking."""
-        held = [mine]
-        if self.size > 1:
-            dist.broadcast_object_list(held, src=self.ranks[source], group=self.reduces)
-        return held[0]
+        if self.size == 1:
+            return mine
+        own = self.rank == source
+        data = self._pickled(mine) if own else torch.empty(0, dtype=torch.uint8, device=self.device)
+        length = int(self.broadcast(torch.tensor([data.numel()], device=self.device), source))
+        sent = self.broadcast(data if own else data.new_empty(length), source)
+        return mine if own else _unpickled(sent)
 
     def all_gather_objects(self, mine: T) -> list[T]:
         """Every member's object, by rank in the group. Blocking."""
-        everyone: list[T] = [mine] * self.size
-        if self.size > 1:
-            dist.all_gather_object(everyone, mine, self.reduces)
-        return everyone
+        if self.size == 1:
+            return [mine]
+        padded, lengths = self._padded(mine)
+        return [_unpickled(data[:length]) for data, length in zip(self.all_gather_alike(padded), lengths, strict=True)]
 
     def gather_objects(self, mine: T) -> list[T]:
         """Every member's object on the first one, by rank in the group; nothing on the others. Blocking."""
-        everyone: list[Any] | None = [None] * self.size if self.rank == 0 else None
         if self.size == 1:
             return [mine]
-        dist.gather_object(mine, everyone, dst=self.ranks[0], group=self.reduces)
-        return everyone or []
+        padded, lengths = self._padded(mine)
+        everyone = [torch.empty_like(padded) for _ in self.ranks] if self.rank == 0 else None
+        self._stand("a gather", dist.gather(padded, everyone, self.ranks[0], self._connected, async_op=True))
+        return [_unpickled(data[:length]) for data, length in zip(everyone or [], lengths, strict=False)]
+
+    def _pickled(self, value: Any) -> Tensor:
+        return torch.frombuffer(bytearray(pickle.dumps(value)), dtype=torch.uint8).to(self.device)
+
+    def _padded(self, mine: Any) -> tuple[Tensor, list[int]]:
+        """A member's object, as long as the longest one, and the lengths of all."""
+        data = self._pickled(mine)
+        lengths = [int(length) for length in self.all_gather_alike(torch.tensor([data.numel()], device=self.device))]
+        return torch.cat([data, data.new_zeros(max(lengths) - data.numel())]), lengths
+
+    def _stand(self, what: str, work: Any, peer: int = -1) -> None:
+        """Blocks until a collective is complete, and looks around meanwhile.
+
+        Raises:
+            TransferError: as :meth:`wait_for`.
+        """
+        start = looked = time.perf_counter()
+        nap = 0.0
+        while not work.is_completed():
+            time.sleep(nap)
+            now = time.perf_counter()
+            nap = min((now - start) / 8, LONGEST_NAP)
+            if now - looked > ASK_FOR_PEERS:
+                looked = now
+                self.look_around(what, start)
+        try:
+            work.wait()
+        except RuntimeError as error:
+            raise self.failure(what, peer, error) from error
+
+    @property
+    def _connected(self) -> Any:
+        """The process group of what is no gather; torch would take None for the world's."""
+        if self.reduces is None:
+            raise TransferError(f"group {self.name!r} has ended: another error came before this one")
+        return self.reduces
 
     def clock_offset(self) -> float:
         """How far this rank's :func:`time.perf_counter` is ahead of the first member's, in seconds. Blocking, collective.
@@ -554,32 +629,18 @@ class Group:
             trips.append((answered - asked, (asked + answered) / 2 - answer.item()))
         return min(trips)[1]
 
-    def announce(self, error: BaseException) -> None:
-        """Has the others know why this rank makes no more transfers: their waits raise it."""
-        if self.reduces is not None:
-            # The store is rank 0's. If that is gone, so are its connections, which the others see; the user's error goes on from here.
-            with suppress(dist.DistError):
-                dist.distributed_c10d._get_default_store().set(self._place_of_errors, in_words(error))
+    def look_around(self, label: str, start: float) -> None:
+        """To be called now and then by whoever has waited for a transfer since ``start``.
 
-    def raise_what_was_announced(self) -> None:
-        """Raises:
-        ConfigError: a member has announced one.
-        TransferError: a member has announced another error.
+        gloo does not wake who waits for a point-to-point transfer in the middle of which the peer went away.
+
+        Raises:
+            ConfigError: a rank has announced one.
+            TransferError: a rank has announced another error, or a peer is gone.
         """
-        if self.reduces is None:
-            return
-        store = dist.distributed_c10d._get_default_store()
-        try:
-            found = store.get(self._place_of_errors) if store.check([self._place_of_errors]) else None
-        except dist.DistError:  # rank 0 is gone, and the store with it: its connections tell
-            return
-        if found is not None:
-            raise_from_words(found.decode())
-
-    @property
-    def _place_of_errors(self) -> str:
-        # The name of a process group is the same on its ranks, and no other one's.
-        return f"lightning_overlap/errors/{self.reduces.group_name}/{self.ranks[0]}"
+        look()
+        if self.is_left() and time.perf_counter() - start > GONE_FOR:
+            raise self.failure(label, -1, ConnectionError("a peer's connection is closed"))
 
     def is_left(self) -> bool:
         """Whether a member has closed its connection, or cannot be reached."""
@@ -605,6 +666,39 @@ class Group:
         self._end.detach()
         _destroy(self.reduces, self.gathers)
         self.reduces = self.gathers = None
+
+    def know_connections(self) -> None:
+        """Of the sockets that were made while the groups were, keeps those between members: another thread may have made others.
+        Collective.
+
+        The kernel is to ask after a silent peer, and to bound what it holds of gathers.
+        """
+        if self.size == 1 or self._native:
+            return
+        everyone = self.all_gather_objects((self.of_reduces.ends(), self.of_gathers.ends()))
+        theirs = everyone[: self.rank] + everyone[self.rank + 1 :]
+        for i, connections in enumerate((self.of_reduces, self.of_gathers)):
+            connections.keep([(mine, other) for ends in theirs for other, mine in ends[i]])
+            connections.keep_alive()
+        self.of_gathers.bound_send_buffers(SEND_BUFFER)
+
+    def abandon(self) -> None:
+        """As :meth:`close`, after a failure: whatever is under way ends with an error, here and on the other members.
+
+        A thread that stood in a wait at the end of the process would abort it: Python ends threads that come back to it by then, and
+        C++ does not have it. One that gloo does not wake stands there until the timeout, and harms nobody.
+        """
+        known = self.of_reduces.known
+        for connections in (self.of_reduces, self.of_gathers):
+            connections.hang_up()
+        if self._threads is not None and known:
+            self._threads.close(HUNG_UP)
+        self._threads = None
+        if known or self.size == 1:
+            self.close()
+        else:  # to end them would wait for what is under way
+            self._end.detach()
+            self.reduces = self.gathers = None
 
     def note(self, label: str, nbytes: int, ranks: tuple[int, ...] | None = None) -> Transfer:
         """Puts down that a transfer has been asked for, between all members or those that are named."""
@@ -636,13 +730,18 @@ class Group:
             TransferError: naming the transfer and the first peer that failed.
         """
         for work, peer in works:
+            if self._threads is None and not self._native and peer < 0:
+                self._stand(label, work)
+                continue
             try:
                 work.wait()
             except RuntimeError as error:
                 raise self.failure(label, peer, error) from error
 
-    def failure(self, label: str, peer: int, error: Exception) -> TransferError:
-        """The error of a failed transfer: which it was, with whom, and what the backend said."""
+    def failure(self, label: str, peer: int, error: Exception) -> Exception:
+        """The error of a failed transfer: what a rank has announced, or which it was, with whom, and what the backend said."""
+        if (told := announced()) is not None:
+            return told
         others = [r for r in self.ranks if r != self.ranks[self.rank]]
         who = f"rank {self.ranks[peer] if 0 <= peer < self.size else others[0] if len(others) == 1 else others}"
         now = time.perf_counter()
@@ -661,6 +760,8 @@ class Group:
             TransferError: the connection is down already, or torch refuses the transfer.
         """
         try:
+            if group is None:  # torch would take the world's
+                raise ConnectionError("the group has ended")
             return transfer(x, self.ranks[peer], group, tag), peer
         except Exception as error:  # of any kind: in a thread it would be lost, and the rank would wait for ever
             raise self.failure(label, peer, error) from error
@@ -676,16 +777,15 @@ class Group:
             pending.add([self.post(pending.transfer.label, *transfer) for transfer in transfers])
 
     def _take(self, numel: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-        """A buffer that is free, since fresh memory costs a page fault for every 4 KiB."""
-        free = self._free[dtype]
-        for i, buffer in enumerate(free):
-            if buffer.numel() >= numel:
-                return free.pop(i)
-        return torch.empty(numel, dtype=dtype, device=device)
+        """The smallest buffer that is free and large enough, since fresh memory costs a page fault for every 4 KiB."""
+        free = self._free[dtype, device]
+        fitting = [(buffer.numel(), i) for i, buffer in enumerate(free) if buffer.numel() >= numel > 0]
+        return free.pop(min(fitting)[1]) if fitting else torch.empty(numel, dtype=dtype, device=device)
 
     def give_back(self, buffer: Tensor) -> None:
         """The buffer is free again."""
-        self._free[buffer.dtype].append(buffer)
+        if buffer.numel():
+            self._free[buffer.dtype, buffer.device].append(buffer)
 
 
 def _destroy(*groups: Any) -> None:
@@ -704,20 +804,8 @@ def _flight_record(native: bool) -> str:
     return f" Last in torch's Flight Recorder: {', '.join(said)}." if said else ""
 
 
-def in_words(error: BaseException) -> str:
-    """A rank's error for the others, which call :func:`raise_from_words`."""
-    if isinstance(error, ConfigError):
-        return f"ConfigError:{error}"
-    return f"TransferError:rank {rank()} has failed: {type(error).__name__}: {error}"
-
-
-def raise_from_words(words: str) -> NoReturn:
-    """Raises:
-    ConfigError: it was one.
-    TransferError: it was another error.
-    """
-    kind, told = words.split(":", 1)
-    raise ConfigError(told) if kind == "ConfigError" else TransferError(told)
+def _unpickled(data: Tensor) -> Any:
+    return pickle.loads(data.cpu().numpy().tobytes())
 
 
 def _chunks(x: Tensor) -> Sequence[Tensor]:
@@ -744,32 +832,129 @@ def make_group(
         backend: ``gloo`` or ``nccl``; by default the world's.
         gathers: whether all-gathers are asked for, which have connections of their own.
         threads: as in :class:`Group`.
+
+    Raises:
+        ConfigError: another rank has announced one.
+        TransferError: another rank has announced another error, or the members have not met in time.
     """
     mine: Group | None = None
     for ranks in rank_sets:
         pair: list[Any] = [None, None]
-        of_reduces, of_gathers = Sockets(), Sockets()
-        if len(ranks) > 1:
-            with Sockets.made_inside() as of_reduces:
-                pair[0] = dist.new_group(ranks, timeout=timeout, backend=backend)
-            if gathers:
-                with Sockets.made_inside() as of_gathers:
-                    pair[1] = dist.new_group(ranks, timeout=timeout, backend=backend)
+        sockets = [Sockets(), Sockets()]
+        for i in range(0 if len(ranks) == 1 else 2 if gathers else 1):
+            with Sockets.made_inside() as sockets[i]:
+                pair[i] = _meet(ranks, name, timeout, backend)
         if dist.get_rank() in ranks:
-            mine = Group(ranks, name, pair[0], pair[1], of_reduces, of_gathers, threads=threads)
-            if mine.keyed:  # NCCL's, where it has no other way than sockets, have no reduces beside them
-                of_gathers.bound_send_buffers(SEND_BUFFER)
+            mine = Group(ranks, name, *pair, *sockets, threads=threads)
     assert mine is not None, f"rank {dist.get_rank()} is in none of {rank_sets}"
-    everything = Sockets.all()  # the world's group, which others have made, included
-    everything.keep_alive()
-    everything.close()
+    mine.know_connections()
     return mine
+
+
+def _meet(ranks: Sequence[int], name: str, timeout: timedelta, backend: str | None) -> Any:
+    """A process group. Its members wait for each other in the store, on a thread, while this one looks around."""
+    limit = _world.meeting_timeout
+    made = patiently(
+        lambda: dist.new_group(ranks, timeout=limit, backend=backend),
+        limit,
+        f"ranks {list(ranks)} have not all come to make group {name!r}",
+    )
+    if isinstance(made, dist.ProcessGroup):  # this rank is a member
+        made.set_timeout(timeout)
+    return made
+
+
+def patiently(do: Callable[[], T], limit: timedelta, failed: str) -> T:
+    """What ``do`` gives, which stands in a wait that nobody can end, such as torch's for the store.
+
+    Args:
+        do: runs on a thread.
+        limit: seconds after which it is left there.
+        failed: the beginning of the error.
+
+    Raises:
+        ConfigError: another rank has announced one.
+        TransferError: another rank has announced another error, or the time is over.
+    """
+    done: queue.SimpleQueue[tuple[bool, Any]] = queue.SimpleQueue()
+    device = torch.cuda.current_device() if torch.cuda.is_initialized() else None
+
+    def run() -> None:
+        try:
+            if device is not None:
+                torch.cuda.set_device(device)
+            done.put((True, do()))
+        except Exception as error:
+            done.put((False, error))
+
+    threading.Thread(target=run, name="meeting", daemon=True).start()
+    until = time.monotonic() + limit.total_seconds()
+    advice = "Look for the error of the rank that is missing, and start all of them; meeting_timeout is how long they wait"
+    while True:
+        try:
+            fine, result = done.get(timeout=ASK_FOR_PEERS)
+        except queue.Empty:
+            look()
+            if time.monotonic() > until:
+                raise TransferError(f"{failed} within {limit}. {advice}") from None
+            continue
+        if fine:
+            return result
+        if not isinstance(result, dist.DistError | RuntimeError):
+            raise result
+        raise announced() or TransferError(f"{failed}: {result}. {advice}") from result
+
+
+class _World:
+    """All ranks, as long as this process lives.
+
+    Attributes:
+        everyone: their group, on the CPU; made when an attempt starts.
+        of: the world that it is of.
+        meeting_timeout: how long ranks wait for each other to make a group.
+        groups: of this process.
+    """
+
+    def __init__(self) -> None:
+        self.everyone: Group | None = None
+        self.of: Any = None
+        self.meeting_timeout = timedelta(minutes=5)
+        self.groups: weakref.WeakSet[Group] = weakref.WeakSet()
+
+
+_world = _World()
+
+
+def assemble(timeout: timedelta, meeting_timeout: timedelta) -> None:
+    """Makes the group of all ranks anew, in which they then agree. Collective over the world."""
+    if _world.everyone is not None:
+        _world.everyone.close()
+        _world.everyone = None
+    _world.meeting_timeout = meeting_timeout
+    if world_size() > 1:
+        _world.everyone = make_group([range(world_size())], "world", timeout, backend="gloo", gathers=False, threads=False)
+        _world.of = dist.group.WORLD
+
+
+def everyone() -> Group:
+    """All ranks; on the world's own connections before they are assembled, and if the world is another one by now."""
+    if _world.everyone is not None and _world.of is dist.group.WORLD:
+        return _world.everyone
+    return Group(range(world_size()), "world", None, None, Sockets(), Sockets(), threads=False)
+
+
+def abandon_groups() -> None:
+    """After a failure: the connections of all groups end, so that no rank stands in a wait for another one's transfers."""
+    for group in list(_world.groups):
+        group.abandon()
+    _world.everyone = None  # what follows in this attempt is agreed on the world's own connections, which are in step
 
 
 def end_world() -> None:
     """Ends all connections, at the end of the process. A thread of gloo's that lets go of the last collective's tensors after
     Python has ended aborts it (torch 2.13)."""
     if dist.is_initialized():
+        wait_until_heard()
         dist.destroy_process_group()
 
 
@@ -793,24 +978,20 @@ def backend() -> str:
     return str(dist.get_backend()) if dist.is_initialized() else "none"
 
 
-def agree(flag: bool, device: torch.device, *, by_all: bool) -> bool:
+def agree(flag: bool, *, by_all: bool) -> bool:
     """Whether all ranks say so, or any. Collective over the world, blocking."""
-    said = torch.tensor(int(flag), device=device)
-    if world_size() > 1:
-        dist.all_reduce(said, dist.ReduceOp.MIN if by_all else dist.ReduceOp.MAX)
-    return bool(said)
+    if world_size() == 1:
+        return flag
+    group = everyone()
+    said = torch.tensor([int(flag)], device=group.device)
+    return bool(group.sum(said, dist.ReduceOp.MIN if by_all else dist.ReduceOp.MAX))
 
 
 def all_gather_objects(mine: T) -> list[T]:
     """Every rank's object, by rank. Collective over the world, blocking."""
-    everyone: list[T] = [mine] * world_size()
-    if len(everyone) > 1:
-        dist.all_gather_object(everyone, mine)
-    return everyone
+    return everyone().all_gather_objects(mine) if world_size() > 1 else [mine]
 
 
-def broadcast_object(mine: T) -> T:
-    """Rank 0's object. Collective over the world, blocking."""
-    held = [mine]
-    dist.broadcast_object_list(held, src=0)
-    return held[0]
+def broadcast_object(mine: T, source: int = 0) -> T:
+    """A rank's object, rank 0's by default. Collective over the world, blocking."""
+    return everyone().share_object(mine, source) if world_size() > 1 else mine

@@ -6,6 +6,7 @@ told to all ranks after the last part, and logged there as one step's: callbacks
 
 from __future__ import annotations
 
+import random
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -18,7 +19,9 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 from torchmetrics import Metric
 
+from lightning_overlap.comm import TransferError
 from lightning_overlap.decision import ConfigError
+from lightning_overlap.generators import pin_generators
 from lightning_overlap.optimization import held, logs_go_to
 
 if TYPE_CHECKING:
@@ -56,6 +59,8 @@ class DrivenStep:
 
     def forward(self, part: Any, number: int) -> Tensor | None:
         logs = self._logs[number] = []
+        # Each stage comes by the user's draws, and all are to see the same numbers.
+        pin_generators(self._module, random.Random(repr((*self.place, number))).getrandbits(32))
 
         def keep(fx: str, name: str, value: Any, **how: Any) -> None:
             logs.append(((fx, name, _said(value)), how))
@@ -98,28 +103,58 @@ class DrivenStep:
         self._outputs.clear()
         self._logs.clear()
 
-    def logged(self, shares: Sequence[float]) -> Any:
-        """The mean over the parts, each with its share, unless ``reduce_fx`` says otherwise."""
-        losses = torch.stack([self._outputs[i][0].double() for i in range(len(shares))])
-        loss = (losses * torch.tensor(shares, device=losses.device)).sum()
+    @property
+    def weight(self) -> Callable[[Any], Any] | None:
+        return getattr(self._module, "microbatch_weight", None)
+
+    def logged(self, shares: Sequence[float], weights: Sequence[float] | None = None) -> Any:
+        """The mean over the parts, each with its weight, unless ``reduce_fx`` says otherwise.
+
+        Args:
+            shares: of the parts in the loss. What is the loss of each part is summed with them.
+            weights: of the parts in all other means; by default the shares.
+        """
+        weights = weights or shares
+        counted = [number for number, share in enumerate(shares) if share]
+        losses = torch.stack([self._outputs[i][0].double() for i in counted])
+        loss = (losses * torch.tensor([shares[i] for i in counted], device=losses.device)).sum()
         extras = [self._outputs[i][1] for i in range(len(shares))]
-        extra = {key: _together([e[key] for e in extras], shares, "mean") for key in extras[0] if all(key in e for e in extras)}
+        extra = {
+            key: self._merged([e[key] for e in extras], range(len(shares)), shares, weights, "mean")
+            for key in extras[0]
+            if all(key in e for e in extras)
+        }
         values: dict[tuple[str, str], Any] = {}
         for number in range(len(shares)):
             for (fx, name, value), how in self._logs[number]:
-                entry = values.setdefault((fx, name), {"how": how, "values": [], "shares": [], "sizes": []})
+                entry = values.setdefault((fx, name), {"how": how, "values": [], "parts": [], "sizes": []})
                 entry["values"].append(value)
-                entry["shares"].append(shares[number])
+                entry["parts"].append(number)
                 entry["sizes"].append(how.get("batch_size"))
         logs = []
         for (fx, name), entry in values.items():
             how = _told(entry["how"])
             sizes = entry["sizes"]
-            weights = entry["shares"] if None in sizes else sizes
-            reduce = how["reduce_fx"]
+            by = [weights[number] for number in entry["parts"]] if None in sizes else sizes
             how["batch_size"] = None if None in sizes else sum(sizes)
-            logs.append((fx, name, _together(entry["values"], weights, reduce), how))
+            logs.append((fx, name, self._merged(entry["values"], entry["parts"], shares, by, how["reduce_fx"]), how))
         return loss.to(self._outputs[0][0].dtype).cpu(), extra, self._outputs[0][2], logs
+
+    def _merged(
+        self, values: Sequence[Any], parts: Sequence[int], shares: Sequence[float], weights: Sequence[float], reduce: str
+    ) -> Any:
+        """What parts have logged or returned, in one. Parts that are left out of the loss are so here, unless there are no others."""
+        rows = list(zip(values, parts, weights, strict=True))
+        rows = [row for row in rows if shares[row[1]]] or rows
+        values = [value for value, _, _ in rows]
+        own = [shares[part] for _, part, _ in rows]
+        is_loss = [part for _, part, _ in rows] == [part for part, share in enumerate(shares) if share] and all(
+            _is_number(value) and float(value) == float(self._outputs[part][0]) for value, part, _ in rows
+        )
+        if is_loss and reduce == "mean":
+            parts_of_it = [torch.as_tensor(value).double() * share for value, share in zip(values, own, strict=True)]
+            return torch.stack(parts_of_it).sum().to(torch.as_tensor(values[0]).dtype)
+        return _together(values, [weight for _, _, weight in rows], reduce)
 
     def log(self, said: Any) -> None:
         loss, extra, as_mapping, logs = said
@@ -192,6 +227,51 @@ def failing_together(module: LightningModule, mode: OverlapMode) -> Iterator[Non
         yield
     finally:
         del module.on_validation_epoch_end  # type: ignore[method-assign]
+
+
+HOOKS = ("on_train_batch_end", "on_train_epoch_end", "on_train_end")
+"""Hooks that may read what ``training_step`` has left on the module."""
+
+
+class _Explained:
+    """A hook of the module's that fails on a rank that ``training_step`` is left on says that this may be why. Copies do without."""
+
+    def __init__(self, module: LightningModule, name: str, mode: OverlapMode) -> None:
+        self._module, self._name, self._mode = module, name, mode
+        self.__wrapped__ = getattr(module, name)  # which Lightning looks at
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return self.__wrapped__(*args, **kwargs)
+        except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+            if self._mode.has_the_loss or isinstance(error, ConfigError | TransferError):
+                raise
+            raise ConfigError(
+                f"{self._name} fails on a rank that training_step is left on ({type(error).__name__}: {error}): what training_step "
+                "leaves on self after the model is called is on the last stage only. Return it, if it is a number, in a dictionary "
+                "with the loss, which on_train_batch_end gets as outputs on every rank; log it; or collect it in a torchmetrics.Metric"
+            ) from error
+
+    def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+        return getattr, (self._module, self._name)
+
+
+@contextmanager
+def explaining(module: LightningModule, mode: OverlapMode) -> Iterator[None]:
+    """Hooks of a fit say where things are that a step has left.
+
+    Args:
+        module: the user's.
+        mode: that leaves its steps.
+    """
+    given = [name for name in HOOKS if getattr(type(module), name) is not getattr(LightningModule, name)]
+    for name in given:
+        setattr(module, name, _Explained(module, name, mode))
+    try:
+        yield
+    finally:
+        for name in given:
+            delattr(module, name)
 
 
 _KEPT_BY_MODULES = frozenset(vars(torch.nn.Module()))

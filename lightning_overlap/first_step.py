@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from lightning_overlap.comm import all_gather_objects, world_size
+from lightning_overlap.comm import TransferError, all_gather_objects, world_size
 from lightning_overlap.decision import ConfigError
 from lightning_overlap.driven import DrivenStep
 from lightning_overlap.optimization import logs_go_to
@@ -67,10 +67,10 @@ class _WithoutDropout(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if func in _DROPOUTS:
+        if getattr(func, "__wrapped__", func) in _DROPOUTS:  # a mode may have put its own around it
             # In place or not: the hidden states are what they are.
             return args[0] if args else kwargs["input"]
-        if func is F.scaled_dot_product_attention:
+        if func is _ATTENTION:
             args, kwargs = args[:4], {**kwargs, "dropout_p": 0.0, **dict(zip(("is_causal",), args[5:6], strict=False))}
         elif func is F.multi_head_attention_forward:
             args, kwargs = (*args[:10], 0.0, *args[11:]) if len(args) > 10 else args, kwargs
@@ -78,6 +78,7 @@ class _WithoutDropout(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
+_ATTENTION = F.scaled_dot_product_attention
 _DROPOUTS = frozenset({F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout, F.feature_alpha_dropout, torch.dropout})
 
 
@@ -103,9 +104,8 @@ class _Trial(DrivenStep):
     def backward(self, loss: Tensor, share: float) -> None:
         (loss * share).backward()
 
-    def logged(self, shares: Sequence[float]) -> Any:
-        losses = torch.stack([self._outputs[i].double() for i in range(len(shares))])
-        return (losses * torch.tensor(shares, device=losses.device)).sum().cpu()
+    def logged(self, shares: Sequence[float], weights: Sequence[float] | None = None) -> Any:
+        return torch.stack([self._outputs[number].double() * share for number, share in enumerate(shares) if share]).sum().cpu()
 
     def log(self, said: Any) -> None:
         self.total = said
@@ -155,7 +155,7 @@ class FirstStep:
                 told = next(filter(None, everyone))
                 rank_zero_warn(f"the first step was not compared with the model whole (verify_first_step): {told}")
                 return told != NO_LOSS
-            found = self._cut()
+            found = self._run_cut()
         self._compare(expected, found)
         self._tell_of_objective(expected)
         return True
@@ -214,7 +214,7 @@ class FirstStep:
                 if loss is None:
                     return None
                 shares.append(share)
-                if loss.requires_grad:
+                if loss.requires_grad and share:  # a loss that is not a number stays so if it counts for 0
                     self._step.backward(loss, share)
                 del loss
             result.loss = float(self._step.logged(shares))
@@ -224,8 +224,23 @@ class FirstStep:
                 result.at_once = None if at_once is None else float(at_once)
         return shares
 
+    def _run_cut(self) -> _Result:
+        """By the ranks' parts of it, as they train.
+
+        Raises:
+            ConfigError: they fail where the model whole does not.
+        """
+        try:
+            return self._cut()
+        except (ConfigError, TransferError):
+            raise
+        except Exception as error:
+            raise ConfigError(
+                f"the model whole computes the first batch, and the model as it is cut over the ranks fails: {type(error).__name__}: "
+                f"{error}. {_CAUSES}"
+            ) from error
+
     def _cut(self) -> _Result:
-        """By the ranks' parts of it, as they train."""
         result = _Result()
         self._forget_gradients()
         with self._step.trial(), _same_random_numbers(self._device):
@@ -288,9 +303,9 @@ class FirstStep:
         if expected.at_once is not None and not _is_close(expected.loss, expected.at_once, OTHER_OBJECTIVE):
             rank_zero_warn(
                 f"the loss of the first batch is {expected.at_once:.6g} in one piece, and {expected.loss:.6g} in microbatches: it "
-                "is no mean over the samples (a sum, a mean over counted tokens, a contrastive loss, batch norm). The microbatches' "
-                "losses are weighted by their numbers of samples. Have training_step return a mean over samples, or set "
-                "pipeline_parallel.microbatches: 1 if the objective of the whole batch is what you want"
+                "is no mean over the samples. pipeline_parallel.microbatch_weight (labels, causal_labels, sum) makes sums and means "
+                "over counted labels exact, and so does a method microbatch_weight(batch) of the module; what compares samples with "
+                "each other (a contrastive loss, batch norm) has another objective in microbatches"
             )
 
 

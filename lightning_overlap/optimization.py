@@ -200,10 +200,8 @@ class Preemption:
 
     def close(self, *, complete: bool = True) -> None:
         """Lightning's own methods come back; the last sum is taken in, if ``complete``."""
-        if complete:
-            if self._pending is not None:
-                self._pending.wait()
-            self._group.close()
+        if complete and self._pending is not None:
+            self._pending.wait()
         del self._trainer._signal_connector._sigterm_notifier_fn
         del self._trainer._signal_connector._slurm_sigusr_handler_fn
         del self._trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor

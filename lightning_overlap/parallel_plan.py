@@ -10,7 +10,7 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import nn
@@ -19,8 +19,29 @@ from lightning_overlap.decision import ConfigError
 from lightning_overlap.roles import parse_role
 
 Blocks = nn.ModuleList | nn.Sequential
-STYLES = {"colwise": "column", "rowwise": "row", "embedding_rowwise": "vocab_embedding", "replicated_with_grad_allreduce": ""}
-"""Hugging Face's words for roles; the empty one: the layer stays as it is."""
+STYLES = {
+    "colwise": "column",
+    "rowwise": "row",
+    "colwise_gather_output": "column_gathered",
+    "colwise_rep": "column_gathered",
+    "rowwise_split_input": "row_split",
+    "rowwise_rep": "row_split",
+    "packed_colwise": "column[2]",
+    "embedding_rowwise": "vocab_embedding",
+    "replicated_with_grad_allreduce": "",
+    "moe_tp_experts": "",
+    "moe_identity_expert": "",
+}
+"""Hugging Face's words for roles; the empty one: the layer stays as it is. (So do experts, whose weights are of no layer.)"""
+_BERT = {
+    **{f"attention.self.{name}": "column" for name in ("query", "key", "value")},
+    "attention.output.dense": "row",
+    "attention.output": "token_wise",
+    "intermediate.dense": "column",
+    "layer.*.output.dense": "row",
+    "layer.*.output": "token_wise",
+}
+_PROJECTIONS = {f"{name}_proj": "column" for name in ("q", "k", "v")}
 PLANS: dict[str, dict[str, str]] = {
     "gpt2": {
         "h.*.attn.c_attn": "column[3]",
@@ -28,6 +49,11 @@ PLANS: dict[str, dict[str, str]] = {
         "h.*.mlp.c_fc": "column",
         "h.*.mlp.c_proj": "row",
     },
+    "gptj": {**_PROJECTIONS, "attn.out_proj": "row", "mlp.fc_in": "column", "mlp.fc_out": "row"},
+    "opt": {**_PROJECTIONS, "self_attn.out_proj": "row", "fc1": "column", "fc2": "row"},
+    "bert": _BERT,
+    "roberta": _BERT,
+    "vit": {**_PROJECTIONS, "attention.o_proj": "row", "mlp.fc1": "column", "mlp.fc2": "row"},
 }
 """By ``model_type``, plans of Hugging Face models that have none."""
 FUSED = ("qkv", "qkv_proj", "c_attn", "Wqkv", "in_proj")
@@ -49,6 +75,9 @@ class Cut:
         role: ``column``, ``row``, ``vocab_embedding`` or ``vocab_head``.
         parts: sizes along ``dim`` of what is fused (q, k, v; gate, up): each is cut by itself.
         dim: of the weight that is cut.
+        whole: a column layer gives, and a row layer reads, all features on every rank.
+        reads: a column layer reads its region's input; an adapter's does not.
+        after: the layer that reads a row layer's output, where that is an adapter's.
     """
 
     name: str
@@ -56,6 +85,16 @@ class Cut:
     role: str
     parts: tuple[int, ...]
     dim: int
+    whole: bool = False
+    reads: bool = True
+    after: nn.Module | None = None
+
+    @property
+    def after_sum(self) -> list[nn.Parameter]:
+        """Parameters that are used after the sum over the ranks."""
+        bias = self.module.bias if self.role == "row" else None
+        after = list(self.after.parameters()) if self.after is not None else []
+        return [*after, bias] if isinstance(bias, nn.Parameter) else after
 
 
 @dataclass(frozen=True)
@@ -147,11 +186,11 @@ def find(model: nn.Module, given: Mapping[str, str], size: int) -> TensorPlan:
         whole.update(name for name in names if role == "token_wise")
         for name in names if role != "token_wise" else ():
             try:
-                cuts[name] = _cut(name, model.get_submodule(name), role)
+                cuts.update({cut.name: cut for cut in _cuts(name, model.get_submodule(name), role)})
             except ConfigError as error:
                 problems.append(str(error))
     _add_tied(model, cuts, problems)
-    regions, direct = _regions(model, blocks, cuts, problems)
+    regions, direct = _regions(model, blocks, cuts, whole, problems)
     for region in regions:
         weights = {id(cut.module.weight): cut.name for cut in region.columns}
         problems += [f"{c.name} shares its weight with {n}" for c in region.columns if (n := weights[id(c.module.weight)]) != c.name]
@@ -168,7 +207,7 @@ def find(model: nn.Module, given: Mapping[str, str], size: int) -> TensorPlan:
     loose = [*direct, *_mixing(model, blocks, regions, whole)]
     numbers = {id(c.module.weight) for c in cuts.values()}
     numbers |= {id(c.module.bias) for c in cuts.values() if c.role in ("column", "vocab_head")}
-    biases = {id(c.module.bias) for c in cuts.values() if c.role == "row"}  # where tokens are not cut, their gradients are whole
+    biases = {id(p) for c in cuts.values() for p in c.after_sum}  # where tokens are not cut, their gradients are whole
     of_blocks, of_regions = ({name: model.get_submodule(name) for name in names} for names in ((blocks,), [r.name for r in regions]))
     return TensorPlan(
         tuple(cuts.values()),
@@ -206,20 +245,26 @@ def _of_hugging_face(prefix: str, model: Any) -> Iterator[tuple[str, str]]:
     kind = model.config.model_type
     if not styles and kind not in PLANS:
         raise ConfigError(
-            f"{type(model).__name__} has no plan of its own for tensor_parallel: give OverlapStrategy(parallel_plan=...)"
+            f"{type(model).__name__} ({kind}) has no plan of its own for tensor_parallel: give OverlapStrategy(parallel_plan=...) "
+            "with the roles of its layers: 'column' for q, k, v and what goes up, 'row' for what comes out of attention and mlp"
         )
     for name, style in styles.items():
         if style not in STYLES:
             raise ConfigError(
-                f"{type(model).__name__}'s own plan has the style {style!r} for {name}, which is not in this version: give "
-                "OverlapStrategy(parallel_plan=...) with roles for all its layers"
+                f"{type(model).__name__}'s own plan has the style {style!r} for {name}, which is not in this version; there are "
+                f"{', '.join(STYLES)}. Give OverlapStrategy(parallel_plan=...) with roles for all its layers"
             )
-        if STYLES[style]:
-            yield f"{prefix}.{name}".lstrip("."), STYLES[style]
+        pattern = f"{prefix}.{name}".lstrip(".")
+        if STYLES[style] and _matches(model, name):  # dense layers of a model that has experts only, say
+            yield pattern, STYLES[style]
     if not styles:
         yield from PLANS[kind].items()
-    for role, module in (("vocab_embedding", model.get_input_embeddings()), ("vocab_head", model.get_output_embeddings())):
-        yield from ((f"{prefix}.{name}".lstrip("."), role) for name, found in model.named_modules() if found is module)
+    for role, kinds, module in (
+        ("vocab_embedding", nn.Embedding, model.get_input_embeddings()),
+        ("vocab_head", nn.Linear, model.get_output_embeddings()),
+    ):
+        if isinstance(module, kinds):
+            yield from ((f"{prefix}.{name}".lstrip("."), role) for name, found in model.named_modules() if found is module)
 
 
 def _matches(model: nn.Module, pattern: str) -> list[str]:
@@ -235,8 +280,33 @@ def _is_linear(module: nn.Module) -> bool:
     return type(module).forward is nn.Linear.forward or type(module).__name__ == "Conv1D"
 
 
+def _cuts(name: str, module: nn.Module, role: str) -> Iterator[Cut]:
+    """The layer's, or those of a layer with adapters by peft: what reads or gives features that are cut is cut with it."""
+    kinds = [kind.__name__ for kind in type(module).__mro__ if kind.__module__.partition(".")[0] == "peft"]
+    adapters: Any = module
+    if not kinds:
+        yield _cut(name, module, role)
+        return
+    column, row = role.startswith("column"), role.startswith("row")
+    variant = next((type(v).__name__ for v in getattr(module, "lora_variant", {}).values()), None)
+    if "LoraLayer" not in kinds or variant is not None or not (column or row):
+        what = f"{type(module).__name__} with {variant}" if variant else type(module).__name__
+        raise ConfigError(
+            f"{name} is peft's {what}, which cannot be {role!r}: plain LoRA of linear layers can be cut. Use that, or leave the "
+            "layers of its attention or mlp out of the parallel_plan"
+        )
+    base = _cut(f"{name}.base_layer", adapters.base_layer, role)
+    yield base
+    for key in adapters.lora_A:
+        if column:
+            yield replace(_cut(f"{name}.lora_B.{key}", adapters.lora_B[key], role), parts=base.parts, reads=False)
+        else:
+            yield replace(_cut(f"{name}.lora_A.{key}", adapters.lora_A[key], role), after=adapters.lora_B[key])
+
+
 def _cut(name: str, module: nn.Module, role: str) -> Cut:
     kind, proportions = parse_role(role)
+    whole, kind = "_" in kind and not kind.startswith("vocab"), kind if kind.startswith("vocab") else kind.partition("_")[0]
     fits = isinstance(module, nn.Embedding) if kind == "vocab_embedding" else _is_linear(module)
     if kind == "vocab_head":
         fits = type(module).forward is nn.Linear.forward
@@ -244,16 +314,23 @@ def _cut(name: str, module: nn.Module, role: str) -> Cut:
         raise ConfigError(f"{name} is a {type(module).__name__}, which cannot be {role!r}")
     if isinstance(module, nn.Embedding) and (module.max_norm is not None or module.sparse or module.scale_grad_by_freq):
         raise ConfigError(f"{name} has max_norm, sparse or scale_grad_by_freq, which look at all its entries")
+    if not all(getattr(module, key, None) is module._parameters.get(key) for key in ("weight", "bias")):
+        raise ConfigError(
+            f"{name} computes its weight or bias from other parameters (weight_norm, spectral_norm, a parametrization), of which it "
+            "needs all: take the parametrization away before the fit (torch.nn.utils.parametrize.remove_parametrizations, "
+            "torch.nn.utils.remove_weight_norm), or leave the layers of its attention or mlp out of the parallel_plan"
+        )
     transposed = not isinstance(module, nn.Linear | nn.Embedding)
     dim = int(kind == "row") ^ int(transposed)
     weight: Any = module.weight
     features = weight.shape[dim]
-    if kind == "column" and proportions is None and name.rpartition(".")[2] in FUSED and features == 3 * weight.shape[1 - dim]:
+    fused = name.removesuffix(".base_layer").rpartition(".")[2] in FUSED and features == 3 * weight.shape[1 - dim]
+    if kind == "column" and proportions is None and fused and not whole:
         proportions = (1, 1, 1)
     proportions = proportions or (1,)
     if features % sum(proportions):
         raise ConfigError(f"{name} has {features} outputs, which are not in the proportions {proportions}")
-    return Cut(name, module, kind, tuple(features // sum(proportions) * n for n in proportions), dim)
+    return Cut(name, module, kind, tuple(features // sum(proportions) * n for n in proportions), dim, whole)
 
 
 def _add_tied(model: nn.Module, cuts: dict[str, Cut], problems: list[str]) -> None:
@@ -271,35 +348,54 @@ def _add_tied(model: nn.Module, cuts: dict[str, Cut], problems: list[str]) -> No
                 problems.append(f"{name} shares its weight with {first.name}, and is not cut")
 
 
-def _regions(model: nn.Module, blocks: str, cuts: Mapping[str, Cut], problems: list[str]) -> tuple[list[Region], list[str]]:
+def _regions(
+    model: nn.Module, blocks: str, cuts: Mapping[str, Cut], token_wise: set[str], problems: list[str]
+) -> tuple[list[Region], list[str]]:
     """The regions, and the names of layers that stand in a block itself."""
+    depth = blocks.count(".") + 1  # of a block
     regions: dict[str, list[Cut]] = {}
     direct: list[str] = []
-    columns = {name: cut for name, cut in cuts.items() if cut.role == "column"}
+    apart: set[str] = set()
+    columns = {name: cut for name, cut in cuts.items() if cut.role == "column" and cut.reads}
     rows = [name for name, cut in cuts.items() if cut.role == "row"]
+
+    def block_of(name: str) -> str:
+        return ".".join(name.split(".")[: depth + 1])
+
     for name in (*columns, *rows):
         if not name.startswith(f"{blocks}."):
             problems.append(f"{name} is not in the list of blocks, {blocks}")
     for row in rows:
+        if any(row.startswith(f"{name}.") for name in token_wise):  # beside the norm, say, after an attention that ends before it
+            apart.add(block_of(row))
+            continue
         place = row.rpartition(".")[0]
-        while place.count(".") > blocks.count(".") and not any(name.startswith(f"{place}.") for name in columns):
+        while place.count(".") >= depth and not any(name.startswith(f"{place}.") for name in columns):
             place = place.rpartition(".")[0]
-        if place.count(".") <= blocks.count("."):
+        if place.count(".") < depth:
             problems.append(f"{row} is a row layer without column layers before it, in the same block")
-        elif place.count(".") == blocks.count(".") + 1:  # the block itself
+        elif place.count(".") == depth:  # the block itself
             direct.append(row)
         else:
             regions.setdefault(place, [])
     for name, cut in columns.items():
         places = [place for place in regions if name.startswith(f"{place}.")]
+        parent = name.rpartition(".")[0]
         if places:
             regions[max(places, key=len)].append(cut)
+        elif block_of(name) in apart and parent.count(".") > depth:
+            regions[parent] = [cut]
         else:
             direct.append(name)
             regions[name] = [cut]
-            block = ".".join(name.split(".")[: blocks.count(".") + 2])
-            if not any(row.startswith(f"{block}.") for row in rows):
+            if not any(row.startswith(f"{block_of(name)}.") for row in rows):
                 problems.append(f"{name} is a column layer without a row layer after it, in the same block")
+    for place, found in regions.items():
+        inside = [cuts[row] for row in rows if row.startswith(f"{place}.")]
+        if len({cut.whole for cut in (*found, *inside)}) > 1:
+            problems.append(
+                f"{place} has column and row layers of two kinds: column_gathered and row_split go together, and column and row"
+            )
     return [Region(name, model.get_submodule(name), tuple(found)) for name, found in regions.items()], direct
 
 
@@ -309,11 +405,15 @@ def _counts(
     """Attributes that count heads, which every rank has a share of."""
     counts: dict[tuple[str, str], int] = {}
     for region in regions:
+        if any(cut.whole for cut in region.columns):
+            continue  # every rank has all heads there
         direct = region.name in cuts
         owner = region.name.rpartition(".")[0] if direct else region.name
         module = model.get_submodule(owner)
         found = {name: value for name in COUNTS if isinstance(value := getattr(module, name, None), int)}
-        head_dim = next((v for name in ("head_dim", "head_size") if isinstance(v := getattr(module, name, None), int)), None)
+        head_dim = next(
+            (v for name in ("head_dim", "head_size", "attention_head_size") if isinstance(v := getattr(module, name, None), int)), None
+        )
         if not found and head_dim is None:
             continue
         configured = getattr(module, "config", None)

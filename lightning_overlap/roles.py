@@ -6,9 +6,10 @@ import re
 
 from lightning_overlap.decision import ConfigError
 
-ROLES = ("blocks", "column", "row", "vocab_embedding", "vocab_head", "token_wise")
+ROLES = ("blocks", "column", "row", "column_gathered", "row_split", "vocab_embedding", "vocab_head", "token_wise")
 """Roles that a part of the model may have: ``blocks``, the list of alike layers; how a layer is cut over the tensor axis; and
-``token_wise``, what works on each token by itself."""
+``token_wise``, what works on each token by itself. What stands between a ``column_gathered`` and a ``row_split`` layer sees all
+features (a norm over all heads, a split at fixed places), and is computed on every rank."""
 
 
 def parse_role(role: str) -> tuple[str, tuple[int, ...] | None]:

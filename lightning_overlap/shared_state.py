@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
-from lightning_overlap.comm import Group, world_size
+from lightning_overlap.comm import Group, everyone, world_size
 
 AT_ONCE = 1 << 25
 """Bytes that are broadcast together: many small tensors cost one transfer, and no copy is larger."""
@@ -25,11 +24,11 @@ def share(tensors: Iterable[Tensor], group: Group | None = None, source: int = 0
     """
     if (group.size if group is not None else world_size()) == 1:
         return
-    first, ranks = (source, None) if group is None else (group.ranks[source], group.reduces)
+    ranks = group or everyone()
     for together in _batches(tensors):
         flat = torch.cat([tensor.detach().reshape(-1) for tensor in together])
-        dist.broadcast(flat, src=first, group=ranks)
-        if dist.get_rank() != first:
+        ranks.broadcast(flat, source)
+        if ranks.rank != source:
             for tensor, part in zip(together, flat.split([tensor.numel() for tensor in together]), strict=True):
                 tensor.detach().copy_(part.view(tensor.shape))
 

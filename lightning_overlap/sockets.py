@@ -8,8 +8,9 @@ import socket
 import stat
 import struct
 import sys
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Collection, Iterable, Iterator
+from contextlib import contextmanager, suppress
+from typing import Any
 
 if sys.platform == "linux":
     import fcntl
@@ -39,11 +40,39 @@ class Sockets:
         made._held = _connections(descriptor for descriptor, inode in _sockets() if inode not in before)
 
     @classmethod
-    def all(cls) -> Sockets:
-        """Every connection that this process has now."""
+    def of_port(cls, port: int) -> Sockets:
+        """Connections that a port of this machine, or of another one, has accepted."""
         found = cls()
-        found._held = _connections(descriptor for descriptor, _ in _sockets())
+        for connection in _connections(descriptor for descriptor, _ in _sockets()):
+            here, there = _ends(connection)
+            if port in (here[1], there[1]):
+                found._held.append(connection)
+            else:
+                connection.close()
         return found
+
+    def ends(self) -> list[tuple[Any, Any]]:
+        """The addresses of each one's two ends, this process's first."""
+        return [_ends(connection) for connection in self._held]
+
+    def keep(self, ends: Collection[tuple[Any, Any]]) -> None:
+        """Keeps those between these ends, and lets go of the others."""
+        kept = [connection for connection in self._held if _ends(connection) in ends]
+        for connection in self._held:
+            if connection not in kept:
+                connection.close()
+        self._held = kept
+
+    @property
+    def known(self) -> bool:
+        """Whether there are any."""
+        return bool(self._held)
+
+    def hang_up(self) -> None:
+        """Ends the connections, whoever has a descriptor of them. Who waits for what comes or goes on one of them gets an error."""
+        for connection in self._held:
+            with suppress(OSError):  # the other end was quicker
+                connection.shutdown(socket.SHUT_RDWR)
 
     def keep_alive(self) -> None:
         """Has the kernel ask after a peer from which nothing comes.
@@ -53,12 +82,11 @@ class Sockets:
         """
         if sys.platform == "linux":
             for connection in self._held:
-                if connection.family in (socket.AF_INET, socket.AF_INET6):
-                    connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-                    connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, ASK_AFTER)
-                    connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, ASK_AFTER)
-                    connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, ASK_TIMES)
-                    connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, 1000 * ASK_AFTER * (ASK_TIMES + 1))
+                connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+                connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, ASK_AFTER)
+                connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, ASK_AFTER)
+                connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, ASK_TIMES)
+                connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, 1000 * ASK_AFTER * (ASK_TIMES + 1))
 
     def bound_send_buffers(self, nbytes: int) -> None:
         """Bounds what the kernel holds of each (it doubles the number for its own needs)."""
@@ -87,6 +115,15 @@ class Sockets:
         self._held.clear()
 
 
+def _ends(connection: socket.socket) -> tuple[Any, Any]:
+    """Address and port of this process's end and of the other one."""
+    try:
+        (address, port, *_), (peer, peers_port, *_) = connection.getsockname(), connection.getpeername()
+    except OSError:  # it has ended
+        return ("", 0), ("", 0)
+    return (address.partition("%")[0], port), (peer.partition("%")[0], peers_port)  # each end has a name of its own for its interface
+
+
 def _connections(descriptors: Iterable[int]) -> list[socket.socket]:
     """Those of the sockets that are connected, as descriptors of their own."""
     found = []
@@ -94,6 +131,9 @@ def _connections(descriptors: Iterable[int]) -> list[socket.socket]:
         try:
             connection = socket.socket(fileno=os.dup(descriptor))
         except OSError:  # closed since
+            continue
+        if connection.family not in (socket.AF_INET, socket.AF_INET6):  # process groups have no others
+            connection.close()
             continue
         try:
             connection.getpeername()

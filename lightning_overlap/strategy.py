@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import contextlib
 import os
+import random
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -14,7 +15,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy
 import torch
+import torch.distributed as dist
 from lightning.fabric.plugins import CheckpointIO, ClusterEnvironment
 from lightning.fabric.utilities.data import sized_len
 from lightning.fabric.utilities.seed import pl_worker_init_function
@@ -24,13 +27,13 @@ from lightning.pytorch.plugins.precision import Precision
 from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
-from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lightning_overlap import environment
+from lightning_overlap import announcements, environment
 from lightning_overlap.agreement import model_in_words, optimizers_in_words
 from lightning_overlap.batches import refuse_different, refuse_other_loss
+from lightning_overlap.block_stack import without_nested_tensors
 from lightning_overlap.checkpoint import (
     AtomicCheckpointIO,
     Saves,
@@ -43,20 +46,24 @@ from lightning_overlap.checkpoint import (
 )
 from lightning_overlap.comm import (
     Group,
+    abandon_groups,
     agree,
     all_gather_objects,
+    assemble,
     backend,
     broadcast_object,
     end_world,
+    everyone,
     is_everyone,
     make_group,
     world_size,
 )
 from lightning_overlap.config import OverlapConfig
 from lightning_overlap.decision import ConfigError
-from lightning_overlap.driven import DrivenStep, failing_together, mirrored_step
+from lightning_overlap.driven import DrivenStep, explaining, failing_together, mirrored_step
 from lightning_overlap.facts import Facts
 from lightning_overlap.first_step import first_step
+from lightning_overlap.launching import ProcessLauncher, ScriptLauncher, keep_store_alive, start_world
 from lightning_overlap.materialize import forget, initialize, is_deferred, materialize, without_values
 from lightning_overlap.mesh import ParallelMesh
 from lightning_overlap.metrics import MirroredMetrics, metrics_over
@@ -73,6 +80,7 @@ from lightning_overlap.plan import Plan, resolve
 from lightning_overlap.probe import examine
 from lightning_overlap.sharded_checkpoint import Folders, SavedOptimizer, describe, is_folder, names_of
 from lightning_overlap.shared_state import SharedBuffers, share
+from lightning_overlap.whole_state import WholeStateOnly
 
 CHECKED_BATCHES = 3
 """Batches at the start of a fit that are compared between the ranks that share them."""
@@ -104,6 +112,7 @@ class OverlapStrategy(DDPStrategy):
         precision_plugin: as in ``DDPStrategy``.
         process_group_backend: ``"gloo"`` or ``"nccl"``; by default the device's.
         timeout: how long a transfer may take before this rank gives up, naming it.
+        meeting_timeout: how long ranks wait for each other to start, and to make groups.
         start_method: how Lightning starts processes, as in ``DDPStrategy``.
 
     Raises:
@@ -131,6 +140,7 @@ class OverlapStrategy(DDPStrategy):
         precision_plugin: Precision | None = None,
         process_group_backend: str | None = None,
         timeout: timedelta = timedelta(minutes=30),
+        meeting_timeout: timedelta = timedelta(minutes=5),
         start_method: Literal["popen", "spawn", "fork", "forkserver"] = "popen",
     ) -> None:
         super().__init__(
@@ -161,12 +171,13 @@ class OverlapStrategy(DDPStrategy):
             raise ConfigError(f"state_dict_type={state_dict_type!r}: it is 'full' or 'sharded'")
         self._state_dict_type = state_dict_type
         self._async_save = async_save
+        self._meeting_timeout = meeting_timeout
         self._saves = Saves()
         self._folders = Folders(self.time_limit)
         self._training = False
         self.modes: list[OverlapMode] = []
         self._plan: Plan | None = None
-        self._failed = self._in_step = False
+        self.failed = self._in_step = False
         self._seed: int | None = None
         self._preemption: Preemption | None = None
         self._waiting: dict[str, Any] | None = None
@@ -179,7 +190,8 @@ class OverlapStrategy(DDPStrategy):
         """While fitting: ranks that see the same data."""
         self._unchecked = CHECKED_BATCHES
         self._unproven = self._was_deferred = False
-        self._until_teardown = contextlib.ExitStack()
+        self.until_teardown = contextlib.ExitStack()
+        self._whole_state: WholeStateOnly | None = None
 
     @property
     def plan(self) -> Plan:
@@ -213,7 +225,19 @@ class OverlapStrategy(DDPStrategy):
             settings = environment.wanted(self.config, environment.capability())
             for line in environment.apply(settings, os.environ, started=torch.cuda.is_initialized()):
                 rank_zero_info(f"lightning_overlap: {line}")
-        super()._configure_launcher()
+        self._launcher = ScriptLauncher(self) if self._start_method == "popen" else ProcessLauncher(self, self._start_method)
+
+    def setup_distributed(self) -> None:
+        self.set_world_ranks()
+        if not dist.is_initialized():
+            assert self.cluster_environment is not None, "Lightning sets it"
+            kind = self._get_process_group_backend()
+            start_world(self.cluster_environment, kind, self._meeting_timeout, self.time_limit, self.root_device)
+        super().setup_distributed()
+        keep_store_alive()
+        assemble(self.time_limit, self._meeting_timeout)
+        atexit.unregister(end_world)
+        atexit.register(end_world)
 
     @property
     def mesh(self) -> ParallelMesh:
@@ -266,12 +290,14 @@ class OverlapStrategy(DDPStrategy):
             share([*self.model.parameters(), *self.model.buffers()])
         if world_size() > 1:
             self._alike = make_group(self.mesh.groups("dp"), "alike", self.time_limit, gathers=False, threads=False)
-            self._until_teardown.enter_context(metrics_over(self._alike))
+            self.until_teardown.enter_context(metrics_over(self._alike))
         if fitting:
             self.setup_optimizers(trainer)
+            if any(mode.cuts_the_model for mode in self.modes):
+                self._whole_state = WholeStateOnly(self.lightning_module)  # type: ignore[arg-type]
+                self.until_teardown.callback(self._whole_state.remove)
             if self._alike is not None:
-                everyone = make_group([range(self.world_size)], "world", self.time_limit, backend="gloo", gathers=False, threads=False)
-                self._preemption = Preemption(trainer, everyone)
+                self._preemption = Preemption(trainer, everyone())
                 self._buffers = SharedBuffers(self.model, self._alike)
                 sharing = self.mesh.groups(*(axis for axis in self.mesh.sizes if axis != "dp"))
                 self._sharing = make_group(sharing, "batch", self.time_limit, gathers=False, threads=False)
@@ -279,17 +305,21 @@ class OverlapStrategy(DDPStrategy):
                 self._share_random_state(self._sharing)
                 if self._driver is not None:
                     self._mirrored = MirroredMetrics(trainer.lightning_module, self._driver, lambda: self._in_step)
-                    self._until_teardown.callback(self._mirrored.remove)
+                    self.until_teardown.callback(self._mirrored.remove)
+                    self.until_teardown.enter_context(explaining(trainer.lightning_module, self._driver))
                     if self._driver.mirrors_evaluation:
-                        self._until_teardown.enter_context(failing_together(trainer.lightning_module, self._driver))
+                        self.until_teardown.enter_context(failing_together(trainer.lightning_module, self._driver))
         self.setup_precision_plugin()
 
     def _share_random_state(self, group: Group) -> None:
-        """Ranks that share a batch draw the same random numbers: masks of dropout outside of what is cut, say."""
+        """Ranks that share a batch draw the same random numbers, torch's, NumPy's and Python's: masks of dropout outside of what is
+        cut, say."""
         if group.size > 1:
             cuda = self.root_device.type == "cuda"
             mine = torch.get_rng_state(), torch.cuda.get_rng_state(self.root_device) if cuda else None
-            cpu, device = group.share_object(mine)
+            (cpu, device), of_numpy, of_python = group.share_object((mine, numpy.random.get_state(), random.getstate()))
+            numpy.random.set_state(of_numpy)
+            random.setstate(of_python)
             torch.set_rng_state(cpu)
             if device is not None:
                 torch.cuda.set_rng_state(device, self.root_device)
@@ -336,6 +366,8 @@ class OverlapStrategy(DDPStrategy):
         self._same_everywhere({**plan_inputs, **optimizers_in_words(self.optimizers, model)})
         self._plan = resolve(self.config, facts)
         rank_zero_info(self._plan.explain())
+        if self.mesh.sizes["tp"] * self.mesh.sizes["pp"] > 1:
+            self.until_teardown.enter_context(without_nested_tensors(model))
         self._unproven = self._plan.choice("verify_first_step") != "off"
         earlier = self.modes
         self.modes = [m(self._plan, self.config, self.mesh, self.time_limit) for m in self.mode_types if m.runs(self._plan)]
@@ -344,7 +376,7 @@ class OverlapStrategy(DDPStrategy):
         for mode in self.modes:
             mode.prepare_optimizers(self.optimizers)
         if self._driver is not None:
-            self._until_teardown.enter_context(zeroing_first(trainer))
+            self.until_teardown.enter_context(zeroing_first(trainer))
         for mode in earlier:  # an optimizer that is used again has got its state from them
             mode.close()
 
@@ -496,25 +528,47 @@ class OverlapStrategy(DDPStrategy):
         with held(self.modes):
             yield
 
+    # -- all ranks ---------------------------------------------------------------------------------------------------
+    # None of these stands where it hears nothing of another rank's error.
+
+    def barrier(self, *args: Any, **kwargs: Any) -> None:
+        if world_size() > 1:
+            everyone().barrier()
+
+    def broadcast(self, obj: Any, src: int = 0) -> Any:
+        return broadcast_object(obj, src)
+
     def reduce(self, tensor: Any, group: Any = None, reduce_op: Any = "mean") -> Any:
         """As ``DDPStrategy.reduce``, over the ranks that see different data."""
-        if group is None and self._alike is not None:
-            if self._alike.size == 1:
-                return tensor
-            group = self._alike.reduces
-        return super().reduce(tensor, group, reduce_op)
+        if group is not None or not isinstance(tensor, Tensor) or world_size() == 1:
+            return super().reduce(tensor, group, reduce_op)
+        ranks = self._alike or everyone()
+        if ranks.size == 1:
+            return tensor
+        if tensor.device.type != "cpu" and ranks.device is None:  # gloo's connections
+            return super().reduce(tensor, self._alike and self._alike.reduces, reduce_op)
+        mean = isinstance(reduce_op, str) and reduce_op.lower() in ("mean", "avg")
+        named = "SUM" if mean else reduce_op
+        op = getattr(dist.ReduceOp, named.upper()) if isinstance(named, str) else named
+        total = ranks.sum(tensor, op)
+        if not mean:
+            return total
+        return total.div_(ranks.size) if total.is_floating_point() else total.copy_(total / ranks.size)
 
     def all_gather(self, tensor: Tensor, group: Any = None, sync_grads: bool = False) -> Tensor:
         """As ``DDPStrategy.all_gather``, over the ranks that see different data: their number is the first dim."""
-        if self._alike is not None and is_everyone(group):
-            if self._alike.size == 1:
-                return tensor.unsqueeze(0)
-            group = self._alike.reduces
-        return super().all_gather(tensor, group, sync_grads)
+        if not is_everyone(group) or world_size() == 1:
+            return super().all_gather(tensor, group, sync_grads)
+        ranks = self._alike or everyone()
+        if ranks.size == 1:
+            return tensor.unsqueeze(0)
+        if sync_grads or tensor.device.type != "cpu":  # which connections of ours cannot do
+            return super().all_gather(tensor, self._alike and self._alike.reduces, sync_grads)
+        return torch.stack(ranks.all_gather_alike(tensor.detach()))
 
     def reduce_boolean_decision(self, decision: bool, all: bool = True) -> bool:
         # Stopping and saving are agreed by the world, whatever ``reduce`` reduces over.
-        return agree(decision, self.root_device, by_all=all)
+        return agree(decision, by_all=all)
 
     # -- weights are read --------------------------------------------------------------------------------------------
 
@@ -580,12 +634,17 @@ class OverlapStrategy(DDPStrategy):
     def checkpoint_io(self, io: CheckpointIO) -> None:
         self._checkpoint_io = io
 
+    def _reading_state(self) -> contextlib.AbstractContextManager[None]:
+        """Around each ``state_dict()`` of the strategy's own."""
+        return self._whole_state.allowed() if self._whole_state is not None else contextlib.nullcontext()
+
     def lightning_module_state_dict(self) -> dict[str, Any]:
         for mode in self.modes:
             mode.sync_parameters()
         if self._state_dict_type == "sharded" and self.lightning_module is not None:
             share(self.lightning_module.buffers(), self._alike)  # every rank writes a part of them
-        state = super().lightning_module_state_dict()
+        with self._reading_state():
+            state = super().lightning_module_state_dict()
         for mode in (
             reversed(self.modes) if self._state_dict_type == "full" else ()
         ):  # put together in the reverse of the order in which it was cut
@@ -622,7 +681,8 @@ class OverlapStrategy(DDPStrategy):
         for mode in self.modes:
             mode.sync_parameters()
         assert self.lightning_module is not None, "Lightning connects the module"
-        own = self.lightning_module.state_dict() if self._preemption is not None else {}
+        with self._reading_state():
+            own = self.lightning_module.state_dict() if self._preemption is not None else {}
         cut = any(name in own and own[name].shape != value.shape for name, value in checkpoint["state_dict"].items())
         if self._preemption is not None and (cut or is_deferred(self.lightning_module)):
             raise ConfigError(
@@ -709,7 +769,9 @@ class OverlapStrategy(DDPStrategy):
             if is_folder(path):
                 for mode in self.modes:
                     mode.sync_parameters()
-                return self._folders.load(path, self.lightning_module.state_dict(), weights_only=safe)
+                with self._reading_state():
+                    own = self.lightning_module.state_dict()
+                return self._folders.load(path, own, weights_only=safe)
             refuse_damaged(path, read_here=self.local_rank == 0)
             if is_deferred(self.lightning_module) and type(self.checkpoint_io) is AtomicCheckpointIO:
                 return load_lazily(path, weights_only=safe)
@@ -717,35 +779,27 @@ class OverlapStrategy(DDPStrategy):
 
     # -- end ---------------------------------------------------------------------------------------------------------
 
-    def on_exception(self, exception: BaseException) -> None:
-        # Transfers may never complete now, so nobody waits for them any more; unless all ranks stop at the same batch.
-        self._failed = not isinstance(exception, SIGTERMException)
-        if self._failed:
-            for mode in self.modes:
-                for group in mode.groups.values():
-                    group.announce(exception)
-
     def teardown(self) -> None:
-        self._until_teardown.close()
+        self.until_teardown.close()
         if self._preemption is not None:
-            self._preemption.close(complete=not self._failed)
+            self._preemption.close(complete=not self.failed)
             self._preemption = self._buffers = None
         self._waiting = None
         for group in (self._alike, self._sharing):
-            if group is not None and not self._failed:
+            if group is not None and not self.failed:
                 group.close()
         self._alike = self._sharing = self._mirrored = None
         for mode in reversed(self.modes):
-            mode.release(complete=not self._failed)
-        if self._failed and self.modes:
-            rank_zero_warn("training failed in the middle of a step: load a checkpoint before using the module's weights")
-            self.modes = []  # nobody waits for their transfers
-        atexit.unregister(end_world)
-        if not self._failed:  # after a failure it might wait for what never comes
-            atexit.register(end_world)
+            mode.release(complete=not self.failed)
+        if self.failed:
+            if self.modes:
+                rank_zero_warn("training failed in the middle of a step: load a checkpoint before using the module's weights")
+            self.modes = []
+            abandon_groups()  # whoever waits for their transfers waits for what never comes
         self._saves.close()
-        self._folders.close(complete=not self._failed)
-        self._failed = self._training = False
+        self._folders.close(complete=not self.failed)
+        self.failed = self._training = False
+        announcements.end()
         super().teardown()
 
 

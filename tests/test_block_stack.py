@@ -1,13 +1,14 @@
 """The stack of blocks: what a pass runs, and what it refuses."""
 
 import contextlib
+import pickle
 
 import pytest
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from lightning_overlap.block_stack import BlockStack, Pass
+from lightning_overlap.block_stack import ARGUMENTS, BlockStack, Pass, Slot, structure
 from lightning_overlap.decision import ConfigError
 
 
@@ -59,19 +60,25 @@ def checkpointed(s, x):
 LOOPS = [plain, indexed, sliced, checkpointed]
 
 
+OUTPUTS = dict.fromkeys(range(4), Slot(0))
+
+
 @pytest.mark.parametrize("loop", LOOPS)
 def test_the_middle_of_the_stack(loop):
-    s, sent, told = stack(), [], []
+    s, told = stack(), []
     received = torch.tensor([10.0], requires_grad=True)
-    how = Pass(frozenset({1, 2}), 3, {1: lambda x: received}, {2: sent.append}, before=told.append, items=0)
+    carried = {(0, 0): received}
+    how = Pass(frozenset({1, 2}), 3, carried, OUTPUTS, wanted=lambda leaf: leaf == (2, 0), before=told.append)
     after = []
     with s.passing(how):
         loop(s, torch.zeros(1))
         after.append("not reached")
     assert not after
-    assert sent[0].tolist() == [13.0]
+    assert list(how.kept) == [(2, 0)]
+    sent = how.kept[2, 0]
+    assert sent.tolist() == [13.0]
     assert told == [1, 2]
-    sent[0].sum().backward()  # a checkpoint runs its block again, with what was received
+    sent.sum().backward()  # a checkpoint runs its block again, with what was received
     assert received.grad.tolist() == [1.0]
     assert told in ([1, 2], [1, 2, 2, 1])
 
@@ -79,40 +86,146 @@ def test_the_middle_of_the_stack(loop):
 @pytest.mark.parametrize("loop", LOOPS)
 def test_the_end_of_the_stack(loop):
     s = stack()
-    how = Pass(frozenset({3}), 4, {3: lambda x: torch.tensor([10.0])}, items=0)
-    with s.passing(how):
+    with s.passing(Pass(frozenset({3}), 4, {(2, 0): torch.tensor([10.0])}, OUTPUTS)):
         assert loop(s, torch.zeros(1)).tolist() == [13.0]
 
 
 def test_a_last_stage_without_blocks():
     s = stack()
-    with s.passing(Pass(frozenset(), 4, last=lambda x: torch.tensor([10.0]), items=0)):
+    with s.passing(Pass(frozenset(), 4, {(3, 0): torch.tensor([10.0])}, OUTPUTS)):
         assert plain(s, torch.zeros(1)).tolist() == [10.0]
 
 
 def test_a_first_stage_without_blocks():
-    s, sent = stack(), []
-    with s.passing(Pass(frozenset(), 0, leave={-1: sent.append})):
+    s = stack()
+    how = Pass(frozenset(), 0, first=True, wanted=lambda leaf: True)
+    with s.passing(how):
         plain(s, torch.tensor([7.0]))
-    assert sent[0].tolist() == [7.0]
+    assert how.kept[ARGUMENTS, 0].tolist() == [7.0]
 
 
 def test_blocks_that_return_tuples():
-    s, sent = stack(Pair), []
-    how = Pass(frozenset({2}), 3, {2: lambda x: torch.tensor([10.0])}, {2: sent.append}, items=2)
+    s = stack(Pair)
+    outputs = {block: structure(block, (torch.ones(1), "weights")) for block in range(4)}
+    how = Pass(frozenset({2}), 3, {(1, 0): torch.tensor([10.0])}, outputs, wanted=lambda leaf: True)
     with s.passing(how):
         x = torch.zeros(1)
         for block in s.blocks:
-            x, _ = block(x)
-    assert sent[0].tolist() == [12.0]
-    assert how.items == 2
+            x, weights = block(x)
+            assert weights == "weights"
+    assert how.kept[2, 0].tolist() == [12.0]
+
+
+class Remembers(Add):
+    """Returns a dictionary, with the first block's input and what was handed to it."""
+
+    def forward(self, hidden_states, first=None, memory=()):
+        first = hidden_states if first is None else first
+        return {"x": hidden_states + self.amount + first, "first": first, "memory": [*memory, hidden_states]}
+
+
+def remembering(s, x):
+    first, memory = None, []
+    for block in s.blocks:
+        out = block(x, first, memory=memory)
+        x, first, memory = out["x"], out["first"], out["memory"]
+    return x + sum(memory) + first
+
+
+def test_whatever_blocks_return_is_found_by_name_and_place():
+    s = stack(Remembers)
+    expected = remembering(s, torch.ones(1))
+    whole = Pass(frozenset({0, 1}), 2, wanted=lambda leaf: True)
+    with s.passing(whole):
+        remembering(s, torch.ones(1))
+    asked = []
+
+    def fetch(leaf):
+        asked.append(leaf)
+        return whole.kept[leaf]
+
+    nan = torch.full((1,), float("nan"))  # of parameters that are elsewhere
+    with s.passing(Pass(frozenset({2, 3}), 4, outputs=dict(whole.outputs), fetch=fetch)):
+        assert remembering(s, nan).tolist() == expected.tolist()
+    assert asked == [(1, 0), (1, 1), (1, 2), (1, 3)]
+    carried = {leaf: whole.kept[leaf] for leaf in asked}
+    with s.passing(Pass(frozenset({2, 3}), 4, carried, dict(whole.outputs))):
+        assert remembering(s, nan).tolist() == expected.tolist()
+    del carried[1, 1]
+    with (
+        pytest.raises(ConfigError, match="tensor 1 of what block 1 returns is used on another stage"),
+        s.passing(Pass(frozenset({2, 3}), 4, carried, dict(whole.outputs))),
+    ):
+        remembering(s, nan)
+
+
+def test_an_argument_that_is_computed_before_the_blocks():
+    s, scale = stack(), torch.tensor(float("nan"))
+
+    def conditioned(x):
+        for block in s.blocks:
+            x = block(x, scale)
+        return x
+
+    asked = []
+
+    def fetch(leaf):
+        asked.append(leaf)
+        return {(0, 0): torch.tensor([10.0]), (ARGUMENTS, 1): torch.tensor(2.0)}[leaf]
+
+    with s.passing(Pass(frozenset({1, 2, 3}), 4, outputs=dict(OUTPUTS), fetch=fetch, wanted=lambda leaf: True)):
+        assert conditioned(torch.ones(1)).tolist() == [22.0]
+    assert asked == [(0, 0), (ARGUMENTS, 1)]
+
+
+def collected(s, x):
+    seen = []
+    for block in s.blocks:
+        x = block(x)
+        assert x.shape == (1,)
+        seen.append(x)
+    return torch.cat(seen)
+
+
+def test_hidden_states_that_the_loop_collects():
+    s = stack()
+    carried = {(0, 0): torch.tensor([5.0]), (1, 0): torch.tensor([6.0])}
+    with s.passing(Pass(frozenset({2, 3}), 4, carried, OUTPUTS)):
+        assert collected(s, torch.zeros(1)).tolist() == [5.0, 6.0, 8.0, 11.0]
+    del carried[0, 0]
+    with pytest.raises(ConfigError, match="tensor 0 of what block 0"), s.passing(Pass(frozenset({2, 3}), 4, carried, OUTPUTS)):
+        collected(s, torch.zeros(1))
+
+
+class Other:
+    pass
+
+
+class ReturnsMore(Add):
+    def forward(self, hidden_states, other=None):
+        assert other is None or other.size
+        return super().forward(hidden_states), Other()
+
+
+def test_what_is_no_tensor_is_refused_where_it_is_read():
+    s = stack(ReturnsMore)
+    outputs = {block: pickle.loads(pickle.dumps(structure(block, (torch.ones(1), Other())))) for block in range(4)}
+    how = Pass(frozenset({2}), 3, {(1, 0): torch.zeros(1)}, outputs)
+
+    def through(x, other=None):
+        for block in s.blocks:
+            x, other = block(x, other)
+
+    with pytest.raises(ConfigError, match="block 1 returns a Other, which another stage reads"), s.passing(how):
+        through(torch.zeros(1))
 
 
 def test_sequential_and_what_is_left_of_it():
-    s, sent = stack(container=nn.Sequential), []
-    with s.passing(Pass(frozenset({0}), 1, leave={0: sent.append})):
+    s = stack(container=nn.Sequential)
+    how = Pass(frozenset({0}), 1, wanted=lambda leaf: leaf == (0, 0))
+    with s.passing(how):
         s.blocks(torch.ones(1))
-    assert sent[0].tolist() == [1.0]
+    assert how.kept[0, 0].tolist() == [1.0]
     assert s.blocks(torch.ones(1)).tolist() == [7.0]  # outside of a pass it is the user's
     assert [b.amount for b in s.blocks[1:3]] == [1.0, 2.0]
     s.remove()
@@ -120,7 +233,7 @@ def test_sequential_and_what_is_left_of_it():
 
 
 def everything(**more):
-    return Pass(frozenset(range(4)), 4, items=0, **more)
+    return Pass(frozenset(range(4)), 4, **more)
 
 
 def between(s, x):
@@ -167,7 +280,7 @@ def catching(s, x):
 
 def test_a_forward_that_catches_everything_is_refused():
     s = stack()
-    how = Pass(frozenset({0}), 1, leave={0: lambda x: None})
+    how = Pass(frozenset({0}), 1)
     with pytest.raises(ConfigError, match="catches every exception"), s.passing(how):
         catching(s, torch.zeros(1))
 

@@ -106,7 +106,7 @@ def _cut_layers(plan: Mapping[str, str], size: int, module: LightningModule) -> 
             if cut.role == "column":
                 # Torch cuts what is fused as if it were one: in this order of the rows each rank gets its part of each.
                 weight: Any = cut.module.weight
-                piece = Piece(weight, weight.shape, cut.dim, cut.parts)
+                piece = Piece(weight.shape, cut.dim, cut.parts)
                 weight.data = torch.cat([piece.of(weight.data, rank, size) for rank in range(size)])
                 styles[cut.name] = ColwiseParallel()
             elif cut.role == "row":

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleGPipe, ScheduleInterleaved1F1B
 
-from lightning_overlap.block_stack import BlockStack, Pass
+from lightning_overlap.block_stack import BlockStack, Pass, Slot
 from lightning_overlap.modes import MODES
 from lightning_overlap.modes.base import Step
 from lightning_overlap.modes.pipeline import microbatches
@@ -41,20 +41,20 @@ class _Stage(nn.Module):
         assert self.step is not None, "a batch is at hand"
         # Before its first batch torch runs each stage once to see the shapes: the microbatches then come in a turned order.
         number, self.number = self.number % len(self.parts), self.number + 1
-        sent: list[Tensor] = []
+        before, end = (self._blocks.start - 1, 0), (self._blocks.stop - 1, 0)
         how = Pass(
             run=frozenset(self._blocks),
             stop=self._stack.size if self._last else self._blocks.stop,
-            enter={} if self._first else {self._blocks.start: lambda _: x},
-            leave={} if self._last else {self._blocks[-1]: sent.append},
+            carried={} if self._first else {before: x},
+            outputs={block: Slot(0) for block in range(self._stack.size)},
+            wanted=lambda leaf: leaf == end,
             before=block_seeds(self.step.place, number),
-            items=0,
         )
         pin(*self.step.place, number)
         with self._stack.passing(how):
             loss = self.step.forward(self.parts[number], number)
         if not self._last:
-            return sent[0]
+            return how.kept[end]
         assert loss is not None, "a peer trains what gives a loss"
         return loss.reshape(1)
 

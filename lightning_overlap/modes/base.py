@@ -57,8 +57,17 @@ class Step(Protocol):
     def trial(self) -> AbstractContextManager[None]:
         """Forwards inside leave nothing behind: the module's buffers, metrics and attributes, what it logs."""
 
-    def logged(self, shares: Sequence[float]) -> Any:
-        """What all parts together have logged and returned, on the rank that has losses; can be pickled."""
+    @property
+    def weight(self) -> Callable[[Any], Any] | None:
+        """The module's method that says what a part counts for, if it has one."""
+
+    def logged(self, shares: Sequence[float], weights: Sequence[float] | None = None) -> Any:
+        """What all parts together have logged and returned, on the rank that has losses; can be pickled.
+
+        Args:
+            shares: of the parts in the loss.
+            weights: of the parts in means of anything else; by default the shares.
+        """
 
     def log(self, said: Any) -> None:
         """Logs it, on every rank."""

@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 
+from lightning_overlap import ConfigError
 from lightning_overlap.config import OverlapConfig
 from lightning_overlap.facts import PipelineFacts
 from lightning_overlap.modes.pipeline.config import PipelineParallel
@@ -48,16 +49,37 @@ def test_blocks_that_are_the_model_have_no_head():
     assert heads(model, *find_blocks(model, None, 2)) == []
 
 
-def test_buffers_around_the_blocks_are_the_last_stages():
-    """What comes after the blocks may write them; parameters there stay the first stage's."""
+def test_what_is_around_the_blocks_is_the_first_and_last_stages():
+    """Code before and after the blocks may use a parameter there. What comes after the blocks may write buffers."""
     model = nn.Module()
     model.inner = Model(nn.BatchNorm1d(4))
     for module in (model, model.inner, model.inner.before):
         module.register_buffer("buffer", torch.zeros(2))
         module.register_parameter("scale", nn.Parameter(torch.zeros(2)))
-    partition = Partition(model, *find_blocks(model, None, 2), [range(2), range(2, 4)], [0, 1])
-    assert [name for name, users in partition.users.items() if users == (1,) and "blocks" not in name] == [
+    found = find_blocks(model, None, 3)
+    partition = Partition(model, *found, [range(2), range(2, 3), range(3, 4)], [0, 1, 2])
+    last = [
         *("buffer", "inner.buffer"),
         *(f"inner.after.{name}" for name in ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")),
     ]
-    assert partition.tail == [name for name, users in partition.users.items() if users == (1,) and "blocks" not in name]
+    assert [name for name, users in partition.users.items() if users == (2,) and "blocks" not in name] == last
+    assert [name for name, users in partition.users.items() if users == (0, 2)] == ["scale", "inner.scale"]
+    assert set(partition.tail) == {*last, "scale", "inner.scale"}
+    assert partition.users["inner.before.scale"] == (0,)
+
+
+def test_what_every_stage_holds():
+    model = Model(nn.Linear(4, 4))
+    found = find_blocks(model, None, 3)
+    stages = [range(2), range(2, 3), range(3, 4)]
+    partition = Partition(model, *found, stages, [0, 1, 2], ["before", "after.bias"])
+    assert [name for name, users in partition.users.items() if users == (0, 1, 2)] == ["before.weight", "before.bias", "after.bias"]
+    with pytest.raises(ConfigError, match="held_by_all names befor, and"):
+        Partition(model, *found, stages, [0, 1, 2], ["befor"])
+
+
+def test_a_rank_with_both_ends_lends_what_is_before_the_blocks_too():
+    model = Model(nn.Linear(4, 4))
+    found = find_blocks(model, None, 2)
+    assert "before.weight" in Partition(model, *found, [range(2), range(2, 3), range(3, 4)], [0, 1, 0]).tail
+    assert "before.weight" not in Partition(model, *found, [range(2), range(2, 4)], [0, 1]).tail

@@ -8,7 +8,7 @@ import torch
 from lightning_overlap.modes.pipeline.runtime import Form, Runtime, channel_kinds, hops, lane
 from lightning_overlap.modes.pipeline.schedule import SCHEDULES, Schedule, build
 
-FORM = Form((0,), torch.float32, True, 0)
+FORMS = (Form((0,), torch.float32, True),)
 Event = tuple[Any, ...]
 
 
@@ -33,11 +33,11 @@ class Recorder:
 
     def forward(self, stage: int, *_: Any) -> Any:
         self.events.append(("compute",))
-        return None if stage == self.stages - 1 else (torch.empty(0), FORM)
+        return None if stage == self.stages - 1 else ([torch.empty(0)], FORMS)
 
     def backward(self, action: Any, _: Any) -> Any:
         self.events.append(("compute",))
-        return None if action.stage == 0 else torch.empty(0)
+        return [] if action.stage == 0 else [torch.empty(0)]
 
     def weights(self, *_: Any) -> None:
         self.events.append(("compute",))
@@ -51,7 +51,7 @@ def posted(schedule: Schedule, prefetch: int | None, *, new: bool = False) -> li
         kinds = channel_kinds(schedule.placement)
         groups: Any = {kind: Recorder(rank, schedule.stages, events, lane(kind, "nccl")) for kind in kinds}
         known = {(stage, 0) for stage in range(schedule.stages)}
-        runtime = Runtime(schedule, rank, groups, dict.fromkeys(known, FORM), known, torch.device("cpu"), prefetch)
+        runtime = Runtime(schedule, rank, groups, dict.fromkeys(known, FORMS), known, torch.device("cpu"), prefetch)
         for _ in range(1 if new else 2):
             events.clear()
             runtime.run(Recorder(rank, schedule.stages, events), [0] * schedule.microbatches)

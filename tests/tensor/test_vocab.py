@@ -1,6 +1,7 @@
 """Embedding, head and loss with a cut vocabulary against whole ones."""
 
 import copy
+import operator
 import warnings
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.loss.loss_utils import ForCausalLMLoss
 
+from lightning_overlap.decision import ConfigError
 from lightning_overlap.modes.tensor.gemm import shares
 from lightning_overlap.modes.tensor.loss import cross_entropy
 from lightning_overlap.modes.tensor.vocab import CutLogits, Vocabulary, embedding_forward, head_forward
@@ -116,7 +118,25 @@ def read_as_a_whole(logits: Tensor, ids: Tensor) -> Tensor:
     return -logits.softmax(-1).gather(-1, ids.unsqueeze(-1)).log().mean() + logits.transpose(1, 2)[..., 0].square().mean()
 
 
-LOSSES = {f.__name__: f for f in (hugging_loss, counted_loss, own_loss, capped_loss, masked_loss, read_as_a_whole)}
+def divided_loss(logits: Tensor, ids: Tensor) -> Tensor:
+    logits /= 2
+    logits *= 3
+    return F.cross_entropy(logits.flatten(0, 1), ids.flatten())
+
+
+def written_copy_loss(logits: Tensor, ids: Tensor) -> Tensor:
+    logits = logits.clone()
+    logits[..., 7:] = -1e4
+    logits[..., :2] -= logits.max().detach()
+    logits /= torch.tensor(2.0)
+    return F.cross_entropy(logits.flatten(0, 1), ids.flatten().clamp(max=6))
+
+
+LOSSES = {
+    f.__name__: f
+    for f in (hugging_loss, counted_loss, own_loss, capped_loss, masked_loss, divided_loss, written_copy_loss, read_as_a_whole)
+}
+GATHERING = ("read_as_a_whole", "written_copy_loss")
 
 
 def model_step(name: str, tied: bool, bias: bool, overlapped: bool) -> int:
@@ -156,7 +176,50 @@ def test_a_model_with_a_cut_vocabulary_is_the_whole_one(world: Any, name: str, s
     for tied, bias in ((True, False), (False, True)):
         for overlapped in (True, False):
             gathers = world(size).run(model_step, name, tied, bias, overlapped)
-            assert all((count > 0) == (name == "read_as_a_whole") for count in gathers), "only what needs them gathers logits"
+            assert all((count > 0) == (name in GATHERING) for count in gathers), "only what needs them gathers logits"
+
+
+def written_after(logits: Tensor) -> Tensor:
+    old = logits.float()
+    logits /= 2
+    return old * 2
+
+
+CHANGES: dict[str, Any] = {
+    "masked_fill_": lambda x: x.masked_fill_(x > 0, -1e4),
+    "div_": lambda x: x.div_(2.0),
+    "clamp_": lambda x: torch.clamp_(x, -1, 1),
+    "__setitem__": lambda x: x.__setitem__((..., slice(7, None)), -1e4),
+    "a slice's fill_": lambda x: x[..., 7:].fill_(0),
+    "a slice of tokens": lambda x: x[:, 1:].mul_(2),
+    "a slice's -=": lambda x: operator.setitem(x, (..., 7), operator.isub(x[..., 7], 1)),
+    "another shape": lambda x: x.flatten(0, 1).masked_fill_(torch.ones(10, ENTRIES, dtype=torch.bool), 0),
+    "a transposed view": lambda x: x.transpose(1, 2)[:, 3].zero_(),
+    "data": lambda x: x.data.mul_(0.5),
+    "detached": lambda x: x.detach()[..., 0].zero_(),
+    "parts": lambda x: x.split(4, -1)[1].zero_(),
+    "out": lambda x: torch.mul(torch.ones(2, 5, ENTRIES), 2, out=x),
+    "read after it was divided": written_after,
+    "read after a relu in place": lambda x: (F.relu(x, inplace=True), x.float()),
+}
+
+
+def changed(name: str) -> str:
+    vocab = vocabulary()
+    logits = CutLogits.of(own(torch.ones(ENTRIES, 2, 5)).permute(1, 2, 0).contiguous(), vocab)
+    try:
+        CHANGES[name](logits)
+        F.cross_entropy(logits.flatten(0, 1), torch.zeros(10, dtype=torch.long))
+    except ConfigError as error:
+        return str(error)
+    return "nothing"
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_a_change_in_place_is_refused_on_every_rank(world: Any, name: str) -> None:
+    for said in world(2).run(changed, name):
+        assert "in place, where the change would be lost" in said
+        assert "x.masked_fill(...)" in said
 
 
 def labels_to_a_hugging_face_model() -> None:

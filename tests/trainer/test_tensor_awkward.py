@@ -1,10 +1,14 @@
 """Models that a cut would train wrongly: they are refused with a sentence, or their numbers are those of one process."""
 
+import copy
+import pickle
+import random
 import tempfile
 import warnings
 from itertools import product
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -71,6 +75,56 @@ class Recomputed(Block):
         return x + checkpoint(self.mlp, self.norm1(x), use_reentrant=True)
 
 
+class Fused(nn.Module):
+    """An mlp that splits what goes up, of which the plan knows nothing."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(16, 128), nn.Linear(64, 16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, up = self.up(x).chunk(2, -1)
+        return self.down(F.silu(gate) * up)
+
+
+class Sloped(Attention):
+    """Adds a bias by head, of as many heads as there are on this rank."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.qkv(x).unflatten(-1, (3, -1, self.head_dim)).permute(2, 0, 3, 1, 4)
+        places = torch.arange(q.shape[-2])
+        bias = (places[None, :] - places[:, None]) * 2.0 ** -torch.arange(1, q.shape[1] + 1)[:, None, None]
+        return self.out(F.scaled_dot_product_attention(q, k, v, attn_mask=bias).transpose(1, 2).flatten(2))
+
+
+class Placed(Block):
+    """Learned positions in each block, whose own forward counts the tokens."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x + self.places[: x.shape[1]])
+
+
+class Changing(MLP):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.masked_fill_(x > 1, 0.0))
+
+
+class Chancy(Block):
+    """Left out at random, and leaving samples out."""
+
+    def __init__(self) -> None:
+        super().__init__(16, True, 0.0)
+        self.drawn: list[Any] = []
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.drawn.append(float(torch.rand(())))
+        if self.drawn[-1] < 0.5:
+            return x
+        kept = torch.bernoulli(torch.full((len(x), 1, 1), 0.5))
+        self.drawn.append(kept.flatten().tolist())
+        return x + (super().forward(x) - x) * kept
+
+
 class Conditioned(Block):
     def forward(self, x: Tensor, condition: Any = 0.0) -> Tensor:
         return super().forward(x + (condition[0][:, None] if isinstance(condition, tuple) else condition))
@@ -92,8 +146,24 @@ class Awkward(Net):
                 block.mlp.__class__ = Kept
             if kind == "recomputed":
                 block.__class__ = Recomputed
+            if kind == "slopes":
+                block.attention.__class__ = Sloped
+                for parameter in block.parameters():
+                    parameter.data.mul_(0.1 if parameter.dim() > 1 else 1)
+            if kind == "counted tokens":
+                block.__class__, block.places = Placed, nn.Parameter(torch.randn(64, 16))
+            if kind == "changed input":
+                block.mlp.__class__ = Changing
+            if kind == "collected":
+                block.mlp.register_forward_hook(lambda *args: self.collected.append(args[2].square().mean()))
             if kind == "condition":
                 block.__class__ = Conditioned
+        self.collected: list[Tensor] = []
+        if kind == "another mlp":
+            self.blocks[2].mlp = Fused()
+        if kind == "eval mode":
+            self.blocks.eval()
+            self.__dict__["parallel_plan"] = {**self.parallel_plan, "attention.qkv": "column[1]"}
         if kind == "shared norm":
             self.norm = self.blocks[1].norm2
         if kind == "one block":
@@ -102,11 +172,16 @@ class Awkward(Net):
             for block in self.blocks:
                 block.attention.__class__ = Counting
 
+    def on_train_start(self) -> None:
+        if self.kind == "changed weights":
+            for parameter in self.blocks.parameters():
+                parameter.data.mul_(1.5)
+
     def forward(self, ids: Tensor) -> Tensor:
         x = self.embedding(ids)
         self.seen: Any = 0.0
         if self.kind == "random numbers":
-            x = F.dropout(x, 0.5)
+            x = F.dropout(x, 0.5) * random.random() + float(np.random.rand())
         given = ((self.head.weight[:1] + x.mean((0, 1)),),) if self.kind == "condition" else ()
         for block in list(self.blocks)[: 2 if self.kind == "left out" and self.global_step >= CHECKED_BATCHES else 3]:
             x = block(x, *given)
@@ -117,6 +192,9 @@ class Awkward(Net):
         if self.kind == "left out":
             return F.cross_entropy(self(batch).mean(1), batch[:, 0])
         loss = super().loss(batch) + self.seen
+        if self.kind == "collected":
+            loss = loss + sum(self.collected)
+            self.collected.clear()
         if self.kind == "kept output":
             return loss + sum(block.mlp.left for block in self.blocks)
         return loss + sum(block.mlp.left + block.given for block in self.blocks) if self.kind == "router" else loss
@@ -142,7 +220,7 @@ class Counting(Attention):
         return super().forward(x).view(*x.shape) + self.qkv(x).split(16, dim=-1)[2]
 
 
-def train(kind: str, sequence: Any) -> Any:
+def train(kind: str, sequence: Any, proven: bool = True) -> Any:
     warnings.simplefilter("ignore")
     world = dist.is_initialized()
     seed_everything(5, verbose=False)
@@ -151,7 +229,8 @@ def train(kind: str, sequence: Any) -> Any:
     if world:
         seed_everything(5 + dist.get_rank(), verbose=False)
         env = {"cluster_environment": TorchElasticEnvironment(), "process_group_backend": "gloo"}
-        chosen = OverlapStrategy(tensor_parallel=TensorParallel(size=2, sequence_parallel=sequence, vocab_parallel=False), **env)
+        tensor = TensorParallel(size=2, sequence_parallel=sequence, vocab_parallel=False)
+        chosen = OverlapStrategy(tensor_parallel=tensor, verify_first_step="auto" if proven else False, **env)
     length: dict[str, Any] = {"max_steps": CHECKED_BATCHES + 1, "limit_val_batches": 0, "use_distributed_sampler": False}
     if kind == "searched rate":
         length |= {"callbacks": [LearningRateFinder(num_training_steps=2)], "default_root_dir": tempfile.gettempdir()}
@@ -163,13 +242,15 @@ def train(kind: str, sequence: Any) -> Any:
     return {name: p.detach().clone() for name, p in module.named_parameters()}
 
 
-KINDS = list(product(["shared norm", "two backwards", "adagrad", "recomputed", "one block", "router"], ["auto", False]))
+KINDS = list(
+    product(["shared norm", "two backwards", "adagrad", "recomputed", "one block", "router", "changed weights"], ["auto", False])
+)
 
 
-@pytest.mark.parametrize(("kind", "sequence"), [*KINDS, ("kept output", False)])
+@pytest.mark.parametrize(("kind", "sequence"), [*KINDS, ("kept output", False), ("collected", False)])
 def test_the_numbers_of_one_process(world: Any, kind: str, sequence: Any) -> None:
     expected = train(kind, None)
-    for found in world(2).run(train, kind, sequence):
+    for found in world(2).run(train, kind, sequence, sequence == "auto"):
         assert not isinstance(found, str), found
         for name, weight in expected.items():
             torch.testing.assert_close(found[name], weight, rtol=1e-4, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
@@ -179,6 +260,11 @@ REFUSED: dict[str, tuple[Any, str]] = {
     "residual": (False, "other gradients when its layers are cut over the ranks, of "),
     "scale": (False, "other gradients when its layers are cut over the ranks, of blocks.0.mlp.scale"),
     "unequal heads": ("auto", "blocks.0 fails when its layers are cut over the ranks: "),
+    "eval mode": ("auto", "blocks.0 gives another output when its layers are cut"),
+    "another mlp": ("auto", "blocks.2 gives another output when its layers are cut"),
+    "slopes": (False, "ALiBi's slopes"),
+    "counted tokens": ("auto", "set tensor_parallel.sequence_parallel: false"),
+    "changed input": (False, "masked_fill_ changes the input of an attention or mlp"),
     "condition": ("auto", "a block is called with a second tensor that gradients flow through"),
     "between": ("auto", "share a batch and come to the losses"),
     "kept output": ("auto", "share a batch and come to the losses"),
@@ -191,7 +277,7 @@ REFUSED: dict[str, tuple[Any, str]] = {
 @pytest.mark.parametrize("kind", REFUSED)
 def test_refused_on_every_rank(world: Any, kind: str) -> None:
     sequence, words = REFUSED[kind]
-    for said in world(2).run(train, kind, sequence):
+    for said in world(2).run(train, kind, sequence, False):
         assert words in said
 
 
@@ -200,3 +286,95 @@ def test_replicated_weights_stay_alike_where_ranks_are_seeded_otherwise(world: A
     first, second = world(2).run(train, "random numbers", sequence)
     for name, weight in first.items():
         assert weight.equal(second[name]), name
+
+
+def left_to_chance(sequence: bool) -> Any:
+    """The weights, and what the blocks have drawn."""
+    warnings.simplefilter("ignore")
+    cut = dist.is_initialized()
+    seed_everything(5, verbose=False)
+    module = Net()
+    module.blocks = nn.ModuleList(Chancy() for _ in range(3))
+    chosen: Any = SingleDeviceStrategy(torch.device("cpu"))
+    if cut:
+        env = {"cluster_environment": TorchElasticEnvironment(), "process_group_backend": "gloo"}
+        chosen = OverlapStrategy(tensor_parallel=TensorParallel(size=2, sequence_parallel=sequence), **env)
+    length: dict[str, Any] = {"max_steps": 4, "limit_val_batches": 0, "use_distributed_sampler": False}
+    Trainer(accelerator="cpu", devices=2 if cut else 1, strategy=chosen, **QUIET, **length).fit(module)  # type: ignore[arg-type]
+    return {name: p.detach().clone() for name, p in module.named_parameters()}, [block.drawn for block in module.blocks]
+
+
+@pytest.mark.parametrize("sequence", [True, False])
+def test_what_blocks_decide_at_random_is_what_one_process_decides(world: Any, sequence: bool) -> None:
+    expected, drawn = left_to_chance(sequence)
+    for found, drawn_there in world(2).run(left_to_chance, sequence):
+        assert drawn_there == drawn
+        for name, weight in expected.items():
+            torch.testing.assert_close(found[name], weight, rtol=1e-4, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
+
+
+class Masked(Block):
+    """Activation checkpoints inside of a block, around what dropout is in."""
+
+    reentrant = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + checkpoint(lambda x: self.drop(self.mlp(self.norm1(x))), x, use_reentrant=self.reentrant)
+
+    def drop(self, x: Tensor) -> Tensor:
+        x = F.dropout(x, 0.5)
+        self.masks.append((x == 0).flatten()[:32].tolist())
+        return x.sin()  # keeps its input, so that what runs again comes to here
+
+
+def masks_of_checkpoints(reentrant: bool, outer: bool | None) -> Any:
+    warnings.simplefilter("ignore")
+    seed_everything(5, verbose=False)
+    module = Net(tokens=8, recompute=outer)
+    for block in module.blocks:
+        block.__class__, block.masks, block.reentrant = Masked, [], reentrant
+    env = {"cluster_environment": TorchElasticEnvironment(), "process_group_backend": "gloo"}
+    strategy = OverlapStrategy(tensor_parallel=TensorParallel(size=2, sequence_parallel=True, verify_blocks=False), **env)
+    Trainer(accelerator="cpu", devices=2, strategy=strategy, max_steps=1, limit_val_batches=0, **QUIET).fit(module)  # type: ignore[arg-type]
+    return [block.masks for block in module.blocks]
+
+
+@pytest.mark.parametrize(("reentrant", "outer"), [(False, None), (True, None), (False, False), (True, True)])
+def test_what_runs_again_draws_the_same_masks(world: Any, reentrant: bool, outer: bool | None) -> None:
+    first, second = world(2).run(masks_of_checkpoints, reentrant, outer)
+    for mine, theirs in zip(first, second, strict=True):
+        assert len(mine) > 1
+        assert all(mask == mine[0] for mask in mine)
+        assert mine[0] != theirs[0]
+
+
+class Copied(Net):
+    """Copies and pickles its parts in the middle of a step, and computes with the copies on one rank alone."""
+
+    def training_step(self, batch: Tensor, index: int) -> Tensor:
+        twins = [copy.deepcopy(self.blocks[0]), pickle.loads(pickle.dumps(self.blocks[0]))]
+        others = [copy.deepcopy(self.head), pickle.loads(pickle.dumps(self.embedding))]
+        if self.global_rank == 0:
+            for twin in (*twins, *others):
+                for parameter in twin.parameters():
+                    parameter.data.zero_()
+            for twin in twins:
+                x = torch.randn(2, 5, 16)
+                assert twin(x).equal(x), "a block that adds nothing"
+            assert not others[0](x).any()
+            assert others[1](torch.zeros(2, 5, dtype=torch.long)).equal(torch.zeros(2, 5, 16))
+        return super().training_step(batch, index)
+
+
+def copied(sequence: bool) -> None:
+    warnings.simplefilter("ignore")
+    seed_everything(5, verbose=False)
+    env = {"cluster_environment": TorchElasticEnvironment(), "process_group_backend": "gloo"}
+    strategy = OverlapStrategy(tensor_parallel=TensorParallel(size=2, sequence_parallel=sequence, vocab_parallel=True), **env)
+    length: dict[str, Any] = {"max_steps": 2, "limit_val_batches": 0}
+    Trainer(accelerator="cpu", devices=2, strategy=strategy, **QUIET, **length).fit(Copied())  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("sequence", [True, False])
+def test_copies_and_pickles_are_ordinary_modules(world: Any, sequence: bool) -> None:
+    world(2).run(copied, sequence)

@@ -20,6 +20,7 @@ SIZES = {"vocab_size": VOCABULARY, "hidden_size": 32, "num_hidden_layers": 2, "n
 LLAMA_LIKE = {**SIZES, "intermediate_size": 64, "num_key_value_heads": 2, "head_dim": 8}
 GPT2 = {"vocab_size": VOCABULARY, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 32}
 STILL = {"resid_pdrop": 0, "embd_pdrop": 0, "attn_pdrop": 0}
+STILL_BERT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 CONFIGS = {
     "llama": transformers.LlamaConfig(**LLAMA_LIKE),
     "qwen2": transformers.Qwen2Config(**LLAMA_LIKE),
@@ -30,6 +31,12 @@ CONFIGS = {
     "gpt2": transformers.GPT2Config(**GPT2, **STILL),
     "llama without groups": transformers.LlamaConfig(**{**LLAMA_LIKE, "num_key_value_heads": 4}),
     "gpt_neox": transformers.GPTNeoXConfig(**SIZES, intermediate_size=64),
+    "olmo2": transformers.Olmo2Config(**LLAMA_LIKE),
+    "phi3": transformers.Phi3Config(**LLAMA_LIKE, pad_token_id=0),
+    "mixtral": transformers.MixtralConfig(**LLAMA_LIKE, num_local_experts=4, output_router_logits=True, router_aux_loss_coef=0.02),
+    "gptj": transformers.GPTJConfig(**GPT2, **STILL, rotary_dim=4, n_inner=64),
+    "opt": transformers.OPTConfig(**SIZES, ffn_dim=64, word_embed_proj_dim=32, dropout=0.0, pad_token_id=0),
+    "bert": transformers.BertConfig(**SIZES, **STILL_BERT, intermediate_size=64, is_decoder=True),
 }
 
 
@@ -134,3 +141,44 @@ def test_export(world: Any, tmp_path: Path) -> None:
     model = transformers.AutoModelForCausalLM.from_pretrained(folder)
     for name, parameter in model.named_parameters():
         assert parameter.equal(weights[f"model.{name}"])
+
+
+class Images(LightningModule):
+    """A vision transformer in eval mode, as ``from_pretrained`` gives it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
+        self.model = transformers.ViTForImageClassification(transformers.ViTConfig(**sizes, image_size=8, patch_size=4)).eval()  # type: ignore[arg-type]
+        self.losses: list[float] = []
+
+    def training_step(self, batch: Tensor, index: int) -> Tensor:
+        loss: Tensor = self.model(pixel_values=batch, labels=(batch[:, 0, 0, 0] > 0).long()).loss
+        self.losses.append(loss.item())
+        return loss
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), 0.1)
+
+    def train_dataloader(self) -> DataLoader:
+        return DataLoader(torch.randn(16, 3, 8, 8, generator=torch.Generator().manual_seed(3)), batch_size=4)  # type: ignore[arg-type]
+
+
+def train_on_images(cut: bool) -> Any:
+    warnings.simplefilter("ignore")
+    seed_everything(5, verbose=False)
+    env = {"cluster_environment": TorchElasticEnvironment(), "process_group_backend": "gloo"}
+    strategy: Any = OverlapStrategy(tensor_parallel=2, **env) if cut else SingleDeviceStrategy(torch.device("cpu"))
+    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
+    module = Images()
+    length: dict[str, Any] = {"max_steps": 3, "use_distributed_sampler": False}
+    Trainer(accelerator="cpu", devices=2 if cut else 1, strategy=strategy, **quiet, **length).fit(module)  # type: ignore[arg-type]
+    return module.losses, [p.detach().clone() for p in module.parameters()]
+
+
+def test_a_vision_transformer(world: Any) -> None:
+    losses, weights = train_on_images(False)
+    for found in world(2).run(train_on_images, True):
+        torch.testing.assert_close(found[0], losses, rtol=1e-5, atol=1e-5)
+        for weight, expected in zip(found[1], weights, strict=True):
+            torch.testing.assert_close(weight, expected, rtol=1e-4, atol=1e-5)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from lightning_overlap.facts import Facts, PipelineFacts
     from lightning_overlap.plan import Plan
 
+WEIGHTS = ("samples", "labels", "causal_labels", "sum")
+"""What a microbatch counts for in the batch's loss."""
 WORTH_IT = 0.01
 """The part of a step that deferring the head's gradients must win on paper: for less, nobody's memory is taken."""
 
@@ -35,6 +37,14 @@ class PipelineParallel:
     """Stages on a rank. More make the bubble smaller and send more."""
     microbatches: int | Literal["auto"] = "auto"
     """Parts of a batch; ``auto``: four for each rank. A batch with fewer samples has as many parts as samples."""
+    batch_dims: dict[str, int | None] = field(default_factory=dict)
+    """What in a batch is cut into microbatches, where that does not show in the shapes: by place (``mask``, or ``1.mask`` in a tuple)
+    the dim of the samples; null: each microbatch has all of it. By default what has as many rows as the batch has samples is cut."""
+    microbatch_weight: Literal["samples", "labels", "causal_labels", "sum"] = "samples"
+    """What a microbatch's loss counts for. ``samples``: the loss is a mean over samples. ``labels``: it is a mean over the entries of
+    the batch's ``labels`` that are not -100; ``causal_labels``: over those but the first of each sequence, as Hugging Face's causal
+    models have it. ``sum``: it is a sum, or divided by something of the whole batch, and microbatches' losses add up. A method
+    ``microbatch_weight(batch)`` of the module, which gives a number for a microbatch, goes before."""
     schedule: str = "auto"
     """``1f1b``, ``eager_1f1b`` (holds more activations, and hides transfers under them), ``interleaved``, ``gpipe``, ``zb_h1``,
     ``interleaved_zb``, ``zb_v``, ``dualpipev``, or a schedule's file; ``auto``: ``interleaved`` with virtual stages, else
@@ -45,6 +55,9 @@ class PipelineParallel:
     """Blocks of each stage; by default stages have about the same number of parameters."""
     layout: str | None = None
     """Stages as a string, ``Et*3|(tt|)*5,tL`` say: E the embedding, t a block, L head and loss, | between stages."""
+    held_by_all: tuple[str, ...] = ()
+    """Modules and parameters, by name, that every stage holds: what is used before the blocks and after them, or beside them. Their
+    gradients are summed over the stages, as those of a tied embedding are."""
     overlap_p2p: bool | Literal["auto"] = "auto"
     """Transfers between stages run beside compute: receives are posted ahead and nobody waits for a send."""
     p2p_prefetch: int = 2
@@ -93,6 +106,10 @@ class PipelineParallel:
                 raise ConfigError(f"pipeline_parallel.{name} must be true, false or auto, got {getattr(self, name)!r}")
         if self.evaluation not in ("replicate", "mirror"):
             raise ConfigError(f"pipeline_parallel.evaluation must be replicate or mirror, got {self.evaluation!r}")
+        if self.microbatch_weight not in WEIGHTS:
+            raise ConfigError(f"pipeline_parallel.microbatch_weight must be {', '.join(WEIGHTS)}, got {self.microbatch_weight!r}")
+        if odd := [dim for dim in self.batch_dims.values() if not (dim is None or (isinstance(dim, int) and dim >= 0))]:
+            raise ConfigError(f"pipeline_parallel.batch_dims has a dim of 0 or more, or null, for each place, got {odd[0]!r}")
         if self.layout is not None and self.layers_per_stage is not None:
             raise ConfigError("pipeline_parallel has both layout and layers_per_stage, which say the same: give one")
         if self.size > 1 or self.microbatches != "auto":

@@ -6,11 +6,10 @@ from collections import deque
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
-from functools import partial
-from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import torch
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -22,11 +21,15 @@ from lightning_overlap.facts import PipelineFacts
 from lightning_overlap.modes.base import COUNTED_ELSEWHERE, LATE_GRADIENT, STAGE, OverlapMode, Step
 from lightning_overlap.modes.pipeline import layout, microbatches
 from lightning_overlap.modes.pipeline.config import PipelineParallel, scheduled
+from lightning_overlap.modes.pipeline.evaluation import Evaluation
+from lightning_overlap.modes.pipeline.flow import Flow, rehearse
+from lightning_overlap.modes.pipeline.misplaced import Misplaced
 from lightning_overlap.modes.pipeline.partition import Partition, heads, work
 from lightning_overlap.modes.pipeline.random_state import kept, pin
-from lightning_overlap.modes.pipeline.runtime import Form, Runtime, channel_kinds, hops, lane
+from lightning_overlap.modes.pipeline.runtime import Forms, Runtime, channel_kinds, hops, lane
 from lightning_overlap.modes.pipeline.stage import Stages, block_seeds
 from lightning_overlap.modes.pipeline.weight_grad import WeightGradients, what_splits
+from lightning_overlap.modes.pipeline.weights import Weights, weigh
 from lightning_overlap.parallel_plan import Blocks, find_blocks
 from lightning_overlap.shared_state import share
 
@@ -60,7 +63,8 @@ class PipelineMode(OverlapMode):
             self.channels[way].connect(hops(self._placement, way))
         overlapped = plan.choice("pipeline_parallel.overlap_p2p") == "beside compute"
         self._prefetch = self._own.p2p_prefetch if overlapped else None
-        self._forms: dict[tuple[int, Hashable], Form] = {}
+        self._forms: dict[tuple[int, Hashable], Forms] = {}
+        self._flow: Flow | None = None
         self._announced: set[tuple[int, Hashable]] = set()
         self._tied: dict[tuple[int, ...], Group] = {}
         self._unsummed: deque[tuple[int, ...]] = deque()  # of these, whose gradients are still to be posted
@@ -91,7 +95,7 @@ class PipelineMode(OverlapMode):
     def parallelize(self, model: nn.Module) -> None:
         own = self._own
         name, blocks, self._stages = self._cut(model, self.config)
-        self.partition = Partition(model, name, blocks, self._stages, self._placement)
+        self.partition = Partition(model, name, blocks, self._stages, self._placement, own.held_by_all)
         self._whole = all(self.group.all_gather_objects(self.partition.is_whole))
         self._tie()
         if not self._whole:  # each has made those of its own stages, and goes through what is around the blocks of all
@@ -116,7 +120,7 @@ class PipelineMode(OverlapMode):
         if own.size == 1:
             return super().holds(model, config, mesh)
         name, blocks, stages = cls._cut(model, config)
-        partition = Partition(model, name, blocks, stages, own.plan(own.count).placement)
+        partition = Partition(model, name, blocks, stages, own.plan(own.count).placement, own.held_by_all)
         return lambda name: mesh.coordinates()["pp"] in partition.holders(name)
 
     @classmethod
@@ -188,7 +192,7 @@ class PipelineMode(OverlapMode):
     def runs_steps(self) -> bool:
         return True
 
-    def _runtime(self, count: int) -> Runtime:
+    def _runtime(self, count: int, flow: Flow) -> Runtime:
         if count not in self._runtimes:
             made = Runtime(
                 scheduled(self._own, self.plan, count),
@@ -198,6 +202,7 @@ class PipelineMode(OverlapMode):
                 self._announced,
                 self._device,
                 self._prefetch,
+                [len(flow.after(stage)) for stage in range(len(self._stages))],
             )
             self._runtimes[count] = made
         return self._runtimes[count]
@@ -207,11 +212,15 @@ class PipelineMode(OverlapMode):
         # Where the first step is compared with that of the model whole, a loss that is no number is the user's.
         checking = self._checked < CHECKED_BATCHES and self.plan.choice("verify_first_step") == "off"
         self._checked += 1
-        parts, shares = self._parts(step)
-        runtime = self._runtime(len(parts))
+        parts, weights = self._parts(step)
+        if self._checked == 1:
+            self._tell_how_it_is_cut(step.batch, len(parts))
+        shares = weights.loss
+        flow = self._flow = self._flow or self._rehearse(step, parts[0])
+        runtime = self._runtime(len(parts), flow)
         stages = Stages(
             self._stack,
-            self._stages,
+            flow,
             step,
             parts,
             self._before,
@@ -225,13 +234,46 @@ class PipelineMode(OverlapMode):
         with kept(self._device):
             runtime.run(stages, [kind(part) for part in parts], self.timeline)
         stages.finish()
-        step.log(self.with_the_loss(lambda: step.logged(shares)))
+        step.log(self.with_the_loss(lambda: step.logged(shares, weights.logs)))
+
+    def _tell_how_it_is_cut(self, batch: Any, count: int) -> None:
+        size = microbatches.samples(batch, self._own.batch_dims)
+        whole = microbatches.in_every_part(batch, self._own.batch_dims)
+        if whole:
+            said = ", ".join(f"{path} {shape}" for path, shape in whole.items())
+            rank_zero_warn(
+                f"lightning_overlap: the batch has {size} samples, and each microbatch has all of {said}. If that is no table or mask "
+                "of the whole batch, say what is cut along which dim: pipeline_parallel.batch_dims"
+            )
+        if count < self._own.count:
+            rank_zero_info(
+                f"lightning_overlap: a batch of {size} samples is cut into {count} microbatches, and the plan says {self._own.count}"
+            )
+
+    def _rehearse(self, step: Step, part: Any) -> Flow:
+        """Finds what goes from stage to stage, on one microbatch."""
+        assert self._stack is not None, "the model is parallelized before it is trained"
+        stack = self._stack
+
+        def run(stage: int, how: Pass) -> None:
+            how.before, how.matters = block_seeds(step.place, 0), stage == 0
+            absent = {name: held.parameter for name, held in self.partition.foreign.items()}
+            loss: Tensor | None = None
+            with step.trial(), kept(self._device), Misplaced(absent, how) as misplaced:
+                pin(*step.place, 0)
+                with stack.passing(how):
+                    loss = step.forward(part, 0)
+            last = stage == len(self._stages) - 1
+            made = [x for leaf, x in how.kept.items() if leaf[0] == self._stages[stage].stop - 1]
+            misplaced.refuse([loss] if last and loss is not None else made, stage, stack.name)
+
+        return rehearse(self._stages, self._placement, self.group, self._device, run, stack.size)
 
     def whole_parts(self, step: Step) -> Iterator[tuple[Any, int, float]]:
         assert self._stack is not None, "the model is parallelized before it is trained"
-        parts, shares = self._parts(step)
+        parts, weights = self._parts(step)
         with kept(self._device):
-            for number, (part, share) in enumerate(zip(parts, shares, strict=True)):
+            for number, (part, share) in enumerate(zip(parts, weights.loss, strict=True)):
                 pin(*step.place, number)
                 with self._stack.unsplit(block_seeds(step.place, number)):
                     yield part, number, share
@@ -258,11 +300,14 @@ class PipelineMode(OverlapMode):
     def own_gradient(self, name: str, gradient: Tensor) -> Tensor | None:
         return gradient if self._rank in self.partition.holders(name) else None
 
-    def _parts(self, step: Step) -> tuple[list[Any], list[float]]:
-        """The microbatches of a step, and each one's share of the batch's loss."""
-        size = microbatches.samples(step.batch)
-        parts = microbatches.cut(step.batch, min(self._own.count, size))
-        return parts, [microbatches.samples(part) / size for part in parts]
+    def _parts(self, step: Step) -> tuple[list[Any], Weights]:
+        """The microbatches of a step, and what each one counts."""
+        dims = self._own.batch_dims
+        size = microbatches.samples(step.batch, dims)
+        count = min(self._own.count, size)
+        parts = microbatches.cut(step.batch, count, dims)
+        sizes = [size // count + (number < size % count) for number in range(count)]
+        return parts, weigh(parts, sizes, self._own.microbatch_weight, step.weight)
 
     def _gather(self, *, buffers: bool) -> list[str]:
         """Every rank gets the whole model; the names of the parameters that it had not."""
@@ -346,41 +391,17 @@ class PipelineMode(OverlapMode):
         if self._stack is None:  # after a fit, when every rank has the whole model
             yield
             return
-        filled = [-1, *(stage for stage, blocks in enumerate(self._stages) if blocks)]
-        arrived: dict[int, Tensor] = {}
-        sources: dict[int, int] = {}  # by stage whose hidden states come to this rank, in the order in which they come
-
-        def arrive(stage: int, _: Tensor | None = None) -> Tensor:
-            if stage not in arrived:
-                arrived[stage] = self._fetch(how, stage, sources[stage])
-            return arrived[stage]
-
         mirrored = self.mirrors_evaluation
-        how = Pass(run=frozenset(), stop=self._stack.size, again=self._refuse_to_go_again if mirrored else arrived.clear)
-        how.learn = lambda: arrive(next(iter(sources)))
-        for before, stage in pairwise(filled):
-            # Stage -1 is what comes before the blocks, on the first stage's rank.
-            source, target = self._placement[max(before, 0)], self._placement[stage]
-            blocks = self._stages[stage]
-            if target == self._rank:
-                how.run |= frozenset(blocks)
-            if source != target and source == self._rank:
-                how.leave[self._stages[before][-1] if before >= 0 else -1] = partial(self._hand_on, how, before, (target,))
-            if source != target and target == self._rank:
-                sources[before] = source
-                how.enter[blocks[0]] = partial(arrive, before)
-        end = filled[-1]
-        going_on = [rank for rank in range(self.group.size) if not mirrored or rank == self._placement[-1]]
-        if self._placement[end] == self._rank:
-            others = tuple(rank for rank in going_on if rank != self._rank)
-            how.leave[self._stages[end][-1]] = partial(self._hand_on, how, end, others)
-        elif self._rank in going_on:
-            sources[end] = self._placement[end]
-            how.last = partial(arrive, end)
-        if self._rank not in going_on:
-            how.stop = max(how.run, default=-1) + 1
-        with self._stack.passing(how):
-            yield
+        again = self._refuse_to_go_again if mirrored else None
+        plan = Evaluation(self._stages, self._placement, self._flow, self._hops, self._device)
+        # Torch's encoder would have its blocks get nested tensors in evaluation, which have no shape to be told.
+        fast = torch.backends.mha.get_fastpath_enabled()
+        torch.backends.mha.set_fastpath_enabled(False)
+        try:
+            with self._stack.passing(plan.make_pass(self._stack.size, self._placement[-1] if mirrored else None, again)):
+                yield
+        finally:
+            torch.backends.mha.set_fastpath_enabled(fast)
 
     @staticmethod
     def _refuse_to_go_again() -> None:
@@ -388,24 +409,6 @@ class PipelineMode(OverlapMode):
             "validation_step calls the model a second time, and with pipeline_parallel.evaluation='mirror' the other stages have left "
             "it: set evaluation='replicate'"
         )
-
-    def _hand_on(self, how: Pass, stage: int, targets: tuple[int, ...], x: Tensor) -> None:
-        form = Form(tuple(x.shape), x.dtype, trained=False, items=how.items or 0)
-        sends = [
-            self._hops.send(part, target, key=key, label=f"pipeline.evaluation[{stage}]")
-            for target in targets
-            for key, part in enumerate((form.pack().to(x.device), x.contiguous()), 2 * stage + 2)
-        ]
-        for pending in sends:
-            pending.wait()
-
-    def _fetch(self, how: Pass, stage: int, source: int) -> Tensor:
-        def receive(x: Tensor, key: int) -> Tensor:
-            return self._hops.receive(x, source, key=key, label=f"pipeline.evaluation[{stage}]").wait()
-
-        form = Form.unpack(receive(Form.header(self._device), 2 * stage + 2))
-        how.items = form.items
-        return receive(torch.empty(form.shape, dtype=form.dtype, device=self._device), 2 * stage + 3)
 
     def start_evaluation(self) -> None:
         """Every rank gets what comes after the blocks, until :meth:`finish_evaluation`; not if one alone goes on."""

@@ -1,8 +1,9 @@
 """Which parts of the model each stage holds. What another rank holds takes no memory here, and keeps its place and name.
 
 What is registered before the blocks (embeddings) belongs to the first stage, what is registered after them (last norm, head) to
-the last one, and so do the buffers of a module that has the blocks in it: code after them may write these. A parameter that
-several stages use belongs to all of them: a tied embedding, a block that occurs twice.
+the last one. Parameters of a module that has the blocks in it belong to both, since its code before and after them may use these,
+and its buffers to the last one: code after the blocks may write these. A parameter that several stages use belongs to all of them: a
+tied embedding, a block that occurs twice.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from lightning_overlap.decision import ConfigError
 from lightning_overlap.modes.pipeline.weight_grad import is_plain
 from lightning_overlap.parallel_plan import Blocks
 from lightning_overlap.shards import absent_like, is_absent
@@ -47,9 +49,21 @@ class Partition:
         blocks: the list.
         stages: by stage, the numbers of its blocks.
         placement: by stage, its rank.
+        held_by_all: modules and parameters that belong to all stages.
+
+    Raises:
+        ConfigError: there is nothing of such a name.
     """
 
-    def __init__(self, model: nn.Module, name: str, blocks: Blocks, stages: Sequence[range], placement: Sequence[int]) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        name: str,
+        blocks: Blocks,
+        stages: Sequence[range],
+        placement: Sequence[int],
+        held_by_all: Sequence[str] = (),
+    ) -> None:
         self._name = name
         self._parameters = dict(model.named_parameters())
         self._buffers = dict(model.named_buffers())
@@ -58,6 +72,8 @@ class Partition:
         names: dict[int, str] = {}
         after: dict[int, None] = {}
         behind = False
+        last = len(stages) - 1
+        unknown = set(held_by_all)
         for path, module in model.named_modules(remove_duplicate=False):
             inside = path.removeprefix(name + ".") if name and path.startswith(name + ".") else path if not name and path else ""
             behind = behind or module is blocks
@@ -65,21 +81,31 @@ class Partition:
             for key, tensor in [*module._parameters.items(), *module._buffers.items()]:
                 if tensor is None:
                     continue
-                if inside:
-                    stage = stage_of_block[list(blocks._modules).index(inside.split(".")[0])]
-                elif behind or (is_around and key in module._buffers):
-                    stage = len(stages) - 1
-                    after.setdefault(id(tensor))
+                full = f"{path}.{key}".lstrip(".")
+                asked = {asked for asked in held_by_all if f"{full}.".startswith(f"{asked}.")}
+                unknown -= asked
+                if asked:
+                    numbers = set(range(len(stages)))
+                elif inside:
+                    numbers = {stage_of_block[list(blocks._modules).index(inside.split(".")[0])]}
+                elif is_around and key in module._parameters:
+                    numbers = {0, last}
                 else:
-                    stage = 0
-                users.setdefault(id(tensor), set()).add(stage)
-                names.setdefault(id(tensor), f"{path}.{key}".lstrip("."))
+                    numbers = {last if behind or is_around else 0}
+                users.setdefault(id(tensor), set()).update(numbers)
+                names.setdefault(id(tensor), full)
+                # A rank that has the first stage too uses what is there after the blocks unseen.
+                if not inside and (last in numbers or placement[0] == placement[-1]):
+                    after.setdefault(id(tensor))
+        if unknown:
+            said = ", ".join(sorted(unknown))
+            raise ConfigError(f"pipeline_parallel.held_by_all names {said}, and the module has nothing of that name")
         self.users = {names[tensor]: tuple(sorted(numbers)) for tensor, numbers in users.items()}
         """By parameter and buffer, the stages that use it."""
         self.owners = {name: tuple(sorted({placement[stage] for stage in numbers})) for name, numbers in self.users.items()}
         """By parameter and buffer, the ranks of these."""
         self.tail = [names[tensor] for tensor in after]
-        """Parameters and buffers of what comes after the blocks."""
+        """Parameters and buffers of what comes after the blocks, as far as they are not a block's."""
         self.foreign: dict[str, Held] = {}
         self.is_whole = not any(map(is_absent, self._parameters.values()))
         """Whether this rank had all of the model at first."""

@@ -16,11 +16,13 @@ def kept(device: torch.device) -> Iterator[None]:
     """What is drawn inside leaves no trace outside."""
     numpy: Any = sys.modules.get("numpy")
     states = random.getstate(), numpy.random.get_state() if numpy else None
-    with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        yield
-    random.setstate(states[0])
-    if numpy:
-        numpy.random.set_state(states[1])
+    try:
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+            yield
+    finally:
+        random.setstate(states[0])
+        if numpy:
+            numpy.random.set_state(states[1])
 
 
 def pin(*place: int) -> None:

@@ -30,47 +30,52 @@ from lightning_overlap.decision import ConfigError
 from lightning_overlap.modes.pipeline.schedule import Action, Schedule
 from lightning_overlap.modes.pipeline.simulate import Handover, in_turn
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+DTYPES = (
+    *(torch.float32, torch.bfloat16, torch.float16, torch.float64),
+    *(torch.int64, torch.int32, torch.int8, torch.uint8, torch.bool),
+)
 Direction = tuple[str, bool, int]
 """What is sent ("F" or "B"), whether to a higher rank, and whether from an odd one."""
-_HEADER = 12
-"""Numbers that announce the form of hidden states: dims, dtype, whether they have a gradient, what blocks return, the shape."""
+_HEADER = 11
+"""Numbers that announce the form of a tensor: dims, dtype, whether it has a gradient, the shape."""
 
 
 @dataclass(frozen=True)
 class Form:
-    """What hidden states look like."""
+    """What a tensor looks like that goes from stage to stage."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
     trained: bool
-    """Whether they have a gradient: nothing that is trained lies before them otherwise."""
-    items: int
-    """What blocks return, as in :class:`lightning_overlap.block_stack.Pass`."""
-
-    def pack(self) -> Tensor:
-        numbers = [len(self.shape), DTYPES.index(self.dtype), int(self.trained), self.items, *self.shape]
-        return torch.tensor(numbers + [0] * (_HEADER - len(numbers)))
-
-    @staticmethod
-    def header(device: torch.device) -> Tensor:
-        """Room for a packed one."""
-        return torch.empty(_HEADER, dtype=torch.int64, device=device)
+    """Whether it has a gradient: nothing that is trained lies before it otherwise."""
 
     @classmethod
-    def unpack(cls, header: Tensor) -> Form:
-        dims, dtype, trained, items, *shape = header.tolist()
-        return cls(tuple(shape[:dims]), DTYPES[dtype], bool(trained), items)
+    def of(cls, x: Tensor) -> Form:
+        return cls(tuple(x.shape), x.dtype, x.requires_grad)
+
+    def pack(self) -> list[int]:
+        numbers = [len(self.shape), DTYPES.index(self.dtype), int(self.trained), *self.shape]
+        return numbers + [0] * (_HEADER - len(numbers))
+
+    @classmethod
+    def unpack(cls, numbers: list[int]) -> Form:
+        dims, dtype, trained, *shape = numbers
+        return cls(tuple(shape[:dims]), DTYPES[dtype], bool(trained))
+
+
+Tensors = Sequence[Tensor]
+"""What one stage hands on to the next one for a microbatch."""
+Forms = tuple[Form, ...]
 
 
 class Compute(Protocol):
     """What an action does."""
 
-    def forward(self, stage: int, microbatch: int, received: Tensor | None, form: Form | None) -> tuple[Tensor, Form] | None:
-        """Hidden states for the next stage; None from the last one."""
+    def forward(self, stage: int, microbatch: int, received: Tensors, forms: Forms) -> tuple[Tensors, Forms] | None:
+        """What the next stage gets; None from the last one."""
 
-    def backward(self, action: Action, gradient: Tensor | None) -> Tensor | None:
-        """The gradient for the stage before; None if it needs none."""
+    def backward(self, action: Action, gradients: Tensors) -> Tensors:
+        """The gradients for the stage before, of what has one."""
 
     def weights(self, stage: int, microbatch: int) -> None:
         """The weights' gradients that a backward has left."""
@@ -93,7 +98,7 @@ class Channel:
     items: list[Action]
     posted: int = 0
     taken: int = 0
-    pending: dict[Action, tuple[Pending, Form]] = field(default_factory=dict)
+    pending: dict[Action, tuple[list[Pending], Forms]] = field(default_factory=dict)
 
 
 class Runtime:
@@ -103,10 +108,11 @@ class Runtime:
         schedule: the whole of it.
         rank: this one, in the pipeline.
         groups: the pipeline's ranks, for each direction, as :func:`channel_kinds` has them.
-        forms: what is known of hidden states, by stage and kind of microbatch; it grows, and other runtimes share it.
+        forms: what is known of what a stage hands on, by stage and kind of microbatch; it grows, and other runtimes share it.
         announced: what of it this rank has told its receiver; shared as well.
         device: where tensors are.
         prefetch: receives that are posted ahead for each channel; None for the plain twin.
+        handed: by stage, how many tensors it hands on for a microbatch; one each by default.
     """
 
     def __init__(
@@ -114,10 +120,11 @@ class Runtime:
         schedule: Schedule,
         rank: int,
         groups: Mapping[Direction, Group],
-        forms: dict[tuple[int, Hashable], Form],
+        forms: dict[tuple[int, Hashable], Forms],
         announced: set[tuple[int, Hashable]],
         device: torch.device,
         prefetch: int | None,
+        handed: Sequence[int] | None = None,
     ) -> None:
         self._schedule = schedule
         self._rank = rank
@@ -126,8 +133,9 @@ class Runtime:
         self._announced = announced
         self._device = device
         self._prefetch = prefetch
+        self._handed = handed or [1] * schedule.stages
         self._sends: list[Pending] = []
-        self._here: dict[Action, tuple[Tensor, Form | None]] = {}  # from one stage of this rank to another
+        self._here: dict[Action, tuple[Tensors, Forms]] = {}  # from one stage of this rank to another
         self._careful = any(group.in_one_order for group in groups.values())
         self._in_turn = between(schedule, rank) if prefetch is None or self._careful else None
         self._between: list[list[Action]] | None = None
@@ -152,7 +160,7 @@ class Runtime:
         self._seen.update(kinds)
         self._channels = self._incoming()
         self._kinds = kinds
-        self._made: dict[Action, tuple[Tensor, Form | None]] = {}
+        self._made: dict[Action, tuple[Tensors, Forms | None]] = {}
         last = self._schedule.stages - 1
         for place, action in enumerate(self.actions):
             stage, microbatch = action.stage, action.microbatch
@@ -160,9 +168,9 @@ class Runtime:
                 self._exchange(self._between[place])
             running = nullcontext() if timeline is None else timeline.during(str(action))
             if action.kind == "F":
-                received, form = (None, None) if stage == 0 else self._take(Action("F", stage - 1, microbatch))
+                received, forms = ((), ()) if stage == 0 else self._take(Action("F", stage - 1, microbatch))
                 with running:
-                    made = compute.forward(stage, microbatch, received, form)
+                    made = compute.forward(stage, microbatch, received, forms)
                 if made is not None:
                     self._remember(stage, microbatch, made[1])
                     self._give(Action("F", stage, microbatch), made[0], made[1])
@@ -170,12 +178,12 @@ class Runtime:
                 with running:
                     compute.weights(stage, microbatch)
             else:
-                gradient = None
-                if stage < last and self._forms[stage, kinds[microbatch]].trained:
-                    gradient, _ = self._take(Action("B", stage, microbatch))
+                gradients: Tensors = ()
+                if stage < last and any(form.trained for form in self._forms[stage, kinds[microbatch]]):
+                    gradients, _ = self._take(Action("B", stage, microbatch))
                 with running:
-                    before = compute.backward(action, gradient)
-                if before is not None:
+                    before = compute.backward(action, gradients)
+                if before:
                     self._give(Action("B", stage - 1, microbatch), before, None)
         if self._between is not None:
             self._exchange(self._between[-1])
@@ -186,23 +194,26 @@ class Runtime:
             pending.wait()
         self._sends.clear()
 
-    def _remember(self, stage: int, microbatch: int, form: Form) -> None:
-        """Refuses what the receiver, which knows the form of the same input, could not take.
+    def _remember(self, stage: int, microbatch: int, forms: Forms) -> None:
+        """Refuses what the receiver, which knows the forms of the same input, could not take.
 
         Raises:
-            ConfigError: the form is another one than before, or cannot be announced.
+            ConfigError: a form is another one than before, or cannot be announced.
         """
-        if len(form.shape) > _HEADER - 4 or form.dtype not in DTYPES:
-            raise ConfigError(
-                f"hidden states of shape {form.shape} and {form.dtype} cannot go from stage to stage: at most {_HEADER - 4} dims of "
-                f"{', '.join(map(str, DTYPES))} can"
-            )
-        known = self._forms.setdefault((stage, self._kinds[microbatch]), form)
-        if known != form:
-            raise ConfigError(
-                f"the hidden states after stage {stage} are {form}, and were {known} for an input of the same shapes: what decides "
-                "their shape must be in the batch's shapes; pad or cut in the data loader, not in training_step"
-            )
+        for form in forms:
+            if len(form.shape) > _HEADER - 3 or form.dtype not in DTYPES:
+                raise ConfigError(
+                    f"a tensor of shape {form.shape} and {form.dtype} cannot go from stage to stage: at most {_HEADER - 3} dims of "
+                    f"{', '.join(map(str, DTYPES))} can"
+                )
+        known = self._forms.setdefault((stage, self._kinds[microbatch]), forms)
+        for form, before in zip(forms, known, strict=True):
+            if form != before:
+                raise ConfigError(
+                    f"the hidden states after stage {stage}, or what goes with them, are {form}, and were {before} for an input of "
+                    "the same shapes: what decides their shape must be in the batch's shapes; pad or cut in the data loader, not in "
+                    "training_step"
+                )
 
     # -- who sends what to whom --------------------------------------------------------------------------------------
 
@@ -225,7 +236,11 @@ class Runtime:
         return channels
 
     def _key(self, item: Action) -> int:
-        return 2 * (item.stage * self._schedule.microbatches + item.microbatch)
+        """The first of the keys of an item's transfers: its tensors, and what announces them."""
+        return (max(self._handed) + 1) * (item.stage * self._schedule.microbatches + item.microbatch)
+
+    def _key_of_forms(self, item: Action) -> int:
+        return self._key(item) + max(self._handed)
 
     @staticmethod
     def _label(item: Action) -> str:
@@ -233,27 +248,28 @@ class Runtime:
 
     # -- transfers ---------------------------------------------------------------------------------------------------
 
-    def _give(self, item: Action, x: Tensor, form: Form | None) -> None:
+    def _give(self, item: Action, tensors: Tensors, forms: Forms | None) -> None:
         source, target = self._ends(item)
         if source == target:
-            self._here[item] = x, form
+            self._here[item] = tensors, forms or ()
         elif self._between is not None:
-            self._made[item] = x, form
+            self._made[item] = tensors, forms
         else:
             self._sends = [pending for pending in self._sends if not pending.arrived()]
-            self._send(item, target, x, form)
+            self._send(item, target, tensors, forms)
             self._post_ahead()
 
-    def _send(self, item: Action, target: int, x: Tensor, form: Form | None) -> None:
+    def _send(self, item: Action, target: int, tensors: Tensors, forms: Forms | None) -> None:
         group, label = self._group(item), self._label(item)
         known = (item.stage, self._kinds[item.microbatch])
-        if form is not None and known not in self._announced:
+        if forms and known not in self._announced:
             self._announced.add(known)
-            header = form.pack().to(self._device)
-            self._sends.append(group.send(header, target, key=self._key(item) + 1, label="pipeline.form"))
-        self._sends.append(group.send(x.contiguous(), target, key=self._key(item), label=label))
+            header = torch.tensor([form.pack() for form in forms], device=self._device)
+            self._sends.append(group.send(header, target, key=self._key_of_forms(item), label="pipeline.form"))
+        for number, x in enumerate(tensors):
+            self._sends.append(group.send(x.contiguous(), target, key=self._key(item) + number, label=label))
 
-    def _take(self, item: Action) -> tuple[Tensor, Form | None]:
+    def _take(self, item: Action) -> tuple[Tensors, Forms]:
         source, target = self._ends(item)
         if source == target:
             return self._here.pop(item)
@@ -263,8 +279,8 @@ class Runtime:
                 self._post(channel, wait=True)
             channel.taken += 1
             self._post_ahead()
-        pending, form = channel.pending.pop(item)
-        return pending.wait(), form
+        several, forms = channel.pending.pop(item)
+        return [pending.wait() for pending in several], forms
 
     def _exchange(self, items: Sequence[Action]) -> None:
         """The plain twin's transfers before an action, and after the last one: all posted, then all waited for."""
@@ -278,7 +294,7 @@ class Runtime:
             if target == self._rank:
                 channel = self._channels[item.kind, source]
                 self._post(channel, wait=True)
-                posted += [channel.pending[item][0]] if item in channel.pending else []
+                posted += channel.pending[item][0] if item in channel.pending else []
         for pending in posted:
             pending.wait()
         self.finish()
@@ -296,17 +312,20 @@ class Runtime:
         if known not in self._forms:
             if not wait:
                 return False
-            announced = channel.group.receive(
-                Form.header(self._device), channel.source, key=self._key(item) + 1, label="pipeline.form"
-            )
-            self._forms[known] = Form.unpack(announced.wait())
-        form = self._forms[known]
+            room = torch.empty(self._handed[item.stage], _HEADER, dtype=torch.int64, device=self._device)
+            announced = channel.group.receive(room, channel.source, key=self._key_of_forms(item), label="pipeline.form")
+            self._forms[known] = tuple(map(Form.unpack, announced.wait().tolist()))
         channel.posted += 1
-        if item.kind == "B" and not form.trained:
+        forms = self._forms[known]
+        comes = [form for form in forms if item.kind == "F" or form.trained]
+        if not comes:
             return True  # the sender has nothing to send
-        buffer = torch.empty(form.shape, dtype=form.dtype, device=self._device)
-        pending = channel.group.receive(buffer, channel.source, key=self._key(item), label=self._label(item))
-        channel.pending[item] = pending, form
+        buffers = [torch.empty(form.shape, dtype=form.dtype, device=self._device) for form in comes]
+        posted = [
+            channel.group.receive(buffer, channel.source, key=self._key(item) + number, label=self._label(item))
+            for number, buffer in enumerate(buffers)
+        ]
+        channel.pending[item] = posted, forms
         return True
 
 

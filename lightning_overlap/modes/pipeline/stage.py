@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from lightning_overlap.block_stack import BlockStack, Pass
 from lightning_overlap.decision import ConfigError
 from lightning_overlap.modes.base import Step
+from lightning_overlap.modes.pipeline.flow import Flow
 from lightning_overlap.modes.pipeline.random_state import pin, pin_torch
-from lightning_overlap.modes.pipeline.runtime import Form
+from lightning_overlap.modes.pipeline.runtime import Form, Forms, Tensors
 from lightning_overlap.modes.pipeline.schedule import Action
 from lightning_overlap.modes.pipeline.weight_grad import WeightGradients
 
@@ -21,11 +22,11 @@ SEEDS = 2**63 - 1
 
 
 class _LetGo(torch.autograd.Function):
-    """The root of a stage's backward, which keeps the graph and not the hidden states that have been sent."""
+    """A root of a stage's backward, which keeps the graph and not the tensor that has been sent."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
-        return x.new_empty(1).expand(x.shape)
+        return x.new_empty(()).expand(x.shape)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Tensor:  # type: ignore[override]
@@ -37,7 +38,7 @@ class Stages:
 
     Args:
         stack: the model's blocks.
-        stages: by stage, its blocks.
+        flow: what goes from stage to stage.
         step: the user's, on a microbatch.
         parts: the microbatches.
         before: modules before the blocks with buffers, whose stage is the first one.
@@ -51,7 +52,7 @@ class Stages:
     def __init__(
         self,
         stack: BlockStack,
-        stages: Sequence[range],
+        flow: Flow,
         step: Step,
         parts: Sequence[Any],
         before: Sequence[nn.Module],
@@ -63,7 +64,8 @@ class Stages:
         check: bool,
     ) -> None:
         self._stack = stack
-        self._stages = stages
+        self._flow = flow
+        self._last = len(flow.stages) - 1
         self._step = step
         self._parts = parts
         self._before = before
@@ -75,36 +77,35 @@ class Stages:
         self._last_backward = [action for action in actions if action.kind in "BI"][-1]
         self._backward_done = backward_done
         self._check = check
-        self._kept: dict[tuple[int, int], tuple[Tensor | None, Tensor]] = {}
+        self._kept: dict[tuple[int, int], tuple[list[Tensor], list[Tensor]]] = {}
+        """By stage and microbatch: what it has received, and the roots of its backward."""
         self._deferred: dict[tuple[int, int], Any] = {}
         self.losses: dict[int, Tensor] = {}
         """By microbatch, where the last stage is."""
         self._backward = False
 
-    def forward(self, stage: int, microbatch: int, received: Tensor | None, form: Form | None) -> tuple[Tensor, Form] | None:
+    def forward(self, stage: int, microbatch: int, received: Tensors, forms: Forms) -> tuple[Tensors, Forms] | None:
         """See :class:`lightning_overlap.modes.pipeline.runtime.Compute`."""
-        last = stage == len(self._stages) - 1
-        if received is not None and form is not None:
-            received = received.detach().requires_grad_(form.trained and torch.is_grad_enabled())
-        blocks = self._stages[stage]
-        if not blocks and received is not None and not last and form is not None:
-            self._kept[stage, microbatch] = received, received
-            return received.detach(), form
-        sent: list[Tensor] = []
+        last = stage == self._last
+        came = self._flow.after(stage - 1) if stage > 0 else ()
+        grads = torch.is_grad_enabled()
+        entered = [x.detach().requires_grad_(form.trained and grads) for x, form in zip(received, forms, strict=True)]
+        carried = dict(zip(came, entered, strict=True))
+        blocks = self._flow.stages[stage]
+        leaving = self._flow.after(stage)
+        if not blocks and 0 < stage < self._last:
+            roots = [carried[leaf] for leaf in leaving]
+            self._kept[stage, microbatch] = entered, roots
+            return [x.detach() for x in roots], tuple(map(Form.of, roots))
         how = Pass(
             run=frozenset(blocks),
-            stop=self._stack.size if last else blocks.stop if blocks else 0,
+            stop=self._stack.size if last else blocks.stop,
+            carried=carried,
+            outputs=dict(self._flow.outputs),
+            first=stage == 0,
+            wanted=frozenset(leaving).__contains__,
             before=block_seeds(self._seed, microbatch),
-            items=form.items if form is not None else None,
         )
-        if received is not None:
-            entered = received
-            if blocks:
-                how.enter = {blocks.start: lambda _: entered}
-            else:
-                how.last = lambda _: entered
-        if not last:
-            how.leave = {blocks[-1] if blocks else -1: sent.append}
         pin(*self._seed, microbatch)
         loss: Tensor | None = None
         # Every stage comes by the code before the blocks, and a rank may have several: it counts once.
@@ -114,19 +115,22 @@ class Stages:
         if last:
             if loss is None:
                 raise ConfigError("training_step gave no loss: a microbatch of a pipeline cannot be left out")
-            if self._check and loss.isnan().any():
+            if self._check and self._shares[microbatch] and loss.isnan().any():
                 raise ConfigError(
-                    "the loss of one of the first batches is not a number. If it is one without a pipeline, a parameter is used on a "
-                    f"stage that does not hold it: what is registered before {self._stack.name} is held by the first stage, what is "
-                    "registered after it by the last. Register modules in the order of their use, and tie a head by "
-                    "`head.weight = tokens.weight`."
+                    f"the loss of microbatch {microbatch} of one of the first batches is not a number. If it is one without a "
+                    "pipeline, a parameter is used on a stage that does not hold it: what is registered before "
+                    f"{self._stack.name} is held by the first stage, what is registered after it by the last. Register modules in the "
+                    "order of their use, and tie a head by `head.weight = tokens.weight`. A mean over labels is not a number where a "
+                    "microbatch has no label that counts: set pipeline_parallel.microbatch_weight to labels or causal_labels."
                 )
-            self._kept[stage, microbatch] = received, loss
+            self._kept[stage, microbatch] = entered, [loss]
             self.losses[microbatch] = loss.detach()
             return None
-        (out,) = sent
-        self._kept[stage, microbatch] = received, _LetGo.apply(out) if out.requires_grad else out
-        return out.detach(), Form(tuple(out.shape), out.dtype, out.requires_grad, how.items or 0)
+        out = [how.find(leaf) for leaf in leaving]
+        how.kept.clear()  # activation checkpoints keep the pass
+        how.passed.clear()
+        self._kept[stage, microbatch] = entered, [_LetGo.apply(x) if x.requires_grad else x for x in out]
+        return [x.detach() for x in out], tuple(map(Form.of, out))
 
     def _splitting(self, stage: int, microbatch: int) -> AbstractContextManager[None]:
         """Whether linear layers' weights get their gradients in an action of their own."""
@@ -134,10 +138,10 @@ class Stages:
             return nullcontext()
         return self._weight_gradients.splitting()
 
-    def backward(self, action: Action, gradient: Tensor | None) -> Tensor | None:
+    def backward(self, action: Action, gradients: Tensors) -> Tensors:
         """See :class:`lightning_overlap.modes.pipeline.runtime.Compute`."""
         stage, microbatch = action.stage, action.microbatch
-        received, out = self._kept.pop((stage, microbatch))
+        received, roots = self._kept.pop((stage, microbatch))
         if not self._backward:
             self._backward = True
             self._step.start_backward()
@@ -145,19 +149,20 @@ class Stages:
             if action.kind == "I":
                 assert self._weight_gradients is not None, "the schedule splits backward"
                 with self._weight_gradients.recording() as deferred:
-                    self._run_backward(stage, out, gradient, microbatch)
+                    self._run_backward(stage, roots, gradients, microbatch)
                 self._deferred[stage, microbatch] = deferred
             else:
-                self._run_backward(stage, out, gradient, microbatch)
+                self._run_backward(stage, roots, gradients, microbatch)
         if action == self._last_backward:
             self._backward_done()
-        return received.grad if received is not None and received.requires_grad else None
+        return [x.grad if x.grad is not None else torch.zeros_like(x) for x in received if x.requires_grad]
 
-    def _run_backward(self, stage: int, out: Tensor, gradient: Tensor | None, microbatch: int) -> None:
-        if stage == len(self._stages) - 1:
-            self._step.backward(out, self._shares[microbatch])
-        elif out.requires_grad:
-            torch.autograd.backward(out, gradient)
+    def _run_backward(self, stage: int, roots: Sequence[Tensor], gradients: Tensors, microbatch: int) -> None:
+        if stage == self._last:
+            if self._shares[microbatch]:  # a loss that is not a number stays so if it counts for 0
+                self._step.backward(roots[0], self._shares[microbatch])
+        elif gradients:
+            torch.autograd.backward([root for root in roots if root.requires_grad], gradients)
 
     def weights(self, stage: int, microbatch: int) -> None:
         """See :class:`lightning_overlap.modes.pipeline.runtime.Compute`."""

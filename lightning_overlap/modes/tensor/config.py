@@ -55,7 +55,7 @@ class TensorParallel:
     or Transformer Engine's linear layers over its userbuffers (bf16; the extra ``te``), which have the shape of the first training
     step's activations. What does not fit goes by p2p."""
     verify_blocks: bool = True
-    """In the first training step, a block's output is compared with that of the block as it was before it was cut."""
+    """In the first training step, the first block of each kind is compared, output and gradients, with a whole copy of itself."""
 
     def advice(self, kind: str) -> str:
         """What may help where a kind of transfer is exposed: ``input``, ``output``, ...; ``bytes``: the link is too slow."""

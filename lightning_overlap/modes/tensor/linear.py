@@ -27,7 +27,6 @@ from torch import Tensor, nn
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
-from torch.utils._pytree import tree_map
 
 from lightning_overlap.modes.tensor.gemm import (
     Exchange,
@@ -40,6 +39,7 @@ from lightning_overlap.modes.tensor.gemm import (
     own_weight_gradient,
     part,
 )
+from lightning_overlap.modes.tensor.stand_in import ASKED, StandIn, View
 
 
 @dataclass
@@ -222,7 +222,7 @@ def alike(x: Any, ranks: int) -> Any:
     """What a region gives beside its row layers' outputs (a router's loss), computed alike on all ranks: the gradients of what it is
     computed from are summed over them, so each has its share of this one's. Those of a row layer's output are not: it stays as it is.
     """
-    if type(x) is not Tensor or x.grad_fn is None:
+    if type(x) not in (Tensor, View) or x.grad_fn is None:
         return x
     seen: set[Any] = set()
     left: list[Any] = [x.grad_fn]
@@ -298,14 +298,7 @@ class _RowOutput(Function):
         return None, None, None, None
 
 
-ASKED = {
-    getattr(torch.Tensor, name).__get__
-    for name in ("shape", "dtype", "device", "ndim", "requires_grad", "is_cuda", "layout", "grad_fn", "is_leaf", "is_sparse")
-} | {torch.Tensor.size, torch.Tensor.dim, torch.Tensor.numel, torch.Tensor.__len__, torch.Tensor.is_floating_point}
-"""What is known of a tensor whose numbers have not arrived."""
-
-
-class Arriving(Tensor):
+class Arriving(StandIn):
     """Activations of all tokens whose numbers are on their way. A column linear of its reading takes them as they come; for
     everything else it is the whole tensor, which is waited for."""
 
@@ -314,9 +307,10 @@ class Arriving(Tensor):
     ports: dict[int, tuple[Tensor, Tensor | None]]
     """By id of a weight, what stands for it and its bias in the graph."""
 
+    what = "the input of an attention or mlp, whose tokens are cut over the ranks of tensor_parallel,"
+
     @classmethod
-    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
+    def compute(cls, func: Any, args: Any, kwargs: Any) -> Any:
         if func in ASKED:
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **kwargs)
@@ -324,8 +318,7 @@ class Arriving(Tensor):
             found = _arguments(*args, **kwargs)
             if isinstance(found[0], Arriving) and id(found[1]) in found[0].ports:
                 return found[0].times(id(found[1]))
-        args, kwargs = tree_map(lambda x: x.whole() if isinstance(x, Arriving) else x, (args, kwargs))
-        return func(*args, **kwargs)
+        return super().compute(func, args, kwargs)
 
     def times(self, weight: int) -> Tensor:
         """The output of the column linear with the weight of that id."""
@@ -333,8 +326,7 @@ class Arriving(Tensor):
         with torch._C.DisableTorchFunctionSubclass():
             return _Column.apply(self, stand_in, bias, self.gathered, self.reading, weight)  # type: ignore[no-untyped-call, no-any-return]
 
-    def whole(self) -> Tensor:
-        """The ordinary tensor."""
+    def whole(self, reader: Any = None) -> Tensor:
         with torch._C.DisableTorchFunctionSubclass():
             return _Whole.apply(self, self.gathered)  # type: ignore[no-untyped-call, no-any-return]
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from datetime import timedelta
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -19,12 +19,14 @@ from lightning_overlap.decision import ConfigError
 from lightning_overlap.facts import TensorFacts
 from lightning_overlap.modes.base import COUNTED_ELSEWHERE, LATE_GRADIENT, OverlapMode
 from lightning_overlap.modes.tensor import symm_mem, userbuffers
-from lightning_overlap.modes.tensor.check import FirstBlock
+from lightning_overlap.modes.tensor.check import BlockCheck, Cutting, structure, whole_copy
+from lightning_overlap.modes.tensor.features import gathering, splitting
 from lightning_overlap.modes.tensor.gemm import Exchange, shares
 from lightning_overlap.modes.tensor.linear import Prepared, Reading, alike, column_forward, matrix, prepare, read, row_product
 from lightning_overlap.modes.tensor.partition import Partition, Piece
-from lightning_overlap.modes.tensor.random_state import OwnNumbers
-from lightning_overlap.modes.tensor.sequence import enter, leave
+from lightning_overlap.modes.tensor.patches import Forward, Hook
+from lightning_overlap.modes.tensor.random_state import CommonNumbers
+from lightning_overlap.modes.tensor.sequence import enter, leave, own_tokens
 from lightning_overlap.modes.tensor.vocab import Vocabulary, embedding_forward, head_forward
 from lightning_overlap.parallel_plan import Cut, Region, TensorPlan, find
 from lightning_overlap.shards import Place, is_absent
@@ -65,6 +67,7 @@ class TensorMode(OverlapMode):
         self._tokens = 0  # of the sequence that is in the blocks
         self._step = 0
         self._place = ""  # the row layer that was the last one to run
+        self._region = ""  # the one that was the last to read
         self._after: dict[str, str] = {}  # by row layer, the region that reads next
         self._prepared: tuple[str, int, Prepared] | None = None
         self._latest: dict[str, tuple[Reading, Tensor]] = {}  # by region, what it has read, until its row layer runs
@@ -91,25 +94,31 @@ class TensorMode(OverlapMode):
         cuts = [cut for cut in found.cuts if cut.role not in VOCABULARY or self.plan.choice("tensor_parallel.vocab_parallel") == "on"]
         blocks = list(model.get_submodule(found.blocks).children())
         self._one_block = len(blocks) == 1  # which is entered and left; it may stand in the list several times
-        self._own_numbers = OwnNumbers(self.group.rank, next(model.parameters()).device)
+        self._numbers = CommonNumbers(self.group.rank, next(model.parameters()).device)
         self._names = {name: id(parameter) for name, parameter in model.named_parameters(remove_duplicate=False)}
         self._partition = Partition(cuts, self.group)
-        absent = any(map(is_absent, blocks[0].parameters()))  # in a pipeline
+        self._counts = found.counts
         checked = self.config.tensor_parallel.verify_blocks and self.plan.choice("verify_first_step") == "off"
-        self._first = FirstBlock(blocks[0], f"{found.blocks}.0") if checked and not absent else None
+        self._unchecked = self._checks(blocks, found.blocks) if checked else []
         self._partition.keep()
         self._install = partial(self._patch, model, found, cuts, blocks)
         self._install()
 
     def _patch(self, model: nn.Module, found: TensorPlan, cuts: Sequence[Cut], blocks: Sequence[nn.Module]) -> None:
         """Has the model compute with this rank's pieces, until :meth:`_uninstall`."""
+        masks = ExitStack()
+        masks.enter_context(self._numbers.masks())
+        self._undo.append(masks.close)
         self._mark(model, found, blocks)
         self._columns = {region.name: [cut.module for cut in region.columns] for region in found.regions}
         for cut in cuts:
-            if cut.role == "column" and type(cut.module).forward is not nn.Linear.forward:
+            if cut.role == "column" and cut.whole:
+                self._replace(cut.module, "forward", gathering(column_forward(cut.module), cut, self.group))
+            elif cut.role == "column" and type(cut.module).forward is not nn.Linear.forward:
                 self._replace(cut.module, "forward", column_forward(cut.module))
             elif cut.role == "row":
-                self._replace(cut.module, "forward", self._row(cut.module, cut.name))
+                row = self._row(cut.module, cut.name)
+                self._replace(cut.module, "forward", splitting(row, cut, self.group) if cut.whole else row)
             elif cut.role in VOCABULARY:
                 vocabulary = Vocabulary(self.group, shares(cut.parts[0], self.group.size), self._exchange.overlapped)
                 make = embedding_forward if cut.role == "vocab_embedding" else head_forward
@@ -121,9 +130,9 @@ class TensorMode(OverlapMode):
         # However it is left: an activation checkpoint ends in the middle of what it runs again.
         direct = {cut.name for cut in cuts}
         for module in (*blocks, *[region.module for region in found.regions if not self._scattered and region.name not in direct]):
-            self._hook(module.register_forward_hook, lambda *_: self._own_numbers.stop(), always_call=True)
-        if self._first is not None:
-            self._hook(blocks[0].register_forward_pre_hook, self._check, with_kwargs=True)
+            self._hook(module.register_forward_hook, lambda *_: self._numbers.stop(), always_call=True)
+        for check in self._unchecked:
+            self._hook(check.block.register_forward_pre_hook, partial(self._check, check), with_kwargs=True)
         if self._scattered:
             self._scatter_tokens(blocks)
 
@@ -132,13 +141,13 @@ class TensorMode(OverlapMode):
         for undo in reversed(self._undo):
             undo()
         self._undo.clear()
-        self._own_numbers.stop()
+        self._numbers.stop()
         self._prepared = None
         self._latest.clear()
 
     @contextmanager
     def whole(self) -> Iterator[None]:
-        pieces = [(parameter := piece.parameter, parameter.data) for piece in self._partition.pieces.values()]
+        pieces = [(parameter, parameter.data) for parameter in self._partition.parameters.values()]
         self._uninstall()
         self._partition.give_back(complete=True)
         try:
@@ -147,6 +156,14 @@ class TensorMode(OverlapMode):
             for parameter, data in pieces:
                 parameter.data = data
             self._install()
+
+    @contextmanager
+    def trial(self) -> Iterator[None]:
+        self._numbers.without_masks = True
+        try:
+            yield
+        finally:
+            self._numbers.without_masks = False
 
     def own_gradient(self, name: str, gradient: Tensor) -> Tensor:
         piece = self._piece(name)
@@ -162,9 +179,24 @@ class TensorMode(OverlapMode):
                     if isinstance(value, Tensor) and value.shape == piece.shape:
                         values[key] = piece.of(value, self.group.rank, self.group.size).clone()
 
-    def _check(self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        def whole(x: Tensor, tokens: int) -> Tensor:
-            return leave(x, tokens, self._exchange) if self._scattered and not self._one_block else x
+    @staticmethod
+    def _checks(blocks: Sequence[nn.Module], name: str) -> list[BlockCheck]:
+        """The first of each kind of block that is on this rank."""
+        first: dict[Any, BlockCheck] = {}
+        for number, block in enumerate(blocks):
+            if not any(map(is_absent, block.parameters())):  # on another stage of a pipeline
+                last = number == len(blocks) - 1
+                first.setdefault(structure(block), BlockCheck(block, f"{name}.{number}", enters=number == 0, leaves=last))
+        return list(first.values())
+
+    def _check(self, check: BlockCheck, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """In the first training step, whatever mode the block is in."""
+        if check not in self._unchecked or self._step == 0:
+            return
+        self._unchecked.remove(check)
+        x = find_hidden(args, kwargs, check.name)[1]
+        parted = self._scattered and not check.enters
+        tokens = self._tokens_of(x, check.name) if parted else x.shape[-2]
 
         def piece(parameter: nn.Parameter, grad: Tensor) -> Tensor:
             cut = self._partition.pieces.get(id(parameter))
@@ -173,11 +205,36 @@ class TensorMode(OverlapMode):
         def complete(parameter: nn.Parameter, grad: Tensor) -> Tensor:
             return self.group.all_reduce(grad.clone(), label="tensor.check").wait() if id(parameter) in self._partial else grad
 
-        if self._first is not None and not self._first.running and block.training:
-            # In a pipeline gradients of weights may be put off.
-            backward = (piece, complete) if self.mesh.sizes["pp"] == 1 else None
-            self._first.check(args, kwargs, whole, backward, self.group)
-            self._first = None
+        cutting = Cutting(
+            self.group,
+            lambda x: leave(x, tokens, self._exchange) if parted else x,
+            lambda y: leave(y, tokens, self._exchange) if self._scattered and not check.leaves else y,
+            lambda grad: own_tokens(grad, self._exchange) if parted else grad,
+            piece,
+            complete,
+        )
+        # In a pipeline gradients of weights may be put off, by a forward that is not ours.
+        forwards = [vars(module).get("forward") for module in block.modules()]
+        split = self.mesh.sizes["pp"] > 1 and any(forward is not None and type(forward) is not Forward for forward in forwards)
+        state = self._place, self._prepared, self._tokens, self._inside
+        self._prepared = None
+        try:
+            check.check(self._whole_block(check), args, kwargs, cutting, backward=not split)
+        finally:
+            self._place, self._prepared, self._tokens, self._inside = state
+            self._latest.clear()
+
+    def _whole_block(self, check: BlockCheck) -> nn.Module:
+        """A copy of a block as it would be without tensor parallelism, with present weights. Collective."""
+        twin = whole_copy(check.block)
+        for (owner, name), count in self._counts.items():
+            if f"{owner}.".startswith(f"{check.name}."):
+                setattr(twin.get_submodule(owner[len(check.name) + 1 :]), name, count)
+        whole: dict[int, Tensor] = {}
+        for own, copied in zip(check.block.parameters(), twin.parameters(), strict=True):
+            if (piece := self._partition.pieces.get(id(own))) is not None:
+                copied.data = whole.setdefault(id(own), self._partition.whole(piece, own.data))
+        return twin
 
     def _mark(self, model: nn.Module, found: TensorPlan, blocks: Sequence[nn.Module]) -> None:
         """Replicated parameters: whose gradients each rank has a summand of, and which rank counts them."""
@@ -189,8 +246,8 @@ class TensorMode(OverlapMode):
                 f"{', '.join(shared[:3])} belongs to an attention or mlp, where a rank has a part of its gradient, and to something "
                 "else: with tensor_parallel.sequence_parallel off a parameter must be in one of the two only"
             )
-        # Where all ranks have all tokens, a row's bias is added after the sum, to the same numbers on each.
-        after = {id(cut.module.bias) for cut in found.cuts if cut.role == "row" and not self._scattered}
+        # Where all ranks have all tokens, these are used after the sum, on the same numbers on each.
+        after = {id(parameter) for cut in found.cuts if not self._scattered for parameter in cut.after_sum}
         self._partial = {
             id(parameter): parameter
             for module in inside
@@ -212,17 +269,18 @@ class TensorMode(OverlapMode):
     def _replace(self, module: nn.Module, name: str, value: Any) -> None:
         """Sets an attribute of a module until the release."""
         before = vars(module).get(name, self)
-        setattr(module, name, value)
+        setattr(module, name, Forward(module, value) if name == "forward" else value)
         self._undo.append(lambda: delattr(module, name) if before is self else setattr(module, name, before))
 
     def _hook(self, register: Callable[..., Any], hook: Callable[..., Any], **how: bool) -> None:
-        """Registers one until the release. It is never compiled: it communicates."""
-        self._undo.append(register(torch.compiler.disable(hook), **how).remove)
+        """Registers one until the release."""
+        self._undo.append(register(Hook(hook), **how).remove)
 
     def _row(self, layer: nn.Module, name: str) -> Callable[[Tensor], Tensor]:
-        region = max((region for region in self._columns if name.startswith(f"{region}.")), key=len, default="")
+        around = max((region for region in self._columns if name.startswith(f"{region}.")), key=len, default="")
 
         def forward(x: Tensor) -> Tensor:
+            region = around or self._region
             reading, own = self._latest.pop(region, None) or (None, None)
             if self._fused is not None and symm_mem.fits(x.shape[-2], self._exchange):
                 return symm_mem.row_product(x, layer, self._fused)
@@ -231,7 +289,7 @@ class TensorMode(OverlapMode):
             between = partial(self._prepare_next, name)
             y = row_product(x, layer, self._exchange, name, reading=reading, own=own, between=between)
             if not self._scattered:
-                self._own_numbers.stop()  # from here on all ranks have the same again
+                self._numbers.stop()  # from here on all ranks have the same activations again
             return y
 
         return forward
@@ -268,25 +326,27 @@ class TensorMode(OverlapMode):
                 self._engine.start(x, tokens)
             if self._engine is not None and self._engine.fits((*x.shape[:-2], tokens), x.shape[-1], x, columns):
                 return _put(args, kwargs, place, self._engine.read(x, columns, tokens, region.name))
+            self._region = region.name
             handle = read(x, columns, self._reading(region.name), tokens)
             again = self._scattered and not self._exchange.keep_gathered and torch.is_grad_enabled()
             if again and any(layer.weight.requires_grad for layer in columns):
                 self._latest[region.name] = (handle.reading, handle.gathered.own)
             if not self._scattered and module.training:
-                self._own_numbers.start()
+                self._numbers.start()
             return _put(args, kwargs, place, handle)
 
         def after(module: nn.Module, args: Any, result: Any) -> Any:
             if not torch.is_grad_enabled():
                 return result
             for part in module.modules():
-                vars(part).update({name: alike(value, self.group.size) for name, value in vars(part).items() if type(value) is Tensor})
+                left = {name: value for name, value in vars(part).items() if isinstance(value, Tensor)}
+                vars(part).update({name: alike(value, self.group.size) for name, value in left.items()})
             return (result[0], *(alike(x, self.group.size) for x in result[1:])) if isinstance(result, tuple) else result
 
         self._hook(region.module.register_forward_pre_hook, before, with_kwargs=True)
         self._hook(region.module.register_forward_hook, after)
         # Compiled code has no place for numbers that are on their way: a region of compiled blocks runs as it is.
-        self._replace(region.module, "forward", torch.compiler.disable(region.module.forward))
+        self._replace(region.module, "forward", region.module.forward)
 
     @staticmethod
     def _refuse_second_input(x: Tensor, inputs: Any, who: str, what_to_do: str) -> None:
@@ -331,7 +391,7 @@ class TensorMode(OverlapMode):
 
         def start(module: nn.Module, _: Any) -> None:
             if module.training:
-                self._own_numbers.start()
+                self._numbers.start()
 
         def alone(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             x = find_hidden(args, kwargs, "a block")[1]

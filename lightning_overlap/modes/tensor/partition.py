@@ -17,16 +17,14 @@ from lightning_overlap.shards import Place, is_absent
 
 @dataclass(frozen=True)
 class Piece:
-    """How one parameter is cut.
+    """How a tensor is cut.
 
     Attributes:
-        parameter: the user's.
         shape: of all of it.
         dim: that is cut.
         parts: sizes along it of what is fused (q, k, v); each is dealt out by itself.
     """
 
-    parameter: nn.Parameter
     shape: torch.Size
     dim: int
     parts: tuple[int, ...]
@@ -62,6 +60,24 @@ class Piece:
         return torch.cat([cut[rank][number] for number in range(len(self.parts)) for rank in range(size)], self.dim)
 
 
+@torch.no_grad()
+def joined(piece: Piece, own: Tensor, group: Group, label: str) -> Tensor:
+    """All ranks' pieces as one tensor. Collective, blocking.
+
+    Args:
+        piece: how it is cut.
+        own: this rank's piece, where the group transfers from.
+        group: the ranks.
+        label: of the transfer.
+    """
+    shapes = [piece.shape_of(rank, group.size) for rank in range(group.size)]
+    bounds = [0, *itertools.accumulate(shape.numel() for shape in shapes)]
+    flat = torch.empty(bounds[-1], dtype=own.dtype, device=own.device)
+    flat[bounds[group.rank] : bounds[group.rank + 1]] = own.detach().flatten()
+    group.all_gather(flat, bounds, key=0, label=label).wait()
+    return piece.join([flat[a:b].view(shape) for shape, (a, b) in zip(shapes, itertools.pairwise(bounds), strict=True)])
+
+
 class Partition:
     """The cut parameters of a model.
 
@@ -74,34 +90,42 @@ class Partition:
         self._group = group
         self.pieces: dict[int, Piece] = {}
         """By id of the parameter."""
+        self.parameters: dict[int, nn.Parameter] = {}
+        """The same."""
         for cut in cuts:
             weight, bias = cut.module.weight, getattr(cut.module, "bias", None)
             assert isinstance(weight, nn.Parameter), "roles are given to layers with weights"
-            self.pieces.setdefault(id(weight), Piece(weight, weight.shape, cut.dim, cut.parts))
+            self._cut(weight, cut.dim, cut.parts)
             if isinstance(bias, nn.Parameter) and cut.role != "row":
-                self.pieces.setdefault(id(bias), Piece(bias, bias.shape, 0, cut.parts))
+                self._cut(bias, 0, cut.parts)
+
+    def _cut(self, parameter: nn.Parameter, dim: int, parts: tuple[int, ...]) -> None:
+        self.pieces.setdefault(id(parameter), Piece(parameter.shape, dim, parts))
+        self.parameters[id(parameter)] = parameter
 
     def keep(self) -> None:
         """Every parameter becomes this rank's piece."""
-        for piece in self.pieces.values():
-            whole = piece.parameter.data
+        for number, piece in self.pieces.items():
+            parameter = self.parameters[number]
+            whole = parameter.data
             if is_absent(whole):  # on another stage of a pipeline
-                piece.parameter.data = whole.as_strided((), ()).expand(piece.shape_of(self._group.rank, self._group.size))
+                parameter.data = whole.as_strided((), ()).expand(piece.shape_of(self._group.rank, self._group.size))
             else:
                 own = piece.of(whole, self._group.rank, self._group.size)
-                piece.parameter.data = own.clone(memory_format=torch.contiguous_format)
+                parameter.data = own.clone(memory_format=torch.contiguous_format)
 
     def give_back(self, *, complete: bool) -> None:
         """Every parameter is whole again; not a number, unless ``complete``. Collective, if it is."""
-        for piece in self.pieces.values():
-            own = piece.parameter.data
-            piece.parameter.grad = None
+        for number, piece in self.pieces.items():
+            parameter = self.parameters[number]
+            own = parameter.data
+            parameter.grad = None
             if is_absent(own):
-                piece.parameter.data = own.as_strided((), ()).expand(piece.shape)
+                parameter.data = own.as_strided((), ()).expand(piece.shape)
             elif complete:
-                piece.parameter.data = self.whole(piece, own)
+                parameter.data = self.whole(piece, own)
             else:
-                piece.parameter.data = own.new_full(piece.shape, float("nan"))
+                parameter.data = own.new_full(piece.shape, float("nan"))
 
     @torch.no_grad()
     def whole(self, piece: Piece, own: Tensor) -> Tensor:
@@ -111,12 +135,5 @@ class Partition:
             piece: how it is cut.
             own: this rank's piece, of any dtype and device.
         """
-        group = self._group
-        device = group.device or own.device  # after a fit Lightning has everything on the CPU
-        shapes = [piece.shape_of(rank, group.size) for rank in range(group.size)]
-        bounds = [0, *itertools.accumulate(shape.numel() for shape in shapes)]
-        flat = torch.empty(bounds[-1], dtype=own.dtype, device=device)
-        flat[bounds[group.rank] : bounds[group.rank + 1]] = own.detach().to(device).flatten()
-        group.all_gather(flat, bounds, key=0, label="tensor.whole").wait()
-        parts = [flat[a:b].view(shape) for shape, (a, b) in zip(shapes, itertools.pairwise(bounds), strict=True)]
-        return piece.join(parts).to(own.device)
+        device = self._group.device or own.device  # after a fit Lightning has everything on the CPU
+        return joined(piece, own.to(device), self._group, "tensor.whole").to(own.device)

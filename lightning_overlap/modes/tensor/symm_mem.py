@@ -97,7 +97,7 @@ class Ready(Arriving):
     def times(self, weight: int) -> Tensor:
         return self.products[weight]
 
-    def whole(self) -> Tensor:
+    def whole(self, reader: Any = None) -> Tensor:
         with torch._C.DisableTorchFunctionSubclass():
             return self.as_subclass(Tensor)
 

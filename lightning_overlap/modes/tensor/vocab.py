@@ -17,11 +17,12 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_leaves
 
 from lightning_overlap.comm import Group
-from lightning_overlap.modes.tensor.linear import ASKED, cast
+from lightning_overlap.modes.tensor.linear import cast
 from lightning_overlap.modes.tensor.loss import cross_entropy
+from lightning_overlap.modes.tensor.stand_in import ASKED, StandIn
 
 
 @dataclass(frozen=True)
@@ -147,34 +148,41 @@ class _Whole(Function):
 
 _TRACED = {getattr(Tensor, name).__get__ for name in ("requires_grad", "grad_fn", "is_leaf")}
 _EACH = {
-    *(getattr(Tensor, name) for name in ("float", "bfloat16", "half", "double", "to", "type", "contiguous", "clone", "detach")),
     *(getattr(Tensor, name) for name in ("tanh", "neg", "__neg__", "mul", "__mul__", "__rmul__", "div", "__truediv__", "true_divide")),
-    *(getattr(torch, name) for name in ("tanh", "neg", "mul", "div", "true_divide", "clone")),
+    *(getattr(torch, name) for name in ("tanh", "neg", "mul", "div", "true_divide")),
 }
 """What is done to each number by itself."""
+_CASTS = {
+    *(getattr(Tensor, name) for name in ("float", "bfloat16", "half", "double", "to", "type", "contiguous", "detach")),
+    Tensor.data.__get__,  # type: ignore[attr-defined]
+}
+"""The same, which may give the tensor itself."""
 _SHAPED = {*(getattr(Tensor, name) for name in ("view", "reshape", "flatten", "unflatten")), torch.reshape, torch.flatten}
 
 
-class CutLogits(Tensor):
+class CutLogits(StandIn):
     """Logits ``(..., vocabulary)`` of which this rank has ``local`` ``(..., own entries)``.
 
     What keeps the vocabulary together (casts, scaling, other shapes, a choice of tokens) keeps them cut, and ``F.cross_entropy``
     takes them so. Everything else gets the whole logits, which are gathered: every rank has to come there.
     """
 
+    what = "logits whose vocabulary is cut over the ranks of tensor_parallel"
     local: Tensor
     vocabulary: Vocabulary
 
     @classmethod
-    def of(cls, local: Tensor, vocabulary: Vocabulary) -> CutLogits:
+    def of(cls, local: Tensor, vocabulary: Vocabulary, base: CutLogits | None = None) -> CutLogits:
+        """Logits that are cut; ``base``: what they may be a view of."""
         # Has the shape of the whole, and no numbers.
         logits = local.detach().new_empty(1).expand(*local.shape[:-1], vocabulary.size).as_subclass(cls)
         logits.local, logits.vocabulary = local, vocabulary
+        if base is not None:
+            logits.is_view_of(base)
         return logits
 
     @classmethod
-    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
+    def compute(cls, func: Any, args: Any, kwargs: Any) -> Any:
         logits = args[0] if args and isinstance(args[0], CutLogits) else None
         others = [x for x in tree_leaves((args[1:], kwargs)) if isinstance(x, Tensor)]
         if logits is not None and func in _TRACED:
@@ -184,19 +192,20 @@ class CutLogits(Tensor):
                 return func(*args, **kwargs)
         if logits is not None and func in _EACH and not others:
             return cls.of(func(logits.local, *args[1:], **kwargs), logits.vocabulary)
+        if logits is not None and func in _CASTS and not others and not kwargs.get("copy"):
+            return cls.of(func(logits.local, *args[1:], **kwargs), logits.vocabulary, logits)
         if logits is not None and func in _SHAPED:
             with torch._C.DisableTorchFunctionSubclass():
                 shape = func(logits, *args[1:], **kwargs).shape
             if shape[-1:] == logits.shape[-1:]:
-                return cls.of(logits.local.reshape(*shape[:-1], logits.local.shape[-1]), logits.vocabulary)
+                return cls.of(logits.local.reshape(*shape[:-1], logits.local.shape[-1]), logits.vocabulary, logits)
         if logits is not None and func is Tensor.__getitem__ and _leaves_last(args[1], logits.dim()):
-            return cls.of(logits.local[args[1]], logits.vocabulary)
+            return cls.of(logits.local[args[1]], logits.vocabulary, logits)
         if func is F.cross_entropy:
             found = _loss(*args, **kwargs)
             if found is not None:
                 return found
-        args, kwargs = tree_map(lambda x: x.whole(func) if isinstance(x, CutLogits) else x, (args, kwargs))
-        return func(*args, **kwargs)
+        return super().compute(func, args, kwargs)
 
     def whole(self, reader: Any) -> Tensor:
         """The ordinary tensor. Collective."""
@@ -204,7 +213,7 @@ class CutLogits(Tensor):
             warnings.warn(
                 f"{getattr(reader, '__name__', reader)} reads logits whose vocabulary is cut over the ranks of tensor_parallel: "
                 "they are gathered, which is slow and takes memory. F.cross_entropy (and Hugging Face's loss) does not need that",
-                stacklevel=4,
+                stacklevel=8,
             )
         return _Whole.apply(self.local, self.vocabulary)  # type: ignore[no-untyped-call, no-any-return]
 

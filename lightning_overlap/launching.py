@@ -1,0 +1,201 @@
+"""How ranks come together: each start meets the others within a limit, and what ends one is told to the others."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from datetime import timedelta
+from functools import partial
+from socket import create_connection, gethostname
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+from lightning.fabric.plugins import ClusterEnvironment
+from lightning.pytorch import Trainer
+from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher, _SubprocessScriptLauncher
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities.exceptions import SIGTERMException, _TunerExitException
+from torch._C._distributed_c10d import PrefixStore, TCPStore
+
+from lightning_overlap import announcements
+from lightning_overlap.comm import TransferError, patiently
+from lightning_overlap.decision import ConfigError
+from lightning_overlap.sockets import Sockets
+
+if TYPE_CHECKING:
+    from lightning_overlap.strategy import OverlapStrategy
+
+LOOK_AGAIN = 0.5
+"""Seconds between two attempts to reach the store, and between two looks at who has come."""
+
+
+class Watched:
+    """``fit``, or what else the trainer calls, such that all ranks hear of its error before this one does anything about it.
+
+    A class, since a launcher that spawns processes pickles it.
+
+    Args:
+        strategy: whose ranks they are.
+        trainer: its trainer.
+        function: what is called.
+    """
+
+    def __init__(self, strategy: OverlapStrategy, trainer: Trainer | None, function: Callable[..., Any]) -> None:
+        self._strategy = strategy
+        self._trainer = trainer
+        self._function = function
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        announcements.start()
+        try:
+            return self._function(*args, **kwargs)
+        except (SIGTERMException, _TunerExitException):  # all ranks stop at the same batch
+            raise
+        except BaseException as error:
+            told = announcements.announced()
+            announcements.announce(error)
+            self._strategy.failed = True
+            if self._trainer is not None:
+                self._strategy.until_teardown.enter_context(_saving_in_step_only(self._trainer))
+            if told is not None and announcements.follows_from_another(error) and str(told) != str(error):
+                raise told from error
+            raise
+        finally:
+            announcements.leave()
+
+
+@contextmanager
+def _saving_in_step_only(trainer: Trainer) -> Iterator[None]:
+    """Callbacks may save when training has failed, which all ranks do together: those that stand elsewhere would take what one sends
+    for something else."""
+    save = trainer.save_checkpoint
+
+    def save_checkpoint(*args: Any, **kwargs: Any) -> None:
+        if announcements.all_stopped_alike():
+            save(*args, **kwargs)
+        else:
+            rank_zero_warn("no checkpoint is saved of training that has failed: not all ranks have failed in the same place")
+
+    trainer.save_checkpoint = save_checkpoint  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        del trainer.save_checkpoint  # type: ignore[method-assign]
+
+
+class ScriptLauncher(_SubprocessScriptLauncher):
+    """Lightning's, whose function is :class:`Watched`."""
+
+    def __init__(self, strategy: OverlapStrategy) -> None:
+        assert strategy.cluster_environment is not None, "Lightning sets it"
+        super().__init__(strategy.cluster_environment, strategy.num_processes, strategy.num_nodes)
+        self._strategy = strategy
+
+    def launch(self, function: Callable[..., Any], *args: Any, trainer: Trainer | None = None, **kwargs: Any) -> Any:
+        return super().launch(Watched(self._strategy, trainer, function), *args, trainer=trainer, **kwargs)
+
+
+class ProcessLauncher(_MultiProcessingLauncher):
+    """Lightning's, whose function is :class:`Watched`."""
+
+    def launch(self, function: Callable[..., Any], *args: Any, trainer: Trainer | None = None, **kwargs: Any) -> Any:
+        return super().launch(Watched(self._strategy, trainer, function), *args, trainer=trainer, **kwargs)  # type: ignore[arg-type]
+
+
+def start_world(environment: ClusterEnvironment, backend: str, limit: timedelta, timeout: timedelta, device: torch.device) -> None:
+    """Makes the world's process group.
+
+    Args:
+        environment: tells ranks, and where they meet.
+        backend: as in ``init_process_group``.
+        limit: how long ranks wait for each other.
+        timeout: how long they wait for a transfer from then on.
+        device: of this rank.
+
+    Raises:
+        ConfigError: ranks disagree about who they are.
+        TransferError: they have not met in time.
+    """
+    rank, size = environment.global_rank(), environment.world_size()
+    host, port = environment.main_address, environment.main_port
+    os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"] = host, str(port)  # as Lightning leaves them
+    until = time.monotonic() + limit.total_seconds()
+    store = _open_store(host, port, rank, size, limit)
+    _meet(store, rank, size, limit, until)
+    bound: dict[str, Any] = {} if device.type == "cpu" else {"device_id": device}
+    left = timedelta(seconds=max(1.0, until - time.monotonic()))
+    make = partial(dist.init_process_group, backend, store=PrefixStore("default_pg", store), rank=rank, world_size=size, **bound)
+    patiently(partial(make, timeout=left), left, f"the {size} ranks have met, and have not all connected")
+    store.set_timeout(timeout)
+    dist.group.WORLD.set_timeout(timeout)  # type: ignore[union-attr]
+    rank_zero_info(f"lightning_overlap: {size} ranks have met, {backend}")
+
+
+def _open_store(host: str, port: int, rank: int, size: int, limit: timedelta) -> Any:
+    """The store that rank 0, or torchrun's agent, keeps."""
+    serves = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+    where = f"{host}:{port} (MASTER_ADDR, MASTER_PORT)"
+    if not serves:
+        _reach(host, port, limit, f"rank 0 has not opened {where}")
+    open_store = partial(TCPStore, host, port, size, serves, limit, wait_for_workers=False, multi_tenant=True)
+    return patiently(open_store, limit, f"rank {rank} finds no store at {where}, which may be another program's")
+
+
+def _reach(host: str, port: int, limit: timedelta, failed: str) -> None:
+    """Until somebody listens there: torch's own attempts take longer than their limit."""
+    until = time.monotonic() + limit.total_seconds()
+    while True:
+        with suppress(OSError):
+            create_connection((host, port), LOOK_AGAIN).close()
+            return
+        if time.monotonic() > until:
+            raise TransferError(f"{failed} within {limit}: it was not started, or has ended. meeting_timeout is how long others wait")
+        time.sleep(LOOK_AGAIN / 5)
+
+
+def _meet(store: Any, rank: int, size: int, limit: timedelta, until: float) -> None:
+    """Until all ranks have written down who they are.
+
+    Raises:
+        ConfigError: on those that have come, if ranks disagree.
+        TransferError: naming those that have not come.
+    """
+    place = PrefixStore("lightning_overlap/meeting", store)
+    mine = f"{size} ranks, process {os.getpid()} of {gethostname()}"
+    first = place.compare_set(f"rank {rank}", "", mine).decode()
+    if first != mine:
+        place.set("wrong", f"two processes are rank {rank}: {first}, and {mine}: give each a RANK of its own")
+    names = [f"rank {other}" for other in range(size)]
+    try:
+        while True:
+            come = [name for name in names if place.check([name])]
+            sizes = {name: place.get(name).decode().split()[0] for name in come}
+            if place.check(["wrong"]):
+                raise ConfigError(place.get("wrong").decode())
+            if len(set(sizes.values())) > 1:
+                place.set("wrong", f"ranks disagree about WORLD_SIZE: {sizes}. Start all with the same devices and num_nodes")
+                continue
+            if len(come) == size:
+                return
+            if time.monotonic() > until:
+                missing = [other for other in range(size) if names[other] not in come]
+                raise TransferError(
+                    f"ranks {missing} of {size} have not come within {limit}: look for their errors, and start all of them. "
+                    "meeting_timeout is how long others wait"
+                )
+            with suppress(dist.DistStoreError):  # the time is over
+                place.wait([name for name in names if name not in come], timedelta(seconds=LOOK_AGAIN))
+    except dist.DistNetworkError as error:
+        raise TransferError(f"the process with the store, rank 0 or torchrun's agent, has ended while ranks met: {error}") from error
+
+
+def keep_store_alive() -> None:
+    """The kernel asks after the process with the store, too."""
+    store = announcements.base_store()
+    if isinstance(store, TCPStore):
+        connections = Sockets.of_port(store.port)
+        connections.keep_alive()
+        connections.close()

@@ -1,0 +1,55 @@
+"""What a mode puts on modules that are cut. Copies and pickles of the modules do without: they are ordinary modules."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+
+class Forward:
+    """A module's ``forward``, replaced. It is never compiled: it communicates, and numbers arrive while it runs.
+
+    Args:
+        module: the user's.
+        function: what is called in its place.
+    """
+
+    def __init__(self, module: nn.Module, function: Callable[..., Any]) -> None:
+        self._module, self._function = module, function
+        self._before = vars(module).get("forward")
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._function(*args, **kwargs)
+
+    def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+        return (_same, (self._before,)) if self._before is not None else (getattr, (self._module, "forward"))
+
+
+class Hook:
+    """A hook of a module. It is never compiled: it communicates."""
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        self._function = function
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._function(*args, **kwargs)
+
+    def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+        return _no_hook, ()
+
+
+def _same(value: Any) -> Any:
+    return value
+
+
+def _no_hook() -> Callable[..., None]:
+    return _nothing
+
+
+def _nothing(*_: Any, **__: Any) -> None:
+    """Does what no hook does."""

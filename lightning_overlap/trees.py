@@ -1,0 +1,52 @@
+"""Containers as users make them: their leaves, and the same containers with other leaves."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+
+def is_container(value: Any) -> bool:
+    """Whether a value is a mapping, a list, a tuple or a dataclass, and no leaf."""
+    return isinstance(value, Mapping | list | tuple) or (dataclasses.is_dataclass(value) and not isinstance(value, type))
+
+
+def rebuild(value: Any, make: Callable[[Any], Any]) -> Any:
+    """A container like ``value``, with ``make`` of each of its items."""
+    if isinstance(value, Mapping):
+        items = {key: make(item) for key, item in value.items()}
+        if type(value) is dict:
+            return items
+        if isinstance(value, defaultdict):
+            return defaultdict(value.default_factory, items)
+        return type(value)(items)  # type: ignore[call-arg]
+    if isinstance(value, tuple) and hasattr(value, "_fields"):
+        return type(value)(*map(make, value))
+    if isinstance(value, list | tuple):
+        return type(value)(map(make, value))
+    return dataclasses.replace(value, **{f.name: make(getattr(value, f.name)) for f in dataclasses.fields(value) if f.init})
+
+
+def items(value: Any) -> list[tuple[str, Any]]:
+    """What is in a container, by name."""
+    if isinstance(value, Mapping):
+        return [(str(key), item) for key, item in value.items()]
+    if isinstance(value, list | tuple):
+        return [(str(number), item) for number, item in enumerate(value)]
+    return [(f.name, getattr(value, f.name)) for f in dataclasses.fields(value)]
+
+
+def leaves(value: Any) -> Iterator[Any]:
+    """What is in a container and in the containers in it, in one order."""
+    if not is_container(value):
+        yield value
+        return
+    for _, item in items(value):
+        yield from leaves(item)
+
+
+def replaced(value: Any, make: Callable[[Any], Any]) -> Any:
+    """``value`` with ``make`` of each of its leaves."""
+    return rebuild(value, lambda item: replaced(item, make)) if is_container(value) else make(value)
