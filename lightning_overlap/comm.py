@@ -373,9 +373,10 @@ class Group:
             self._end.detach()
 
     def all_reduce(self, x: Tensor, *, label: str, average: bool = False) -> Pending:
-        """Sums ``x`` over the group, in place; the mean of the ranks if ``average``."""
+        """Sums ``x`` over the group, in place; the mean of the ranks if ``average``. A sparse ``x`` is coalesced."""
         scale = average and not self._native
-        pending = Pending(self, label, 2 * x.nbytes, lambda: x.div_(self.size) if scale else x)
+        nbytes = x.indices().nbytes + x.values().nbytes if x.is_sparse else x.nbytes
+        pending = Pending(self, label, 2 * nbytes, lambda: x.div_(self.size) if scale else x)
         if self.size > 1:
             op = dist.ReduceOp.AVG if average and self._native else dist.ReduceOp.SUM
             # By this thread, as all blocking collectives: they find each other by the order of posting.
