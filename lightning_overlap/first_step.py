@@ -102,7 +102,7 @@ class _Trial(DrivenStep):
         return nullcontext() if str(plugin.precision).endswith("-mixed") else plugin.train_step_context()
 
     def backward(self, loss: Tensor, share: float) -> None:
-        (loss * share).backward()
+        torch.autograd.backward(loss * share)  # Tensor.backward would leave the mode that turns dropout off
 
     def logged(self, shares: Sequence[float], weights: Sequence[float] | None = None) -> Any:
         return torch.stack([self._outputs[number].double() * share for number, share in enumerate(shares) if share]).sum().cpu()
