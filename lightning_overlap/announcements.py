@@ -33,12 +33,14 @@ class _Board:
     Attributes:
         attempt: its number.
         mine: the error with which this rank has ended it.
+        alike: whether all ranks have ended it in the same place.
         left_over: the number of an attempt of which others may not have heard how it ended.
     """
 
     def __init__(self) -> None:
         self.attempt = 0
         self.mine: BaseException | None = None
+        self.alike = False
         self.left_over: int | None = None
         self._world: Any = None
         self._store: Any = None
@@ -74,13 +76,13 @@ def base_store() -> Any:
 def start() -> None:
     """An attempt starts."""
     _board.attempt += 1 + _board.attempt % 2
-    _board.mine = None
+    _board.mine, _board.alike = None, False
 
 
 def end() -> None:
     """It is over, and torn down, on this rank."""
     _board.attempt += _board.attempt % 2
-    _board.mine = None
+    _board.mine, _board.alike = None, False
 
 
 def announce(error: BaseException) -> None:
@@ -146,20 +148,26 @@ def gather(place: str, mine: str, limit: float) -> dict[int, str]:
 
 
 def all_stopped_alike() -> bool:
-    """Whether every rank has stopped by an error of its own, in the same line, so that nobody has left another one waiting."""
+    """Whether every rank has stopped by an error of its own, in the same line, so that nobody has left another one waiting. They may
+    then go on together, under another number."""
     store = _board.store
-    if store is None or _board.mine is None:
-        return False
+    if _board.alike or store is None or _board.mine is None:
+        return _board.alike
     keys = [_board.key(f"stopped/{rank}") for rank in range(dist.get_world_size())]
     until = time.monotonic() + HEARD
     try:
-        while not store.check(keys):
-            if time.monotonic() > until:
-                return False
+        while not (complete := store.check(keys)) and time.monotonic() < until:
             time.sleep(0.05)
-        return len({store.get(key) for key in keys}) == 1
+        alike = complete and len({store.get(key) for key in keys}) == 1
+        # Whoever decides first decides for all.
+        decided = store.compare_set(_board.key("saves"), "", "together" if alike else "nobody").decode()
     except dist.DistError:
         return False
+    _board.alike = decided == "together"
+    if _board.alike:
+        _board.attempt += 2
+        _board.mine = None
+    return _board.alike
 
 
 def wait_until_heard() -> None:

@@ -11,16 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_overlap.announcements import gather
-from lightning_overlap.comm import Group, world_size
+from lightning_overlap.comm import Group
 from lightning_overlap.decision import ConfigError
 
 CLOSE = 1e-3
 """Relative difference that rounding may make in a loss that is computed alike."""
-
-
-NONE_TOGETHER = 8.0
-"""Seconds within which all ranks come to a step that is left out."""
 
 
 def kind(batch: Any) -> Hashable:
@@ -65,25 +60,6 @@ def refuse_different(batch: Any, group: Group) -> None:
         raise ConfigError(
             f"ranks {different} have read another batch than rank {group.ranks[0]}, with which they share each batch: a data loader "
             "that shuffles or augments on its own must draw the same on all ranks (seed_everything, or Lightning's sampler)"
-        )
-
-
-def refuse_lone_none(place: tuple[int, ...]) -> None:
-    """A step that is left out, for which ``training_step`` gives None, is left out on all ranks: those that have a loss wait in its
-    backward for the others. Collective of the ranks that have none.
-
-    Args:
-        place: tells this step from others.
-
-    Raises:
-        ConfigError: on this rank, from which others hear of it.
-    """
-    step = place[2:]
-    here = gather(f"no loss/{step}", "None", NONE_TOGETHER)
-    if len(here) < world_size():
-        raise ConfigError(
-            f"training_step gives None on ranks {list(here)} of {world_size()} alone (epoch and batch {step}): a step is left out on "
-            "all ranks or on none. Give a loss of zero that depends on the parameters, or agree first (self.all_gather)"
         )
 
 

@@ -32,7 +32,7 @@ from torch.optim import Optimizer
 
 from lightning_overlap import announcements, environment
 from lightning_overlap.agreement import model_in_words, optimizers_in_words, trainer_in_words
-from lightning_overlap.batches import refuse_different, refuse_lone_none, refuse_other_loss
+from lightning_overlap.batches import refuse_different, refuse_other_loss
 from lightning_overlap.block_stack import without_nested_tensors
 from lightning_overlap.checkpoint import (
     AtomicCheckpointIO,
@@ -459,8 +459,6 @@ class OverlapStrategy(DDPStrategy):
             mode.start_forward()
         if self._driver is None:
             output = super().training_step(*args, **kwargs)
-            if output is None and self._preemption is not None and self.lightning_module.automatic_optimization:  # type: ignore[union-attr]
-                refuse_lone_none(self._place_of_step)
             if checked is not None:
                 refuse_other_loss(output, checked)
             return output

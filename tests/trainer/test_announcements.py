@@ -182,26 +182,17 @@ class GivesNone(Net):
         return None if self.global_step == 2 and dist.get_rank() == 1 else super().training_step(batch, index)
 
 
-class GiveNone(Net):
-    def training_step(self, batch, index):
-        return None if index == 2 else super().training_step(batch, index)
-
-
 def lone_none():
-    from lightning_overlap import batches
-
-    comm.ASK_FOR_PEERS, batches.NONE_TOGETHER = 0.1, 0.5
-    with pytest.raises(ConfigError) as caught:
+    comm.ASK_FOR_PEERS = 0.1
+    with pytest.raises((RuntimeError, TransferError)) as caught:
         train(module=GivesNone)
     return str(caught.value)
 
 
-def test_a_step_is_left_out_on_all_ranks_or_on_none(world):
+def test_a_step_that_one_rank_leaves_out_ends_all_with_lightnings_words(world):
     messages = world(2).run(lone_none)
-    assert messages[0] == messages[1]
-    assert "training_step gives None on ranks [1] of 2 alone" in messages[0]
-    together = world(2).run(train, "overlap", None, "auto", "adamw", None, None, GiveNone)
-    assert together[0]["hash"] == together[1]["hash"]
+    assert messages[1].startswith("Skipping the `training_step` by returning None in distributed training is not supported")
+    assert messages[0] == f"rank 1 has failed: RuntimeError: {messages[1]}"
 
 
 @pytest.mark.parametrize(
