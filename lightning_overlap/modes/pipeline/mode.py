@@ -253,8 +253,8 @@ class PipelineMode(OverlapMode):
         if whole := microbatches.in_every_part(batch, self._own.batch_dims):
             said = ", ".join(f"{path} {shape}" for path, shape in whole.items())
             warnings.warn(
-                f"the batch has {size} samples, and each microbatch has all of {said}. If that is no table or mask of the whole batch, "
-                "say what is cut along which dim: pipeline_parallel.batch_dims (said once)",
+                f"the batch has {size} samples, and each microbatch has all of {said}. If that is no table or mask of the whole "
+                "batch, say what is cut along which dim: pipeline_parallel.batch_dims (said once)",
                 stacklevel=2,
             )
         if count < self._own.count:
