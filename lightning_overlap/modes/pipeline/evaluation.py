@@ -122,6 +122,8 @@ class Evaluation:
             return leaf in self._flow.after(max(stage, 0))
         # After the blocks the last stage uses of its own ones what it uses of others, but for the hidden states that come to it.
         first = min(self._stages[self._end])
+        if first == 0:  # there are no others
+            return leaf[1] != how.hidden
         return leaf[1] in {number for block, number in self._flow.uses[-1] if number != how.hidden or block < first - 1}
 
     def _hand_on(self, how: Pass, stage: int, targets: list[int]) -> None:

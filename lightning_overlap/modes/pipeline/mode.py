@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections import deque
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -9,7 +10,6 @@ from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 import torch
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -237,17 +237,20 @@ class PipelineMode(OverlapMode):
         step.log(self.with_the_loss(lambda: step.logged(shares, weights.logs)))
 
     def _tell_how_it_is_cut(self, batch: Any, count: int) -> None:
+        if self._rank > 0 or self.group.ranks[0] > 0:
+            return
         size = microbatches.samples(batch, self._own.batch_dims)
-        whole = microbatches.in_every_part(batch, self._own.batch_dims)
-        if whole:
+        if whole := microbatches.in_every_part(batch, self._own.batch_dims):
             said = ", ".join(f"{path} {shape}" for path, shape in whole.items())
-            rank_zero_warn(
-                f"lightning_overlap: the batch has {size} samples, and each microbatch has all of {said}. If that is no table or mask "
-                "of the whole batch, say what is cut along which dim: pipeline_parallel.batch_dims"
+            warnings.warn(
+                f"the batch has {size} samples, and each microbatch has all of {said}. If that is no table or mask of the whole "
+                "batch, say what is cut along which dim: pipeline_parallel.batch_dims (said once)",
+                stacklevel=2,
             )
         if count < self._own.count:
-            rank_zero_info(
-                f"lightning_overlap: a batch of {size} samples is cut into {count} microbatches, and the plan says {self._own.count}"
+            warnings.warn(
+                f"a batch of {size} samples is cut into {count} microbatches, and the plan says {self._own.count} (said once)",
+                stacklevel=2,
             )
 
     def _rehearse(self, step: Step, part: Any) -> Flow:
