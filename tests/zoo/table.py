@@ -16,7 +16,7 @@ OTHER_STAGE = refused("of another stage: what is registered before")
 SECOND_TENSOR = refused("is called with a second tensor that gradients flow through")
 NO_ROLES = refused("tensor_parallel needs to know which layers to cut")
 NO_PLAN = refused("has no plan of its own for tensor_parallel")
-UNKNOWN_STYLE = refused("which is not in this version: give")
+UNKNOWN_STYLE = refused("which is not in this version")
 NOT_FOUND = refused("the stack of blocks was not found")
 WRAPPED = refused("computes its weight or bias from other parameters")
 NO_VOCABULARY = refused("no embedding or head has the role vocab_embedding or vocab_head")
@@ -114,7 +114,7 @@ TABLE: dict[str, Row] = {
     "batch as a list of samples": {"pp*": refused("may be a list with an item for each sample")},
     "time first": {"pp*": OTHER_DIM},
     # Hugging Face
-    **{name: {"tp*": NO_PLAN} for name in ("bloom", "falcon", "mpt", "bert", "roberta", "dinov2", "wav2vec2")},
+    **{name: {"tp*": NO_PLAN} for name in ("bloom", "falcon", "mpt", "dinov2", "wav2vec2")},
     "opt": {"pp": OTHER_STAGE, "pp_interleaved": OTHER_STAGE},
     "mamba": {
         "pp*": known_fault("crash", "the cache that blocks are handed has no update: LinearAttentionLayer"),
@@ -125,12 +125,10 @@ TABLE: dict[str, Row] = {
     "t5 encoder": {"tp*": NO_PLAN},
     "t5": {"pp*": NOT_FOUND, "tp*": NO_PLAN},
     "bart": {"pp*": NOT_FOUND, "tp*": NO_PLAN},
+    "vit": {"tp_vocab": NO_VOCABULARY},
     "gpt_oss": {"tp*": NO_PLAN},
     "gpt_oss, balanced": {**BALANCED, "tp*": NO_PLAN},
-    **{
-        name: {"tp*": UNKNOWN_STYLE}
-        for name in ("phi3", "olmo2", "mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "deepseek_v3", "llama4")
-    },
-    **{f"{name}, balanced": {**BALANCED, "tp*": UNKNOWN_STYLE} for name in ("mixtral", "qwen2_moe", "qwen3_moe", "olmoe")},
+    "llama4": {"tp*": UNKNOWN_STYLE},
+    **{f"{name}, balanced": BALANCED for name in ("mixtral", "qwen2_moe", "qwen3_moe", "olmoe")},
     "mixtral, balanced, plan": {**BALANCED, "tp*": UNFOLLOWED},
 }
