@@ -168,9 +168,9 @@ class OverlapMode:
         """Inside, this rank has the model as the user wrote it, with the present weights of all ranks. Entered by all ranks."""
         return nullcontext()
 
-    def own_gradient(self, name: str, gradient: Tensor) -> Tensor | None:
-        """What this rank has of the gradient of a parameter, which is whole; None if it has nothing of it."""
-        return gradient
+    def own_part(self, name: str, whole: Tensor) -> Tensor | None:
+        """What this rank has of a parameter's gradient, or of a buffer, which is whole; None if it has nothing of it."""
+        return whole
 
     @property
     def runs_steps(self) -> bool:

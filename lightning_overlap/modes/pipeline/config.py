@@ -287,7 +287,7 @@ def _refuse_what_cannot_run(own: PipelineParallel, facts: Facts, *, cut: bool) -
     reasons = [
         (not facts.automatic_optimization, "manual optimization runs backward itself, in the middle of training_step: use automatic"),
         (facts.precision == "16-mixed", "precision 16-mixed scales the loss, which is not in this version: use bf16-mixed"),
-        (facts.compiled, "torch.compile takes the model's loop over its blocks into one graph: compile nothing, or the blocks only"),
+        (facts.compiled, "torch.compile has not been tried with stages, which run blocks through stand-ins: train without it"),
         (bool(facts.unfreezers), f"{', '.join(facts.unfreezers)} gives the optimizer parameters later: freeze in configure_model"),
         (
             bool(facts.averagers),

@@ -300,8 +300,8 @@ class PipelineMode(OverlapMode):
         finally:
             self.partition.keep(self._rank, taken)
 
-    def own_gradient(self, name: str, gradient: Tensor) -> Tensor | None:
-        return gradient if self._rank in self.partition.holders(name) else None
+    def own_part(self, name: str, whole: Tensor) -> Tensor | None:
+        return whole if self._rank in self.partition.holders(name) else None
 
     def _parts(self, step: Step) -> tuple[list[Any], Weights]:
         """The microbatches of a step, and what each one counts."""

@@ -165,9 +165,9 @@ class TensorMode(OverlapMode):
         finally:
             self._numbers.without_masks = False
 
-    def own_gradient(self, name: str, gradient: Tensor) -> Tensor:
+    def own_part(self, name: str, whole: Tensor) -> Tensor:
         piece = self._piece(name)
-        return gradient if piece is None else piece.of(gradient, self.group.rank, self.group.size)
+        return whole if piece is None else piece.of(whole, self.group.rank, self.group.size)
 
     def prepare_optimizers(self, optimizers: Sequence[Optimizer]) -> None:
         """State that is made with the optimizer (Adagrad's) is cut like its parameter."""
