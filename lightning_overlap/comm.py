@@ -854,15 +854,12 @@ def make_group(
 
 def _meet(ranks: Sequence[int], name: str, timeout: timedelta, backend: str | None) -> Any:
     """A process group. Its members wait for each other in the store, on a thread, while this one looks around."""
-    limit = _world.meeting_timeout
-    made = patiently(
-        lambda: dist.new_group(ranks, timeout=limit, backend=backend),
-        limit,
+    # The group keeps the timeout that it is made with, so the limit of the meeting is this rank's own.
+    return patiently(
+        lambda: dist.new_group(ranks, timeout=timeout, backend=backend),
+        _world.meeting_timeout,
         f"ranks {list(ranks)} have not all come to make group {name!r}",
     )
-    if isinstance(made, dist.ProcessGroup):  # this rank is a member
-        made.set_timeout(timeout)
-    return made
 
 
 def patiently(do: Callable[[], T], limit: timedelta, failed: str) -> T:

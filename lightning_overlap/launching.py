@@ -160,9 +160,8 @@ def start_world(environment: ClusterEnvironment, backend: str, limit: timedelta,
     meet_in(store, rank, size, limit)
     bound: dict[str, Any] = {} if device.type == "cpu" else {"device_id": device}
     make = partial(dist.init_process_group, backend, store=PrefixStore("default_pg", store), rank=rank, world_size=size, **bound)
-    patiently(partial(make, timeout=limit), limit, f"the {size} ranks have met, and have not all connected")
+    patiently(partial(make, timeout=timeout), limit, f"the {size} ranks have met, and have not all connected")
     store.set_timeout(timeout)
-    dist.group.WORLD.set_timeout(timeout)  # type: ignore[union-attr]
     rank_zero_info(f"lightning_overlap: {size} ranks have met, {backend}")
 
 
