@@ -205,7 +205,7 @@ def fill_cache(block: nn.Module, number: int, hidden: Tensor, arguments: Iterabl
     for cache in arguments:
         if callable(getattr(cache, "get_seq_length", None)) and callable(getattr(cache, "update", None)):
             places = [module.layer_idx for module in block.modules() if isinstance(getattr(module, "layer_idx", None), int)]
-            place = places[0] if places else number
+            place: Any = places[0] if places else number
             if not all(hasattr(layer, "update") for layer in getattr(cache, "layers", [])[place : place + 1]):
                 continue  # of linear attention, whose state has no length
             nothing = torch.zeros(hidden.shape[0], 1, hidden.shape[1], 1, dtype=hidden.dtype, device=hidden.device)

@@ -526,9 +526,10 @@ class Group:
         """Until all members have come to it. Blocking."""
         self.sum(torch.zeros(1, device=self.device))
 
-    def sum(self, x: Tensor, op: Any = dist.ReduceOp.SUM) -> Tensor:
-        """Reduces ``x`` over the group, in place. Blocking; :meth:`all_reduce` is not."""
+    def sum(self, x: Tensor, op: Any = "sum") -> Tensor:
+        """Reduces ``x`` over the group, in place: a sum, or what torch's ``ReduceOp`` has. Blocking; :meth:`all_reduce` is not."""
         if self.size > 1:
+            op = getattr(dist.ReduceOp, op.upper()) if isinstance(op, str) else op
             self._stand("a sum", dist.all_reduce(x, op, self._connected, async_op=True))
         return x
 

@@ -10,7 +10,6 @@ import random
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from copy import copy
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +22,7 @@ from lightning_overlap.comm import TransferError
 from lightning_overlap.decision import ConfigError
 from lightning_overlap.generators import pin_generators
 from lightning_overlap.optimization import held, logs_go_to
+from lightning_overlap.snapshots import unchanged, within_reach
 
 if TYPE_CHECKING:
     from lightning_overlap.modes.base import OverlapMode
@@ -98,7 +98,7 @@ class DrivenStep:
 
     @contextmanager
     def trial(self) -> Iterator[None]:
-        with unchanged(list(self._module.modules())):
+        with unchanged(within_reach(self._module)):
             yield
         self._outputs.clear()
         self._logs.clear()
@@ -272,39 +272,6 @@ def explaining(module: LightningModule, mode: OverlapMode) -> Iterator[None]:
     finally:
         for name in given:
             delattr(module, name)
-
-
-_KEPT_BY_MODULES = frozenset(vars(torch.nn.Module()))
-
-
-@contextmanager
-def unchanged(modules: Sequence[torch.nn.Module]) -> Iterator[None]:
-    """Buffers and attributes, metrics' states among them, are afterwards what they were: tensors, lists, dicts and sets by content."""
-    kept: list[tuple[dict[str, Any], str, Any, Any]] = []
-    for part in modules:
-        own = {name: value for name, value in vars(part).items() if name not in _KEPT_BY_MODULES}
-        for store, values in ((vars(part), own), (part._buffers, dict(part._buffers))):
-            for name, value in values.items():
-                if isinstance(value, Tensor):
-                    kept.append((store, name, value, value.detach().clone()))
-                else:
-                    kept.append((store, name, value, copy(value) if type(value) in (list, dict, set) else None))
-    before = [(vars(part), set(vars(part))) for part in modules]
-    try:
-        yield
-    finally:
-        for store, names in before:
-            for name in set(store) - names:
-                del store[name]
-        for store, name, value, content in kept:
-            store[name] = value
-            if isinstance(value, Tensor):
-                value.data.copy_(content)  # not counted as a change: buffers that steps change are found by that
-            elif type(value) is list:
-                value[:] = content
-            elif content is not None:
-                value.clear()
-                value.update(content)
 
 
 def _log(strategy: OverlapStrategy, trainer: Trainer, module: LightningModule, logs: Sequence[Any]) -> None:

@@ -1,4 +1,4 @@
-"""Proof of the first step: the loss and every gradient of the model as it is cut, against those of the model whole.
+"""Proof of the first step: loss, gradients and buffers of the model as it is cut, against those of the model whole.
 
 What passes between two blocks, or from a block to the loss, on a way that a mode does not know of, is lost where the model is cut, and
 nothing else would say so. So the first batch of a fit is computed twice more before it is trained on: by the model whole, which every
@@ -56,10 +56,8 @@ TOLERANCES = {
 """By the lowest precision of the parameters, where the modes multiply matrices of other shapes than the model whole does."""
 SAME_PRODUCTS = Tolerance(1e-6, 1e-5, 1e-7)
 """In fp32 and better, where they multiply the same ones: only the order of some sums differs (of a tied weight's gradient)."""
-OTHER_OBJECTIVE = 1e-4
-"""Relative difference between the loss of a batch and that of its microbatches, above which it is said."""
 NAMED = 4
-"""Parameters that an error names."""
+"""Parameters or buffers that an error names."""
 
 
 class _WithoutDropout(TorchFunctionMode):
@@ -119,6 +117,8 @@ class _Result:
     at_once: float | None = None
     """Of the batch in one piece, where the step is computed in several."""
     gradients: dict[str, Tensor] = field(default_factory=dict)
+    buffers: dict[str, Tensor] = field(default_factory=dict)
+    """As the step leaves them."""
 
 
 class FirstStep:
@@ -146,7 +146,7 @@ class FirstStep:
             Whether there was something to compare: a batch of which ``training_step`` makes no loss proves nothing.
 
         Raises:
-            ConfigError: loss or gradients differ; on every rank.
+            ConfigError: loss, gradients or buffers differ; on every rank.
         """
         with self._apart():
             expected, obstacle = self._whole()
@@ -198,13 +198,22 @@ class FirstStep:
                 self._forget_gradients()
         if shares is None:
             return result, NO_LOSS
-        for name, gradient in gradients.items():
-            own: Tensor | None = gradient
-            for mode in self._modes:
-                own = own if own is None else mode.own_gradient(name, own)
-            if own is not None:
-                result.gradients[name] = own.clone()  # not a view, which would keep all of it
+        result.gradients = self._own_parts(gradients)
+        result.buffers = self._own_parts(result.buffers)
         return result, None
+
+    def _own_parts(self, whole: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        parts = {}
+        for name, tensor in whole.items():
+            own: Tensor | None = tensor
+            for mode in self._modes:
+                own = own if own is None else mode.own_part(name, own)
+            if own is not None:
+                parts[name] = own.clone()  # not a view, which would keep all of it
+        return parts
+
+    def _buffers(self) -> dict[str, Tensor]:
+        return {name: buffer.detach().clone() for name, buffer in self._module.named_buffers()}
 
     def _run_whole(self, result: _Result) -> list[float] | None:
         parts = self._driver.whole_parts(self._step) if self._driver is not None else iter([(self._step.batch, 0, 1.0)])
@@ -219,6 +228,7 @@ class FirstStep:
                     self._step.backward(loss, share)
                 del loss
             result.loss = float(self._step.logged(shares))
+            result.buffers = self._buffers()
         if len(shares) > 1:
             with self._step.trial(), torch.no_grad():
                 at_once = self._step.forward(self._step.batch, 0)
@@ -256,6 +266,7 @@ class FirstStep:
                     self._step.backward(loss, 1.0)
                 self._step.finish_backward()
                 self._step.log(None if loss is None else loss.detach())
+            result.buffers = self._buffers()
         result.loss = None if self._step.total is None else float(self._step.total)
         result.gradients = {name: p.grad for name, p in self._parameters.items() if p.grad is not None}
         return result
@@ -266,10 +277,14 @@ class FirstStep:
 
     # -- what differs --------------------------------------------------------------------------------------------------
 
+    @property
+    def _lowest(self) -> torch.dtype:
+        """The lowest precision of the parameters."""
+        return max((p.dtype for p in self._parameters.values() if p.dtype in TOLERANCES), key=_coarseness, default=torch.float32)
+
     def _tolerance(self) -> Tolerance:
-        lowest = max((p.dtype for p in self._parameters.values() if p.dtype in TOLERANCES), key=_coarseness, default=torch.float32)
         exact = all(mode.keeps_bits for mode in self._modes)
-        return SAME_PRODUCTS if exact and torch.finfo(lowest).bits >= 32 else TOLERANCES[lowest]
+        return SAME_PRODUCTS if exact and torch.finfo(self._lowest).bits >= 32 else TOLERANCES[self._lowest]
 
     def _compare(self, expected: _Result, found: _Result) -> None:
         within = self._tolerance()
@@ -282,6 +297,10 @@ class FirstStep:
             difference = _norm(_difference(have, want))
             if not difference <= within.gradient * norms.get(name, 0.0) + within.noise * largest and not _both_not_finite(want, have):
                 wrong.append((name, difference, norms.get(name, 0.0)))
+        for name, buffer in expected.buffers.items():
+            difference, norm = _norm(_difference(found.buffers.get(name), buffer)), _norm(buffer)
+            if not difference <= within.gradient * norm and not _both_not_finite(buffer, found.buffers.get(name)):
+                wrong.append((name, difference, norm))
         other_loss = not _is_close(found.loss, expected.loss, within.loss)
         mine = (expected.loss, found.loss, other_loss, wrong)
         everyone = all_gather_objects(mine) if world_size() > 1 else [mine]
@@ -294,19 +313,21 @@ class FirstStep:
             told.append(f"the loss is {losses[1]!r} and should be {losses[0]!r}")
         if names:
             first = ", ".join(f"{name} (off by {difference:.2g}, of {norm:.2g})" for name, difference, norm in names[:NAMED])
-            told.append(f"gradients differ, the first of {len({name for name, *_ in names})}: {first}")
+            kind = "gradients" if any(name in self._parameters for name, *_ in names) else "buffers"
+            told.append(f"{kind} differ, the first of {len({name for name, *_ in names})}: {first}")
         raise ConfigError(
             f"the first step of the model as it is cut over the ranks differs from that of the model whole: {'; '.join(told)}. "
             f"{_CAUSES} verify_first_step: false leaves this comparison out."
         )
 
     def _tell_of_objective(self, expected: _Result) -> None:
-        if expected.at_once is not None and not _is_close(expected.loss, expected.at_once, OTHER_OBJECTIVE):
+        if expected.at_once is not None and not _is_close(expected.loss, expected.at_once, TOLERANCES[self._lowest].loss):
             rank_zero_warn(
                 f"the loss of the first batch is {expected.at_once:.6g} in one piece, and {expected.loss:.6g} in microbatches: it "
                 "is no mean over the samples. pipeline_parallel.microbatch_weight (labels, causal_labels, sum) makes sums and means "
                 "over counted labels exact, and so does a method microbatch_weight(batch) of the module; what compares samples with "
-                "each other (a contrastive loss, batch norm) has another objective in microbatches"
+                "each other (a contrastive loss, batch norm) has another objective in microbatches. If the loss is a mean over "
+                "samples, something in the batch is cut that has no row for each of them: pipeline_parallel.batch_dims"
             )
 
 
@@ -355,11 +376,11 @@ def _coarseness(dtype: torch.dtype) -> float:
 def _difference(have: Tensor | None, want: Tensor | None) -> Tensor | None:
     if have is None or want is None:
         return want if have is None else have
-    return have.to_dense().float() - want.to_dense().float() if have.dtype.itemsize < 4 else have.to_dense() - want.to_dense()
+    return have.to_dense().to(_wide(have.dtype)) - want.to_dense().to(_wide(want.dtype))
 
 
 def _norm(x: Tensor | None) -> float:
-    return 0.0 if x is None else float(torch.linalg.vector_norm(x.to_dense().detach().flatten(), dtype=_wide(x.dtype)))
+    return 0.0 if x is None else float(torch.linalg.vector_norm(x.detach().to_dense().flatten().to(_wide(x.dtype))))
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:

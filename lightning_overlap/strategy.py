@@ -17,7 +17,6 @@ from typing import Any, Literal
 
 import numpy
 import torch
-import torch.distributed as dist
 from lightning.fabric.plugins import CheckpointIO, ClusterEnvironment
 from lightning.fabric.utilities.data import sized_len
 from lightning.fabric.utilities.seed import pl_worker_init_function
@@ -586,9 +585,7 @@ class OverlapStrategy(DDPStrategy):
         if tensor.device.type != "cpu" and ranks.device is None:  # gloo's connections
             return super().reduce(tensor, self._alike and self._alike.reduces, reduce_op)
         mean = isinstance(reduce_op, str) and reduce_op.lower() in ("mean", "avg")
-        named = "SUM" if mean else reduce_op
-        op = getattr(dist.ReduceOp, named.upper()) if isinstance(named, str) else named
-        total = ranks.sum(tensor, op)
+        total = ranks.sum(tensor, "sum" if mean else reduce_op)
         if not mean:
             return total
         return total.div_(ranks.size) if total.is_floating_point() else total.copy_(total / ranks.size)

@@ -22,6 +22,8 @@ STDLIB_ONLY = [
 # The doors to collectives, and what reads and writes torch's distributed checkpoints.
 DISTRIBUTED = {
     "comm.py",
+    "announcements.py",
+    "launching.py",
     "mesh.py",
     "shared_state.py",
     "checkpoint.py",
