@@ -981,6 +981,11 @@ def rank() -> int:
     return dist.get_rank() if dist.is_initialized() else 0
 
 
+def has_nccl() -> bool:
+    """Whether this torch was built with NCCL."""
+    return dist.is_nccl_available()
+
+
 def backend() -> str:
     """Of the world: ``gloo``, ``nccl``; ``none`` before there are process groups."""
     return str(dist.get_backend()) if dist.is_initialized() else "none"

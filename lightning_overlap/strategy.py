@@ -53,6 +53,7 @@ from lightning_overlap.comm import (
     broadcast_object,
     end_world,
     everyone,
+    has_nccl,
     is_everyone,
     make_group,
     world_size,
@@ -238,7 +239,7 @@ class OverlapStrategy(DDPStrategy):
 
     def _configure_launcher(self) -> None:
         # The first place where the number of ranks is known, and before any process is started.
-        if self._process_group_backend == "nccl" and (self.root_device.type != "cuda" or not dist.is_nccl_available()):
+        if self._process_group_backend == "nccl" and (self.root_device.type != "cuda" or not has_nccl()):
             raise ConfigError(
                 f"process_group_backend='nccl' needs CUDA, and a torch with NCCL; this is {self.root_device.type}: leave it out, or "
                 "use 'gloo'"
@@ -253,7 +254,7 @@ class OverlapStrategy(DDPStrategy):
 
     def setup_distributed(self) -> None:
         self.set_world_ranks()
-        if not dist.is_initialized():
+        if backend() == "none":
             assert self.cluster_environment is not None, "Lightning sets it"
             kind = self._get_process_group_backend()
             start_world(self.cluster_environment, kind, self._meeting_timeout, self.time_limit, self.root_device)
