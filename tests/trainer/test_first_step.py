@@ -361,6 +361,27 @@ def test_a_block_that_is_left_out_is_told_alike_on_all_ranks(world: Any) -> None
     assert "training_step calls the blocks [0, 1, 3] of blocks, which has 4" in told[0]
 
 
+class LeavesOutTheFirst(Net):
+    def go(self, x: Tensor) -> Tensor:
+        for block in self.blocks[1:]:
+            x = block(x)
+        return x
+
+
+class LeavesOutTheLast(Net):
+    def go(self, x: Tensor) -> Tensor:
+        for block in self.blocks[:-1]:
+            x = block(x)
+        return x
+
+
+@pytest.mark.parametrize(("kind", "which"), [(LeavesOutTheFirst, "first"), (LeavesOutTheLast, "last")])
+def test_a_block_at_an_end_that_is_left_out_is_told_with_cut_tokens(world: Any, kind: type[Net], which: str) -> None:
+    strategy = {"tensor_parallel": TensorParallel(size=2, verify_blocks=False), "verify_first_step": False}
+    for told in world(2).run(fit, kind, strategy):
+        assert f"the {which} block was left out in this step" in told
+
+
 def test_leaving_it_out(world: Any) -> None:
     tensor = TensorParallel(size=2, sequence_parallel=False, verify_blocks=False)
     for weights, _, plan in world(2).run(fit, Alibi, {"tensor_parallel": tensor, "verify_first_step": False}):

@@ -396,6 +396,9 @@ class TensorMode(OverlapMode):
         def alone(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             x = find_hidden(args, kwargs, "a block")[1]
             self._refuse_second_input(x, (args, kwargs), "a block is", "set tensor_parallel.sequence_parallel: false")
+            # An activation checkpoint calls blocks in backward, when the forward has left them.
+            if module is not blocks[0] and not (self._inside or self._in_backward or self.mesh.sizes["pp"] > 1):
+                raise _left_out("first")
 
         for block in blocks:
             self._hook(block.register_forward_pre_hook, start)
@@ -408,15 +411,15 @@ class TensorMode(OverlapMode):
     def start_backward(self) -> None:
         """What an earlier backward has left (manual optimization does) is kept apart, and not summed once more."""
         self._in_backward = True
-        if self._inside and self.mesh.sizes["pp"] == 1:
-            raise ConfigError(
-                "the last block was left out in this step, and what came after the blocks has seen a rank's part of the tokens only: "
-                "run the last block always, or set tensor_parallel.sequence_parallel: false"
-            )
+        self.explain_failure()
         for number, parameter in self._partial.items() if self._summed else ():
             if parameter.grad is not None:
                 self._apart[number] = parameter.grad.clone()  # it may be a view of a bucket, which is written over
                 parameter.grad = None
+
+    def explain_failure(self) -> None:
+        if self._inside and self.mesh.sizes["pp"] == 1:
+            raise _left_out("last")
 
     def _refuse_own_backward(self, parameter: nn.Parameter) -> None:
         if not self._in_backward:
@@ -517,6 +520,13 @@ class TensorMode(OverlapMode):
 
     def close(self) -> None:
         self.group.close()
+
+
+def _left_out(which: str) -> ConfigError:
+    return ConfigError(
+        f"the {which} block was left out in this step, and with sequence_parallel it is where a rank takes, or gives back, its part "
+        f"of the tokens: run the {which} block always, or set tensor_parallel.sequence_parallel: false"
+    )
 
 
 def _put(args: tuple[Any, ...], kwargs: dict[str, Any], place: int | str, x: Tensor) -> tuple[Any, Any]:
