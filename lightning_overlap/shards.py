@@ -154,6 +154,8 @@ class _Absent:
                 return target
             if name.startswith("_foreach") and isinstance(target, list | tuple):
                 here = [place for place, tensor in enumerate(target) if not isinstance(tensor, _Absent)]
+                if not here:
+                    return target  # torch takes no empty list
                 args = [[x[i] for i in here] if isinstance(x, list | tuple) and len(x) == len(target) else x for x in args]
         with torch._C.DisableTorchFunctionSubclass():
             result = function(*args, **kwargs)

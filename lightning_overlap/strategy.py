@@ -402,6 +402,8 @@ class OverlapStrategy(DDPStrategy):
         earlier = self.modes
         self.modes = [m(self._plan, self.config, self.mesh, self.time_limit) for m in self.mode_types if m.runs(self._plan)]
         for mode in self.modes:
+            mode.refuse(model)
+        for mode in self.modes:
             mode.parallelize(model)
         for mode in self.modes:
             mode.prepare_optimizers(self.optimizers)

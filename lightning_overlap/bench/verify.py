@@ -186,7 +186,7 @@ def verify(
         verdicts.append(_on_and_off(on, run, strategy.config, close))
     elif against != "single":
         raise ConfigError(
-            "nothing overlaps in this plan, so that overlap on and off are the same run, and comparing them prove nothing: ask for "
+            "nothing overlaps in this plan, so that overlap on and off are the same run, and comparing them proves nothing: ask for "
             "overlap (overlap: auto), or compare with one process (against='single', --against single)"
         )
     if against == "single":
@@ -282,7 +282,7 @@ def _far(ours: Seen, other: Seen, losses: Sequence[float], close: float, where: 
     """The first of each kind that is not close to the other's, whose ``losses`` are those of the same batches, in words."""
     found = []
     for i, (x, y) in enumerate(zip(ours.losses, losses, strict=True)):
-        if not math.isclose(x, y, rel_tol=close, abs_tol=close):
+        if not math.isclose(x, y, rel_tol=close, abs_tol=close) and not (math.isnan(x) and math.isnan(y)):
             found.append(f"loss of batch {i} is {x!r}, {where} {y!r}")
             break
     for name, weight in ours.weights.items():

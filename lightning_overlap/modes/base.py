@@ -133,6 +133,13 @@ class OverlapMode:
                 found |= {value: f"{name}[{key}]" for key, value in several.items() if isinstance(value, Group)}
         return {name: group for group, name in found.items()}
 
+    def refuse(self, model: nn.Module) -> None:
+        """Before any mode takes its share of the model, which a refusal leaves as it is.
+
+        Raises:
+            ConfigError: the model is none for this mode.
+        """
+
     def parallelize(self, model: nn.Module) -> None:
         """Takes this rank's share of the model."""
 

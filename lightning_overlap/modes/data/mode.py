@@ -100,7 +100,6 @@ class DataMode(OverlapMode):
         # What another mode completes after backward is sent after all else, a stage does not wait for another one's backward, and a
         # shard is counted in the norm as a whole.
         kinds: dict[tuple[bool, int, bool, str, str], list[tuple[str, nn.Parameter]]] = {}
-        self._refuse_max_norm(model)
         sparse = {id(part.weight) for part in model.modules() if _is_lookup(part) and part.sparse} if not self._sharded else set()
         for name, parameter in model.named_parameters():
             if id(parameter) in sparse and not getattr(parameter, LATE_GRADIENT, False):
@@ -122,8 +121,7 @@ class DataMode(OverlapMode):
         if self._sharded:
             self._guard(model)
 
-    @staticmethod
-    def _refuse_max_norm(model: nn.Module) -> None:
+    def refuse(self, model: nn.Module) -> None:
         for name, part in model.named_modules():
             if _is_lookup(part) and part.max_norm is not None and part.weight.requires_grad:
                 raise ConfigError(
@@ -270,9 +268,10 @@ class DataMode(OverlapMode):
                 f"{thawed[0]} ({len(thawed)} in all) was frozen at setup and is trained now, and is in no bucket. Freeze and unfreeze "
                 "between fits; or leave it trainable and give its group a learning rate of 0 until then."
             )
-        known = {*self._home, *(id(p) for _, p in self._sparse)}
-        if not self._sharded and all(id(p) in known for o in self._lengths for group in o.param_groups for p in group["params"]):
-            return
+        if not self._sharded:
+            known = {*self._home, *(id(p) for _, p in self._sparse)}
+            if all(id(p) in known for o in self._lengths for group in o.param_groups for p in group["params"]):
+                return
         if any(_lengths(optimizer) != lengths for optimizer, lengths in self._lengths.items()):
             raise ConfigError(
                 "the optimizer's parameter groups have changed since setup, and what came in has no shard of the optimizer's "
@@ -435,7 +434,10 @@ class DataMode(OverlapMode):
                 grad = empty if parameter.grad is None else parameter.grad
                 grad = grad.coalesce() if grad.is_sparse else grad  # dense, where it is a head's weight, too
                 for group in filter(None, (self.group, self._instances)):
-                    grad = group.all_reduce(grad, label=f"data.sparse[{name}]", average=True).wait()
+                    dense = grad.is_sparse and group.device is not None  # NCCL sums dense tensors only
+                    summed = grad.to_dense() if dense else grad
+                    summed = group.all_reduce(summed, label=f"data.sparse[{name}]", average=True).wait()
+                    grad = summed.to_sparse(1) if dense else summed
                 parameter.grad = grad
 
     # -- parameters --------------------------------------------------------------------------------------------------

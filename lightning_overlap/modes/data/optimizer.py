@@ -236,7 +236,7 @@ class ShardedOptimizer:
         """A main parameter that does not round to its weight is of another time: the weight counts."""
         if bucket.main is not None and not self._released:
             weights = bucket.data[bucket.own]
-            bucket.main.copy_(torch.where(bucket.main.to(weights.dtype) == weights, bucket.main, weights.float()))
+            torch.where(bucket.main.to(weights.dtype) == weights, bucket.main, weights, out=bucket.main)
 
     def release(self) -> None:
         """The fit is over: the state stays, for checkpoints and for a next fit, and nothing steps any more."""

@@ -89,11 +89,18 @@ class TensorMode(OverlapMode):
 
     # -- set-up ------------------------------------------------------------------------------------------------------
 
+    def refuse(self, model: nn.Module) -> None:
+        shared = find(model, self.config.parallel_plan, self.group.size).shared_by_regions
+        if shared and not self._scattered:
+            raise ConfigError(
+                f"{', '.join(shared[:3])} belongs to an attention or mlp, where a rank has a part of its gradient, and to something "
+                "else: with tensor_parallel.sequence_parallel off a parameter must be in one of the two only"
+            )
+
     def parallelize(self, model: nn.Module) -> None:
         found = find(model, self.config.parallel_plan, self.group.size)
         cuts = [cut for cut in found.cuts if cut.role not in VOCABULARY or self.plan.choice("tensor_parallel.vocab_parallel") == "on"]
         blocks = list(model.get_submodule(found.blocks).children())
-        self._one_block = len(blocks) == 1  # which is entered and left; it may stand in the list several times
         self._numbers = CommonNumbers(self.group.rank, next(model.parameters()).device)
         self._names = {name: id(parameter) for name, parameter in model.named_parameters(remove_duplicate=False)}
         self._partition = Partition(cuts, self.group)
@@ -148,9 +155,9 @@ class TensorMode(OverlapMode):
     @contextmanager
     def whole(self) -> Iterator[None]:
         pieces = [(parameter, parameter.data) for parameter in self._partition.parameters.values()]
-        self._uninstall()
-        self._partition.give_back(complete=True)
         try:
+            self._uninstall()
+            self._partition.give_back(complete=True)
             yield
         finally:
             for parameter, data in pieces:
@@ -241,11 +248,6 @@ class TensorMode(OverlapMode):
         inside = [region.module for region in found.regions]
         if self._scattered:
             inside = list(blocks)
-        elif shared := found.shared_by_regions:
-            raise ConfigError(
-                f"{', '.join(shared[:3])} belongs to an attention or mlp, where a rank has a part of its gradient, and to something "
-                "else: with tensor_parallel.sequence_parallel off a parameter must be in one of the two only"
-            )
         # Where all ranks have all tokens, these are used after the sum, on the same numbers on each.
         after = {id(parameter) for cut in found.cuts if not self._scattered for parameter in cut.after_sum}
         self._partial = {
@@ -320,13 +322,13 @@ class TensorMode(OverlapMode):
             place, x = find_hidden(args, kwargs, region.name)
             self._refuse_second_input(x, (args, kwargs), f"{region.name} is", "leave it out of the parallel_plan")
             tokens = self._tokens_of(x, region.name)
+            self._region = region.name
             if self._fused is not None and symm_mem.fits(tokens, self._exchange):
                 return _put(args, kwargs, place, symm_mem.read(x, columns, self._fused, self._exchange, region.name))
             if self._engine is not None and self._step:  # a validation before the first step may have batches of another size
                 self._engine.start(x, tokens)
             if self._engine is not None and self._engine.fits((*x.shape[:-2], tokens), x.shape[-1], x, columns):
                 return _put(args, kwargs, place, self._engine.read(x, columns, tokens, region.name))
-            self._region = region.name
             handle = read(x, columns, self._reading(region.name), tokens)
             again = self._scattered and not self._exchange.keep_gathered and torch.is_grad_enabled()
             if again and any(layer.weight.requires_grad for layer in columns):
@@ -440,7 +442,10 @@ class TensorMode(OverlapMode):
             together = [p for p in trained if p.dtype == dtype]
             grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in together]
             sizes = [*(grad.numel() for grad in grads), len(grads)]
-            found = grads[0].new_tensor([float(p.grad is not None) for p in together])
+            found = grads[0].new_ones(len(together))
+            for number, p in enumerate(together):
+                if p.grad is None:
+                    found[number] = 0  # a fill, which waits for nothing, as a copy from the host would
             flat = self.group.all_reduce(torch.cat([*(grad.flatten() for grad in grads), found]), label="tensor.replicated").wait()
             *totals, found = flat.split(sizes)
             for number, (parameter, grad, total) in enumerate(zip(together, grads, totals, strict=True)):

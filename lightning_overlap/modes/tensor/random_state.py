@@ -132,4 +132,5 @@ def _is_marked() -> bool:
 def _is_cut(x: Any) -> bool:
     """Whether ranks have different parts of what a mask is for: not the whole input of an attention or mlp, nor one number a sample,
     with which a sample is dropped."""
-    return not isinstance(x, StandIn) and (not isinstance(x, Tensor) or sum(n > 1 for n in x.shape) > 1)
+    # By features, not tokens: a rank may have one token, or none, where others have more, and all must answer alike.
+    return not isinstance(x, StandIn) and (not isinstance(x, Tensor) or any(n > 1 for n in x.shape[1:]))

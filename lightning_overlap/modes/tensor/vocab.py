@@ -177,7 +177,7 @@ class CutLogits(StandIn):
         # Has the shape of the whole, and no numbers.
         logits = local.detach().new_empty(1).expand(*local.shape[:-1], vocabulary.size).as_subclass(cls)
         logits.local, logits.vocabulary = local, vocabulary
-        if base is not None:
+        if base is not None and local.untyped_storage().data_ptr() == base.local.untyped_storage().data_ptr():
             logits.is_view_of(base)
         return logits
 
