@@ -20,7 +20,7 @@ from lightning.pytorch.callbacks import (
     Timer,
     WeightAveraging,
 )
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 ARGUMENTS = (
@@ -73,10 +73,19 @@ def optimizers_in_words(optimizers: Sequence[Optimizer], module: nn.Module) -> d
         words[f"the class of optimizer {number}"] = type(optimizer).__name__
         for place, group in enumerate(optimizer.param_groups):
             where = f"group {place} of optimizer {number}"
-            words |= {f"{key} in {where}": repr(value) for key, value in group.items() if key not in ("params", "param_names")}
+            words |= {f"{key} in {where}": _value(value) for key, value in group.items() if key not in ("params", "param_names")}
             held = [names.get(id(parameter), "not the module's") for parameter in group["params"]]
             words[f"the parameters in {where}"] = f"{len(held)} ({', '.join(held[:3])}, ...; digest {_digest(held)})"
     return words
+
+
+def _value(value: Any) -> str:
+    """A setting in words that do not depend on devices and addresses."""
+    if isinstance(value, Tensor):
+        return repr(value.tolist())
+    if isinstance(value, list | tuple):
+        return f"[{', '.join(map(_value, value))}]"
+    return repr(value) if isinstance(value, bool | int | float | complex | str | None) else type(value).__qualname__
 
 
 def _digest(words: Iterable[str]) -> str:

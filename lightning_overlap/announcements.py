@@ -7,6 +7,7 @@ Even numbers are what lies between two attempts.
 
 from __future__ import annotations
 
+import os
 import time
 from contextlib import suppress
 from types import TracebackType
@@ -59,7 +60,9 @@ class _Board:
         return self._store
 
     def key(self, what: str, attempt: int | None = None) -> str:
-        return f"lightning_overlap/{self.attempt if attempt is None else attempt}/{what}"
+        # torchrun's agent keeps its store when it starts the ranks again.
+        life = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        return f"lightning_overlap/{life}/{self.attempt if attempt is None else attempt}/{what}"
 
 
 _board = _Board()

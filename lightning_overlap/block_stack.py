@@ -84,8 +84,11 @@ class Missing(Tensor):
 
     @staticmethod
     def make(leaf: Leaf, how: Pass, like: Tensor) -> Missing:
-        dtype = like.dtype if like.is_floating_point() else torch.float32
-        made = torch.full((), float("nan"), dtype=dtype, device=like.device).expand(like.shape).as_subclass(Missing)
+        base = how.blank
+        if base is None or (type(like) is not Missing and (base.shape != like.shape or base.dtype != like.dtype)):
+            dtype = like.dtype if like.is_floating_point() else torch.float32
+            base = how.blank = torch.full((), float("nan"), dtype=dtype, device=like.device).expand(like.shape)
+        made = base.as_subclass(Missing)
         made.leaf, made.how = leaf, how
         return made
 
@@ -132,10 +135,12 @@ class Pass:
     """What was wanted, once it is there."""
     passed: list[Tensor] = field(default_factory=list)
     """The tensors that the loop has got from the last block."""
-    arguments: list[Tensor] = field(default_factory=list)
+    arguments: list[Tensor | None] = field(default_factory=list)
     """The tensors that block 0 was called with."""
     matters: bool = False
     """Whether what is computed now is of what the pass is for: of the blocks that are run, or of what comes after all blocks."""
+    blank: Tensor | None = None
+    """Values of what is missing, made once."""
     hidden: int = 0
     """Which of the tensors that a block returns are the hidden states, as far as is known."""
 
@@ -155,6 +160,12 @@ class Pass:
         self.carried[leaf] = self.fetch(leaf)
         return self.carried[leaf]
 
+    def let_go(self) -> None:
+        """Keeps no tensors any more, but what an activation checkpoint that runs again will ask for: what has been carried here."""
+        self.kept.clear()
+        self.passed.clear()
+        self.arguments = [x if (ARGUMENTS, number) in self.carried else None for number, x in enumerate(self.arguments)]
+
     def keep(self, block: int, tensors: list[Tensor]) -> None:
         """What a block returns that was run, as far as it is wanted."""
         for number, tensor in enumerate(tensors):
@@ -171,7 +182,8 @@ class Pass:
         if number is None:
             return x
         # What parameters of another rank were used for is not a number.
-        if self.fetch is not None and x.is_floating_point() and bool(x.isnan().any()):
+        # Nor may one that has a gradient have it in two stages.
+        if self.fetch is not None and x.is_floating_point() and (x.requires_grad or bool(x.isnan().any())):
             return self.find((ARGUMENTS, number))
         return self.carried.get((ARGUMENTS, number), x)
 
@@ -393,9 +405,10 @@ class _StandIn:
         if not again:
             self._check_order(hidden)
             if number == 0:
-                how.arguments = tensors_of((args, kwargs))
+                arguments = tensors_of((args, kwargs))
+                how.arguments = [*arguments]
                 if how.first:
-                    how.keep(ARGUMENTS, how.arguments)
+                    how.keep(ARGUMENTS, arguments)
                 if ARGUMENTS in how.leave:
                     how.leave[ARGUMENTS]()
                 if how.arrive is not None:
@@ -423,11 +436,22 @@ class _StandIn:
         how.passed = tensors_of(result)
         if number not in how.outputs:
             how.outputs[number] = structure(number, result)
+        elif how.again is None:
+            self._refuse_other_values(how.outputs[number], result)
         how.keep(number, how.passed)
         if number in how.leave:
             how.leave[number]()
         self._finish()
         return result
+
+    def _refuse_other_values(self, before: Any, result: Any) -> None:
+        """Other stages go on with the plain values of the first step."""
+        for was, now in zip(leaves(before), leaves(result), strict=False):
+            if isinstance(was, PLAIN) and isinstance(now, PLAIN) and was != now and now == now:
+                raise ConfigError(
+                    f"block {self._number} of {self._stack.name} returns {now!r}, and returned {was!r} in the first step, which other "
+                    "stages go on with: return a tensor, or compute the value from shapes where it is read"
+                )
 
     def _skip(self, hidden: Tensor) -> Any:
         how, number = self._how, self._number

@@ -533,10 +533,14 @@ class Group:
             self._stand("a sum", dist.all_reduce(x, op, self._connected, async_op=True))
         return x
 
-    def broadcast(self, x: Tensor, source: int = 0) -> Tensor:
-        """A member's ``x``, in place. Blocking."""
+    def broadcast(self, x: Tensor, source: int = 0, *, on_host: bool = True) -> Tensor:
+        """A member's ``x``, in place. Blocking; on NCCL, unless ``on_host``, the stream waits and the host does not."""
         if self.size > 1:
-            self._stand("a broadcast", dist.broadcast(x, self.ranks[source], self._connected, async_op=True))
+            work = dist.broadcast(x, self.ranks[source], self._connected, async_op=True)
+            if self._native and not on_host:
+                work.wait()
+            else:
+                self._stand("a broadcast", work)
         return x
 
     def all_gather_alike(self, x: Tensor) -> list[Tensor]:
@@ -676,6 +680,8 @@ class Group:
         The kernel is to ask after a silent peer, and to bound what it holds of gathers.
         """
         if self.size == 1 or self._native:
+            self.of_reduces.close()  # NCCL's own, and other threads': nothing is known of them
+            self.of_gathers.close()
             return
         everyone = self.all_gather_objects((self.of_reduces.ends(), self.of_gathers.ends()))
         theirs = everyone[: self.rank] + everyone[self.rank + 1 :]

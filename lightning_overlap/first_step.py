@@ -3,8 +3,8 @@
 What passes between two blocks, or from a block to the loss, on a way that a mode does not know of, is lost where the model is cut, and
 nothing else would say so. So the first batch of a fit is computed twice more before it is trained on: by the model whole, which every
 rank puts together for that time, and by the ranks' parts of it. Both leave nothing behind: no gradient, buffer, metric, log, attribute
-or random number. Dropout is off in both, since its masks differ where activations are cut; mixed precision is too, so that what
-differs is not rounding.
+or random number. (What a step writes elsewhere stays: parameters that it writes itself, files, a logger's own calls.) Dropout is off
+in both, since its masks differ where activations are cut; mixed precision is too, so that what differs is not rounding.
 """
 
 from __future__ import annotations
@@ -20,12 +20,13 @@ import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.overrides import TorchFunctionMode
 
 from lightning_overlap.comm import TransferError, all_gather_objects, world_size
 from lightning_overlap.decision import ConfigError
 from lightning_overlap.driven import DrivenStep
+from lightning_overlap.generators import pin_generators
 from lightning_overlap.optimization import logs_go_to
+from lightning_overlap.trees import copied
 
 if TYPE_CHECKING:
     from lightning_overlap.modes.base import OverlapMode
@@ -60,24 +61,36 @@ NAMED = 4
 """Parameters or buffers that an error names."""
 
 
-class _WithoutDropout(TorchFunctionMode):
-    """Inside, functional dropout drops nothing, and modules' dropout neither."""
+@contextmanager
+def _without_dropout() -> Iterator[None]:
+    """Inside, torch's dropout drops nothing: modules' and attention's, too, and in what an activation checkpoint runs again.
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if getattr(func, "__wrapped__", func) in _DROPOUTS:  # a mode may have put its own around it
-            # In place or not: the hidden states are what they are.
-            return args[0] if args else kwargs["input"]
-        if func is _ATTENTION:
-            args, kwargs = args[:4], {**kwargs, "dropout_p": 0.0, **dict(zip(("is_causal",), args[5:6], strict=False))}
-        elif func is F.multi_head_attention_forward:
-            args, kwargs = (*args[:10], 0.0, *args[11:]) if len(args) > 10 else args, kwargs
-            kwargs = {**kwargs, "dropout_p": 0.0} if "dropout_p" in kwargs else kwargs
-        return func(*args, **kwargs)
+    The functions are replaced, since a mode of torch's is not on while backward runs a checkpoint again.
+    """
+    attention = F.scaled_dot_product_attention
+
+    def attend(query: Any, key: Any, value: Any, attn_mask: Any = None, dropout_p: float = 0.0, *args: Any, **how: Any) -> Any:
+        return attention(query, key, value, attn_mask, 0.0, *args, **how)
+
+    def keep(input: Tensor, *_: Any, **__: Any) -> Tensor:
+        return input
+
+    before = [(owner, name, getattr(owner, name)) for owner, name in _DROPOUTS]
+    for owner, name, _ in before:
+        setattr(owner, name, keep)
+    F.scaled_dot_product_attention = attend  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        F.scaled_dot_product_attention = attention
+        for owner, name, function in before:
+            setattr(owner, name, function)
 
 
-_ATTENTION = F.scaled_dot_product_attention
-_DROPOUTS = frozenset({F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout, F.feature_alpha_dropout, torch.dropout})
+_DROPOUTS = (
+    *((F, name) for name in ("dropout", "dropout1d", "dropout2d", "dropout3d", "alpha_dropout", "feature_alpha_dropout")),
+    (torch, "dropout"),
+)
 
 
 class _Trial(DrivenStep):
@@ -87,8 +100,10 @@ class _Trial(DrivenStep):
     """The batch's loss, where this rank knows it."""
 
     def forward(self, part: Any, number: int) -> Tensor | None:
+        pin_generators(self._module, random.Random(repr((*self.place, number))).getrandbits(32))
         with logs_go_to(self._trainer, None), self._precision():
-            output = self._module.training_step(part, *self._rest)
+            # A copy: a step may change its batch, take something out of it, and is run on it again.
+            output = self._module.training_step(copied(part), *self._rest)
         loss = output["loss"] if isinstance(output, Mapping) else output
         if not isinstance(loss, Tensor):
             return None
@@ -100,7 +115,7 @@ class _Trial(DrivenStep):
         return nullcontext() if str(plugin.precision).endswith("-mixed") else plugin.train_step_context()
 
     def backward(self, loss: Tensor, share: float) -> None:
-        torch.autograd.backward(loss * share)  # Tensor.backward would leave the mode that turns dropout off
+        (loss * share).backward()
 
     def logged(self, shares: Sequence[float], weights: Sequence[float] | None = None) -> Any:
         return torch.stack([self._outputs[number].double() * share for number, share in enumerate(shares) if share]).sum().cpu()
@@ -138,6 +153,7 @@ class FirstStep:
         self._driver = next((mode for mode in modes if mode.runs_steps), None)
         self._device = device
         self._parameters = dict(module.named_parameters())
+        self._known_buffers = frozenset(name for name, _ in module.named_buffers())  # a step may register others
 
     def prove(self) -> bool:
         """Computes and compares. Collective over the world.
@@ -166,18 +182,18 @@ class FirstStep:
     def _apart(self) -> Iterator[None]:
         """Inside, gradients and random numbers are others than outside, and data parallelism looks at neither."""
         before = {name: parameter.grad for name, parameter in self._parameters.items()}
-        precision = torch.get_float32_matmul_precision()
-        torch.set_float32_matmul_precision("highest")
+        matmul = torch.backends.cuda.matmul
+        precision = matmul.fp32_precision
+        matmul.fp32_precision = "ieee"  # no TF32
         with ExitStack() as stack:
             for mode in self._modes:
                 stack.enter_context(mode.trial())
                 stack.enter_context(mode.complete_gradients())
             stack.enter_context(_same_random_numbers(self._device))
-            stack.enter_context(_WithoutDropout())  # in backward too, where activation checkpoints run forwards again
             try:
                 yield
             finally:
-                torch.set_float32_matmul_precision(precision)
+                matmul.fp32_precision = precision
                 for name, parameter in self._parameters.items():
                     parameter.grad = before[name]
 
@@ -189,10 +205,15 @@ class FirstStep:
                 stack.enter_context(mode.whole())
             self._forget_gradients()
             stack.enter_context(_same_random_numbers(self._device))
+            stack.enter_context(_without_dropout())
             try:
                 shares = self._run_whole(result)
             except torch.OutOfMemoryError:
                 return result, "a rank has no memory for the model whole. Set verify_first_step: false to leave it out"
+            except (RuntimeError, TypeError, ValueError) as error:  # if it is the user's, the step itself will say it
+                if isinstance(error, ConfigError | TransferError):
+                    raise
+                return result, f"the model whole fails in the parameters' own precision: {type(error).__name__}: {error}"
             finally:
                 gradients = {name: p.grad for name, p in self._parameters.items() if p.grad is not None}
                 self._forget_gradients()
@@ -213,7 +234,7 @@ class FirstStep:
         return parts
 
     def _buffers(self) -> dict[str, Tensor]:
-        return {name: buffer.detach().clone() for name, buffer in self._module.named_buffers()}
+        return {name: buffer.detach().clone() for name, buffer in self._module.named_buffers() if name in self._known_buffers}
 
     def _run_whole(self, result: _Result) -> list[float] | None:
         parts = self._driver.whole_parts(self._step) if self._driver is not None else iter([(self._step.batch, 0, 1.0)])
@@ -230,10 +251,19 @@ class FirstStep:
             result.loss = float(self._step.logged(shares))
             result.buffers = self._buffers()
         if len(shares) > 1:
-            with self._step.trial(), torch.no_grad():
-                at_once = self._step.forward(self._step.batch, 0)
-                result.at_once = None if at_once is None else float(at_once)
+            result.at_once = self._run_at_once()
         return shares
+
+    def _run_at_once(self) -> float | None:
+        """The loss of the batch in one piece; None where it cannot be compared, since random numbers are in it or memory is short."""
+        before = torch.get_rng_state(), random.getstate()
+        try:
+            with self._step.trial(), torch.no_grad():
+                loss = self._step.forward(self._step.batch, 0)
+        except torch.OutOfMemoryError:
+            return None
+        is_random = not torch.equal(before[0], torch.get_rng_state()) or before[1] != random.getstate()
+        return None if loss is None or is_random else float(loss)
 
     def _run_cut(self) -> _Result:
         """By the ranks' parts of it, as they train.
@@ -243,7 +273,7 @@ class FirstStep:
         """
         try:
             return self._cut()
-        except (ConfigError, TransferError):
+        except (ConfigError, TransferError, torch.OutOfMemoryError):
             raise
         except Exception as error:
             raise ConfigError(
@@ -254,7 +284,7 @@ class FirstStep:
     def _cut(self) -> _Result:
         result = _Result()
         self._forget_gradients()
-        with self._step.trial(), _same_random_numbers(self._device):
+        with self._step.trial(), _same_random_numbers(self._device), _without_dropout():
             for mode in self._modes:
                 mode.start_forward()
             if self._driver is not None:

@@ -156,7 +156,8 @@ def start_world(environment: ClusterEnvironment, backend: str, limit: timedelta,
     rank, size = environment.global_rank(), environment.world_size()
     host, port = environment.main_address, environment.main_port
     os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"] = host, str(port)  # as Lightning leaves them
-    store = open_store(host, port, rank, size, limit)
+    # torchrun's agent keeps its store when it starts the ranks again.
+    store = PrefixStore(f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", open_store(host, port, rank, size, limit))
     meet_in(store, rank, size, limit)
     bound: dict[str, Any] = {} if device.type == "cpu" else {"device_id": device}
     make = partial(dist.init_process_group, backend, store=PrefixStore("default_pg", store), rank=rank, world_size=size, **bound)

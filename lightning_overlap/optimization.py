@@ -1,4 +1,4 @@
-"""Where the strategy meets Lightning's loops. The only file that touches Lightning's private names."""
+"""Where the strategy meets Lightning's loops. The file that touches most of Lightning's private names."""
 
 from __future__ import annotations
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from types import MethodType
 
 import torch
 from torch import Tensor, nn
@@ -28,10 +29,11 @@ def share(tensors: Iterable[Tensor], group: Group | None = None, source: int = 0
     ranks = group or everyone()
     for together in _batches(tensors):
         flat = torch.cat([tensor.detach().reshape(-1) for tensor in together])
-        ranks.broadcast(flat, source)
+        ranks.broadcast(flat, source, on_host=False)
         if ranks.rank != source:
             for tensor, part in zip(together, flat.split([tensor.numel() for tensor in together]), strict=True):
-                tensor.data.copy_(part.view(tensor.shape))  # no new version, by which SharedBuffers sees what training writes
+                with torch.inference_mode() if tensor.is_inference() else nullcontext():  # made in a validation
+                    tensor.data.copy_(part.view(tensor.shape))  # no new version, by which SharedBuffers sees what training writes
 
 
 def _batches(tensors: Iterable[Tensor]) -> Iterator[list[Tensor]]:
@@ -56,12 +58,16 @@ def batch_norms_over(module: nn.Module, group: Group) -> Iterator[None]:
     """
     layers = [part for part in module.modules() if isinstance(part, nn.SyncBatchNorm) and part.process_group is None]
     for layer in layers:
-        layer.process_group = group.reduces
+        if group.size > 1:
+            layer.process_group = group.reduces
+        else:  # which has no process group, and None would be the world's
+            layer.forward = MethodType(nn.modules.batchnorm._BatchNorm.forward, layer)  # type: ignore[method-assign]
     try:
         yield
     finally:
         for layer in layers:
             layer.process_group = None
+            vars(layer).pop("forward", None)
 
 
 class SharedBuffers:
@@ -118,7 +124,7 @@ class SharedBuffers:
 
     def _state(self) -> dict[str, tuple[int, int]]:
         return {
-            f"{path}.{key}": (buffer.data_ptr(), buffer._version)
+            f"{path}.{key}": (buffer.data_ptr(), 0 if buffer.is_inference() else buffer._version)
             for path, part in self._holders
             for key, buffer in part._buffers.items()
             if buffer is not None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -23,11 +24,12 @@ def unchanged(parts: Sequence[Any]) -> Iterator[None]:
     kept: list[tuple[dict[str, Any], str, Any, Any]] = []
     for part in parts:
         own = {name: value for name, value in vars(part).items() if name not in _OF_MODULES or not isinstance(part, nn.Module)}
-        stores = [(vars(part), own)]
+        values = [(vars(part), own)]
         if isinstance(part, nn.Module):
-            stores.append((part._buffers, dict(part._buffers)))
-        kept += [(store, name, value, _content(value)) for store, values in stores for name, value in values.items()]
-    before = [(vars(part), set(vars(part))) for part in parts]
+            values.append((part._buffers, dict(part._buffers)))
+        kept += [(store, name, value, _content(value)) for store, named in values for name, value in named.items()]
+    stores = [store for part in parts for store in (vars(part), *([part._buffers] if isinstance(part, nn.Module) else ()))]
+    before = [(store, set(store)) for store in stores]
     try:
         yield
     finally:
@@ -64,12 +66,15 @@ def within_reach(module: nn.Module) -> list[Any]:
 def _is_the_users(value: Any) -> bool:
     if isinstance(value, type | ModuleType | FunctionType | MethodType | Tensor) or not hasattr(value, "__dict__"):
         return False
-    return type(value).__module__.partition(".")[0] not in _LIBRARIES
+    package = type(value).__module__.partition(".")[0]
+    return package not in _LIBRARIES and package not in sys.stdlib_module_names
 
 
 def _content(value: Any) -> Any:
     if isinstance(value, Tensor):
         return value.detach().clone()
+    if isinstance(value, np.ndarray) and (isinstance(value, np.memmap) or not value.flags.writeable):
+        return None  # a data set's, which is read
     return copy(value) if isinstance(value, list | dict | set | deque | np.ndarray) else None
 
 

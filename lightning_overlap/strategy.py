@@ -209,7 +209,7 @@ class OverlapStrategy(DDPStrategy):
         self._sharing: Group | None = None
         """While fitting: ranks that see the same data."""
         self._unchecked = CHECKED_BATCHES
-        self._unproven = self._was_deferred = False
+        self._unproven = self._was_deferred = self._fitting = False
         self._until_teardown = contextlib.ExitStack()
         self._whole_state: WholeStateOnly | None = None
 
@@ -259,8 +259,8 @@ class OverlapStrategy(DDPStrategy):
             kind = self._get_process_group_backend()
             start_world(self.cluster_environment, kind, self._meeting_timeout, self.time_limit, self.root_device)
         super().setup_distributed()
-        keep_store_alive()
         assemble(self.time_limit, self._meeting_timeout)
+        keep_store_alive()  # the connection that announcements have made for themselves included
         atexit.unregister(end_world)
         atexit.register(end_world)
 
@@ -301,7 +301,7 @@ class OverlapStrategy(DDPStrategy):
         assert self.accelerator is not None, "Lightning sets the accelerator"
         assert isinstance(self.model, LightningModule), "Lightning connects the module"
         self.accelerator.setup(trainer)
-        fitting = trainer.state.fn == TrainerFn.FITTING
+        self._fitting = fitting = trainer.state.fn == TrainerFn.FITTING
         self.model = self.precision_plugin.convert_module(self.model)  # type: ignore[assignment]
         if fitting and self._layer_sync is not None:
             self.model = self._layer_sync.apply(self.model)
@@ -312,7 +312,10 @@ class OverlapStrategy(DDPStrategy):
             self._materialize(fitting)
         else:
             self.model_to_device()
-            share([*self.model.parameters(), *self.model.buffers()])
+            if world_size() > 1:  # by the device's backend: the world's group of ours is the host's
+                group = make_group([range(world_size())], "weights", self.time_limit, gathers=False, threads=False)
+                share([*self.model.parameters(), *self.model.buffers()], group)
+                group.close()
         if world_size() > 1:
             self._alike = make_group(self.mesh.groups("dp"), "alike", self.time_limit, gathers=False, threads=False)
             self._until_teardown.enter_context(batch_norms_over(self.model, self._alike))
@@ -842,7 +845,7 @@ class OverlapStrategy(DDPStrategy):
         self._alike = self._sharing = self._mirrored = None
         for mode in reversed(self.modes):
             mode.release(complete=not self.failed)
-        if self.failed and self.modes:
+        if self.failed and self.modes and self._fitting:
             rank_zero_warn("training failed in the middle of a step: load a checkpoint before using the module's weights")
             self.modes = []
         if self.failed:

@@ -7,6 +7,8 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+from torch import Tensor
+
 
 def is_container(value: Any) -> bool:
     """Whether a value is a mapping, a list, a tuple or a dataclass, and no leaf."""
@@ -45,6 +47,11 @@ def leaves(value: Any) -> Iterator[Any]:
         return
     for _, item in items(value):
         yield from leaves(item)
+
+
+def copied(value: Any) -> Any:
+    """``value`` with containers and tensors of its own: what is changed in it is not changed in ``value``."""
+    return replaced(value, lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf)
 
 
 def replaced(value: Any, make: Callable[[Any], Any]) -> Any:

@@ -32,6 +32,7 @@ from lightning_overlap.modes.pipeline.weight_grad import WeightGradients, what_s
 from lightning_overlap.modes.pipeline.weights import Weights, weigh
 from lightning_overlap.parallel_plan import Blocks, find_blocks
 from lightning_overlap.shared_state import share
+from lightning_overlap.trees import copied
 
 if TYPE_CHECKING:
     from lightning_overlap.config import OverlapConfig
@@ -265,7 +266,7 @@ class PipelineMode(OverlapMode):
             with step.trial(), kept(self._device), Misplaced(absent, how) as misplaced:
                 pin(*step.place, 0)
                 with stack.passing(how):
-                    loss = step.forward(part, 0)
+                    loss = step.forward(copied(part), 0)  # which is run again
             last = stage == len(self._stages) - 1
             made = [x for leaf, x in how.kept.items() if leaf[0] == self._stages[stage].stop - 1]
             misplaced.refuse([loss] if last and loss is not None else made, stage, stack.name)
@@ -291,6 +292,8 @@ class PipelineMode(OverlapMode):
             for known, before in ((self._forms, forms), (self._announced, announced)):
                 known.clear()
                 known.update(before)  # type: ignore[arg-type, call-overload]
+            for runtime in self._runtimes.values():  # and other kernels, which have not run yet
+                runtime.forget_kinds()
 
     @contextmanager
     def whole(self) -> Iterator[None]:
@@ -397,14 +400,12 @@ class PipelineMode(OverlapMode):
         mirrored = self.mirrors_evaluation
         again = self._refuse_to_go_again if mirrored else None
         plan = Evaluation(self._stages, self._placement, self._flow, self._hops, self._device)
-        # Torch's encoder would have its blocks get nested tensors in evaluation, which have no shape to be told.
-        fast = torch.backends.mha.get_fastpath_enabled()
-        torch.backends.mha.set_fastpath_enabled(False)
+        how = plan.make_pass(self._stack.size, self._placement[-1] if mirrored else None, again)
         try:
-            with self._stack.passing(plan.make_pass(self._stack.size, self._placement[-1] if mirrored else None, again)):
+            with self._stack.passing(how):
                 yield
         finally:
-            torch.backends.mha.set_fastpath_enabled(fast)
+            how.let_go()
 
     @staticmethod
     def _refuse_to_go_again() -> None:

@@ -188,6 +188,10 @@ class Runtime:
         if self._between is not None:
             self._exchange(self._between[-1])
 
+    def forget_kinds(self) -> None:
+        """The next batch of each kind runs kernels that have not run yet."""
+        self._seen.clear()
+
     def finish(self) -> None:
         """Waits until everything has been sent."""
         for pending in self._sends:

@@ -127,8 +127,7 @@ class Stages:
             self.losses[microbatch] = loss.detach()
             return None
         out = [how.find(leaf) for leaf in leaving]
-        how.kept.clear()  # activation checkpoints keep the pass
-        how.passed.clear()
+        how.let_go()  # activation checkpoints keep the pass
         self._kept[stage, microbatch] = entered, [_LetGo.apply(x) if x.requires_grad else x for x in out]
         return [x.detach() for x in out], tuple(map(Form.of, out))
 
