@@ -9,6 +9,7 @@ in both, since its masks differ where activations are cut; mixed precision is to
 
 from __future__ import annotations
 
+import math
 import random
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -351,7 +352,20 @@ class FirstStep:
         )
 
     def _tell_of_objective(self, expected: _Result) -> None:
-        if expected.at_once is not None and not _is_close(expected.loss, expected.at_once, TOLERANCES[self._lowest].loss):
+        """Says that the objective is another one in microbatches.
+
+        Raises:
+            ConfigError: it is none.
+        """
+        if expected.loss is None or expected.at_once is None:
+            return
+        if math.isnan(expected.loss) and math.isfinite(expected.at_once):
+            raise ConfigError(
+                f"the loss of the first batch is {expected.at_once:.6g} in one piece, and not a number in microbatches: a mean over "
+                "labels is none where a microbatch has no label that counts: set pipeline_parallel.microbatch_weight to labels or "
+                "causal_labels"
+            )
+        if not _is_close(expected.loss, expected.at_once, TOLERANCES[self._lowest].loss):
             rank_zero_warn(
                 f"the loss of the first batch is {expected.at_once:.6g} in one piece, and {expected.loss:.6g} in microbatches: it "
                 "is no mean over the samples. pipeline_parallel.microbatch_weight (labels, causal_labels, sum) makes sums and means "

@@ -72,8 +72,8 @@ def _first_step(config: OverlapConfig, facts: Facts, *, is_cut: bool) -> list[De
             "verify_first_step",
             config.verify_first_step,
             best="on",
-            because="the first batch is computed twice more, whole and cut: loss and gradients must be the same; a rank holds all of "
-            "the model for that",
+            because="the first batch is computed twice more, whole and cut: loss, gradients and buffers must be the same; a rank "
+            "holds all of the model for that",
             blockers=[
                 (facts.deferred, "the model was made on the meta device, and is whole on no rank"),
                 (not facts.automatic_optimization, "with manual optimization training_step steps optimizers itself"),

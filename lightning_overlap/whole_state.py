@@ -40,6 +40,6 @@ class WholeStateOnly:
             raise ConfigError(
                 f"state_dict() of {type(module).__name__} is asked for in the middle of a fit, or of a copy that was made in one, and "
                 "this rank has its part of the model only: call trainer.save_checkpoint(path), or "
-                "trainer.strategy.lightning_module_state_dict(), on all ranks: it gives rank 0 the whole; or do it in on_fit_end, when "
-                "every rank has the whole model"
+                "trainer.strategy.lightning_module_state_dict(), on all ranks: it gives rank 0 the whole; or do it in on_fit_end, "
+                "when every rank has the whole model"
             )

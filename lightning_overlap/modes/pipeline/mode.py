@@ -394,7 +394,7 @@ class PipelineMode(OverlapMode):
     @contextmanager
     def evaluating(self) -> Iterator[None]:
         """Hidden states go from stage to stage; the last ones to all ranks, or to the one with the loss, and the others leave."""
-        if self._stack is None:  # after a fit, when every rank has the whole model
+        if self._stack is None or self.group.size == 1:  # after a fit, when every rank has the whole model, or with one rank
             yield
             return
         mirrored = self.mirrors_evaluation
