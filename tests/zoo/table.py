@@ -117,7 +117,6 @@ TABLE: dict[str, Row] = {
     **{name: {"tp*": NO_PLAN} for name in ("bloom", "falcon", "mpt", "dinov2", "wav2vec2")},
     "opt": {"pp": OTHER_STAGE, "pp_interleaved": OTHER_STAGE},
     "mamba": {
-        "pp*": known_fault("crash", "the cache that blocks are handed has no update: LinearAttentionLayer"),
         "tp*": NO_PLAN,
     },
     "rwkv": {"pp*": known_fault("crash", "in validation the model divides weights in place that a stage has not"), "tp*": NO_PLAN},
