@@ -463,12 +463,7 @@ class OverlapStrategy(DDPStrategy):
         for mode in self.modes:
             mode.start_forward()
         if self._driver is None:
-            try:
-                output = super().training_step(*args, **kwargs)
-            except (IndexError, RuntimeError, ValueError):
-                for mode in self.modes:
-                    mode.explain_failure()
-                raise
+            output = super().training_step(*args, **kwargs)
             if checked is not None:
                 refuse_other_loss(output, checked)
             return output

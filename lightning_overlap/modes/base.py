@@ -179,13 +179,6 @@ class OverlapMode:
         """What this rank has of a parameter's gradient, or of a buffer, which is whole; None if it has nothing of it."""
         return whole
 
-    def explain_failure(self) -> None:
-        """After a ``training_step`` that has raised.
-
-        Raises:
-            ConfigError: what it did is what this mode cannot run.
-        """
-
     @property
     def runs_steps(self) -> bool:
         """Whether this mode runs the user's steps, in parts, backward included."""

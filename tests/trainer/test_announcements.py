@@ -14,10 +14,13 @@ from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint, OnExceptionCheckpoint
 from lightning.pytorch.plugins.environments import TorchElasticEnvironment
 from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_overlap import ConfigError, OverlapStrategy, comm
 from lightning_overlap.comm import TransferError
 from tests.helpers.training import Net, train
+from tests.trainer.test_first_step import PIPELINE, TENSOR
+from tests.trainer.test_first_step import Net as CutNet
 
 EPOCHS = {"max_epochs": 2, "max_steps": -1, "limit_train_batches": 2, "limit_val_batches": 1}
 
@@ -73,6 +76,33 @@ def test_an_error_outside_of_steps_is_told_and_the_world_lives_on(world, tmp_pat
         assert here == (["trained", "ValueError: the user's"] if hook == "on_fit_end" else expected(bad)), hook
     again = world(2).run(train)
     assert [each["hash"] for each in again] == [each["hash"] for each in undisturbed]
+
+
+def told_when_cut(strategy, places):
+    """The same with a model that is cut over the ranks."""
+    comm.ASK_FOR_PEERS = 0.1
+    answers = []
+    for hook, bad in places:
+        env = {"cluster_environment": TorchElasticEnvironment(), "process_group_backend": "gloo"}
+        made = OverlapStrategy(**strategy, **env)
+        data = DataLoader(TensorDataset(torch.ones(16, 6, 3), torch.ones(16, 6, 2)), batch_size=4)
+        quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "enable_checkpointing": False}
+        length = {"max_epochs": 2, "limit_train_batches": 3, "use_distributed_sampler": False}
+        try:
+            Trainer(accelerator="cpu", devices=2, strategy=made, **quiet, **length).fit(failing_at(hook, bad, CutNet)(), data)
+        except Exception as error:
+            answers.append(f"{type(error).__name__}: {error}")
+        else:
+            answers.append("trained")
+    return answers
+
+
+@pytest.mark.parametrize("strategy", [PIPELINE, TENSOR], ids=["pipeline", "tensor"])
+def test_an_error_of_one_part_of_a_model_is_told(world, strategy):
+    places = [("configure_optimizers", 1), ("training_step", 1), ("training_step", 0), ("on_train_epoch_end", 1), ("on_train_end", 1)]
+    answers = world(2).run(told_when_cut, strategy, places)
+    for (hook, bad), *here in zip(places, *answers, strict=True):
+        assert here == expected(bad), hook
 
 
 class Quits(Callback):

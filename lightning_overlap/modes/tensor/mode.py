@@ -413,15 +413,12 @@ class TensorMode(OverlapMode):
     def start_backward(self) -> None:
         """What an earlier backward has left (manual optimization does) is kept apart, and not summed once more."""
         self._in_backward = True
-        self.explain_failure()
+        if self._inside and self.mesh.sizes["pp"] == 1:
+            raise _left_out("last")
         for number, parameter in self._partial.items() if self._summed else ():
             if parameter.grad is not None:
                 self._apart[number] = parameter.grad.clone()  # it may be a view of a bucket, which is written over
                 parameter.grad = None
-
-    def explain_failure(self) -> None:
-        if self._inside and self.mesh.sizes["pp"] == 1:
-            raise _left_out("last")
 
     def _refuse_own_backward(self, parameter: nn.Parameter) -> None:
         if not self._in_backward:
