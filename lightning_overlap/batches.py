@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import math
-from collections.abc import Hashable, Iterator, Mapping
+from collections.abc import Hashable, Mapping
 from typing import Any
 
 import torch
@@ -13,6 +12,7 @@ from torch import Tensor
 
 from lightning_overlap.comm import Group
 from lightning_overlap.decision import ConfigError
+from lightning_overlap.trees import leaves
 
 CLOSE = 1e-3
 """Relative difference that rounding may make in a loss that is computed alike."""
@@ -33,20 +33,6 @@ def digest(batch: Any) -> Hashable:
         elif isinstance(leaf, str | int | float | None):
             content.update(repr(leaf).encode())
     return kind(batch), content.hexdigest()
-
-
-def leaves(value: Any) -> Iterator[Any]:
-    """What is in a batch: in its mappings, lists, tuples and dataclasses."""
-    if isinstance(value, Mapping):
-        for item in value.values():
-            yield from leaves(item)
-    elif isinstance(value, list | tuple):
-        for item in value:
-            yield from leaves(item)
-    elif dataclasses.is_dataclass(value) and not isinstance(value, type):
-        yield from leaves(vars(value))
-    else:
-        yield value
 
 
 def refuse_different(batch: Any, group: Group) -> None:

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lightning_overlap.batches import leaves
 from lightning_overlap.block_stack import find_hidden
 from lightning_overlap.comm import Group, make_group
 from lightning_overlap.decision import ConfigError
@@ -30,6 +29,7 @@ from lightning_overlap.modes.tensor.sequence import enter, leave, own_tokens
 from lightning_overlap.modes.tensor.vocab import Vocabulary, embedding_forward, head_forward
 from lightning_overlap.parallel_plan import Cut, Region, TensorPlan, find
 from lightning_overlap.shards import Place, is_absent
+from lightning_overlap.trees import leaves
 
 if TYPE_CHECKING:
     from lightning_overlap.config import OverlapConfig
