@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
 from collections.abc import Iterator
 
 from tests.helpers.world import World
@@ -29,13 +28,6 @@ def expectation(name: str, data: str, layout: str) -> Expected:
     return expected_of(TABLE.get(name, {}), layout, data)
 
 
-class QuickWorld(World):
-    """Its workers are forked from a process that has imported everything, so that a new one costs nothing."""
-
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tests.zoo.warm"])
-
-
 class Keeper:
     """Gives verdicts of cases, one after the other."""
 
@@ -55,7 +47,7 @@ class Keeper:
 
     def _once(self, name: str, data: str, layout: str, kinds: list[str]) -> Verdict:
         if self._world is None:
-            self._world, self._used, self.worlds = QuickWorld(2), False, self.worlds + 1
+            self._world, self._used, self.worlds = World(2), False, self.worlds + 1
         self._world.timeout = LIMIT
         used, self._used = self._used, True
         try:
