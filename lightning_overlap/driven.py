@@ -196,23 +196,20 @@ def mirrored_step(
     return output
 
 
-@contextmanager
-def failing_together(module: LightningModule, mode: OverlapMode) -> Iterator[None]:
-    """What ``validation_step`` collects on the module is where the loss is. A hook that fails without it says so, on all ranks.
+class _FailsTogether:
+    """``on_validation_epoch_end`` that fails on all ranks where it fails on one that the steps are left on. Copies do without."""
 
-    Args:
-        module: the user's.
-        mode: that other ranks leave the steps for.
-    """
-    hook = module.on_validation_epoch_end
+    def __init__(self, module: LightningModule, mode: OverlapMode) -> None:
+        self._module, self._mode = module, mode
+        self.__wrapped__ = module.on_validation_epoch_end
 
-    def on_validation_epoch_end() -> None:
+    def __call__(self) -> None:
         failed: Exception | None = None
         try:
-            hook()
+            self.__wrapped__()
         except Exception as error:
             failed = error
-        said = mode.failed_without_loss(f"{type(failed).__name__}: {failed}" if failed else None)
+        said = self._mode.failed_without_loss(f"{type(failed).__name__}: {failed}" if failed else None)
         if said is not None:
             raise ConfigError(
                 f"on_validation_epoch_end fails on the ranks that validation_step is left on ({said}): what it collects on self is on "
@@ -222,7 +219,19 @@ def failing_together(module: LightningModule, mode: OverlapMode) -> Iterator[Non
         if failed is not None:
             raise failed
 
-    module.on_validation_epoch_end = on_validation_epoch_end  # type: ignore[method-assign]
+    def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+        return getattr, (self._module, "on_validation_epoch_end")
+
+
+@contextmanager
+def failing_together(module: LightningModule, mode: OverlapMode) -> Iterator[None]:
+    """What ``validation_step`` collects on the module is where the loss is. A hook that fails without it says so, on all ranks.
+
+    Args:
+        module: the user's.
+        mode: that other ranks leave the steps for.
+    """
+    module.on_validation_epoch_end = _FailsTogether(module, mode)  # type: ignore[method-assign]
     try:
         yield
     finally:

@@ -1,8 +1,10 @@
 """Pipeline parallelism through Trainer: the numbers of one process, for every schedule, and what Lightning's users rely on."""
 
+import copy
 import gc
 import itertools
 import os
+import pickle
 import re
 import tempfile
 import warnings
@@ -25,6 +27,7 @@ from torch.utils.data import DataLoader, DistributedSampler
 from lightning_overlap import ConfigError, DataParallel, OverlapProfiler, OverlapStrategy, PipelineParallel, verify
 from lightning_overlap.bench.measure import measure
 from lightning_overlap.comm import Group, TransferError
+from lightning_overlap.driven import explaining, failing_together
 from lightning_overlap.modes.pipeline.schedule import build
 from lightning_overlap.modes.pipeline.stage import Stages
 
@@ -604,12 +607,20 @@ def fit_from_meta(pipeline, path, resume, kind, lazy=True, epochs=1):
     run = Trainer(strategy=strategy, **given)
     seen: list[torch.Tensor] = []
     module.on_train_start = lambda: seen.append(torch.cat([module.around, module.norm.late]))  # type: ignore[method-assign, arg-type]
+
+    def write() -> None:  # what the holder of a block has written is every rank's afterwards
+        for number, block in enumerate(module.blocks):
+            block.scale.fill_(10 * dist.get_rank() + number)
+
+    module.on_train_end = write  # type: ignore[method-assign]
     _, most = peak(lambda: run.fit(module, loader(8), loader(8), ckpt_path=resume), resume)
+    del module.on_train_end
     if path:
         run.save_checkpoint(path)
     found = {"weights": {name: p.detach().clone() for name, p in module.named_parameters()}, "peak": most}
     found["loss"] = float(run.callback_metrics["loss"])
     found["buffers"] = seen[0].tolist()
+    found["written"] = [float(block.scale[0]) for block in module.blocks]
     if path:
         try:
             run.validate(module, loader(8), verbose=False)
@@ -630,6 +641,7 @@ def test_no_rank_holds_a_model_from_the_meta_device(world, tmp_path, kind):
         # A block, its gradient, what is added to it, its momentum, and activations. With the weights of all four: seven and more.
         assert found["peak"] < 5 * block, rank
         assert found["buffers"] == [1.0] * 6, "what is around the blocks is read on every rank"
+        assert found["written"] == [0.0, 11.0, 22.0, 33.0]
         here = [name for name, weight in found["weights"].items() if ".up.weight" in name and not weight.isnan().any()]
         assert here == [f"blocks.{rank % 4}.up.weight"]
         assert found["validated"] == begun[0]["validated"] or rank > 3
@@ -1266,3 +1278,11 @@ def test_what_mirrored_validation_cannot_do_names_the_other_way(world, kind, siz
     assert said == [said[0]] * size
     assert said[0].startswith("ConfigError")
     assert "evaluation='replicate'" in said[0]
+
+
+def test_a_module_is_copied_while_its_hooks_are_replaced():
+    module = Collects()
+    with failing_together(module, mock.Mock()), explaining(module, mock.Mock()):
+        twin = copy.deepcopy(module)
+        assert pickle.loads(pickle.dumps(module)).on_validation_epoch_end.__func__ is Collects.on_validation_epoch_end
+    assert twin.on_validation_epoch_end.__self__ is twin

@@ -470,6 +470,8 @@ class PipelineMode(OverlapMode):
             self._gather(buffers=True)
         else:
             self.partition.take_back(room=self._whole)
+            if complete:  # other stages' weights are nowhere here, but buffers are
+                self._share(self.partition.is_buffer)
         for parameter in self.partition.parameters():
             for marker in (LATE_GRADIENT, STAGE, COUNTED_ELSEWHERE):
                 vars(parameter).pop(marker, None)

@@ -141,7 +141,7 @@ class TensorMode(OverlapMode):
         for check in self._unchecked:
             self._hook(check.block.register_forward_pre_hook, partial(self._check, check), with_kwargs=True)
         if self._scattered:
-            self._scatter_tokens(blocks)
+            self._scatter_tokens(blocks, [cut.module for cut in found.cuts if cut.role == "vocab_head"])
 
     def _uninstall(self) -> None:
         """The model computes as the user wrote it."""
@@ -374,7 +374,7 @@ class TensorMode(OverlapMode):
             )
         return self._tokens
 
-    def _scatter_tokens(self, blocks: Sequence[nn.Module]) -> None:
+    def _scatter_tokens(self, blocks: Sequence[nn.Module], heads: Sequence[nn.Module]) -> None:
         def entering(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
             place, x = find_hidden(args, kwargs, "the first block")
             self._tokens, self._inside = x.shape[-2], True
@@ -402,6 +402,12 @@ class TensorMode(OverlapMode):
             if module is not blocks[0] and not (self._inside or self._in_backward or self.mesh.sizes["pp"] > 1):
                 raise _left_out("first")
 
+        def left(*_: Any) -> None:
+            if self._inside and self.mesh.sizes["pp"] == 1:  # a loss of this rank's tokens and everybody's labels would fail in other words
+                raise _left_out("last")
+
+        for head in heads:
+            self._hook(head.register_forward_pre_hook, left)
         for block in blocks:
             self._hook(block.register_forward_pre_hook, start)
             self._hook(block.register_forward_pre_hook, alone, with_kwargs=True)
