@@ -3,7 +3,6 @@
 from lightning.pytorch.strategies import StrategyRegistry
 
 from lightning_overlap.bench.verify import verify
-from lightning_overlap.checkpoint import CheckpointError
 from lightning_overlap.config import OverlapConfig
 from lightning_overlap.decision import ConfigError
 from lightning_overlap.modes.context.config import ContextParallel
@@ -12,7 +11,8 @@ from lightning_overlap.modes.expert.config import ExpertParallel
 from lightning_overlap.modes.pipeline.config import PipelineParallel
 from lightning_overlap.modes.tensor.config import TensorParallel
 from lightning_overlap.profiling.callback import OverlapProfiler
-from lightning_overlap.strategy import OverlapStrategy
+from lightning_overlap.state.checkpoint import CheckpointError
+from lightning_overlap.strategy.strategy import OverlapStrategy
 
 __version__ = "0.1.0"
 __all__ = [

@@ -17,11 +17,11 @@ from lightning_overlap.bench.on_paper import what_it_takes
 from lightning_overlap.bench.runs import Runs
 from lightning_overlap.bench.verify import verify
 from lightning_overlap.decision import ConfigError
-from lightning_overlap.modes.pipeline.schedule import draw
-from lightning_overlap.optimization import facts_of
 from lightning_overlap.plan import resolve
 from lightning_overlap.profiling.report import import_plotly, write_figures
-from lightning_overlap.strategy import OverlapStrategy
+from lightning_overlap.steps.schedule import draw
+from lightning_overlap.strategy.seams import facts_of
+from lightning_overlap.strategy.strategy import OverlapStrategy
 
 
 class _Trainer(Trainer):

@@ -7,12 +7,12 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from lightning_overlap.decision import ConfigError
+from lightning_overlap.model.roles import parse_role
 from lightning_overlap.modes.context.config import ContextParallel
 from lightning_overlap.modes.data.config import DataParallel
 from lightning_overlap.modes.expert.config import ExpertParallel
 from lightning_overlap.modes.pipeline.config import PipelineParallel
 from lightning_overlap.modes.tensor.config import TensorParallel
-from lightning_overlap.roles import parse_role
 
 
 @dataclass(frozen=True)

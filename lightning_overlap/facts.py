@@ -12,7 +12,7 @@ import torch
 
 @dataclass(frozen=True)
 class OptimizerFacts:
-    """What an optimizer does, as :func:`lightning_overlap.probe.examine` found it."""
+    """What an optimizer does, as :func:`lightning_overlap.strategy.probe.examine` found it."""
 
     name: str
     independent: bool

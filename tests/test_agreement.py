@@ -5,8 +5,8 @@ from collections import namedtuple
 import torch
 from torch import nn
 
-from lightning_overlap.agreement import model_in_words, optimizers_in_words
-from lightning_overlap.batches import digest
+from lightning_overlap.strategy.agreement import model_in_words, optimizers_in_words
+from lightning_overlap.strategy.batches import digest
 from tests.helpers.training import Net, train
 
 Pair = namedtuple("Pair", "ids labels")

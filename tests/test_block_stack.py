@@ -8,8 +8,8 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from lightning_overlap.block_stack import ARGUMENTS, BlockStack, Pass, Slot, structure
 from lightning_overlap.decision import ConfigError
+from lightning_overlap.model.block_stack import ARGUMENTS, BlockStack, Pass, Slot, structure
 
 
 class Add(nn.Module):

@@ -7,8 +7,8 @@ import time
 import pytest
 import torch
 
-from lightning_overlap.clock import Clock, DeviceClock, Marks, Timeline
-from lightning_overlap.comm import Transfer
+from lightning_overlap.ranks.clock import Clock, DeviceClock, Marks, Timeline
+from lightning_overlap.ranks.group import Transfer
 
 
 @pytest.fixture

@@ -12,8 +12,9 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from lightning_overlap import announcements, comm
-from lightning_overlap.comm import SEND_BUFFER, TransferError, make_group
+from lightning_overlap.ranks import announcements
+from lightning_overlap.ranks import group as comm
+from lightning_overlap.ranks.group import SEND_BUFFER, TransferError, make_group
 
 
 def transfers(bounds, wire):

@@ -9,26 +9,26 @@ import lightning_overlap
 
 ROOT = Path(lightning_overlap.__file__).parent
 FILES = {str(path.relative_to(ROOT)): path for path in ROOT.rglob("*.py")}
-PURE = ["modes/data/layout.py", "modes/pipeline/layout.py", "modes/pipeline/schedule.py", "modes/pipeline/simulate.py"]
+PURE = ["modes/data/layout.py", "modes/pipeline/layout.py", "steps/schedule.py", "steps/simulate.py"]
 STDLIB_ONLY = [
     "config.py",
     "decision.py",
     "environment.py",
     "plan.py",
-    "roles.py",
+    "model/roles.py",
     *PURE,
     *[f for f in FILES if f.endswith("/config.py")],
 ]
 # The doors to collectives, and what reads and writes torch's distributed checkpoints.
 DISTRIBUTED = {
-    "comm.py",
-    "announcements.py",
-    "launching.py",
-    "mesh.py",
-    "shared_state.py",
-    "checkpoint.py",
-    "sharded_checkpoint.py",
-    "shards.py",
+    "ranks/group.py",
+    "ranks/announcements.py",
+    "strategy/launching.py",
+    "ranks/mesh.py",
+    "ranks/shared_state.py",
+    "state/checkpoint.py",
+    "state/sharded.py",
+    "state/shards.py",
     "modes/tensor/symm_mem.py",
     "bench/peers.py",
     "bench/pipelining.py",
@@ -65,7 +65,7 @@ def test_directions(name):
         others = [m for m in found if m.startswith("lightning_overlap.modes.") and m != "lightning_overlap.modes.base"]
         if name.count("/") > 1:
             assert all(m.startswith(own) for m in others), "modes do not know each other"
-    if name == "strategy.py":
+    if name == "strategy/strategy.py":
         named = [m for m in found if m.startswith("lightning_overlap.modes.") and not m.endswith((".config", ".base"))]
         assert not named, "the strategy names no mode"
 

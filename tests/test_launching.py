@@ -8,9 +8,10 @@ from datetime import timedelta
 import pytest
 from torch.distributed import TCPStore
 
-from lightning_overlap import ConfigError, launching
-from lightning_overlap.comm import TransferError
-from lightning_overlap.launching import Watched
+from lightning_overlap import ConfigError
+from lightning_overlap.ranks.group import TransferError
+from lightning_overlap.strategy import launching
+from lightning_overlap.strategy.launching import Watched
 
 SHORT = timedelta(seconds=1)
 

@@ -17,8 +17,8 @@ from lightning_overlap import (
 )
 from lightning_overlap.config import Degrees
 from lightning_overlap.facts import Facts, OptimizerFacts, PipelineFacts, TensorFacts
-from lightning_overlap.mesh import ParallelMesh
 from lightning_overlap.plan import resolve
+from lightning_overlap.ranks.mesh import ParallelMesh
 
 PACKAGE = Path(lightning_overlap.__file__).parent
 STDLIB_ONLY = ["config.py", "decision.py", "plan.py", "modes/data/layout.py", *sorted(

@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_overlap import probe
-from lightning_overlap.probe import examine, methods_that_read_state
+from lightning_overlap.strategy import probe
+from lightning_overlap.strategy.probe import examine, methods_that_read_state
 
 
 class TrustRatio(torch.optim.SGD):

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.distributed.checkpoint.metadata import MetadataIndex
 
-from lightning_overlap.shards import Place, Run, boxes, is_absent, leave, take
+from lightning_overlap.state.shards import Place, Run, boxes, is_absent, leave, take
 
 
 @st.composite

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torchmetrics import SumMetric
 
-from lightning_overlap.snapshots import unchanged, within_reach
+from lightning_overlap.model.snapshots import unchanged, within_reach
 
 
 @dataclass

@@ -27,10 +27,10 @@ from lightning_overlap.bench.on_paper import OnPaper, pipeline_on_paper
 from lightning_overlap.bench.peers import peers as all_peers
 from lightning_overlap.bench.runs import Runs
 from lightning_overlap.bench.skip import Skipped, skip_transfers
-from lightning_overlap.clock import Clock, DeviceClock, Timeline
-from lightning_overlap.comm import Transfer
 from lightning_overlap.decision import ConfigError
-from lightning_overlap.strategy import OverlapStrategy
+from lightning_overlap.ranks.clock import Clock, DeviceClock, Timeline
+from lightning_overlap.ranks.group import Transfer
+from lightning_overlap.strategy.strategy import OverlapStrategy
 
 
 @dataclass

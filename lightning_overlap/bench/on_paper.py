@@ -8,12 +8,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
-from lightning_overlap.comm import all_gather_objects
 from lightning_overlap.decision import ConfigError
 from lightning_overlap.modes.pipeline.config import PipelineParallel, scheduled
-from lightning_overlap.modes.pipeline.schedule import Schedule
-from lightning_overlap.modes.pipeline.simulate import simulate
 from lightning_overlap.plan import Plan
+from lightning_overlap.ranks.group import all_gather_objects
+from lightning_overlap.steps.schedule import Schedule
+from lightning_overlap.steps.simulate import simulate
 
 
 @dataclass

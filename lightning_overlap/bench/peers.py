@@ -27,7 +27,7 @@ from lightning_overlap.bench.pipelining import SCHEDULES, TorchPipelining
 from lightning_overlap.config import OverlapConfig
 from lightning_overlap.decision import ConfigError
 from lightning_overlap.modes.tensor.partition import Piece
-from lightning_overlap.parallel_plan import find
+from lightning_overlap.modes.tensor.plan import find
 
 
 def peers(

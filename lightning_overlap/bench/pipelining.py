@@ -9,14 +9,14 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleGPipe, ScheduleInterleaved1F1B
 
-from lightning_overlap.block_stack import BlockStack, Pass, Slot
+from lightning_overlap.model.block_stack import BlockStack, Pass, Slot
 from lightning_overlap.modes import MODES
 from lightning_overlap.modes.base import Step
-from lightning_overlap.modes.pipeline import microbatches
 from lightning_overlap.modes.pipeline.mode import PipelineMode
-from lightning_overlap.modes.pipeline.random_state import kept, pin
 from lightning_overlap.modes.pipeline.stage import block_seeds
-from lightning_overlap.strategy import OverlapStrategy
+from lightning_overlap.steps import microbatches
+from lightning_overlap.steps.random_state import kept, pin
+from lightning_overlap.strategy.strategy import OverlapStrategy
 
 SCHEDULES: dict[str, Any] = {
     "gpipe": ScheduleGPipe,

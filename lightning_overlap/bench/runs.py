@@ -14,7 +14,7 @@ from lightning.pytorch.callbacks import BaseFinetuning, GradientAccumulationSche
 from lightning.pytorch.strategies import Strategy
 
 from lightning_overlap.config import OverlapConfig
-from lightning_overlap.strategy import OverlapStrategy
+from lightning_overlap.strategy.strategy import OverlapStrategy
 
 TRAINING = (BaseFinetuning, GradientAccumulationScheduler, StochasticWeightAveraging, WeightAveraging)
 

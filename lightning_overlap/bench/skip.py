@@ -8,8 +8,8 @@ from typing import Any
 
 from torch import Tensor
 
-from lightning_overlap.comm import Group, Pending
 from lightning_overlap.modes.base import OverlapMode
+from lightning_overlap.ranks.group import Group, Pending
 
 ANNOUNCES = ("pipeline.form",)
 """Labels of transfers that tell a receiver what is coming: without them there is no step."""

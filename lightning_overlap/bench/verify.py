@@ -17,13 +17,13 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from lightning_overlap.bench.runs import Runs
-from lightning_overlap.comm import all_gather_objects, rank, world_size
 from lightning_overlap.config import OverlapConfig
 from lightning_overlap.decision import ConfigError
-from lightning_overlap.mesh import ParallelMesh
 from lightning_overlap.plan import Plan, resolve
-from lightning_overlap.shared_state import share
-from lightning_overlap.strategy import OverlapStrategy
+from lightning_overlap.ranks.group import all_gather_objects, rank, world_size
+from lightning_overlap.ranks.mesh import ParallelMesh
+from lightning_overlap.ranks.shared_state import share
+from lightning_overlap.strategy.strategy import OverlapStrategy
 
 CLOSE, CLOSE_HALF = 1e-5, 1e-2
 """Relative difference from one process that another order of the same sums explains, in fp32 and with 16-bit activations."""

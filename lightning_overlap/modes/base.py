@@ -10,14 +10,14 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lightning_overlap.clock import Timeline
-from lightning_overlap.comm import Group
-from lightning_overlap.shards import Place
+from lightning_overlap.ranks.clock import Timeline
+from lightning_overlap.ranks.group import Group
+from lightning_overlap.state.shards import Place
 
 if TYPE_CHECKING:
     from lightning_overlap.config import OverlapConfig
-    from lightning_overlap.mesh import ParallelMesh
     from lightning_overlap.plan import Plan
+    from lightning_overlap.ranks.mesh import ParallelMesh
 
 
 LATE_GRADIENT = "_lightning_overlap_late"
@@ -272,7 +272,7 @@ class OverlapMode:
     ) -> dict[str, dict[str, Any]] | None:
         """This rank's part of the state by parameter and key, nothing copied; None if this mode shards none.
 
-        What has its parameter's shape is a :class:`~lightning_overlap.shards.Run` of it. Communicates nothing.
+        What has its parameter's shape is a :class:`~lightning_overlap.state.shards.Run` of it. Communicates nothing.
 
         Args:
             optimizer: whose state it is.

@@ -10,12 +10,12 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
-from lightning_overlap.clock import Clock, DeviceClock, Timeline
-from lightning_overlap.comm import Group, Transfer, make_group
 from lightning_overlap.decision import ConfigError
 from lightning_overlap.modes.base import OverlapMode
 from lightning_overlap.profiling.report import import_plotly, write_report
 from lightning_overlap.profiling.trace import BETWEEN, Step, Summary, write_chrome_trace
+from lightning_overlap.ranks.clock import Clock, DeviceClock, Timeline
+from lightning_overlap.ranks.group import Group, Transfer, make_group
 
 DRAWN = 8
 """The last so many measured steps are drawn; the table and the log know of all."""
@@ -24,7 +24,7 @@ DRAWN = 8
 class OverlapProfiler(Callback):
     """Tells how much communication was hidden: in the log, in a table at the end of fit, in a report and in a trace.
 
-    Every transfer of :class:`~lightning_overlap.comm.Group` is recorded; nothing is added to a mode. At the trainer's logging
+    Every transfer of :class:`~lightning_overlap.ranks.group.Group` is recorded; nothing is added to a mode. At the trainer's logging
     steps the ranks exchange the records of the steps that were measured since, on one clock. Means over the ranks:
 
     ``overlap/exposed_ms``: milliseconds a step in which a rank did nothing but wait for the wire.

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, TypeVar
 from lightning_overlap.profiling.intervals import Interval, difference, length, union
 
 if TYPE_CHECKING:
-    from lightning_overlap.comm import Transfer
+    from lightning_overlap.ranks.group import Transfer
 
 
 BETWEEN = "between batches"

@@ -5,8 +5,8 @@ from lightning_overlap import ConfigError, OverlapConfig, PipelineParallel
 from lightning_overlap.bench.measure import Measured, Row
 from lightning_overlap.bench.on_paper import busiest, pipeline_on_paper, what_it_takes
 from lightning_overlap.facts import Facts
-from lightning_overlap.modes.pipeline.schedule import build
 from lightning_overlap.plan import resolve
+from lightning_overlap.steps.schedule import build
 
 
 def planned(config):

@@ -10,11 +10,11 @@ import torch.distributed as dist
 from lightning.pytorch.plugins.environments import TorchElasticEnvironment
 
 from lightning_overlap import ConfigError, DataParallel, OverlapStrategy, PipelineParallel, TensorParallel, verify
-from lightning_overlap.comm import Group, Pending
 from lightning_overlap.modes.data.mode import DataMode
 from lightning_overlap.modes.pipeline.runtime import Runtime
-from lightning_overlap.modes.pipeline.schedule import Action
 from lightning_overlap.modes.tensor.gemm import Gathered
+from lightning_overlap.ranks.group import Group, Pending
+from lightning_overlap.steps.schedule import Action
 from tests.helpers.training import Net
 from tests.trainer.test_pipeline import Net as PipelineNet
 from tests.trainer.test_pipeline import loader

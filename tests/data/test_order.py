@@ -8,12 +8,12 @@ from torch import nn
 
 from lightning_overlap.config import OverlapConfig
 from lightning_overlap.facts import Facts
-from lightning_overlap.mesh import ParallelMesh
 from lightning_overlap.modes.data import mode as data_mode
 from lightning_overlap.modes.data.config import DataParallel
 from lightning_overlap.modes.pipeline.config import PipelineParallel
 from lightning_overlap.plan import resolve
-from lightning_overlap.probe import examine
+from lightning_overlap.ranks.mesh import ParallelMesh
+from lightning_overlap.strategy.probe import examine
 
 LAYERS = 4
 

@@ -7,7 +7,7 @@ import torch
 import torchmetrics  # noqa: F401
 import transformers.models.llama.modeling_llama  # noqa: F401
 
-import lightning_overlap.strategy  # noqa: F401
+import lightning_overlap.strategy.strategy  # noqa: F401
 
 torch.set_num_threads(1)
 lightning.pytorch.Trainer(accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from lightning_overlap.decision import ConfigError
-from lightning_overlap.modes.pipeline.microbatches import cut, in_every_part, samples
+from lightning_overlap.steps.microbatches import cut, in_every_part, samples
 
 Pair = namedtuple("Pair", "ids name")
 

@@ -7,10 +7,10 @@ from torch import nn
 from lightning_overlap import ConfigError
 from lightning_overlap.config import OverlapConfig
 from lightning_overlap.facts import PipelineFacts
+from lightning_overlap.model.blocks import find_blocks
 from lightning_overlap.modes.pipeline.config import PipelineParallel
 from lightning_overlap.modes.pipeline.mode import PipelineMode
 from lightning_overlap.modes.pipeline.partition import Partition, heads
-from lightning_overlap.parallel_plan import find_blocks
 
 
 class Model(nn.Module):

@@ -11,8 +11,8 @@ from torch.distributed.pipelining import schedules as torch_schedules
 
 from lightning_overlap.decision import ConfigError
 from lightning_overlap.modes.pipeline.runtime import between, sent_after
-from lightning_overlap.modes.pipeline.schedule import SCHEDULES, STAGES_OF_A_RANK, Action, Schedule, build, deferred, parse, validate
-from lightning_overlap.modes.pipeline.simulate import draw, simulate
+from lightning_overlap.steps.schedule import SCHEDULES, STAGES_OF_A_RANK, Action, Schedule, build, deferred, parse, validate
+from lightning_overlap.steps.simulate import draw, simulate
 
 SPLIT = {"zb_h1", "interleaved_zb", "zb_v", "dualpipev"}
 

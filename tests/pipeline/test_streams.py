@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from lightning_overlap.modes.pipeline.runtime import Form, Runtime, channel_kinds, hops, lane
-from lightning_overlap.modes.pipeline.schedule import SCHEDULES, Schedule, build
+from lightning_overlap.steps.schedule import SCHEDULES, Schedule, build
 
 FORMS = (Form((0,), torch.float32, True),)
 Event = tuple[Any, ...]

@@ -3,9 +3,9 @@ import subprocess
 
 import pytest
 
-from lightning_overlap.comm import Transfer
 from lightning_overlap.profiling.report import write_figures, write_report
 from lightning_overlap.profiling.trace import Step, Summary
+from lightning_overlap.ranks.group import Transfer
 
 CHROMIUM = shutil.which("chromium")
 

@@ -5,8 +5,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lightning_overlap.comm import Transfer
 from lightning_overlap.profiling.trace import Step, Summary, compare, write_chrome_trace
+from lightning_overlap.ranks.group import Transfer
 
 
 def transfer(posted, waited, label="data.grads[0]", started=None, done=None, number=0):

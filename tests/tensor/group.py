@@ -5,7 +5,7 @@ from functools import cache
 
 import torch.distributed as dist
 
-from lightning_overlap.comm import Group, make_group
+from lightning_overlap.ranks.group import Group, make_group
 
 
 @cache

@@ -13,10 +13,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lightning_overlap.comm import Pending
 from lightning_overlap.modes.tensor.config import METHODS
 from lightning_overlap.modes.tensor.gemm import Exchange, growing, shares
 from lightning_overlap.modes.tensor.linear import prepare, read, row_product
+from lightning_overlap.ranks.group import Pending
 from tests.tensor.group import tensor_group
 
 

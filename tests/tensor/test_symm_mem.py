@@ -11,13 +11,13 @@ import torch.distributed as dist
 from torch.distributed import _symmetric_memory as fallbacks
 
 from lightning_overlap import ConfigError, OverlapStrategy, TensorParallel
-from lightning_overlap.comm import Group
 from lightning_overlap.config import OverlapConfig
 from lightning_overlap.decision import Decision
 from lightning_overlap.facts import Facts
 from lightning_overlap.modes.tensor import config, symm_mem
 from lightning_overlap.modes.tensor.gemm import Exchange, shares
 from lightning_overlap.plan import resolve
+from lightning_overlap.ranks.group import Group
 from tests.tensor.group import tensor_group
 from tests.tensor.test_linear import Region
 from tests.trainer.test_tensor import compare, train

@@ -7,7 +7,8 @@ import pytest
 import torch
 from lightning.pytorch import Callback
 
-from lightning_overlap import ConfigError, optimization
+from lightning_overlap import ConfigError
+from lightning_overlap.strategy import seams as optimization
 from tests.trainer.test_pipeline import pipelined
 
 

@@ -16,8 +16,9 @@ from lightning.pytorch.plugins.environments import TorchElasticEnvironment
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_overlap import ConfigError, OverlapStrategy, comm
-from lightning_overlap.comm import TransferError
+from lightning_overlap import ConfigError, OverlapStrategy
+from lightning_overlap.ranks import group as comm
+from lightning_overlap.ranks.group import TransferError
 from tests.helpers.training import Net, train
 from tests.trainer.test_first_step import PIPELINE, TENSOR
 from tests.trainer.test_first_step import Net as CutNet
@@ -294,7 +295,7 @@ def test_storage_options_are_refused_as_lightning_refuses_them(world, tmp_path):
 
 
 def batch_norm_groups():
-    from lightning_overlap.shared_state import batch_norms_over
+    from lightning_overlap.ranks.shared_state import batch_norms_over
 
     group = comm.make_group([[0], [1]], "alike", timedelta(seconds=30), gathers=False, threads=False)
     own = comm.make_group([[0, 1]], "own", timedelta(seconds=30), gathers=False, threads=False)

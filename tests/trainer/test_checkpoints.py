@@ -17,10 +17,10 @@ from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from lightning.pytorch.plugins.io import AsyncCheckpointIO
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 
-import lightning_overlap.sharded_checkpoint as folders
+import lightning_overlap.state.sharded as folders
 from lightning_overlap import CheckpointError
-from lightning_overlap.checkpoint import AtomicCheckpointIO, Saves, aside, beside, load_file, remove, what_is_broken
-from lightning_overlap.comm import TransferError
+from lightning_overlap.ranks.group import TransferError
+from lightning_overlap.state.checkpoint import AtomicCheckpointIO, Saves, aside, beside, load_file, remove, what_is_broken
 from tests.helpers.training import Net, strategy, train
 from tests.helpers.world import World
 
@@ -293,7 +293,7 @@ def crash(folder, background, kind):
         def on_train_batch_end(self, trainer, *_):
             if trainer.global_step in (2, 4):
                 trainer.strategy._saves.wait()
-                where = "lightning_overlap.sharded_checkpoint._Writer.write_data" if kind == "sharded" else "os.fsync"
+                where = "lightning_overlap.state.sharded._Writer.write_data" if kind == "sharded" else "os.fsync"
                 breaks = trainer.global_step == 4 and dist.get_rank() == last
                 with mock.patch(where, side_effect=OSError("disk full")) if breaks else mock.patch("os.sync"):
                     trainer.save_checkpoint(path)
@@ -671,7 +671,7 @@ def test_a_rank_that_is_killed_while_it_saves(tmp_path):
 
 
 def resumed_without_states(path):
-    with mock.patch("lightning_overlap.strategy.rank_zero_warn") as warn:
+    with mock.patch("lightning_overlap.strategy.strategy.rank_zero_warn") as warn:
         run(Plain, {"resume": str(path)})
     return [call.args[0] for call in warn.call_args_list]
 

@@ -14,7 +14,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from lightning_overlap import ConfigError
-from lightning_overlap.comm import TransferError
+from lightning_overlap.ranks.group import TransferError
 from tests.helpers.training import Net, train
 from tests.helpers.world import World
 

@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, DistributedSampler
 
 from lightning_overlap import ConfigError, OverlapStrategy, PipelineParallel, TensorParallel
-from lightning_overlap.mesh import ParallelMesh
+from lightning_overlap.ranks.mesh import ParallelMesh
 
 QUIET = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
 

@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from lightning_overlap.comm import Pending
 from lightning_overlap.modes.data.layout import Bucket
+from lightning_overlap.ranks.group import Pending
 
 HALF = (torch.bfloat16, torch.float16)
 """Dtypes of parameters that are updated as fp32 main parameters."""

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import torch
 
-from lightning_overlap.comm import Group
 from lightning_overlap.decision import ConfigError
 from lightning_overlap.modes.data.buffers import LiveBucket
 from lightning_overlap.modes.data.guard import ReferenceGuard
+from lightning_overlap.ranks.group import Group
 
 
 class Gathers:

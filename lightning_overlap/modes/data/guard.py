@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 from torch.compiler import is_compiling
 
-from lightning_overlap.trees import leaves
+from lightning_overlap.model.trees import leaves
 
 
 class GuardedParameters(dict[str, "nn.Parameter | None"]):

@@ -24,7 +24,6 @@ from torch import Tensor, nn
 from torch.autograd import Variable
 from torch.optim import Optimizer
 
-from lightning_overlap.comm import Group, Pending, make_group
 from lightning_overlap.decision import ConfigError
 from lightning_overlap.modes.base import COUNTED_ELSEWHERE, LATE_GRADIENT, STAGE, OverlapMode
 from lightning_overlap.modes.data.buffers import HALF, LiveBucket, flatten, unflatten
@@ -32,11 +31,12 @@ from lightning_overlap.modes.data.gathers import Gathers
 from lightning_overlap.modes.data.guard import CompleteBefore, GuardedParameters, ReferenceGuard
 from lightning_overlap.modes.data.layout import Bucket, lateness, lay_out
 from lightning_overlap.modes.data.optimizer import ShardedOptimizer
+from lightning_overlap.ranks.group import Group, Pending, make_group
 
 if TYPE_CHECKING:
     from lightning_overlap.config import OverlapConfig
-    from lightning_overlap.mesh import ParallelMesh
     from lightning_overlap.plan import Plan
+    from lightning_overlap.ranks.mesh import ParallelMesh
 
 
 WORTH_IT = 0.1

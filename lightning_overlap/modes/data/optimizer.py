@@ -9,12 +9,12 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from lightning_overlap.comm import Group
 from lightning_overlap.decision import ConfigError
 from lightning_overlap.modes.base import COUNTED_ELSEWHERE
 from lightning_overlap.modes.data import state
 from lightning_overlap.modes.data.buffers import HALF, LiveBucket, Segment
 from lightning_overlap.modes.data.gathers import Gathers
+from lightning_overlap.ranks.group import Group
 
 OWNER = "_lightning_overlap_owner"
 """Attribute of an optimizer: the :class:`ShardedOptimizer` that holds its state in shards."""

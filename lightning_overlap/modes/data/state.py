@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lightning_overlap.comm import Group
 from lightning_overlap.modes.data.buffers import LiveBucket, Segment
-from lightning_overlap.shards import Run
+from lightning_overlap.ranks.group import Group
+from lightning_overlap.state.shards import Run
 
 MAIN = "fp32_main_parameter"
 

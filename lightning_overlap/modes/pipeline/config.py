@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from lightning_overlap.decision import MOST, ConfigError, Decision, check_count, settle
-from lightning_overlap.modes.pipeline.schedule import SCHEDULES, Schedule, build, deferred, parse, simulate, validate
+from lightning_overlap.steps.schedule import SCHEDULES, Schedule, build, deferred, parse, simulate, validate
 
 if TYPE_CHECKING:
     from lightning_overlap.config import OverlapConfig

@@ -19,10 +19,10 @@ from weakref import WeakValueDictionary
 
 import torch
 
-from lightning_overlap.block_stack import ARGUMENTS, Leaf, Pass
-from lightning_overlap.comm import Group, Pending
+from lightning_overlap.model.block_stack import ARGUMENTS, Leaf, Pass
 from lightning_overlap.modes.pipeline.flow import Flow
 from lightning_overlap.modes.pipeline.runtime import Form
+from lightning_overlap.ranks.group import Group, Pending
 
 KEYS = 1 << 12
 """Keys for the transfers of one stage."""
@@ -33,7 +33,7 @@ class _Handed:
     """What a stage hands on.
 
     Attributes:
-        outputs: by block so far, what it returns, as in :class:`lightning_overlap.block_stack.Pass`.
+        outputs: by block so far, what it returns, as in :class:`lightning_overlap.model.block_stack.Pass`.
         places: by leaf, which of the tensors it is. Several blocks may return the same one.
         forms: of the tensors.
     """

@@ -16,8 +16,8 @@ from typing import Any
 
 from torch import Tensor, device
 
-from lightning_overlap.block_stack import ARGUMENTS, Leaf, Pass
-from lightning_overlap.comm import Group, in_words, raise_from_words
+from lightning_overlap.model.block_stack import ARGUMENTS, Leaf, Pass
+from lightning_overlap.ranks.group import Group, in_words, raise_from_words
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class Flow:
     Attributes:
         stages: by stage, its blocks.
         uses: by stage, the tensors of earlier blocks that it computes with.
-        outputs: by block, what it returns, as in :class:`lightning_overlap.block_stack.Pass`.
+        outputs: by block, what it returns, as in :class:`lightning_overlap.model.block_stack.Pass`.
     """
 
     stages: Sequence[range]

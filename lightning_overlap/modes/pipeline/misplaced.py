@@ -8,9 +8,9 @@ from typing import Any
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from lightning_overlap.block_stack import METADATA, Pass
 from lightning_overlap.decision import ConfigError
-from lightning_overlap.trees import leaves
+from lightning_overlap.model.block_stack import METADATA, Pass
+from lightning_overlap.model.trees import leaves
 
 
 class Misplaced(TorchFunctionMode):

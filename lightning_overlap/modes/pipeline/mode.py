@@ -13,31 +13,32 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lightning_overlap.batches import kind
-from lightning_overlap.block_stack import BlockStack, Pass
-from lightning_overlap.comm import Group, Pending, backend, in_words, make_group, raise_from_words
 from lightning_overlap.decision import ConfigError
 from lightning_overlap.facts import PipelineFacts
+from lightning_overlap.model.block_stack import BlockStack, Pass
+from lightning_overlap.model.blocks import Blocks, find_blocks
+from lightning_overlap.model.trees import copied
 from lightning_overlap.modes.base import COUNTED_ELSEWHERE, LATE_GRADIENT, STAGE, OverlapMode, Step
-from lightning_overlap.modes.pipeline import layout, microbatches
+from lightning_overlap.modes.pipeline import layout
 from lightning_overlap.modes.pipeline.config import PipelineParallel, scheduled
 from lightning_overlap.modes.pipeline.evaluation import Evaluation
 from lightning_overlap.modes.pipeline.flow import Flow, rehearse
 from lightning_overlap.modes.pipeline.misplaced import Misplaced
 from lightning_overlap.modes.pipeline.partition import Partition, heads, work
-from lightning_overlap.modes.pipeline.random_state import kept, pin
 from lightning_overlap.modes.pipeline.runtime import Forms, Runtime, channel_kinds, hops, lane
 from lightning_overlap.modes.pipeline.stage import Stages, block_seeds
 from lightning_overlap.modes.pipeline.weight_grad import WeightGradients, what_splits
 from lightning_overlap.modes.pipeline.weights import Weights, weigh
-from lightning_overlap.parallel_plan import Blocks, find_blocks
-from lightning_overlap.shared_state import share
-from lightning_overlap.trees import copied
+from lightning_overlap.ranks.group import Group, Pending, backend, in_words, make_group, raise_from_words
+from lightning_overlap.ranks.shared_state import share
+from lightning_overlap.steps import microbatches
+from lightning_overlap.steps.random_state import kept, pin
+from lightning_overlap.strategy.batches import kind
 
 if TYPE_CHECKING:
     from lightning_overlap.config import OverlapConfig
-    from lightning_overlap.mesh import ParallelMesh
     from lightning_overlap.plan import Plan
+    from lightning_overlap.ranks.mesh import ParallelMesh
 
 
 CHECKED_BATCHES = 3

@@ -15,9 +15,9 @@ import torch
 from torch import nn
 
 from lightning_overlap.decision import ConfigError
+from lightning_overlap.model.blocks import Blocks
 from lightning_overlap.modes.pipeline.weight_grad import is_plain
-from lightning_overlap.parallel_plan import Blocks
-from lightning_overlap.shards import is_absent, leave, take
+from lightning_overlap.state.shards import is_absent, leave, take
 
 
 def heads(model: nn.Module, name: str, blocks: Blocks) -> list[nn.Linear]:

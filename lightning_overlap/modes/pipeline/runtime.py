@@ -24,11 +24,11 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from lightning_overlap.clock import Timeline
-from lightning_overlap.comm import Group, Pending
 from lightning_overlap.decision import ConfigError
-from lightning_overlap.modes.pipeline.schedule import Action, Schedule
-from lightning_overlap.modes.pipeline.simulate import Handover, in_turn
+from lightning_overlap.ranks.clock import Timeline
+from lightning_overlap.ranks.group import Group, Pending
+from lightning_overlap.steps.schedule import Action, Schedule
+from lightning_overlap.steps.simulate import Handover, in_turn
 
 DTYPES = (
     *(torch.float32, torch.bfloat16, torch.float16, torch.float64),

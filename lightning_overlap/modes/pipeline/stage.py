@@ -9,14 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_overlap.block_stack import BlockStack, Pass
 from lightning_overlap.decision import ConfigError
+from lightning_overlap.model.block_stack import BlockStack, Pass
 from lightning_overlap.modes.base import Step
 from lightning_overlap.modes.pipeline.flow import Flow
-from lightning_overlap.modes.pipeline.random_state import pin, pin_torch
 from lightning_overlap.modes.pipeline.runtime import Form, Forms, Tensors
-from lightning_overlap.modes.pipeline.schedule import Action
 from lightning_overlap.modes.pipeline.weight_grad import WeightGradients
+from lightning_overlap.steps.random_state import pin, pin_torch
+from lightning_overlap.steps.schedule import Action
 
 SEEDS = 2**63 - 1
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lightning_overlap.decision import ConfigError
-from lightning_overlap.trees import is_container, items
+from lightning_overlap.model.trees import is_container, items
 
 IGNORED = -100
 """The label that does not count, torch's and Hugging Face's default."""

@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._pytree import tree_map
 
-from lightning_overlap.block_stack import find_hidden
-from lightning_overlap.comm import Group, TransferError
 from lightning_overlap.decision import ConfigError
+from lightning_overlap.model.block_stack import find_hidden
 from lightning_overlap.modes.tensor.patches import Hook
+from lightning_overlap.ranks.group import Group, TransferError
 
 
 @dataclass(frozen=True)

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from lightning_overlap.comm import Group
 from lightning_overlap.modes.tensor.partition import Piece, joined
-from lightning_overlap.parallel_plan import Cut
+from lightning_overlap.modes.tensor.plan import Cut
+from lightning_overlap.ranks.group import Group
 
 
 class _Gathered(Function):

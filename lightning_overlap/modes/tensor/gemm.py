@@ -20,8 +20,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from lightning_overlap.comm import Group, Pending
 from lightning_overlap.modes.tensor.config import METHODS
+from lightning_overlap.ranks.group import Group, Pending
 
 MOST_SPLITS = 4
 PIECE_BYTES = 256 << 10

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
-from lightning_overlap.comm import Group
+from lightning_overlap.ranks.group import Group
 
 
 class _CrossEntropy(Function):

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lightning_overlap.block_stack import find_hidden
-from lightning_overlap.comm import Group, make_group
 from lightning_overlap.decision import ConfigError
 from lightning_overlap.facts import TensorFacts
+from lightning_overlap.model.block_stack import find_hidden
+from lightning_overlap.model.trees import leaves
 from lightning_overlap.modes.base import COUNTED_ELSEWHERE, LATE_GRADIENT, OverlapMode
 from lightning_overlap.modes.tensor import symm_mem, userbuffers
 from lightning_overlap.modes.tensor.check import BlockCheck, Cutting, structure, whole_copy
@@ -24,17 +24,17 @@ from lightning_overlap.modes.tensor.gemm import Exchange, shares
 from lightning_overlap.modes.tensor.linear import Prepared, Reading, alike, column_forward, matrix, prepare, read, row_product
 from lightning_overlap.modes.tensor.partition import Partition, Piece
 from lightning_overlap.modes.tensor.patches import Forward, Hook
+from lightning_overlap.modes.tensor.plan import Cut, Region, TensorPlan, find
 from lightning_overlap.modes.tensor.random_state import CommonNumbers
 from lightning_overlap.modes.tensor.sequence import enter, leave, own_tokens
 from lightning_overlap.modes.tensor.vocab import Vocabulary, embedding_forward, head_forward
-from lightning_overlap.parallel_plan import Cut, Region, TensorPlan, find
-from lightning_overlap.shards import Place, is_absent
-from lightning_overlap.trees import leaves
+from lightning_overlap.ranks.group import Group, make_group
+from lightning_overlap.state.shards import Place, is_absent
 
 if TYPE_CHECKING:
     from lightning_overlap.config import OverlapConfig
-    from lightning_overlap.mesh import ParallelMesh
     from lightning_overlap.plan import Plan
+    from lightning_overlap.ranks.mesh import ParallelMesh
 
 
 VOCABULARY = ("vocab_embedding", "vocab_head")

@@ -9,10 +9,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from lightning_overlap.comm import Group
 from lightning_overlap.modes.tensor.gemm import shares
-from lightning_overlap.parallel_plan import Cut
-from lightning_overlap.shards import Place, is_absent
+from lightning_overlap.modes.tensor.plan import Cut
+from lightning_overlap.ranks.group import Group
+from lightning_overlap.state.shards import Place, is_absent
 
 
 @dataclass(frozen=True)

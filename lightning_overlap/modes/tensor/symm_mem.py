@@ -18,9 +18,9 @@ from torch import Tensor, nn
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
-from lightning_overlap.comm import Group
 from lightning_overlap.modes.tensor.gemm import Exchange, Gathered, Reduced
 from lightning_overlap.modes.tensor.linear import Arriving, Reading, cast, matrix
+from lightning_overlap.ranks.group import Group
 
 
 @dataclass(frozen=True)

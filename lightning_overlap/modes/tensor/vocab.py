@@ -19,10 +19,10 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
-from lightning_overlap.comm import Group
 from lightning_overlap.modes.tensor.linear import cast
 from lightning_overlap.modes.tensor.loss import cross_entropy
 from lightning_overlap.modes.tensor.stand_in import ASKED, StandIn
+from lightning_overlap.ranks.group import Group
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_overlap.decision import ConfigError
-from lightning_overlap.shards import absent_like, is_absent
+from lightning_overlap.state.shards import absent_like, is_absent
 
 _LOST = "_lightning_overlap_lost"
 """Attribute of a parameter whose values another rank has, from a fit."""

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from lightning_overlap.decision import ConfigError
 
 if TYPE_CHECKING:
-    from lightning_overlap.modes.pipeline.schedule import Action, Schedule
+    from lightning_overlap.steps.schedule import Action, Schedule
 
 
 @dataclass(frozen=True)

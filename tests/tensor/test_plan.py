@@ -10,9 +10,9 @@ import transformers
 from torch import nn
 
 from lightning_overlap import ConfigError, OverlapConfig
+from lightning_overlap.model.roles import parse_role
+from lightning_overlap.modes.tensor.plan import find
 from lightning_overlap.nn import ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding, VocabParallelHead
-from lightning_overlap.parallel_plan import find
-from lightning_overlap.roles import parse_role
 
 
 class Attention(nn.Module):

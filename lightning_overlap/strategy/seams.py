@@ -23,13 +23,13 @@ from torch.jit import ScriptModule
 
 from lightning_overlap.facts import Facts
 from lightning_overlap.modes import MODES
-from lightning_overlap.probe import names_in
+from lightning_overlap.strategy.probe import names_in
 
 if TYPE_CHECKING:
-    from lightning_overlap.comm import Group, Pending
     from lightning_overlap.config import OverlapConfig
     from lightning_overlap.modes.base import OverlapMode
-    from lightning_overlap.strategy import OverlapStrategy
+    from lightning_overlap.ranks.group import Group, Pending
+    from lightning_overlap.strategy.strategy import OverlapStrategy
 
 PRIVATE_NAMES: tuple[tuple[type, str, str], ...] = (
     (_TrainingEpochLoop, "_broadcast_sigterm_tensor", "a blocking broadcast before every batch, replaced"),

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_overlap.decision import ConfigError
-from lightning_overlap.trees import leaves, replaced
+from lightning_overlap.model.trees import leaves, replaced
 
 HIDDEN_ARGUMENTS = ("hidden_states", "hidden_state", "x", "hidden", "inputs", "input", "inputs_embeds")
 """Names under which blocks take the hidden states, where they are not the first positional argument."""

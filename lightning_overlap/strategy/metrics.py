@@ -14,8 +14,8 @@ from lightning.pytorch import LightningModule
 from torchmetrics import Metric
 
 if TYPE_CHECKING:
-    from lightning_overlap.comm import Group
     from lightning_overlap.modes.base import OverlapMode
+    from lightning_overlap.ranks.group import Group
 
 
 @contextmanager

@@ -8,9 +8,9 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from lightning_overlap.mesh import ParallelMesh
 from lightning_overlap.modes.base import OverlapMode
-from lightning_overlap.shards import Place
+from lightning_overlap.ranks.mesh import ParallelMesh
+from lightning_overlap.state.shards import Place
 
 
 @dataclass

@@ -18,15 +18,15 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 from torchmetrics import Metric
 
-from lightning_overlap.comm import TransferError
 from lightning_overlap.decision import ConfigError
-from lightning_overlap.generators import pin_generators
-from lightning_overlap.optimization import held, logs_go_to
-from lightning_overlap.snapshots import unchanged, within_reach
+from lightning_overlap.model.snapshots import unchanged, within_reach
+from lightning_overlap.ranks.group import TransferError
+from lightning_overlap.steps.generators import pin_generators
+from lightning_overlap.strategy.seams import held, logs_go_to
 
 if TYPE_CHECKING:
     from lightning_overlap.modes.base import OverlapMode
-    from lightning_overlap.strategy import OverlapStrategy
+    from lightning_overlap.strategy.strategy import OverlapStrategy
 
 
 class DrivenStep:

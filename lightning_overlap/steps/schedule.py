@@ -35,7 +35,7 @@ from itertools import pairwise
 from typing import NamedTuple
 
 from lightning_overlap.decision import ConfigError
-from lightning_overlap.modes.pipeline.simulate import Simulation, draw, simulate
+from lightning_overlap.steps.simulate import Simulation, draw, simulate
 
 __all__ = ["SCHEDULES", "Action", "Schedule", "Simulation", "build", "deferred", "draw", "parse", "simulate", "validate"]
 

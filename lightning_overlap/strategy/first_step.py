@@ -22,12 +22,12 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lightning_overlap.comm import TransferError, all_gather_objects, world_size
 from lightning_overlap.decision import ConfigError
-from lightning_overlap.driven import DrivenStep
-from lightning_overlap.generators import pin_generators
-from lightning_overlap.optimization import logs_go_to
-from lightning_overlap.trees import copied
+from lightning_overlap.model.trees import copied
+from lightning_overlap.ranks.group import TransferError, all_gather_objects, world_size
+from lightning_overlap.steps.generators import pin_generators
+from lightning_overlap.strategy.seams import logs_go_to
+from lightning_overlap.strategy.step import DrivenStep
 
 if TYPE_CHECKING:
     from lightning_overlap.modes.base import OverlapMode

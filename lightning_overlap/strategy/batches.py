@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_overlap.comm import Group
 from lightning_overlap.decision import ConfigError
-from lightning_overlap.trees import leaves
+from lightning_overlap.model.trees import leaves
+from lightning_overlap.ranks.group import Group
 
 CLOSE = 1e-3
 """Relative difference that rounding may make in a loss that is computed alike."""

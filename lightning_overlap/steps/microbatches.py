@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from lightning_overlap.decision import ConfigError
-from lightning_overlap.trees import is_container, items, leaves, rebuild
+from lightning_overlap.model.trees import is_container, items, leaves, rebuild
 
 Dims = Mapping[str, int | None]
 """By place in the batch (``mask``, or ``1.mask`` in a tuple), along which dim something is cut; None: it is in every part."""

@@ -29,21 +29,22 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lightning_overlap import announcements, environment
-from lightning_overlap.agreement import model_in_words, optimizers_in_words, trainer_in_words
-from lightning_overlap.batches import refuse_different, refuse_other_loss
-from lightning_overlap.block_stack import without_nested_tensors
-from lightning_overlap.checkpoint import (
-    AtomicCheckpointIO,
-    Saves,
-    compact,
-    in_place,
-    is_local,
-    load_file,
-    load_lazily,
-    refuse_damaged,
-)
-from lightning_overlap.comm import (
+from lightning_overlap import environment
+from lightning_overlap.config import OverlapConfig
+from lightning_overlap.decision import ConfigError
+from lightning_overlap.facts import Facts
+from lightning_overlap.model.block_stack import without_nested_tensors
+from lightning_overlap.model.materialize import forget, initialize, is_deferred, materialize, without_values
+from lightning_overlap.modes import MODES
+from lightning_overlap.modes.base import COUNTED_ELSEWHERE, OverlapMode
+from lightning_overlap.modes.context.config import ContextParallel
+from lightning_overlap.modes.data.config import DataParallel
+from lightning_overlap.modes.expert.config import ExpertParallel
+from lightning_overlap.modes.pipeline.config import PipelineParallel
+from lightning_overlap.modes.tensor.config import TensorParallel
+from lightning_overlap.plan import Plan, resolve
+from lightning_overlap.ranks import announcements
+from lightning_overlap.ranks.group import (
     Group,
     abandon_groups,
     agree,
@@ -58,12 +59,24 @@ from lightning_overlap.comm import (
     make_group,
     world_size,
 )
-from lightning_overlap.config import OverlapConfig
-from lightning_overlap.decision import ConfigError
-from lightning_overlap.driven import DrivenStep, explaining, failing_together, mirrored_step
-from lightning_overlap.facts import Facts
-from lightning_overlap.first_step import first_step
-from lightning_overlap.launching import (
+from lightning_overlap.ranks.mesh import ParallelMesh
+from lightning_overlap.ranks.shared_state import SharedBuffers, batch_norms_over, share
+from lightning_overlap.state.checkpoint import (
+    AtomicCheckpointIO,
+    Saves,
+    compact,
+    in_place,
+    is_local,
+    load_file,
+    load_lazily,
+    refuse_damaged,
+)
+from lightning_overlap.state.parts import Parts
+from lightning_overlap.state.sharded import Folders, SavedOptimizer, describe, is_folder, names_of
+from lightning_overlap.strategy.agreement import model_in_words, optimizers_in_words, trainer_in_words
+from lightning_overlap.strategy.batches import refuse_different, refuse_other_loss
+from lightning_overlap.strategy.first_step import first_step
+from lightning_overlap.strategy.launching import (
     ProcessLauncher,
     ScriptLauncher,
     check_limit,
@@ -71,17 +84,9 @@ from lightning_overlap.launching import (
     saving_in_step_only,
     start_world,
 )
-from lightning_overlap.materialize import forget, initialize, is_deferred, materialize, without_values
-from lightning_overlap.mesh import ParallelMesh
-from lightning_overlap.metrics import MirroredMetrics, metrics_over
-from lightning_overlap.modes import MODES
-from lightning_overlap.modes.base import COUNTED_ELSEWHERE, OverlapMode
-from lightning_overlap.modes.context.config import ContextParallel
-from lightning_overlap.modes.data.config import DataParallel
-from lightning_overlap.modes.expert.config import ExpertParallel
-from lightning_overlap.modes.pipeline.config import PipelineParallel
-from lightning_overlap.modes.tensor.config import TensorParallel
-from lightning_overlap.optimization import (
+from lightning_overlap.strategy.metrics import MirroredMetrics, metrics_over
+from lightning_overlap.strategy.probe import examine
+from lightning_overlap.strategy.seams import (
     Preemption,
     adapt_precision,
     after_closure,
@@ -91,12 +96,8 @@ from lightning_overlap.optimization import (
     warn_of_parts,
     zeroing_first,
 )
-from lightning_overlap.parts import Parts
-from lightning_overlap.plan import Plan, resolve
-from lightning_overlap.probe import examine
-from lightning_overlap.sharded_checkpoint import Folders, SavedOptimizer, describe, is_folder, names_of
-from lightning_overlap.shared_state import SharedBuffers, batch_norms_over, share
-from lightning_overlap.whole_state import WholeStateOnly
+from lightning_overlap.strategy.step import DrivenStep, explaining, failing_together, mirrored_step
+from lightning_overlap.strategy.whole_state import WholeStateOnly
 
 CHECKED_BATCHES = 3
 """Batches at the start of a fit that are compared between the ranks that share them."""

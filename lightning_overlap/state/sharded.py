@@ -34,7 +34,8 @@ from torch.distributed.checkpoint.utils import find_tensor_shard
 from torch.futures import Future
 from torch.optim import Optimizer
 
-from lightning_overlap.checkpoint import (
+from lightning_overlap.ranks.group import Group, all_gather_objects, make_group, rank, world_size
+from lightning_overlap.state.checkpoint import (
     CheckpointError,
     beside,
     is_local,
@@ -44,9 +45,8 @@ from lightning_overlap.checkpoint import (
     remove,
     what_is_broken,
 )
-from lightning_overlap.comm import Group, all_gather_objects, make_group, rank, world_size
-from lightning_overlap.parts import Parts
-from lightning_overlap.shards import Place, Run
+from lightning_overlap.state.parts import Parts
+from lightning_overlap.state.shards import Place, Run
 
 INDEX, META = ".metadata", "meta.pt"
 T = TypeVar("T")

@@ -9,7 +9,7 @@ from types import MethodType
 import torch
 from torch import Tensor, nn
 
-from lightning_overlap.comm import Group, Pending, everyone, world_size
+from lightning_overlap.ranks.group import Group, Pending, everyone, world_size
 
 AT_ONCE = 1 << 25
 """Bytes that are broadcast together: many small tensors cost one transfer, and no copy is larger."""

@@ -35,9 +35,9 @@ import torch.distributed as dist
 from torch import Tensor
 from torch._C import _distributed_c10d
 
-from lightning_overlap.announcements import TransferError, announced, gather, in_words, look, raise_from_words, wait_until_heard
-from lightning_overlap.clock import Clock, Marks
-from lightning_overlap.sockets import Sockets
+from lightning_overlap.ranks.announcements import TransferError, announced, gather, in_words, look, raise_from_words, wait_until_heard
+from lightning_overlap.ranks.clock import Clock, Marks
+from lightning_overlap.ranks.sockets import Sockets
 
 __all__ = ["Group", "Pending", "Transfer", "TransferError", "in_words", "make_group", "raise_from_words"]
 

@@ -21,13 +21,13 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.exceptions import SIGTERMException, _TunerExitException
 from torch._C._distributed_c10d import PrefixStore, TCPStore
 
-from lightning_overlap import announcements
-from lightning_overlap.comm import TransferError, patiently
 from lightning_overlap.decision import ConfigError
-from lightning_overlap.sockets import Sockets
+from lightning_overlap.ranks import announcements
+from lightning_overlap.ranks.group import TransferError, patiently
+from lightning_overlap.ranks.sockets import Sockets
 
 if TYPE_CHECKING:
-    from lightning_overlap.strategy import OverlapStrategy
+    from lightning_overlap.strategy.strategy import OverlapStrategy
 
 LONGEST = timedelta(days=365)
 """A limit above this one is a mistake: torch counts milliseconds, and wraps."""

@@ -1,0 +1,1 @@
+"""Checkpoints: files, folders, and the parts of the state that ranks hold."""

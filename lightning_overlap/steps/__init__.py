@@ -1,0 +1,1 @@
+"""A training step in parts: schedules, their simulation, microbatches, random numbers."""

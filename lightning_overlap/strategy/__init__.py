@@ -1,0 +1,1 @@
+"""Lightning's side: the strategy, and what it touches of Trainer."""
