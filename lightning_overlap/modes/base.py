@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
@@ -304,3 +304,12 @@ class OverlapMode:
 
     def close(self) -> None:
         """Gives back threads and connections, after :meth:`release`."""
+
+
+@contextmanager
+def hold_gradient_syncs(modes: Sequence[OverlapMode]) -> Iterator[None]:
+    """Every mode holds its gradient synchronisation inside."""
+    with ExitStack() as stack:
+        for mode in modes:
+            stack.enter_context(mode.hold_gradient_sync())
+        yield

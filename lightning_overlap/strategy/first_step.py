@@ -15,22 +15,22 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+from lightning.pytorch import LightningModule
+from lightning.pytorch.strategies import Strategy
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lightning_overlap.decision import ConfigError
 from lightning_overlap.model.trees import copied
+from lightning_overlap.modes.base import OverlapMode
 from lightning_overlap.ranks.group import TransferError, all_gather_objects, world_size
 from lightning_overlap.steps.generators import pin_generators
 from lightning_overlap.strategy.seams import logs_go_to
 from lightning_overlap.strategy.step import DrivenStep
-
-if TYPE_CHECKING:
-    from lightning_overlap.modes.base import OverlapMode
 
 
 @dataclass(frozen=True)
@@ -102,7 +102,7 @@ class _Trial(DrivenStep):
 
     def forward(self, part: Any, number: int) -> Tensor | None:
         pin_generators(self._module, random.Random(repr((*self.place, number))).getrandbits(32))
-        with logs_go_to(self._trainer, None), self._precision():
+        with logs_go_to(self._module.trainer, None), self._precision():
             # A copy: a step may change its batch, take something out of it, and is run on it again.
             output = self._module.training_step(copied(part), *self._rest)
         loss = output["loss"] if isinstance(output, Mapping) else output
@@ -385,18 +385,20 @@ _CAUSES = (
 )
 
 
-def first_step(strategy: Any, module: Any, batch: Any, rest: Any, place: tuple[int, ...], device: torch.device) -> FirstStep:
+def first_step(
+    strategy: Strategy, modes: Sequence[OverlapMode], module: LightningModule, batch: Any, rest: Any, place: tuple[int, ...]
+) -> FirstStep:
     """The proof of a fit's first batch.
 
     Args:
-        strategy: whose modes cut the model.
+        strategy: Lightning's: its precision plugin and device.
+        modes: that cut the model, in their order.
         module: the user's.
         batch: the whole batch.
         rest: the other arguments of ``training_step``.
         place: see :class:`lightning_overlap.modes.base.Step`.
-        device: this rank's.
     """
-    return FirstStep(_Trial(strategy, module.trainer, module, batch, rest, place), module, strategy.modes, device)
+    return FirstStep(_Trial(strategy, modes, module, batch, rest, place), module, modes, strategy.root_device)
 
 
 @contextmanager
