@@ -14,7 +14,7 @@ from lightning.pytorch import LightningModule
 from torchmetrics import Metric
 
 if TYPE_CHECKING:
-    from lightning_overlap.modes.base import OverlapMode
+    from lightning_overlap.modes.base import Driver
     from lightning_overlap.ranks.group import Group
 
 
@@ -59,7 +59,7 @@ class MirroredMetrics:
         in_step: whether a step runs: a metric that is computed there has no other rank to tell it to.
     """
 
-    def __init__(self, module: LightningModule, mode: OverlapMode, in_step: Callable[[], bool]) -> None:
+    def __init__(self, module: LightningModule, mode: Driver, in_step: Callable[[], bool]) -> None:
         self._module, self._mode, self._in_step = module, mode, in_step
         self._plain: dict[int, tuple[Metric, Callable[..., Any]]] = {}  # by id: a metric's hash is that of its values
         self._computing = False

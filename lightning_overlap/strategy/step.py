@@ -25,12 +25,12 @@ from lightning_overlap.steps.generators import pin_generators
 from lightning_overlap.strategy.seams import held, logs_go_to
 
 if TYPE_CHECKING:
-    from lightning_overlap.modes.base import OverlapMode
+    from lightning_overlap.modes.base import Driver
     from lightning_overlap.strategy.strategy import OverlapStrategy
 
 
 class DrivenStep:
-    """One step. See :class:`lightning_overlap.modes.base.Step`.
+    """One step. See :class:`lightning_overlap.steps.step.Step`.
 
     Args:
         strategy: whose modes take part.
@@ -38,17 +38,17 @@ class DrivenStep:
         module: the user's.
         batch: the whole batch.
         rest: the other arguments of ``training_step``.
-        place: see :class:`lightning_overlap.modes.base.Step`.
+        key: see :class:`lightning_overlap.steps.step.Step`.
 
     Attributes:
         output: what the step gives to Lightning, after :meth:`log`.
     """
 
     def __init__(
-        self, strategy: OverlapStrategy, trainer: Trainer, module: LightningModule, batch: Any, rest: Any, place: tuple[int, ...]
+        self, strategy: OverlapStrategy, trainer: Trainer, module: LightningModule, batch: Any, rest: Any, key: tuple[int, ...]
     ) -> None:
         self.batch = batch
-        self.place = place
+        self.key = key
         self.output: Any = None
         self._strategy = strategy
         self._trainer = trainer
@@ -60,7 +60,7 @@ class DrivenStep:
     def forward(self, part: Any, number: int) -> Tensor | None:
         logs = self._logs[number] = []
         # Each stage comes by the user's draws, and all are to see the same numbers.
-        pin_generators(self._module, random.Random(repr((*self.place, number))).getrandbits(32))
+        pin_generators(self._module, random.Random(repr((*self.key, number))).getrandbits(32))
 
         def keep(fx: str, name: str, value: Any, **how: Any) -> None:
             logs.append(((fx, name, _said(value)), how))
@@ -156,15 +156,15 @@ class DrivenStep:
             return torch.stack(parts_of_it).sum().to(torch.as_tensor(values[0]).dtype)
         return _together(values, [weight for _, _, weight in rows], reduce)
 
-    def log(self, said: Any) -> None:
-        loss, extra, as_mapping, logs = said
+    def log(self, merged: Any) -> None:
+        loss, extra, as_mapping, logs = merged
         loss = loss.to(self._strategy.root_device)
         self.output = {"loss": loss, **extra} if as_mapping else loss
         _log(self._strategy, self._trainer, self._module, logs)
 
 
 def mirrored_step(
-    strategy: OverlapStrategy, trainer: Trainer, module: LightningModule, mode: OverlapMode, step: Callable[[], Any]
+    strategy: OverlapStrategy, trainer: Trainer, module: LightningModule, mode: Driver, step: Callable[[], Any]
 ) -> Any:
     """A step of evaluation that only the rank with the loss takes to its end: what it logs, and the numbers that it returns.
 
@@ -199,7 +199,7 @@ def mirrored_step(
 class _FailsTogether:
     """``on_validation_epoch_end`` that fails on all ranks where it fails on one that the steps are left on. Copies do without."""
 
-    def __init__(self, module: LightningModule, mode: OverlapMode) -> None:
+    def __init__(self, module: LightningModule, mode: Driver) -> None:
         self._module, self._mode = module, mode
         self.__wrapped__ = module.on_validation_epoch_end
 
@@ -224,7 +224,7 @@ class _FailsTogether:
 
 
 @contextmanager
-def failing_together(module: LightningModule, mode: OverlapMode) -> Iterator[None]:
+def failing_together(module: LightningModule, mode: Driver) -> Iterator[None]:
     """What ``validation_step`` collects on the module is where the loss is. A hook that fails without it says so, on all ranks.
 
     Args:
@@ -245,7 +245,7 @@ HOOKS = ("on_train_batch_end", "on_train_epoch_end", "on_train_end")
 class _Explained:
     """A hook of the module's that fails on a rank that ``training_step`` is left on says that this may be why. Copies do without."""
 
-    def __init__(self, module: LightningModule, name: str, mode: OverlapMode) -> None:
+    def __init__(self, module: LightningModule, name: str, mode: Driver) -> None:
         self._module, self._name, self._mode = module, name, mode
         self.__wrapped__ = getattr(module, name)  # which Lightning looks at
 
@@ -266,7 +266,7 @@ class _Explained:
 
 
 @contextmanager
-def explaining(module: LightningModule, mode: OverlapMode) -> Iterator[None]:
+def explaining(module: LightningModule, mode: Driver) -> Iterator[None]:
     """Hooks of a fit say where things are that a step has left.
 
     Args:

@@ -34,9 +34,10 @@ from lightning_overlap.config import OverlapConfig
 from lightning_overlap.decision import ConfigError
 from lightning_overlap.facts import Facts
 from lightning_overlap.model.block_stack import without_nested_tensors
+from lightning_overlap.model.markers import is_counted_elsewhere
 from lightning_overlap.model.materialize import forget, initialize, is_deferred, materialize, without_values
 from lightning_overlap.modes import MODES
-from lightning_overlap.modes.base import COUNTED_ELSEWHERE, OverlapMode
+from lightning_overlap.modes.base import Driver, Holder, OptimizerHolder, OverlapMode
 from lightning_overlap.modes.context.config import ContextParallel
 from lightning_overlap.modes.data.config import DataParallel
 from lightning_overlap.modes.expert.config import ExpertParallel
@@ -323,7 +324,7 @@ class OverlapStrategy(DDPStrategy):
             self._until_teardown.enter_context(metrics_over(self._alike))
         if fitting:
             self.setup_optimizers(trainer)
-            if any(mode.cuts_the_model for mode in self.modes):
+            if self._holders:
                 self._whole_state = WholeStateOnly(self.lightning_module)  # type: ignore[arg-type]
                 self._until_teardown.callback(self._whole_state.remove)
             if self._alike is not None:
@@ -361,7 +362,7 @@ class OverlapStrategy(DDPStrategy):
         """Gives memory to what this rank will hold of a model on the meta device; all of it, if there is nothing to fit."""
         module = self.lightning_module
         assert module is not None, "Lightning connects the module"
-        kinds = self.mode_types if fitting else ()
+        kinds = [kind for kind in self.mode_types if issubclass(kind, Holder)] if fitting else []
         held = [kind.holds(module, self.config, self.mesh) for kind in kinds]
 
         def holds(name: str) -> bool:
@@ -404,7 +405,8 @@ class OverlapStrategy(DDPStrategy):
             warn_of_parts(facts)
         self._unproven = self._plan.choice("verify_first_step") != "off"
         earlier = self.modes
-        self.modes = [m(self._plan, self.config, self.mesh, self.time_limit) for m in self.mode_types if m.runs(self._plan)]
+        chosen = sorted((m for m in self.mode_types if m.runs(self._plan)), key=lambda m: m.nesting)
+        self.modes = [m(self._plan, self.config, self.mesh, self.time_limit) for m in chosen]
         for mode in self.modes:
             mode.refuse(model)
         for mode in self.modes:
@@ -496,9 +498,19 @@ class OverlapStrategy(DDPStrategy):
         return self._seed or 0, self.mesh.coordinates()["dp"], trainer.current_epoch, trainer.fit_loop.batch_idx
 
     @property
-    def _driver(self) -> OverlapMode | None:
+    def _driver(self) -> Driver | None:
         """The mode that runs steps in parts, backward included."""
-        return next((mode for mode in self.modes if mode.runs_steps), None)
+        return next((mode for mode in self.modes if isinstance(mode, Driver)), None)
+
+    @property
+    def _holders(self) -> list[Holder]:
+        """The modes under which a rank holds a part of the model."""
+        return [mode for mode in self.modes if isinstance(mode, Holder)]
+
+    @property
+    def _optimizer_holders(self) -> list[OptimizerHolder]:
+        """The modes under which a rank holds a part of the optimizer's state."""
+        return [mode for mode in self.modes if isinstance(mode, OptimizerHolder)]
 
     def _take_in_new_metrics(self) -> None:
         if self._mirrored is not None:
@@ -515,9 +527,7 @@ class OverlapStrategy(DDPStrategy):
                 return mirrored_step(self, module.trainer, module, driver, step)
             finally:
                 self._in_step = False
-        with contextlib.ExitStack() as stack:
-            for mode in self.modes:
-                stack.enter_context(mode.evaluating())
+        with contextlib.nullcontext() if driver is None else driver.evaluating():
             return super().validation_step(*args, **kwargs)
 
     def pre_backward(self, closure_loss: Tensor) -> None:
@@ -548,7 +558,7 @@ class OverlapStrategy(DDPStrategy):
     def stepped_parameters(self, optimizer: Optimizer) -> Iterable[Tensor]:
         """The parameters that a step updates on this rank: shards with the gradients of shards, or the user's."""
         plain = getattr(optimizer, "optimizer", optimizer)
-        for mode in self.modes:
+        for mode in self._optimizer_holders:
             if (parameters := mode.stepped_parameters(plain)) is not None:
                 return parameters
         return [parameter for group in plain.param_groups for parameter in group["params"]]
@@ -556,7 +566,7 @@ class OverlapStrategy(DDPStrategy):
     def clip_gradients_by_norm(self, optimizer: Optimizer, clip_val: float) -> None:
         """Clips by the norm over all ranks' shards."""
         stepped = [(p, p.grad) for p in self.stepped_parameters(optimizer) if p.grad is not None]
-        counted = [_sum_of_squares(grad) for p, grad in stepped if not getattr(p, COUNTED_ELSEWHERE, False)]
+        counted = [_sum_of_squares(grad) for p, grad in stepped if not is_counted_elsewhere(p)]
         squares = torch.zeros((), dtype=torch.float64, device=self.root_device)
         if counted:
             squares += torch.stack(counted).sum()
@@ -623,12 +633,12 @@ class OverlapStrategy(DDPStrategy):
 
     def on_validation_start(self) -> None:
         self._complete_weights()
-        for mode in self.modes:
-            mode.start_evaluation()
+        if self._driver is not None:
+            self._driver.start_evaluation()
 
     def on_validation_end(self) -> None:
-        for mode in self.modes:
-            mode.finish_evaluation()
+        if self._driver is not None:
+            self._driver.finish_evaluation()
 
     def on_test_start(self) -> None:
         self._complete_weights()
@@ -687,31 +697,30 @@ class OverlapStrategy(DDPStrategy):
             share(self.lightning_module.buffers(), self._alike)  # every rank writes a part of them
         with self._reading_state():
             state = super().lightning_module_state_dict()
-        for mode in (
-            reversed(self.modes) if self._state_dict_type == "full" else ()
-        ):  # put together in the reverse of the order in which it was cut
-            state = mode.whole_model(state)
+        if self._state_dict_type == "full":
+            for mode in reversed(self._holders):  # put together in the reverse of the order in which it was cut
+                state = mode.whole_model(state)
         return state
 
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
         plain = getattr(optimizer, "optimizer", optimizer)
         if self._state_dict_type == "sharded":
             return describe(plain, self._optimizer_shards(plain), self._parameter_names(), self._parts)
-        found = (state for mode in self.modes if (state := mode.optimizer_state(plain)) is not None)
+        found = (state for mode in self._optimizer_holders if (state := mode.optimizer_state(plain)) is not None)
         whole = next(found, None) or super().optimizer_state(optimizer)
-        for mode in reversed(self.modes):
+        for mode in reversed(self._holders):
             whole = mode.whole_optimizer(plain, whole)
         return whole
 
     def _optimizer_shards(self, optimizer: Optimizer, saved: Any = None) -> dict[str, dict[str, Any]] | None:
-        for mode in self.modes:
+        for mode in self._optimizer_holders:
             if (shards := mode.optimizer_shards(optimizer, saved)) is not None:
                 return shards
         return None
 
     @property
     def _parts(self) -> Parts:
-        return Parts(self.modes, self.mesh)
+        return Parts(self._holders, self.mesh)
 
     def _parameter_names(self) -> dict[int, str]:
         assert self.lightning_module is not None, "Lightning connects the module"
@@ -763,9 +772,9 @@ class OverlapStrategy(DDPStrategy):
                 shards = partial(self._optimizer_shards, optimizer)
                 self._folders.load_optimizer(state, optimizer, self._parameter_names(), self._parts, shards)
                 continue
-            for mode in self.modes:
-                state = mode.own_optimizer(optimizer, state)
-            if not any(mode.load_optimizer_state(optimizer, state) for mode in self.modes):
+            for holder in self._holders:
+                state = holder.local_optimizer(optimizer, state)
+            if not any(mode.load_optimizer_state(optimizer, state) for mode in self._optimizer_holders):
                 optimizer.load_state_dict(state)
         for mode in self.modes:
             mode.adopt_parameters()
