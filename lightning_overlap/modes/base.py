@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from datetime import timedelta
 from enum import IntEnum
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -301,3 +301,12 @@ class OptimizerHolder(OverlapMode):
             saved: for loading: a state by parameter and key, whose tensors may be on the meta device. Memory for a state like it is
                 made first, and the caller writes into what is returned.
         """
+
+
+@contextmanager
+def hold_gradient_syncs(modes: Sequence[OverlapMode]) -> Iterator[None]:
+    """Every mode holds its gradient synchronisation inside."""
+    with ExitStack() as stack:
+        for mode in modes:
+            stack.enter_context(mode.hold_gradient_sync())
+        yield

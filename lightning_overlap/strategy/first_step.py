@@ -18,6 +18,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from lightning.pytorch import LightningModule
+from lightning.pytorch.strategies import Strategy
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -100,7 +102,7 @@ class _Trial(DrivenStep):
 
     def forward(self, part: Any, number: int) -> Tensor | None:
         pin_generators(self._module, random.Random(repr((*self.key, number))).getrandbits(32))
-        with logs_go_to(self._trainer, None), self._precision():
+        with logs_go_to(self._module.trainer, None), self._precision():
             # A copy: a step may change its batch, take something out of it, and is run on it again.
             output = self._module.training_step(copied(part), *self._rest)
         loss = output["loss"] if isinstance(output, Mapping) else output
@@ -384,18 +386,20 @@ _CAUSES = (
 )
 
 
-def first_step(strategy: Any, module: Any, batch: Any, rest: Any, key: tuple[int, ...], device: torch.device) -> FirstStep:
+def first_step(
+    strategy: Strategy, modes: Sequence[OverlapMode], module: LightningModule, batch: Any, rest: Any, key: tuple[int, ...]
+) -> FirstStep:
     """The proof of a fit's first batch.
 
     Args:
-        strategy: whose modes cut the model.
+        strategy: Lightning's: its precision plugin and device.
+        modes: that cut the model, in their order.
         module: the user's.
         batch: the whole batch.
         rest: the other arguments of ``training_step``.
         key: see :class:`lightning_overlap.steps.step.Step`.
-        device: this rank's.
     """
-    return FirstStep(_Trial(strategy, module.trainer, module, batch, rest, key), module, strategy.modes, device)
+    return FirstStep(_Trial(strategy, modes, module, batch, rest, key), module, modes, strategy.root_device)
 
 
 @contextmanager

@@ -37,7 +37,7 @@ from lightning_overlap.model.block_stack import without_nested_tensors
 from lightning_overlap.model.markers import is_counted_elsewhere
 from lightning_overlap.model.materialize import forget, initialize, is_deferred, materialize, without_values
 from lightning_overlap.modes import MODES
-from lightning_overlap.modes.base import Driver, Holder, OptimizerHolder, OverlapMode
+from lightning_overlap.modes.base import Driver, Holder, OptimizerHolder, OverlapMode, hold_gradient_syncs
 from lightning_overlap.modes.context.config import ContextParallel
 from lightning_overlap.modes.data.config import DataParallel
 from lightning_overlap.modes.expert.config import ExpertParallel
@@ -76,6 +76,7 @@ from lightning_overlap.state.parts import Parts
 from lightning_overlap.state.sharded import Folders, SavedOptimizer, describe, is_folder, names_of
 from lightning_overlap.strategy.agreement import model_in_words, optimizers_in_words, trainer_in_words
 from lightning_overlap.strategy.batches import refuse_different, refuse_other_loss
+from lightning_overlap.strategy.evaluation import Mirror, metrics_over, mirrored_step
 from lightning_overlap.strategy.first_step import first_step
 from lightning_overlap.strategy.launching import (
     ProcessLauncher,
@@ -85,7 +86,6 @@ from lightning_overlap.strategy.launching import (
     saving_in_step_only,
     start_world,
 )
-from lightning_overlap.strategy.metrics import MirroredMetrics, metrics_over
 from lightning_overlap.strategy.probe import examine
 from lightning_overlap.strategy.seams import (
     Preemption,
@@ -93,11 +93,10 @@ from lightning_overlap.strategy.seams import (
     after_closure,
     backward_then,
     facts_of,
-    held,
     warn_of_parts,
     zeroing_first,
 )
-from lightning_overlap.strategy.step import DrivenStep, explaining, failing_together, mirrored_step
+from lightning_overlap.strategy.step import DrivenStep
 from lightning_overlap.strategy.whole_state import WholeStateOnly
 
 CHECKED_BATCHES = 3
@@ -199,7 +198,7 @@ class OverlapStrategy(DDPStrategy):
         self._training = False
         self.modes: list[OverlapMode] = []
         self._plan: Plan | None = None
-        self.attempting = self.failed = self._in_step = False
+        self.attempting = self.failed = False
         self._seed: int | None = None
         self._preemption: Preemption | None = None
         self._waiting: dict[str, Any] | None = None
@@ -207,7 +206,7 @@ class OverlapStrategy(DDPStrategy):
         self._buffers: SharedBuffers | None = None
         self._alike: Group | None = None
         """Until the teardown: ranks that hold the same of the model and see different data."""
-        self._mirrored: MirroredMetrics | None = None
+        self._mirror: Mirror | None = None
         self._sharing: Group | None = None
         """While fitting: ranks that see the same data."""
         self._unchecked = CHECKED_BATCHES
@@ -237,7 +236,7 @@ class OverlapStrategy(DDPStrategy):
     def precision_plugin(self, plugin: Precision | None) -> None:
         self._precision_plugin = plugin
         if plugin is not None:
-            adapt_precision(plugin, self)
+            adapt_precision(plugin, self.stepped_parameters, self.clip_gradients_by_norm)
 
     def _configure_launcher(self) -> None:
         # The first place where the number of ranks is known, and before any process is started.
@@ -338,11 +337,8 @@ class OverlapStrategy(DDPStrategy):
                 self._unchecked = CHECKED_BATCHES
                 self._share_random_state(self._sharing)
                 if self._driver is not None:
-                    self._mirrored = MirroredMetrics(trainer.lightning_module, self._driver, lambda: self._in_step)
-                    self._until_teardown.callback(self._mirrored.remove)
-                    self._until_teardown.enter_context(explaining(trainer.lightning_module, self._driver))
-                    if self._driver.mirrors_evaluation:
-                        self._until_teardown.enter_context(failing_together(trainer.lightning_module, self._driver))
+                    self._mirror = Mirror(trainer.lightning_module, self._driver)
+                    self._until_teardown.callback(self._mirror.remove)
         self.setup_precision_plugin()
 
     def _share_random_state(self, group: Group) -> None:
@@ -472,22 +468,22 @@ class OverlapStrategy(DDPStrategy):
             return output
         module = self.lightning_module
         assert module is not None, "Lightning connects the module"
-        step = DrivenStep(self, module.trainer, module, batch, rest, self._place_of_step)
-        self._take_in_new_metrics()
-        self._in_step = True
-        try:
+        step = DrivenStep(self, self.modes, module, batch, rest, self._place_of_step)
+        if self._mirror is not None:
+            self._mirror.add_metrics()
+        with self._user_step():
             self._driver.run_step(step)
-        finally:
-            self._in_step = False
         return step.output
+
+    def _user_step(self) -> contextlib.AbstractContextManager[None]:
+        """Around what runs steps of the user's."""
+        return contextlib.nullcontext() if self._mirror is None else self._mirror.step()
 
     def _prove(self, batch: Any, rest: Any) -> bool:
         """Compares the first step with that of the model whole; whether there was something to compare."""
-        self._in_step = True
-        try:
-            return first_step(self, self.lightning_module, batch, rest, self._place_of_step, self.root_device).prove()
-        finally:
-            self._in_step = False
+        assert self.lightning_module is not None, "Lightning connects the module"
+        with self._user_step():
+            return first_step(self, self.modes, self.lightning_module, batch, rest, self._place_of_step).prove()
 
     @property
     def _place_of_step(self) -> tuple[int, ...]:
@@ -512,21 +508,14 @@ class OverlapStrategy(DDPStrategy):
         """The modes under which a rank holds a part of the optimizer's state."""
         return [mode for mode in self.modes if isinstance(mode, OptimizerHolder)]
 
-    def _take_in_new_metrics(self) -> None:
-        if self._mirrored is not None:
-            self._mirrored.add()
-
     def validation_step(self, *args: Any, **kwargs: Any) -> Any:
-        self._take_in_new_metrics()
+        if self._mirror is not None:
+            self._mirror.add_metrics()
         driver, module = self._driver, self.lightning_module
         if driver is not None and driver.mirrors_evaluation:
             assert module is not None, "Lightning connects the module"
-            step = partial(super().validation_step, *args, **kwargs)
-            self._in_step = True
-            try:
-                return mirrored_step(self, module.trainer, module, driver, step)
-            finally:
-                self._in_step = False
+            with self._user_step():
+                return mirrored_step(self, module, driver, partial(super().validation_step, *args, **kwargs))
         with contextlib.nullcontext() if driver is None else driver.evaluating():
             return super().validation_step(*args, **kwargs)
 
@@ -579,7 +568,7 @@ class OverlapStrategy(DDPStrategy):
 
     @contextmanager
     def block_backward_sync(self) -> Iterator[None]:
-        with held(self.modes):
+        with hold_gradient_syncs(self.modes):
             yield
 
     # -- all ranks ---------------------------------------------------------------------------------------------------
@@ -847,7 +836,7 @@ class OverlapStrategy(DDPStrategy):
         for group in (self._alike, self._sharing):
             if group is not None and not self.failed:
                 group.close()
-        self._alike = self._sharing = self._mirrored = None
+        self._alike = self._sharing = self._mirror = None
         for mode in reversed(self.modes):
             mode.release(complete=not self.failed)
         if self.failed and self.modes and self._fitting:
