@@ -17,7 +17,7 @@ from torch.optim import Optimizer
 
 from lightning_overlap.decision import ConfigError
 from lightning_overlap.model.materialize import forget, is_deferred
-from lightning_overlap.modes.base import OverlapMode
+from lightning_overlap.modes.base import Holder, OptimizerHolder, OverlapMode
 from lightning_overlap.ranks.group import Group, rank
 from lightning_overlap.ranks.mesh import ParallelMesh
 from lightning_overlap.ranks.shared_state import share
@@ -46,14 +46,15 @@ class Checkpoints:
 
     Attributes:
         training: whether training goes on.
-        modes: those that have cut the model, in their order; see :meth:`use`.
         whole_state: while the model is cut: refuses the user's calls of ``state_dict()``.
     """
 
     def __init__(self, layout: Literal["full", "sharded"], in_background: bool, timeout: timedelta) -> None:
         if layout not in ("full", "sharded"):
             raise ConfigError(f"state_dict_type={layout!r}: it is 'full' or 'sharded'")
-        self.modes: Sequence[OverlapMode] = ()
+        self._modes: Sequence[OverlapMode] = ()
+        self._holders: Sequence[Holder] = ()
+        self._optimizer_holders: Sequence[OptimizerHolder] = ()
         self.whole_state: WholeStateOnly | None = None
         self.layout = layout
         self.in_background = in_background
@@ -66,9 +67,11 @@ class Checkpoints:
         """A model's part of a checkpoint, until there is memory for it."""
 
     def use(self, modes: Sequence[OverlapMode], mesh: ParallelMesh) -> None:
-        """Takes the modes that cut the model from now on; to be called before anything is saved."""
-        self.modes = modes
-        self._known_parts = Parts(modes, mesh)
+        """Takes the modes that hold the state from now on, in the order of cutting; to be called before anything is saved."""
+        self._modes = modes
+        self._holders = [mode for mode in modes if isinstance(mode, Holder)]
+        self._optimizer_holders = [mode for mode in modes if isinstance(mode, OptimizerHolder)]
+        self._known_parts = Parts(self._holders, mesh)
 
     @property
     def _parts(self) -> Parts:
@@ -91,7 +94,7 @@ class Checkpoints:
         self._folders.close(complete=complete)
 
     def _sync_parameters(self) -> None:
-        for mode in self.modes:
+        for mode in self._modes:
             mode.sync_parameters()
 
     def _state_of(self, module: nn.Module) -> dict[str, Any]:
@@ -112,7 +115,7 @@ class Checkpoints:
         if self._is_sharded:
             share(module.buffers(), samples)  # every rank writes a part of them
         state = self._state_of(module)
-        for mode in () if self._is_sharded else reversed(self.modes):  # put together in the reverse of the order of cutting
+        for mode in () if self._is_sharded else reversed(self._holders):  # put together in the reverse of the order of cutting
             state = mode.whole_model(state)
         return state
 
@@ -126,14 +129,14 @@ class Checkpoints:
         """
         if self._is_sharded:
             return describe(optimizer, self._optimizer_shards(optimizer), names_of(module), self._parts)
-        states = (state for mode in self.modes if (state := mode.optimizer_state(optimizer)) is not None)
+        states = (state for mode in self._optimizer_holders if (state := mode.optimizer_state(optimizer)) is not None)
         whole = next(states, None) or unsharded()
-        for mode in reversed(self.modes):
+        for mode in reversed(self._holders):
             whole = mode.whole_optimizer(optimizer, whole)
         return whole
 
     def _optimizer_shards(self, optimizer: Optimizer, saved: Any = None) -> dict[str, dict[str, Any]] | None:
-        shards = (shards for mode in self.modes if (shards := mode.optimizer_shards(optimizer, saved)) is not None)
+        shards = (shards for mode in self._optimizer_holders if (shards := mode.optimizer_shards(optimizer, saved)) is not None)
         return next(shards, None)
 
     def save(self, checkpoint: dict[str, Any], path: Any, io: CheckpointIO, options: Any | None) -> None:
@@ -227,7 +230,7 @@ class Checkpoints:
                 warnings.filterwarnings("ignore", "for .*: copying from a non-meta parameter")
                 self._waiting = state
             module.load_state_dict(state, strict=strict)
-        for mode in self.modes:
+        for mode in self._modes:
             mode.adopt_parameters()
 
     def load_waiting(self, module: nn.Module, holds: Callable[[str], bool]) -> None:
@@ -253,9 +256,9 @@ class Checkpoints:
                 room = partial(self._optimizer_shards, optimizer)
                 self._folders.load_optimizer(state, optimizer, names_of(module), self._parts, room)
                 continue
-            for mode in self.modes:
-                state = mode.own_optimizer(optimizer, state)
-            if not any(mode.load_optimizer_state(optimizer, state) for mode in self.modes):
+            for holder in self._holders:
+                state = holder.local_optimizer(optimizer, state)
+            if not any(mode.load_optimizer_state(optimizer, state) for mode in self._optimizer_holders):
                 optimizer.load_state_dict(state)
-        for mode in self.modes:
+        for mode in self._modes:
             mode.adopt_parameters()

@@ -16,7 +16,7 @@ from lightning.pytorch.strategies import Strategy
 from torchmetrics import Metric
 
 from lightning_overlap.decision import ConfigError
-from lightning_overlap.modes.base import OverlapMode
+from lightning_overlap.modes.base import Driver
 from lightning_overlap.ranks.group import Group, TransferError
 from lightning_overlap.strategy.logs import LogRecord, current_value, numbers_of, sendable_options, write_logs
 from lightning_overlap.strategy.seams import logs_go_to
@@ -30,7 +30,7 @@ class Mirror:
         driver: the mode that runs the steps.
     """
 
-    def __init__(self, module: LightningModule, driver: OverlapMode) -> None:
+    def __init__(self, module: LightningModule, driver: Driver) -> None:
         self._module, self._driver = module, driver
         self._in_step = False
         self._metrics = MirroredMetrics(module, driver, lambda: self._in_step)
@@ -58,7 +58,7 @@ class Mirror:
         self._metrics.remove()
 
 
-def mirrored_step(strategy: Strategy, module: LightningModule, driver: OverlapMode, step: Callable[[], Any]) -> Any:
+def mirrored_step(strategy: Strategy, module: LightningModule, driver: Driver, step: Callable[[], Any]) -> Any:
     """Runs a validation step to its end on the rank with the loss; every rank logs and returns its numbers. Collective.
 
     Args:
@@ -94,7 +94,7 @@ def mirrored_step(strategy: Strategy, module: LightningModule, driver: OverlapMo
 class _FailsTogether:
     """``on_validation_epoch_end`` that fails on all ranks where it fails on one that the steps are left on. Copies do without."""
 
-    def __init__(self, module: LightningModule, driver: OverlapMode) -> None:
+    def __init__(self, module: LightningModule, driver: Driver) -> None:
         self._module, self._driver = module, driver
         self.__wrapped__ = module.on_validation_epoch_end
 
@@ -119,7 +119,7 @@ class _FailsTogether:
 
 
 @contextmanager
-def failing_together(module: LightningModule, driver: OverlapMode) -> Iterator[None]:
+def failing_together(module: LightningModule, driver: Driver) -> Iterator[None]:
     """What ``validation_step`` collects on the module is where the loss is. A hook that fails without it says so, on all ranks.
 
     Args:
@@ -140,7 +140,7 @@ HOOKS = ("on_train_batch_end", "on_train_epoch_end", "on_train_end")
 class _Explained:
     """A hook of the module's that fails on a rank that ``training_step`` is left on says that this may be why. Copies do without."""
 
-    def __init__(self, module: LightningModule, name: str, driver: OverlapMode) -> None:
+    def __init__(self, module: LightningModule, name: str, driver: Driver) -> None:
         self._module, self._name, self._driver = module, name, driver
         self.__wrapped__ = getattr(module, name)  # which Lightning looks at
 
@@ -161,7 +161,7 @@ class _Explained:
 
 
 @contextmanager
-def explaining(module: LightningModule, driver: OverlapMode) -> Iterator[None]:
+def explaining(module: LightningModule, driver: Driver) -> Iterator[None]:
     """Hooks of a fit say where things are that a step has left.
 
     Args:
@@ -219,7 +219,7 @@ class MirroredMetrics:
         in_step: whether a step runs: a metric that is computed there has no other rank to tell it to.
     """
 
-    def __init__(self, module: LightningModule, driver: OverlapMode, in_step: Callable[[], bool]) -> None:
+    def __init__(self, module: LightningModule, driver: Driver, in_step: Callable[[], bool]) -> None:
         self._module, self._driver, self._in_step = module, driver, in_step
         self._plain: dict[int, tuple[Metric, Callable[..., Any]]] = {}  # by id: a metric's hash is that of its values
         self._computing = False

@@ -8,13 +8,14 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lightning_overlap.modes.base import COUNTED_ELSEWHERE, OverlapMode
+from lightning_overlap.model.markers import is_counted_elsewhere
+from lightning_overlap.modes.base import OptimizerHolder, OverlapMode
 
 
 def stepped_parameters(optimizer: Optimizer, modes: Sequence[OverlapMode]) -> Iterable[Tensor]:
     """The parameters that a step updates on this rank: shards with the gradients of shards, or the user's."""
     for mode in modes:
-        if (parameters := mode.stepped_parameters(optimizer)) is not None:
+        if isinstance(mode, OptimizerHolder) and (parameters := mode.stepped_parameters(optimizer)) is not None:
             return parameters
     return [parameter for group in optimizer.param_groups for parameter in group["params"]]
 
@@ -29,7 +30,7 @@ def clip_by_norm(parameters: Iterable[Tensor], modes: Sequence[OverlapMode], lim
         device: of this rank, where the norm is computed: nothing waits for it.
     """
     stepped = [(parameter, parameter.grad) for parameter in parameters if parameter.grad is not None]
-    counted = [_sum_of_squares(grad) for parameter, grad in stepped if not getattr(parameter, COUNTED_ELSEWHERE, False)]
+    counted = [_sum_of_squares(grad) for parameter, grad in stepped if not is_counted_elsewhere(parameter)]
     squares = torch.zeros((), dtype=torch.float64, device=device)
     if counted:
         squares += torch.stack(counted).sum()

@@ -26,7 +26,7 @@ from lightning_overlap.strategy.seams import logs_go_to
 
 
 class DrivenStep:
-    """One step. See :class:`lightning_overlap.modes.base.Step`.
+    """One step. See :class:`lightning_overlap.steps.step.Step`.
 
     Args:
         strategy: Lightning's: its precision plugin, optimizers and device.
@@ -34,7 +34,7 @@ class DrivenStep:
         module: the user's.
         batch: the whole batch.
         rest: the other arguments of ``training_step``.
-        place: see :class:`lightning_overlap.modes.base.Step`.
+        key: see :class:`lightning_overlap.steps.step.Step`.
 
     Attributes:
         output: what the step gives to Lightning, after :meth:`log`.
@@ -47,10 +47,10 @@ class DrivenStep:
         module: LightningModule,
         batch: Any,
         rest: Any,
-        place: tuple[int, ...],
+        key: tuple[int, ...],
     ) -> None:
         self.batch = batch
-        self.place = place
+        self.key = key
         self.output: Any = None
         self._strategy = strategy
         self._modes = modes
@@ -62,7 +62,7 @@ class DrivenStep:
     def forward(self, part: Any, number: int) -> Tensor | None:
         logs = self._logs[number] = []
         # Each stage comes by the user's draws, and all are to see the same numbers.
-        pin_generators(self._module, random.Random(repr((*self.place, number))).getrandbits(32))
+        pin_generators(self._module, random.Random(repr((*self.key, number))).getrandbits(32))
 
         def keep(hook: str, name: str, value: Any, **options: Any) -> None:
             logs.append(LogRecord(hook, name, current_value(value), options))
@@ -163,8 +163,8 @@ class DrivenStep:
             return torch.stack(parts_of_it).sum().to(torch.as_tensor(values[0]).dtype)
         return combine(values, [weight for _, _, weight in rows], reduce)
 
-    def log(self, said: Any) -> None:
-        loss, extra, as_mapping, logs = said
+    def log(self, merged: Any) -> None:
+        loss, extra, as_mapping, logs = merged
         loss = loss.to(self._strategy.root_device)
         self.output = {"loss": loss, **extra} if as_mapping else loss
         write_logs(self._strategy, self._module, logs)

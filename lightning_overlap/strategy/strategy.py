@@ -25,7 +25,7 @@ from lightning_overlap.decision import ConfigError
 from lightning_overlap.model.block_stack import without_nested_tensors
 from lightning_overlap.model.materialize import forget, is_deferred
 from lightning_overlap.modes import MODES
-from lightning_overlap.modes.base import OverlapMode, hold_gradient_syncs
+from lightning_overlap.modes.base import Driver, Holder, OverlapMode, hold_gradient_syncs
 from lightning_overlap.modes.context.config import ContextParallel
 from lightning_overlap.modes.data.config import DataParallel
 from lightning_overlap.modes.expert.config import ExpertParallel
@@ -194,7 +194,7 @@ class OverlapStrategy(MeshStrategy):
     def _setup_fit(self, trainer: Trainer) -> None:
         """What a fit needs besides the modes, once they have cut the model."""
         module = trainer.lightning_module
-        if any(mode.cuts_the_model for mode in self.modes):
+        if any(isinstance(mode, Holder) for mode in self.modes):
             self.checkpoints.whole_state = WholeStateOnly(module)
             self._until_teardown.callback(self.checkpoints.whole_state.remove)
         if self._run is not None:
@@ -206,7 +206,8 @@ class OverlapStrategy(MeshStrategy):
     def _materialize(self, fitting: bool) -> None:
         """Gives memory to what this rank will hold of a model on the meta device; all of it, if there is nothing to fit."""
         module = self._module
-        held = [kind.holds(module, self.config, self.mesh) for kind in (self.mode_types if fitting else ())]
+        kinds = [kind for kind in self.mode_types if issubclass(kind, Holder)] if fitting else []
+        held = [kind.holds(module, self.config, self.mesh) for kind in kinds]
 
         def holds(name: str) -> bool:
             return all(has(name) for has in held)
@@ -239,7 +240,8 @@ class OverlapStrategy(MeshStrategy):
             warn_of_parts(facts)
         self._unproven = self._plan.choice("verify_first_step") != "off"
         earlier = self.modes
-        self.modes = [m(self._plan, self.config, self.mesh, self.time_limit) for m in self.mode_types if m.runs(self._plan)]
+        chosen = sorted((m for m in self.mode_types if m.runs(self._plan)), key=lambda m: m.nesting)
+        self.modes = [m(self._plan, self.config, self.mesh, self.time_limit) for m in chosen]
         self.checkpoints.use(self.modes, self.mesh)
         for mode in self.modes:
             mode.refuse(model)
@@ -272,7 +274,7 @@ class OverlapStrategy(MeshStrategy):
                 comparison.loss(output)
             return output
         module = self._module
-        step = DrivenStep(self, self.modes, module, batch, rest, self._place_of_step)
+        step = DrivenStep(self, self.modes, module, batch, rest, self._step_key)
         if self._mirror is not None:
             self._mirror.add_metrics()
         with self._user_step():
@@ -286,19 +288,19 @@ class OverlapStrategy(MeshStrategy):
     def _prove(self, batch: Any, rest: Any) -> bool:
         """Compares the first step with that of the model whole; whether there was something to compare."""
         with self._user_step():
-            return first_step(self, self.modes, self._module, batch, rest, self._place_of_step).prove()
+            return first_step(self, self.modes, self._module, batch, rest, self._step_key).prove()
 
     @property
-    def _place_of_step(self) -> tuple[int, ...]:
+    def _step_key(self) -> tuple[int, ...]:
         """Tells the step from all others of the run."""
         trainer = self._module.trainer
         # Not the arguments, of which a training_step may leave out the batch's number.
         return self._seed or 0, self.mesh.coordinates()["dp"], trainer.current_epoch, trainer.fit_loop.batch_idx
 
     @property
-    def _driver(self) -> OverlapMode | None:
+    def _driver(self) -> Driver | None:
         """The mode that runs steps in parts, backward included."""
-        return next((mode for mode in self.modes if mode.runs_steps), None)
+        return next((mode for mode in self.modes if isinstance(mode, Driver)), None)
 
     def validation_step(self, *args: Any, **kwargs: Any) -> Any:
         if self._mirror is not None:
@@ -307,9 +309,7 @@ class OverlapStrategy(MeshStrategy):
         if driver is not None and driver.mirrors_evaluation:
             with self._user_step():
                 return mirrored_step(self, module, driver, partial(super().validation_step, *args, **kwargs))
-        with contextlib.ExitStack() as stack:
-            for mode in self.modes:
-                stack.enter_context(mode.evaluating())
+        with driver.evaluating() if driver is not None else contextlib.nullcontext():
             return super().validation_step(*args, **kwargs)
 
     def pre_backward(self, closure_loss: Tensor) -> None:
@@ -358,12 +358,12 @@ class OverlapStrategy(MeshStrategy):
 
     def on_validation_start(self) -> None:
         self._complete_weights()
-        for mode in self.modes:
-            mode.start_evaluation()
+        if self._driver is not None:
+            self._driver.start_evaluation()
 
     def on_validation_end(self) -> None:
-        for mode in self.modes:
-            mode.finish_evaluation()
+        if self._driver is not None:
+            self._driver.finish_evaluation()
 
     def on_test_start(self) -> None:
         self._complete_weights()
