@@ -16,15 +16,15 @@ import torch
 import torch.distributed as dist
 from lightning.fabric.plugins import ClusterEnvironment
 from lightning.pytorch import Trainer
-from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher, _SubprocessScriptLauncher
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
-from lightning.pytorch.utilities.exceptions import SIGTERMException, _TunerExitException
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined]  # documented, and not declared in its __all__
 
 from lightning_overlap.decision import ConfigError
 from lightning_overlap.ranks import announcements
 from lightning_overlap.ranks.group import TransferError, patiently
 from lightning_overlap.ranks.sockets import Sockets
+from lightning_overlap.strategy.seams import MultiProcessingLauncher, SubprocessScriptLauncher, TunerExit
 
 LONGEST = timedelta(days=365)
 """A limit above this one is a mistake: torch counts milliseconds, and wraps."""
@@ -77,7 +77,7 @@ class Watched:
         self._strategy.attempting = True
         try:
             return self._function(*args, **kwargs)
-        except (SIGTERMException, _TunerExitException):  # all ranks stop at the same batch
+        except (SIGTERMException, TunerExit):  # all ranks stop at the same batch
             raise
         except BaseException as error:
             told = announcements.announced()
@@ -127,7 +127,7 @@ def saving_in_step_only(trainer: Trainer) -> Iterator[None]:
         del trainer.save_checkpoint  # type: ignore[method-assign]
 
 
-class ScriptLauncher(_SubprocessScriptLauncher):
+class ScriptLauncher(SubprocessScriptLauncher):
     """Lightning's, whose function is :class:`Watched`."""
 
     def __init__(self, environment: ClusterEnvironment, processes: int, nodes: int, strategy: FailureListener) -> None:
@@ -138,7 +138,7 @@ class ScriptLauncher(_SubprocessScriptLauncher):
         return super().launch(Watched(self._strategy, trainer, function), *args, trainer=trainer, **kwargs)
 
 
-class ProcessLauncher(_MultiProcessingLauncher):
+class ProcessLauncher(MultiProcessingLauncher):
     """Lightning's, whose function is :class:`Watched`."""
 
     def launch(self, function: Callable[..., Any], *args: Any, trainer: Trainer | None = None, **kwargs: Any) -> Any:

@@ -75,12 +75,17 @@ class MeshStrategy(DDPStrategy):
         """How long a transfer may take."""
         return self._timeout or timedelta(minutes=30)  # Lightning's type admits None
 
+    @property
+    def backend_name(self) -> str:
+        """The backend of the process groups: what was asked for, or the device's."""
+        return self._get_process_group_backend()
+
     # -- start ---------------------------------------------------------------------------------------------------------
 
     def _configure_launcher(self) -> None:
         # The first place where the number of ranks is known, and before any process is started.
         ranks, precision = self.num_nodes * self.num_processes, str(self.precision_plugin.precision)
-        prepare_launch(self.config, ranks, self.root_device, precision, self._process_group_backend)
+        prepare_launch(self.config, ranks, self.root_device, precision, self.process_group_backend)
         if self._start_method == "popen":
             assert self.cluster_environment is not None, "Lightning sets it"
             self._launcher = ScriptLauncher(self.cluster_environment, self.num_processes, self.num_nodes, self)
@@ -91,8 +96,7 @@ class MeshStrategy(DDPStrategy):
         self.set_world_ranks()
         if backend() == "none":
             assert self.cluster_environment is not None, "Lightning sets it"
-            kind = self._get_process_group_backend()
-            start_world(self.cluster_environment, kind, self._meeting_timeout, self.time_limit, self.root_device)
+            start_world(self.cluster_environment, self.backend_name, self._meeting_timeout, self.time_limit, self.root_device)
         super().setup_distributed()
         assemble(self.time_limit, self._meeting_timeout)
         keep_store_alive()  # the connection that announcements have made for themselves included
