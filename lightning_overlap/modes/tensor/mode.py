@@ -403,7 +403,7 @@ class TensorMode(OverlapMode):
                 raise _left_out("first")
 
         def left(*_: Any) -> None:
-            if self._inside and self.mesh.sizes["pp"] == 1:  # a loss of this rank's tokens and everybody's labels would fail in other words
+            if self._inside and self.mesh.sizes["pp"] == 1:  # this rank's tokens against all labels would fail in other words
                 raise _left_out("last")
 
         for head in heads:
