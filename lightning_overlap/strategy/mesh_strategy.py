@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.strategies import DDPStrategy
+from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
 from lightning_overlap.config import OverlapConfig
@@ -27,6 +28,7 @@ from lightning_overlap.ranks.group import (
     is_everyone,
     world_size,
 )
+from lightning_overlap.ranks.meeting import keep_store_alive, start_world
 from lightning_overlap.ranks.mesh import ParallelMesh
 from lightning_overlap.strategy.agreement import model_in_words, refuse_differences, trainer_in_words
 from lightning_overlap.strategy.batches import refuse_empty, seed_workers
@@ -34,9 +36,7 @@ from lightning_overlap.strategy.launching import (
     ProcessLauncher,
     ScriptLauncher,
     check_limit,
-    keep_store_alive,
     saving_in_step_only,
-    start_world,
 )
 from lightning_overlap.strategy.setup import SharedRun, prepare_launch
 
@@ -97,6 +97,7 @@ class MeshStrategy(DDPStrategy):
         if backend() == "none":
             assert self.cluster_environment is not None, "Lightning sets it"
             start_world(self.cluster_environment, self.backend_name, self._meeting_timeout, self.time_limit, self.root_device)
+            rank_zero_info(f"lightning_overlap: {world_size()} ranks have met, {self.backend_name}")
         super().setup_distributed()
         assemble(self.time_limit, self._meeting_timeout)
         keep_store_alive()  # the connection that announcements have made for themselves included

@@ -18,7 +18,7 @@ from lightning_overlap.facts import PipelineFacts
 from lightning_overlap.model.block_stack import BlockStack, Pass
 from lightning_overlap.model.blocks import Blocks, find_blocks
 from lightning_overlap.model.markers import COUNTED_ELSEWHERE, LATE_GRADIENT, STAGE, clear_markers
-from lightning_overlap.model.trees import copied
+from lightning_overlap.model.trees import copied, shapes
 from lightning_overlap.modes.base import Driver, Holder, Nesting
 from lightning_overlap.modes.pipeline import layout
 from lightning_overlap.modes.pipeline.config import PipelineParallel, scheduled
@@ -35,7 +35,6 @@ from lightning_overlap.ranks.shared_state import share
 from lightning_overlap.steps import microbatches
 from lightning_overlap.steps.random_state import kept, pin
 from lightning_overlap.steps.step import Step
-from lightning_overlap.strategy.batches import kind
 
 if TYPE_CHECKING:
     from lightning_overlap.config import OverlapConfig
@@ -236,7 +235,7 @@ class PipelineMode(Driver, Holder):
         )
         self._unsummed = deque(self._tied)
         with kept(self._device):
-            runtime.run(stages, [kind(part) for part in parts], self.timeline)
+            runtime.run(stages, [shapes(part) for part in parts], self.timeline)
         stages.finish()
         step.log(self.with_the_loss(lambda: step.logged(shares, weights.logs)))
 
