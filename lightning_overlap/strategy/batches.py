@@ -13,14 +13,10 @@ from torch import Tensor
 from lightning_overlap.decision import ConfigError
 from lightning_overlap.model.trees import leaves
 from lightning_overlap.ranks.group import Group
+from lightning_overlap.steps.microbatches import shapes_of
 
 CLOSE = 1e-3
 """Relative difference that rounding may make in a loss that is computed alike."""
-
-
-def kind(batch: Any) -> Hashable:
-    """What decides the shapes of all that is computed from a batch: the shapes of its tensors."""
-    return tuple((tuple(leaf.shape), str(leaf.dtype)) for leaf in leaves(batch) if isinstance(leaf, Tensor))
 
 
 def digest(batch: Any) -> Hashable:
@@ -32,7 +28,7 @@ def digest(batch: Any) -> Hashable:
             content.update(values.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
         elif isinstance(leaf, str | int | float | None):
             content.update(repr(leaf).encode())
-    return kind(batch), content.hexdigest()
+    return shapes_of(batch), content.hexdigest()
 
 
 def refuse_different(batch: Any, group: Group) -> None:
