@@ -9,7 +9,7 @@ import pytest
 from torch.distributed import TCPStore
 
 from lightning_overlap import ConfigError
-from lightning_overlap.ranks.group import TransferError
+from lightning_overlap.ranks.announcements import TransferError
 from lightning_overlap.strategy import launching
 from lightning_overlap.strategy.launching import Watched
 

@@ -22,9 +22,9 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException, _TunerExitE
 from torch._C._distributed_c10d import PrefixStore, TCPStore
 
 from lightning_overlap.decision import ConfigError
-from lightning_overlap.ranks import announcements
-from lightning_overlap.ranks.group import TransferError, patiently
+from lightning_overlap.ranks.announcements import TransferError, base_store, follows_from_another
 from lightning_overlap.ranks.sockets import Sockets
+from lightning_overlap.ranks.world import WORLD, patiently
 
 if TYPE_CHECKING:
     from lightning_overlap.strategy.strategy import OverlapStrategy
@@ -66,21 +66,21 @@ class Watched:
             return self._call(*args, **kwargs)
 
     def _call(self, *args: Any, **kwargs: Any) -> Any:
-        announcements.start()
+        WORLD.announcements.start()
         self._strategy.attempting = True
         try:
             return self._function(*args, **kwargs)
         except (SIGTERMException, _TunerExitException):  # all ranks stop at the same batch
             raise
         except BaseException as error:
-            told = announcements.announced()
-            announcements.announce(error)
+            told = WORLD.announcements.announced()
+            WORLD.announcements.announce(error)
             self._strategy.has_failed(self._trainer)
-            if told is not None and announcements.follows_from_another(error) and str(told) != str(error):
+            if told is not None and follows_from_another(error) and str(told) != str(error):
                 raise told from error
             raise
         finally:
-            announcements.leave()
+            WORLD.announcements.leave()
 
 
 _running = threading.RLock()
@@ -108,7 +108,7 @@ def saving_in_step_only(trainer: Trainer) -> Iterator[None]:
     save = trainer.save_checkpoint
 
     def save_checkpoint(*args: Any, **kwargs: Any) -> None:
-        if announcements.all_stopped_alike():
+        if WORLD.announcements.all_stopped_alike():
             save(*args, **kwargs)
         else:
             rank_zero_warn("no checkpoint is saved of training that has failed: not all ranks have failed in the same place")
@@ -227,7 +227,7 @@ def meet_in(store: Any, rank: int, size: int, limit: timedelta) -> None:
 
 def keep_store_alive() -> None:
     """The kernel asks after the process with the store, too."""
-    store = announcements.base_store()
+    store = base_store()
     if isinstance(store, TCPStore):
         connections = Sockets.of_port(store.port)
         connections.keep_alive()

@@ -40,7 +40,7 @@ def metrics_over(group: Group) -> Iterator[None]:
         if process_group is None and metric.process_group is None:
             if group.size == 1:
                 return
-            process_group = group.reduces
+            process_group = group.process_group
         over_the_world(metric, dist_sync_fn, process_group, should_sync, distributed_available)
 
     Metric.sync = sync  # type: ignore[method-assign, assignment]

@@ -20,7 +20,7 @@ from torchmetrics import Metric
 
 from lightning_overlap.decision import ConfigError
 from lightning_overlap.model.snapshots import unchanged, within_reach
-from lightning_overlap.ranks.group import TransferError
+from lightning_overlap.ranks.announcements import TransferError
 from lightning_overlap.steps.generators import pin_generators
 from lightning_overlap.strategy.seams import held, logs_go_to
 

@@ -43,13 +43,13 @@ from lightning_overlap.modes.expert.config import ExpertParallel
 from lightning_overlap.modes.pipeline.config import PipelineParallel
 from lightning_overlap.modes.tensor.config import TensorParallel
 from lightning_overlap.plan import Plan, resolve
-from lightning_overlap.ranks import announcements
-from lightning_overlap.ranks.group import (
-    Group,
-    abandon_groups,
+from lightning_overlap.ranks.group import Group
+from lightning_overlap.ranks.mesh import ParallelMesh
+from lightning_overlap.ranks.shared_state import SharedBuffers, batch_norms_over, share
+from lightning_overlap.ranks.world import (
+    WORLD,
     agree,
     all_gather_objects,
-    assemble,
     backend,
     broadcast_object,
     end_world,
@@ -59,8 +59,6 @@ from lightning_overlap.ranks.group import (
     make_group,
     world_size,
 )
-from lightning_overlap.ranks.mesh import ParallelMesh
-from lightning_overlap.ranks.shared_state import SharedBuffers, batch_norms_over, share
 from lightning_overlap.state.checkpoint import (
     AtomicCheckpointIO,
     Saves,
@@ -260,7 +258,7 @@ class OverlapStrategy(DDPStrategy):
             kind = self._get_process_group_backend()
             start_world(self.cluster_environment, kind, self._meeting_timeout, self.time_limit, self.root_device)
         super().setup_distributed()
-        assemble(self.time_limit, self._meeting_timeout)
+        WORLD.assemble(self.time_limit, self._meeting_timeout)
         keep_store_alive()  # the connection that announcements have made for themselves included
         atexit.unregister(end_world)
         atexit.register(end_world)
@@ -589,8 +587,8 @@ class OverlapStrategy(DDPStrategy):
         ranks = self._alike or everyone()
         if ranks.size == 1:
             return tensor
-        if tensor.device.type != "cpu" and ranks.device is None:  # gloo's connections
-            return super().reduce(tensor, self._alike and self._alike.reduces, reduce_op)
+        if not ranks.transfers(tensor):  # of a device, over gloo
+            return super().reduce(tensor, self._alike and self._alike.process_group, reduce_op)
         mean = isinstance(reduce_op, str) and reduce_op.lower() in ("mean", "avg")
         total = ranks.sum(tensor, "sum" if mean else reduce_op)
         if not mean:
@@ -604,8 +602,8 @@ class OverlapStrategy(DDPStrategy):
         ranks = self._alike or everyone()
         if ranks.size == 1:
             return tensor.unsqueeze(0)
-        if sync_grads or (tensor.device.type != "cpu" and ranks.device is None):  # backward through it, or gloo's connections
-            return super().all_gather(tensor, self._alike and self._alike.reduces, sync_grads)
+        if sync_grads or not ranks.transfers(tensor):  # backward through it, or of a device, over gloo
+            return super().all_gather(tensor, self._alike and self._alike.process_group, sync_grads)
         return torch.stack(ranks.all_gather_alike(tensor.detach()))
 
     def reduce_boolean_decision(self, decision: bool, all: bool = True) -> bool:
@@ -845,12 +843,12 @@ class OverlapStrategy(DDPStrategy):
             rank_zero_warn("training failed in the middle of a step: load a checkpoint before using the module's weights")
             self.modes = []
         if self.failed:
-            abandon_groups()  # whoever waits for their transfers waits for what never comes
+            WORLD.abandon()  # whoever waits for their transfers waits for what never comes
         self._saves.close()
         self._folders.close(complete=not self.failed)
         self.failed = self._training = False
         if self.attempting:
-            announcements.end()
+            WORLD.announcements.end()
             self.attempting = False
         super().teardown()
 
