@@ -73,4 +73,4 @@ class Skipped:
 
 def skip_transfers(mode: OverlapMode) -> list[Skipped]:
     """Every group of a mode does without its transfers from now on."""
-    return [Skipped(group) for group in mode.groups.values()]
+    return [Skipped(group) for group in mode.groups]

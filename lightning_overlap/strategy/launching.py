@@ -10,7 +10,7 @@ from contextlib import contextmanager, suppress
 from datetime import timedelta
 from functools import partial
 from socket import create_connection, gethostname
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
@@ -19,15 +19,12 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher, _SubprocessScriptLauncher
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.exceptions import SIGTERMException, _TunerExitException
-from torch._C._distributed_c10d import PrefixStore, TCPStore
+from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined]  # documented, and not declared in its __all__
 
 from lightning_overlap.decision import ConfigError
 from lightning_overlap.ranks.announcements import TransferError, base_store, follows_from_another
 from lightning_overlap.ranks.sockets import Sockets
 from lightning_overlap.ranks.world import WORLD, patiently
-
-if TYPE_CHECKING:
-    from lightning_overlap.strategy.strategy import OverlapStrategy
 
 LONGEST = timedelta(days=365)
 """A limit above this one is a mistake: torch counts milliseconds, and wraps."""
@@ -45,18 +42,28 @@ def check_limit(name: str, limit: object) -> None:
         raise ConfigError(f"{name} must be a datetime.timedelta of more than 0 and at most {LONGEST.days} days, got {limit!r}")
 
 
+class FailureListener(Protocol):
+    """The strategy, as far as a launcher knows it."""
+
+    attempting: bool
+    """Whether a function of the trainer's has been called since the last teardown."""
+
+    def has_failed(self, trainer: Trainer | None) -> None:
+        """A function of the trainer's has failed, here or on another rank."""
+
+
 class Watched:
     """``fit``, or what else the trainer calls, such that all ranks hear of its error before this one does anything about it.
 
     A class, since a launcher that spawns processes pickles it.
 
     Args:
-        strategy: whose ranks they are.
+        strategy: hears of the error.
         trainer: its trainer.
         function: what is called.
     """
 
-    def __init__(self, strategy: OverlapStrategy, trainer: Trainer | None, function: Callable[..., Any]) -> None:
+    def __init__(self, strategy: FailureListener, trainer: Trainer | None, function: Callable[..., Any]) -> None:
         self._strategy = strategy
         self._trainer = trainer
         self._function = function
@@ -123,9 +130,8 @@ def saving_in_step_only(trainer: Trainer) -> Iterator[None]:
 class ScriptLauncher(_SubprocessScriptLauncher):
     """Lightning's, whose function is :class:`Watched`."""
 
-    def __init__(self, strategy: OverlapStrategy) -> None:
-        assert strategy.cluster_environment is not None, "Lightning sets it"
-        super().__init__(strategy.cluster_environment, strategy.num_processes, strategy.num_nodes)
+    def __init__(self, environment: ClusterEnvironment, processes: int, nodes: int, strategy: FailureListener) -> None:
+        super().__init__(environment, processes, nodes)
         self._strategy = strategy
 
     def launch(self, function: Callable[..., Any], *args: Any, trainer: Trainer | None = None, **kwargs: Any) -> Any:

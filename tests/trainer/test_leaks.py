@@ -124,7 +124,7 @@ class Counts(Callback):
 
     def on_train_batch_end(self, trainer, *_):
         if trainer.global_step in self.at:
-            trainer.strategy._saves.wait()
+            trainer.strategy.checkpoints.wait()
             self.found.append(counted())
 
 

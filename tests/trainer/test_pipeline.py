@@ -30,7 +30,7 @@ from lightning_overlap.modes.pipeline.stage import Stages
 from lightning_overlap.ranks.announcements import TransferError
 from lightning_overlap.ranks.group import Group
 from lightning_overlap.steps.schedule import build
-from lightning_overlap.strategy.step import explaining, failing_together
+from lightning_overlap.strategy.evaluation import explaining, failing_together
 
 QUIET = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
 

@@ -25,7 +25,8 @@ from torch.autograd import Variable
 from torch.optim import Optimizer
 
 from lightning_overlap.decision import ConfigError
-from lightning_overlap.modes.base import COUNTED_ELSEWHERE, LATE_GRADIENT, STAGE, OverlapMode
+from lightning_overlap.model.markers import has_late_gradient, is_counted_elsewhere, stage_of
+from lightning_overlap.modes.base import Nesting, OptimizerHolder
 from lightning_overlap.modes.data.buffers import HALF, LiveBucket, flatten, unflatten
 from lightning_overlap.modes.data.gathers import Gathers
 from lightning_overlap.modes.data.guard import CompleteBefore, GuardedParameters, ReferenceGuard
@@ -44,10 +45,11 @@ WORTH_IT = 0.1
 """Buckets are laid out again if they can then be sent, on average, so much of a backward earlier."""
 
 
-class DataMode(OverlapMode):
+class DataMode(OptimizerHolder):
     """See the module's docstring."""
 
     name = "data"
+    nesting = Nesting.PARAMETERS
 
     def __init__(self, plan: Plan, config: OverlapConfig, mesh: ParallelMesh, timeout: timedelta) -> None:
         super().__init__(plan, config, mesh, timeout)
@@ -75,7 +77,7 @@ class DataMode(OverlapMode):
         self._step_in_backward = plan.choice("data_parallel.overlap_optimizer_step") == "in backward"
         self._step_by_bucket = plan.choice("data_parallel.overlap_optimizer_step") != "off"
         self._wire = torch.bfloat16 if own.reduce_scatter_with_fp32_accumulation else None
-        self._groups(own.num_optimizer_instances)
+        self._make_groups(own.num_optimizer_instances)
         prefetch = None if own.param_gather_prefetch == "all" else int(own.param_gather_prefetch)
         # Ranks see at different times that something has arrived. Where they must post in one order, nothing is posted for that.
         aligned = plan.choice("data_parallel.align_param_gather") == "after the step" or (self.group.in_one_order and prefetch is None)
@@ -87,7 +89,11 @@ class DataMode(OverlapMode):
     def runs(cls, plan: Plan) -> bool:
         return plan.degrees.dp > 1
 
-    def _groups(self, instances: int) -> None:
+    @property
+    def groups(self) -> tuple[Group, ...]:
+        return (self.group,) if self._instances is None else (self.group, self._instances)
+
+    def _make_groups(self, instances: int) -> None:
         ranks = self.mesh.groups("dp")
         size = len(ranks[0]) // instances
         inner = [row[i : i + size] for row in ranks for i in range(0, len(row), size)]
@@ -103,11 +109,11 @@ class DataMode(OverlapMode):
         kinds: dict[tuple[bool, int, bool, str, str], list[tuple[str, nn.Parameter]]] = {}
         sparse = {id(part.weight) for part in model.modules() if _is_lookup(part) and part.sparse} if not self._sharded else set()
         for name, parameter in model.named_parameters():
-            if id(parameter) in sparse and not getattr(parameter, LATE_GRADIENT, False):
+            if id(parameter) in sparse and not has_late_gradient(parameter):
                 self._sparse.append((name, parameter))
             elif parameter.requires_grad or self.plan.facts.unfreezers:
-                late, elsewhere = (bool(getattr(parameter, marker, False)) for marker in (LATE_GRADIENT, COUNTED_ELSEWHERE))
-                kind = late, -_stage(parameter), elsewhere, str(parameter.dtype), str(parameter.device)
+                late, elsewhere = has_late_gradient(parameter), is_counted_elsewhere(parameter)
+                kind = late, -stage_of(parameter), elsewhere, str(parameter.dtype), str(parameter.device)
                 kinds.setdefault(kind, []).append((name, parameter))
             else:
                 self._frozen.append((name, parameter))
@@ -155,7 +161,7 @@ class DataMode(OverlapMode):
                 whole=self._whole,
                 first_key=len(self._buckets),
             )
-        for place, bucket in enumerate(sorted(self._buckets, key=lambda bucket: (_stage(bucket.parameters[0]), bucket.order))):
+        for place, bucket in enumerate(sorted(self._buckets, key=lambda bucket: (stage_of(bucket.parameters[0]), bucket.order))):
             bucket.order = place
         for bucket in self._buckets:
             for parameter, view in zip(bucket.parameters, bucket.views(bucket.grads), strict=True):
@@ -169,7 +175,7 @@ class DataMode(OverlapMode):
         """
         place = {parameter: i for i, parameter in enumerate(fired)}
         orders = [sorted(range(len(named)), key=lambda i: place.get(id(named[i][1]), len(place))) for named in self._kinds]
-        for group in filter(None, (self._instances, self.group)):
+        for group in reversed(self.groups):
             orders = group.share_object(orders)
         kinds = [[named[i] for i in reversed(order)] for named, order in zip(self._kinds, orders, strict=True)]
         gains = [
@@ -311,7 +317,7 @@ class DataMode(OverlapMode):
             parameter.grad = view
         if self._held:
             return
-        if not getattr(parameter, LATE_GRADIENT, False):
+        if not has_late_gradient(parameter):
             bucket.missing.discard(id(parameter))
         if self._in_backward:
             for ready in [bucket] if self._any_order else self._buckets:
@@ -355,13 +361,12 @@ class DataMode(OverlapMode):
 
     def _refuse_not_finite(self) -> None:
         """Has every rank know of what one has found; nothing has been updated yet."""
-        groups = list(filter(None, (self.group, self._instances)))
         found = torch.tensor(float(len(self._not_finite)), device=self._buckets[0].grads.device)
-        for group in groups:
+        for group in self.groups:
             found = group.all_reduce(found, label="data.not_finite").wait()
         if found.item():
             said, self._not_finite = self._not_finite, []
-            for group in groups:
+            for group in self.groups:
                 said = [sentence for others in group.all_gather_objects(said) for sentence in others]
             raise FloatingPointError("\n".join(said))
 
@@ -434,7 +439,7 @@ class DataMode(OverlapMode):
                 empty = torch.zeros_like(parameter, layout=torch.sparse_coo)
                 grad = empty if parameter.grad is None else parameter.grad
                 grad = grad.coalesce() if grad.is_sparse else grad  # dense, where it is a head's weight, too
-                for group in filter(None, (self.group, self._instances)):
+                for group in self.groups:
                     dense = grad.is_sparse and not group.sums_sparse
                     summed = grad.to_dense() if dense else grad
                     summed = group.all_reduce(summed, label=f"data.sparse[{name}]", divisor=group.size).wait()
@@ -501,21 +506,13 @@ class DataMode(OverlapMode):
             module._parameters = dict(module._parameters)
         unflatten(self._buckets)
         if complete:
-            for group in filter(None, (self.group, self._instances)):
+            for group in self.groups:
                 group.rest()
         self._guarded, self._hooks, self._home = [], [], {}
-
-    def close(self) -> None:
-        for group in filter(None, (self.group, self._instances)):
-            group.close()
 
 
 def _is_lookup(part: nn.Module) -> bool:
     return isinstance(part, nn.Embedding | nn.EmbeddingBag)
-
-
-def _stage(parameter: nn.Parameter) -> int:
-    return int(getattr(parameter, STAGE, 0))
 
 
 def _lengths(optimizer: Optimizer) -> list[int]:

@@ -15,8 +15,9 @@ from torch.optim import Optimizer
 from lightning_overlap.decision import ConfigError
 from lightning_overlap.facts import TensorFacts
 from lightning_overlap.model.block_stack import find_hidden
+from lightning_overlap.model.markers import COUNTED_ELSEWHERE, LATE_GRADIENT
 from lightning_overlap.model.trees import leaves
-from lightning_overlap.modes.base import COUNTED_ELSEWHERE, LATE_GRADIENT, OverlapMode
+from lightning_overlap.modes.base import Holder, Nesting
 from lightning_overlap.modes.tensor import symm_mem, userbuffers
 from lightning_overlap.modes.tensor.check import BlockCheck, Cutting, structure, whole_copy
 from lightning_overlap.modes.tensor.features import gathering, splitting
@@ -41,11 +42,11 @@ if TYPE_CHECKING:
 VOCABULARY = ("vocab_embedding", "vocab_head")
 
 
-class TensorMode(OverlapMode):
+class TensorMode(Holder):
     """See the module's docstring."""
 
     name = "tensor"
-    cuts_the_model = True
+    nesting = Nesting.LAYERS
     keeps_bits = False
 
     def __init__(self, plan: Plan, config: OverlapConfig, mesh: ParallelMesh, timeout: timedelta) -> None:
@@ -81,6 +82,10 @@ class TensorMode(OverlapMode):
     @classmethod
     def runs(cls, plan: Plan) -> bool:
         return plan.choice("tensor_parallel") != "off"
+
+    @property
+    def groups(self) -> tuple[Group, ...]:
+        return (self.group,)
 
     @classmethod
     def look(cls, model: nn.Module, config: OverlapConfig) -> dict[str, Any]:
@@ -173,9 +178,9 @@ class TensorMode(OverlapMode):
         finally:
             self._numbers.without_masks = False
 
-    def own_part(self, name: str, whole: Tensor) -> Tensor:
+    def local_part(self, name: str, tensor: Tensor) -> Tensor:
         piece = self._piece(name)
-        return whole if piece is None else piece.of(whole, self.group.rank, self.group.size)
+        return tensor if piece is None else piece.of(tensor, self.group.rank, self.group.size)
 
     def prepare_optimizers(self, optimizers: Sequence[Optimizer]) -> None:
         """State that is made with the optimizer (Adagrad's) is cut like its parameter."""
@@ -485,7 +490,7 @@ class TensorMode(OverlapMode):
             return state
         return self._each(optimizer, state, lambda piece, value: self._partition.whole(piece, value).cpu(), cut=True)
 
-    def own_optimizer(self, optimizer: Optimizer, state: dict[str, Any]) -> dict[str, Any]:
+    def local_optimizer(self, optimizer: Optimizer, state: dict[str, Any]) -> dict[str, Any]:
         rank, size = self.group.rank, self.group.size
         return self._each(optimizer, state, lambda piece, value: piece.of(value, rank, size).clone(), cut=False)
 
@@ -526,9 +531,6 @@ class TensorMode(OverlapMode):
         self._partition.give_back(complete=complete)
         if complete:
             self.group.rest()
-
-    def close(self) -> None:
-        self.group.close()
 
 
 def _left_out(which: str) -> ConfigError:
