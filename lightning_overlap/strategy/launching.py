@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -61,12 +62,16 @@ class Watched:
         strategy: hears of the error.
         trainer: its trainer.
         function: what is called.
+        answers: whether another process waits for what it returns.
     """
 
-    def __init__(self, strategy: FailureListener, trainer: Trainer | None, function: Callable[..., Any]) -> None:
+    def __init__(
+        self, strategy: FailureListener, trainer: Trainer | None, function: Callable[..., Any], *, answers: bool = False
+    ) -> None:
         self._strategy = strategy
         self._trainer = trainer
         self._function = function
+        self._answers = answers
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         with _one_at_a_time():
@@ -77,7 +82,11 @@ class Watched:
         self._strategy.attempting = True
         try:
             return self._function(*args, **kwargs)
-        except (SIGTERMException, _TunerExitException):  # all ranks stop at the same batch
+        except SIGTERMException as error:  # all ranks stop at the same batch
+            if self._answers:  # a process that ends well has answered, and the one that started it would wait for that
+                raise SystemExit(128 + signal.SIGTERM) from error
+            raise
+        except _TunerExitException:
             raise
         except BaseException as error:
             told = WORLD.announcements.announced()
@@ -142,7 +151,8 @@ class ProcessLauncher(_MultiProcessingLauncher):
     """Lightning's, whose function is :class:`Watched`."""
 
     def launch(self, function: Callable[..., Any], *args: Any, trainer: Trainer | None = None, **kwargs: Any) -> Any:
-        return super().launch(Watched(self._strategy, trainer, function), *args, trainer=trainer, **kwargs)  # type: ignore[arg-type]
+        watched = Watched(self._strategy, trainer, function, answers=True)  # type: ignore[arg-type]
+        return super().launch(watched, *args, trainer=trainer, **kwargs)
 
 
 def start_world(environment: ClusterEnvironment, backend: str, limit: timedelta, timeout: timedelta, device: torch.device) -> None:
@@ -208,25 +218,29 @@ def meet_in(store: Any, rank: int, size: int, limit: timedelta) -> None:
     if first != mine:
         place.set("wrong", f"two processes are rank {rank}: {first}, and {mine}: give each a RANK of its own")
     names = [f"rank {other}" for other in range(size)]
+    nap = 0.002
     try:
         while True:
-            come = [name for name in names if place.check([name])]
-            sizes = {name: place.get(name).decode().split()[0] for name in come}
             if place.check(["wrong"]):
                 raise ConfigError(place.get("wrong").decode())
-            if len(set(sizes.values())) > 1:
-                place.set("wrong", f"ranks disagree about WORLD_SIZE: {sizes}. Start all with the same devices and num_nodes")
-                continue
-            if len(come) == size:
+            complete = place.check(names)  # one question, whatever the number of ranks
+            late = time.monotonic() > until
+            if complete or late:
+                come = [name for name in names if complete or place.check([name])]
+                sizes = {name: words.decode().split()[0] for name, words in zip(come, place.multi_get(come), strict=True)}
+                if len(set(sizes.values())) > 1:
+                    place.set("wrong", f"ranks disagree about WORLD_SIZE: {sizes}. Start all with the same devices and num_nodes")
+                    continue
+            if complete:
                 return
-            if time.monotonic() > until:
+            if late:
                 missing = [other for other in range(size) if names[other] not in come]
                 raise TransferError(
                     f"ranks {missing} of {size} have not come within {limit}: look for their errors, and start all of them. "
                     "meeting_timeout is how long others wait"
                 )
-            with suppress(dist.DistStoreError):  # the time is over
-                place.wait([name for name in names if name not in come], timedelta(seconds=LOOK_AGAIN))
+            time.sleep(nap)  # torch's own wait in the store writes a warning each time that it is looked up from
+            nap = min(1.5 * nap, LOOK_AGAIN)
     except dist.DistNetworkError as error:
         raise TransferError(f"the process with the store, rank 0 or torchrun's agent, has ended while ranks met: {error}") from error
 
