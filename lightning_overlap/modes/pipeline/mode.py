@@ -30,8 +30,10 @@ from lightning_overlap.modes.pipeline.tied import TiedGradients
 from lightning_overlap.modes.pipeline.transfers import KnownForms, PipelineTransfers, channel_kinds, hops, lane
 from lightning_overlap.modes.pipeline.weight_grad import WeightGradients, what_splits
 from lightning_overlap.modes.pipeline.weights import Weights, weigh
-from lightning_overlap.ranks.group import Group, backend, in_words, make_group, raise_from_words
+from lightning_overlap.ranks.announcements import in_words, raise_from_words
+from lightning_overlap.ranks.group import Group
 from lightning_overlap.ranks.shared_state import share
+from lightning_overlap.ranks.world import backend, make_group
 from lightning_overlap.steps import microbatches
 from lightning_overlap.steps.microbatches import Microbatches, shapes_of
 from lightning_overlap.steps.random_state import block_seeder, preserve_random_state, seed_all

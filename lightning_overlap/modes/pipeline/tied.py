@@ -10,8 +10,9 @@ import torch
 from lightning_overlap.model.markers import COUNTED_ELSEWHERE, LATE_GRADIENT
 from lightning_overlap.modes.pipeline.partition import Partition
 from lightning_overlap.modes.pipeline.weight_grad import WeightGradients
-from lightning_overlap.ranks.group import Group, Pending, make_group
+from lightning_overlap.ranks.group import Group, Pending
 from lightning_overlap.ranks.shared_state import share
+from lightning_overlap.ranks.world import make_group
 
 
 class TiedGradients:
