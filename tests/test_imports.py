@@ -25,7 +25,7 @@ FLOORS = (
 """From the lowest to the highest: a module imports from its own floor and from those below it. The longest prefix counts."""
 PURE = {
     *("config", "decision", "environment", "plan", "model.roles", "modes.data.layout", "modes.pipeline.layout"),
-    *("steps.schedule", "steps.simulate"),
+    *("steps.schedule", "steps.simulate", "steps.defer"),
 }
 """Without torch and Lightning: decisions and plans are tested, and read, by themselves. So are the modes' ``config`` files."""
 DISTRIBUTED = re.compile(r"ranks\.|state\.|modes\.tensor\.symm_mem$|modes\.tensor\.userbuffers$|bench\.peers")
@@ -44,7 +44,6 @@ ALLOWED: dict[str, set[str]] = {
         "config -> modes.pipeline.config -> plan -> config",
         "config -> modes.pipeline.config -> plan -> modes.tensor.config -> config",
         "modes.pipeline.config -> plan -> modes.pipeline.config",
-        "steps.schedule -> steps.simulate -> steps.schedule",
     },
     "torch.distributed": {
         "bench.pipelining -> torch.distributed.pipelining",
@@ -52,17 +51,6 @@ ALLOWED: dict[str, set[str]] = {
         "bench.products -> torch.distributed.device_mesh",
         "bench.products -> torch.distributed.tensor",
         "bench.products -> torch.distributed.tensor.parallel",
-    },
-    "state": {
-        "ranks.announcements: _board",
-        "ranks.announcements: all_stopped_alike changes _board",
-        "ranks.announcements: announce changes _board",
-        "ranks.announcements: end changes _board",
-        "ranks.announcements: start changes _board",
-        "ranks.group: _world",
-        "ranks.group: abandon_groups changes _world",
-        "ranks.group: assemble changes _world",
-        "strategy.launching: _running",
     },
     "private names": {
         "bench.verify: _parameters",
@@ -93,8 +81,9 @@ ALLOWED: dict[str, set[str]] = {
         "modes.tensor.vocab: imports torch.utils._pytree",
         "ranks.announcements: _get_default_store",
         "ranks.announcements: imports torch._C._distributed_c10d",
-        "ranks.group: imports _distributed_c10d",
-        "ranks.group: imports torch._C",
+        "ranks.engine: imports _distributed_c10d",
+        "ranks.engine: imports torch._C",
+        "ranks.world: _world",
         "ranks.shared_state: _BatchNorm",
         "ranks.shared_state: _buffers",
         "ranks.shared_state: _version",

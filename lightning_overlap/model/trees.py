@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections import defaultdict
-from collections.abc import Callable, Hashable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from torch import Tensor
@@ -47,11 +47,6 @@ def leaves(value: Any) -> Iterator[Any]:
         return
     for _, item in items(value):
         yield from leaves(item)
-
-
-def shapes(value: Any) -> Hashable:
-    """Shapes and dtypes of the tensors in a container: what decides the shapes of all that is computed from a batch."""
-    return tuple((tuple(leaf.shape), str(leaf.dtype)) for leaf in leaves(value) if isinstance(leaf, Tensor))
 
 
 def copied(value: Any) -> Any:

@@ -15,9 +15,9 @@ import torch.distributed as dist
 from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined]  # documented, and not declared in its __all__
 
 from lightning_overlap.decision import ConfigError
-from lightning_overlap.ranks import announcements
-from lightning_overlap.ranks.group import TransferError, patiently
+from lightning_overlap.ranks.announcements import TransferError, base_store
 from lightning_overlap.ranks.sockets import Sockets
+from lightning_overlap.ranks.world import patiently
 
 LOOK_AGAIN = 0.5
 """Seconds between two attempts to reach the store, and between two looks at who has come."""
@@ -132,7 +132,7 @@ def meet_in(store: Any, rank: int, size: int, limit: timedelta) -> None:
 
 def keep_store_alive() -> None:
     """The kernel asks after the process with the store, too."""
-    store = announcements.base_store()
+    store = base_store()
     if isinstance(store, TCPStore):
         connections = Sockets.of_port(store.port)
         connections.keep_alive()

@@ -15,8 +15,10 @@ from lightning.pytorch import LightningModule
 from torch import Tensor
 
 from lightning_overlap.decision import ConfigError
-from lightning_overlap.model.trees import leaves, shapes
-from lightning_overlap.ranks.group import Group, all_gather_objects
+from lightning_overlap.model.trees import leaves
+from lightning_overlap.ranks.group import Group
+from lightning_overlap.ranks.world import all_gather_objects
+from lightning_overlap.steps.microbatches import shapes_of
 
 CHECKED_BATCHES = 3
 """Batches at the start of a fit that are compared between the ranks that share them."""
@@ -33,7 +35,7 @@ def digest(batch: Any) -> Hashable:
             content.update(values.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
         elif isinstance(leaf, str | int | float | None):
             content.update(repr(leaf).encode())
-    return shapes(batch), content.hexdigest()
+    return shapes_of(batch), content.hexdigest()
 
 
 class BatchComparison:

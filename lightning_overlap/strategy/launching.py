@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import signal
-import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -15,7 +14,8 @@ from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from lightning_overlap.decision import ConfigError
-from lightning_overlap.ranks import announcements
+from lightning_overlap.ranks.announcements import follows_from_another
+from lightning_overlap.ranks.world import WORLD
 from lightning_overlap.strategy.seams import MultiProcessingLauncher, SubprocessScriptLauncher, TunerExit
 
 LONGEST = timedelta(days=365)
@@ -67,7 +67,7 @@ class Watched:
             return self._call(*args, **kwargs)
 
     def _call(self, *args: Any, **kwargs: Any) -> Any:
-        announcements.start()
+        WORLD.announcements.start()
         self._strategy.attempting = True
         try:
             return self._function(*args, **kwargs)
@@ -78,17 +78,14 @@ class Watched:
         except TunerExit:
             raise
         except BaseException as error:
-            told = announcements.announced()
-            announcements.announce(error)
+            told = WORLD.announcements.announced()
+            WORLD.announcements.announce(error)
             self._strategy.has_failed(self._trainer)
-            if told is not None and announcements.follows_from_another(error) and str(told) != str(error):
+            if told is not None and follows_from_another(error) and str(told) != str(error):
                 raise told from error
             raise
         finally:
-            announcements.leave()
-
-
-_running = threading.RLock()
+            WORLD.announcements.leave()
 
 
 @contextmanager
@@ -98,12 +95,12 @@ def _one_at_a_time() -> Iterator[None]:
     Raises:
         ConfigError: another thread is inside.
     """
-    if not _running.acquire(blocking=False):
+    if not WORLD.trainer_lock.acquire(blocking=False):
         raise ConfigError("another thread of this process runs a Trainer with OverlapStrategy: run one after the other")
     try:
         yield
     finally:
-        _running.release()
+        WORLD.trainer_lock.release()
 
 
 @contextmanager
@@ -113,7 +110,7 @@ def saving_in_step_only(trainer: Trainer) -> Iterator[None]:
     save = trainer.save_checkpoint
 
     def save_checkpoint(*args: Any, **kwargs: Any) -> None:
-        if announcements.all_stopped_alike():
+        if WORLD.announcements.all_stopped_alike():
             save(*args, **kwargs)
         else:
             rank_zero_warn("no checkpoint is saved of training that has failed: not all ranks have failed in the same place")

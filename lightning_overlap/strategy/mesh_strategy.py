@@ -17,27 +17,13 @@ from torch import Tensor
 from lightning_overlap.config import OverlapConfig
 from lightning_overlap.decision import ConfigError
 from lightning_overlap.facts import Facts
-from lightning_overlap.ranks.group import (
-    Group,
-    agree,
-    assemble,
-    backend,
-    broadcast_object,
-    end_world,
-    everyone,
-    is_everyone,
-    world_size,
-)
+from lightning_overlap.ranks.group import Group
 from lightning_overlap.ranks.meeting import keep_store_alive, start_world
 from lightning_overlap.ranks.mesh import ParallelMesh
+from lightning_overlap.ranks.world import WORLD, agree, backend, broadcast_object, end_world, everyone, is_everyone, world_size
 from lightning_overlap.strategy.agreement import model_in_words, refuse_differences, trainer_in_words
 from lightning_overlap.strategy.batches import refuse_empty, seed_workers
-from lightning_overlap.strategy.launching import (
-    ProcessLauncher,
-    ScriptLauncher,
-    check_limit,
-    saving_in_step_only,
-)
+from lightning_overlap.strategy.launching import ProcessLauncher, ScriptLauncher, check_limit, saving_in_step_only
 from lightning_overlap.strategy.setup import SharedRun, prepare_launch
 
 
@@ -99,7 +85,7 @@ class MeshStrategy(DDPStrategy):
             start_world(self.cluster_environment, self.backend_name, self._meeting_timeout, self.time_limit, self.root_device)
             rank_zero_info(f"lightning_overlap: {world_size()} ranks have met, {self.backend_name}")
         super().setup_distributed()
-        assemble(self.time_limit, self._meeting_timeout)
+        WORLD.assemble(self.time_limit, self._meeting_timeout)
         keep_store_alive()  # the connection that announcements have made for themselves included
         atexit.unregister(end_world)
         atexit.register(end_world)
@@ -168,8 +154,8 @@ class MeshStrategy(DDPStrategy):
         ranks = self._samples or everyone()
         if ranks.size == 1:
             return tensor
-        if tensor.device.type != "cpu" and ranks.device is None:  # gloo's connections
-            return super().reduce(tensor, self._samples and self._samples.reduces, reduce_op)
+        if not ranks.transfers(tensor):  # of a device, over gloo
+            return super().reduce(tensor, self._samples and self._samples.process_group, reduce_op)
         mean = isinstance(reduce_op, str) and reduce_op.lower() in ("mean", "avg")
         total = ranks.sum(tensor, "sum" if mean else reduce_op)
         if not mean:
@@ -183,8 +169,8 @@ class MeshStrategy(DDPStrategy):
         ranks = self._samples or everyone()
         if ranks.size == 1:
             return tensor.unsqueeze(0)
-        if sync_grads or (tensor.device.type != "cpu" and ranks.device is None):  # backward through it, or gloo's connections
-            return super().all_gather(tensor, self._samples and self._samples.reduces, sync_grads)
+        if sync_grads or not ranks.transfers(tensor):  # backward through it, or of a device, over gloo
+            return super().all_gather(tensor, self._samples and self._samples.process_group, sync_grads)
         return torch.stack(ranks.all_gather_alike(tensor.detach()))
 
     def reduce_boolean_decision(self, decision: bool, all: bool = True) -> bool:

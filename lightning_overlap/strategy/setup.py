@@ -20,9 +20,10 @@ from lightning_overlap.decision import ConfigError
 from lightning_overlap.facts import Facts
 from lightning_overlap.model.materialize import initialize, materialize, without_values
 from lightning_overlap.plan import resolve
-from lightning_overlap.ranks.group import Group, all_gather_objects, has_nccl, make_group, world_size
+from lightning_overlap.ranks.group import Group
 from lightning_overlap.ranks.mesh import ParallelMesh
 from lightning_overlap.ranks.shared_state import SharedBuffers, share
+from lightning_overlap.ranks.world import all_gather_objects, has_nccl, make_group, world_size
 from lightning_overlap.strategy.batches import BatchComparison
 from lightning_overlap.strategy.seams import Preemption
 

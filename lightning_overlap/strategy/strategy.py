@@ -32,9 +32,8 @@ from lightning_overlap.modes.expert.config import ExpertParallel
 from lightning_overlap.modes.pipeline.config import PipelineParallel
 from lightning_overlap.modes.tensor.config import TensorParallel
 from lightning_overlap.plan import Plan, resolve
-from lightning_overlap.ranks import announcements
-from lightning_overlap.ranks.group import abandon_groups, backend, world_size
 from lightning_overlap.ranks.shared_state import batch_norms_over, share
+from lightning_overlap.ranks.world import WORLD, backend, world_size
 from lightning_overlap.state.checkpoint import AtomicCheckpointIO
 from lightning_overlap.strategy.agreement import optimizers_in_words, refuse_differences
 from lightning_overlap.strategy.batches import refuse_uneven
@@ -456,10 +455,10 @@ class OverlapStrategy(MeshStrategy):
             self.modes = []
             self.checkpoints.use((), self.mesh)
         if self.failed:
-            abandon_groups()  # whoever waits for their transfers waits for what never comes
+            WORLD.abandon()  # whoever waits for their transfers waits for what never comes
         self.checkpoints.close(complete=not self.failed)
         self.failed = False
         if self.attempting:
-            announcements.end()
+            WORLD.announcements.end()
             self.attempting = False
         super().teardown()

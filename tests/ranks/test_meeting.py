@@ -9,7 +9,7 @@ from torch.distributed import TCPStore
 
 from lightning_overlap import ConfigError
 from lightning_overlap.ranks import meeting
-from lightning_overlap.ranks.group import TransferError
+from lightning_overlap.ranks.announcements import TransferError
 
 SHORT = timedelta(seconds=1)
 
