@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections import deque
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
@@ -58,12 +58,11 @@ class PipelineMode(Driver, Holder):
     def __init__(self, plan: Plan, config: OverlapConfig, mesh: ParallelMesh, timeout: timedelta) -> None:
         super().__init__(plan, config, mesh, timeout)
         self._own = config.pipeline_parallel
-        self._rank = mesh.coordinates()["pp"]
+        self._rank = mesh.index("pipeline")
         self._placement = self._own.plan(self._own.count).placement
-        ranks = mesh.groups("pp")
-        self.group: Group = make_group(ranks, "pipeline", timeout, gathers=False, threads=False)
+        self.group: Group = mesh.group("pipeline", timeout)
         lanes = {kind: lane(kind, backend()) for kind in channel_kinds(self._placement)}
-        made = {name: make_group(ranks, f"pipeline.{name}", timeout, gathers=False) for name in sorted(set(lanes.values()))}
+        made = {name: mesh.group("pipeline", timeout, f"pipeline.{name}", gathers=False) for name in sorted(set(lanes.values()))}
         self.channels = {kind: made[name] for kind, name in lanes.items()}
         for way in sorted(self.channels):
             self.channels[way].connect(hops(self._placement, way))
@@ -131,7 +130,7 @@ class PipelineMode(Driver, Holder):
             return super().holds(model, config, mesh)
         name, blocks, stages = cls._cut(model, config)
         partition = Partition(model, name, blocks, stages, own.plan(own.count).placement, own.held_by_all)
-        return lambda name: mesh.coordinates()["pp"] in partition.holders(name)
+        return lambda name: mesh.index("pipeline") in partition.holders(name)
 
     @classmethod
     def _cut(cls, model: nn.Module, config: OverlapConfig) -> tuple[str, Blocks, layout.Layout]:
@@ -161,8 +160,8 @@ class PipelineMode(Driver, Holder):
     def _tie(self) -> None:
         """Groups for what several ranks hold, whose gradients are summed; the same on all ranks, in one order."""
         for ranks in sorted(self.partition.shared()):
-            sets = [[row[r] for r in ranks] for row in self.mesh.groups("pp")]
-            rest = [[rank] for row in self.mesh.groups("pp") for r, rank in enumerate(row) if r not in ranks]
+            sets = [[row[r] for r in ranks] for row in self.mesh.sets("pipeline")]
+            rest = [[rank] for row in self.mesh.sets("pipeline") for r, rank in enumerate(row) if r not in ranks]
             group = make_group([*sets, *rest], "pipeline.tied", self.timeout, gathers=False, threads=False)
             if self._rank in ranks:
                 self._tied[ranks] = group
@@ -458,8 +457,8 @@ class PipelineMode(Driver, Holder):
         absent = {number for number, parameter in enumerate(parameters) if id(parameter) in foreign}
         return {**state, "state": {number: values for number, values in state["state"].items() if number not in absent}}
 
-    def part_of(self, name: str, coordinates: Mapping[str, int]) -> Hashable:
-        return () if coordinates["pp"] in self.partition.holders(name) else None
+    def part_of(self, name: str, rank: int) -> Hashable:
+        return () if self.mesh.index("pipeline", rank) in self.partition.holders(name) else None
 
     def release(self, *, complete: bool = True) -> None:
         """The model is whole again on every rank, if it was."""
