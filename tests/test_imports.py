@@ -32,7 +32,6 @@ DISTRIBUTED = re.compile(r"ranks\.|state\.|modes\.tensor\.symm_mem$|modes\.tenso
 """Who may import torch.distributed. The peers of a measurement are torch's own."""
 ALLOWED: dict[str, set[str]] = {
     "directions": {
-        "ranks.mesh -> config",
         "state.parts -> modes.base",
     },
     "circles": {
@@ -245,6 +244,18 @@ def local_names(function: ast.FunctionDef) -> set[str]:
     arguments = function.args
     names = {a.arg for a in [*arguments.posonlyargs, *arguments.args, *arguments.kwonlyargs]}
     return names | {n.id for n in ast.walk(function) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)}
+
+
+def test_axes_are_known_to_the_mesh_only():
+    """Others ask it for groups by their meaning."""
+    axes = {"pp", "dp", "cp", "tp", "ep"}
+    broken = set()
+    for module in set(MODULES) - {"ranks.mesh"}:
+        for node in ast.walk(tree_of(module)):
+            text = getattr(node, "value", None) if isinstance(node, ast.Constant) else getattr(node, "attr", getattr(node, "id", None))
+            if isinstance(text, str) and text in axes:
+                broken.add(f"{module}: {text}")
+    check("axes", broken)
 
 
 # -- private names of other libraries ------------------------------------------------------------------------------------------
