@@ -9,7 +9,7 @@ import lightning_overlap
 
 ROOT = Path(lightning_overlap.__file__).parent
 FILES = {str(path.relative_to(ROOT)): path for path in ROOT.rglob("*.py")}
-PURE = ["modes/data/layout.py", "modes/pipeline/layout.py", "steps/schedule.py", "steps/simulate.py"]
+PURE = ["modes/data/layout.py", "modes/pipeline/layout.py", "steps/schedule.py", "steps/simulate.py", "steps/defer.py"]
 STDLIB_ONLY = [
     "config.py",
     "decision.py",
@@ -21,11 +21,8 @@ STDLIB_ONLY = [
 ]
 # The doors to collectives, and what reads and writes torch's distributed checkpoints.
 DISTRIBUTED = {
-    "ranks/group.py",
-    "ranks/announcements.py",
+    *[f for f in FILES if f.startswith("ranks/")],
     "strategy/launching.py",
-    "ranks/mesh.py",
-    "ranks/shared_state.py",
     "state/checkpoint.py",
     "state/sharded.py",
     "state/shards.py",
@@ -73,3 +70,13 @@ def test_directions(name):
 @pytest.mark.parametrize("name", sorted(FILES))
 def test_no_state_of_modules(name):
     assert not [node for node in ast.walk(ast.parse(FILES[name].read_text())) if isinstance(node, ast.Global)]
+
+
+@pytest.mark.parametrize("name", sorted(set(FILES) - {"ranks/mesh.py"}))
+def test_axes_are_known_to_the_mesh_only(name):
+    """Others ask it for groups by their meaning."""
+    axes = {"pp", "dp", "cp", "tp", "ep"}
+    nodes = list(ast.walk(ast.parse(FILES[name].read_text())))
+    assert not [node.value for node in nodes if isinstance(node, ast.Constant) and isinstance(node.value, str) and node.value in axes]
+    assert not [node.attr for node in nodes if isinstance(node, ast.Attribute) and node.attr in axes]
+    assert not [node.id for node in nodes if isinstance(node, ast.Name) and node.id in axes]

@@ -10,7 +10,7 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch.distributed import TCPStore
 
 from lightning_overlap import ConfigError
-from lightning_overlap.ranks.group import TransferError
+from lightning_overlap.ranks.announcements import TransferError
 from lightning_overlap.strategy import launching
 from lightning_overlap.strategy.launching import Watched
 

@@ -11,7 +11,7 @@ from itertools import pairwise
 from lightning_overlap.decision import ConfigError
 from lightning_overlap.modes.pipeline.config import PipelineParallel, scheduled
 from lightning_overlap.plan import Plan
-from lightning_overlap.ranks.group import all_gather_objects
+from lightning_overlap.ranks.world import all_gather_objects
 from lightning_overlap.steps.schedule import Schedule
 from lightning_overlap.steps.simulate import simulate
 

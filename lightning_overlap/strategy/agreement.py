@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_overlap.decision import ConfigError
-from lightning_overlap.ranks.group import all_gather_objects, world_size
+from lightning_overlap.ranks.world import all_gather_objects, world_size
 
 ARGUMENTS = (
     *("accumulate_grad_batches", "max_epochs", "min_epochs", "max_steps", "min_steps", "fast_dev_run", "overfit_batches"),

@@ -18,9 +18,10 @@ from torch.optim import Optimizer
 from lightning_overlap.decision import ConfigError
 from lightning_overlap.model.materialize import forget, is_deferred
 from lightning_overlap.modes.base import Holder, OptimizerHolder, OverlapMode
-from lightning_overlap.ranks.group import Group, rank
+from lightning_overlap.ranks.group import Group
 from lightning_overlap.ranks.mesh import ParallelMesh
 from lightning_overlap.ranks.shared_state import share
+from lightning_overlap.ranks.world import rank
 from lightning_overlap.state.checkpoint import (
     AtomicCheckpointIO,
     Saves,

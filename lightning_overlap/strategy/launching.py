@@ -23,9 +23,9 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException, _TunerExitE
 from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined]  # documented, and not declared in its __all__
 
 from lightning_overlap.decision import ConfigError
-from lightning_overlap.ranks import announcements
-from lightning_overlap.ranks.group import TransferError, patiently
+from lightning_overlap.ranks.announcements import TransferError, base_store, follows_from_another
 from lightning_overlap.ranks.sockets import Sockets
+from lightning_overlap.ranks.world import WORLD, patiently
 
 LONGEST = timedelta(days=365)
 """A limit above this one is a mistake: torch counts milliseconds, and wraps."""
@@ -78,7 +78,7 @@ class Watched:
             return self._call(*args, **kwargs)
 
     def _call(self, *args: Any, **kwargs: Any) -> Any:
-        announcements.start()
+        WORLD.announcements.start()
         self._strategy.attempting = True
         try:
             return self._function(*args, **kwargs)
@@ -89,14 +89,14 @@ class Watched:
         except _TunerExitException:
             raise
         except BaseException as error:
-            told = announcements.announced()
-            announcements.announce(error)
+            told = WORLD.announcements.announced()
+            WORLD.announcements.announce(error)
             self._strategy.has_failed(self._trainer)
-            if told is not None and announcements.follows_from_another(error) and str(told) != str(error):
+            if told is not None and follows_from_another(error) and str(told) != str(error):
                 raise told from error
             raise
         finally:
-            announcements.leave()
+            WORLD.announcements.leave()
 
 
 _running = threading.RLock()
@@ -124,7 +124,7 @@ def saving_in_step_only(trainer: Trainer) -> Iterator[None]:
     save = trainer.save_checkpoint
 
     def save_checkpoint(*args: Any, **kwargs: Any) -> None:
-        if announcements.all_stopped_alike():
+        if WORLD.announcements.all_stopped_alike():
             save(*args, **kwargs)
         else:
             rank_zero_warn("no checkpoint is saved of training that has failed: not all ranks have failed in the same place")
@@ -247,7 +247,7 @@ def meet_in(store: Any, rank: int, size: int, limit: timedelta) -> None:
 
 def keep_store_alive() -> None:
     """The kernel asks after the process with the store, too."""
-    store = announcements.base_store()
+    store = base_store()
     if isinstance(store, TCPStore):
         connections = Sockets.of_port(store.port)
         connections.keep_alive()

@@ -16,18 +16,10 @@ from torch import Tensor
 from lightning_overlap.config import OverlapConfig
 from lightning_overlap.decision import ConfigError
 from lightning_overlap.facts import Facts
-from lightning_overlap.ranks.group import (
-    Group,
-    agree,
-    assemble,
-    backend,
-    broadcast_object,
-    end_world,
-    everyone,
-    is_everyone,
-    world_size,
-)
+from lightning_overlap.ranks.degrees import Degrees
+from lightning_overlap.ranks.group import Group
 from lightning_overlap.ranks.mesh import ParallelMesh
+from lightning_overlap.ranks.world import WORLD, agree, backend, broadcast_object, end_world, everyone, is_everyone, world_size
 from lightning_overlap.strategy.agreement import model_in_words, refuse_differences, trainer_in_words
 from lightning_overlap.strategy.batches import refuse_empty, seed_workers
 from lightning_overlap.strategy.launching import (
@@ -66,6 +58,7 @@ class MeshStrategy(DDPStrategy):
         self.attempting = self.failed = False
         self._meeting_timeout = meeting_timeout
         self._seed: int | None = None
+        self._mesh = ParallelMesh(Degrees(), 0)
         self._run: SharedRun | None = None
         """From setup to teardown, with more than one rank."""
         self._until_teardown = contextlib.ExitStack()
@@ -94,21 +87,24 @@ class MeshStrategy(DDPStrategy):
             kind = self._get_process_group_backend()
             start_world(self.cluster_environment, kind, self._meeting_timeout, self.time_limit, self.root_device)
         super().setup_distributed()
-        assemble(self.time_limit, self._meeting_timeout)
+        WORLD.assemble(self.time_limit, self._meeting_timeout)
         keep_store_alive()  # the connection that announcements have made for themselves included
         atexit.unregister(end_world)
         atexit.register(end_world)
 
     @property
     def mesh(self) -> ParallelMesh:
-        """The mesh by arithmetic: Lightning asks for samplers before there are process groups."""
-        return ParallelMesh(self.config.degrees(self.num_nodes * self.num_processes), self.global_rank)
+        """The ranks of this run, with the groups that it has made: none yet when Lightning asks for samplers."""
+        degrees = self.config.degrees(self.num_nodes * self.num_processes)
+        if (self._mesh.degrees, self._mesh.rank) != (degrees, self.global_rank):
+            self._mesh = ParallelMesh(degrees, self.global_rank)
+        return self._mesh
 
     @property
     def distributed_sampler_kwargs(self) -> dict[str, Any]:
         # Ranks may have seeded themselves differently, and shares of different permutations would overlap.
         seed = {} if self._seed is None else {"seed": self._seed}
-        return {"num_replicas": self.mesh.sizes["dp"], "rank": self.mesh.coordinates()["dp"], **seed}
+        return {"num_replicas": self.mesh.size("samples"), "rank": self.mesh.index("samples"), **seed}
 
     def process_dataloader(self, dataloader: object) -> object:
         """Seeds the workers, and has all ranks know of one that has nothing to read.
@@ -118,7 +114,7 @@ class MeshStrategy(DDPStrategy):
         """
         if world_size() > 1:
             refuse_empty(dataloader, self.lightning_module)
-        seed_workers(dataloader, self.mesh.coordinates()["dp"])
+        seed_workers(dataloader, self.mesh.index("samples"))
         return dataloader
 
     def _agree(self, trainer: Trainer, *arguments: Any) -> None:
@@ -163,8 +159,8 @@ class MeshStrategy(DDPStrategy):
         ranks = self._samples or everyone()
         if ranks.size == 1:
             return tensor
-        if tensor.device.type != "cpu" and ranks.device is None:  # gloo's connections
-            return super().reduce(tensor, self._samples and self._samples.reduces, reduce_op)
+        if not ranks.transfers(tensor):  # of a device, over gloo
+            return super().reduce(tensor, self._samples and self._samples.process_group, reduce_op)
         mean = isinstance(reduce_op, str) and reduce_op.lower() in ("mean", "avg")
         total = ranks.sum(tensor, "sum" if mean else reduce_op)
         if not mean:
@@ -178,8 +174,8 @@ class MeshStrategy(DDPStrategy):
         ranks = self._samples or everyone()
         if ranks.size == 1:
             return tensor.unsqueeze(0)
-        if sync_grads or (tensor.device.type != "cpu" and ranks.device is None):  # backward through it, or gloo's connections
-            return super().all_gather(tensor, self._samples and self._samples.reduces, sync_grads)
+        if sync_grads or not ranks.transfers(tensor):  # backward through it, or of a device, over gloo
+            return super().all_gather(tensor, self._samples and self._samples.process_group, sync_grads)
         return torch.stack(ranks.all_gather_alike(tensor.detach()))
 
     def reduce_boolean_decision(self, decision: bool, all: bool = True) -> bool:

@@ -11,7 +11,7 @@ from lightning.pytorch.plugins.environments import TorchElasticEnvironment
 
 from lightning_overlap import ConfigError, DataParallel, OverlapStrategy, PipelineParallel, TensorParallel, verify
 from lightning_overlap.modes.data.mode import DataMode
-from lightning_overlap.modes.pipeline.runtime import Runtime
+from lightning_overlap.modes.pipeline.transfers import PipelineTransfers
 from lightning_overlap.modes.tensor.gemm import Gathered
 from lightning_overlap.ranks.group import Group, Pending
 from lightning_overlap.steps.schedule import Action
@@ -58,7 +58,7 @@ class Faults:
 
         def all_gather(group, x, bounds, **how):
             if self.on and how["label"].startswith("data.params[1]"):
-                return Pending(group, how["label"], 0, lambda: x)
+                return group.completed(x, label=how["label"])
             return real(group, x, bounds, **how)
 
         return mock.patch.object(Group, "all_gather", all_gather)
@@ -67,7 +67,8 @@ class Faults:
         real = Group.reduce_scatter
 
         def reduce_scatter(group, x, bounds, **how):
-            return real(group, x, bounds, **{**how, "average": not (self.on and how["label"].startswith(BUCKET))})
+            wrong = {"divisor": None} if self.on and how["label"].startswith(BUCKET) else {}
+            return real(group, x, bounds, **{**how, **wrong})
 
         return mock.patch.object(Group, "reduce_scatter", reduce_scatter)
 
@@ -166,13 +167,13 @@ def pipelined(size, fault):
     # The first step would show the fault by itself.
     strategy = OverlapStrategy(pipeline_parallel=pipeline, verify_first_step=False, cluster_environment=TorchElasticEnvironment())
     strategy.parallel_devices = [torch.device("cpu")] * ranks
-    real = Runtime._send
+    real = PipelineTransfers._post_send
 
-    def send(runtime, item, target, tensors, forms):
-        wrong = fault and runtime._prefetch is not None and item == Action("F", 0, 1)
-        return real(runtime, item, target, [x * 1.01 for x in tensors] if wrong else tensors, forms)
+    def send(transfers, item, target, tensors):
+        wrong = fault and transfers._prefetch is not None and item == Action("F", 0, 1)
+        return real(transfers, item, target, [x * 1.01 for x in tensors] if wrong else tensors)
 
-    with mock.patch.object(Runtime, "_send", send):
+    with mock.patch.object(PipelineTransfers, "_post_send", send):
         return [(v.equal, str(v)) for v in verify(Piped(), None, strategy, given, steps=3, against="single")]
 
 

@@ -19,7 +19,7 @@ from torch.distributed.checkpoint.filesystem import _StorageInfo
 
 import lightning_overlap.state.sharded as folders
 from lightning_overlap import CheckpointError
-from lightning_overlap.ranks.group import TransferError
+from lightning_overlap.ranks.announcements import TransferError
 from lightning_overlap.state.checkpoint import AtomicCheckpointIO, Saves, aside, beside, load_file, remove, what_is_broken
 from tests.helpers.training import Net, strategy, train
 from tests.helpers.world import World

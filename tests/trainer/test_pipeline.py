@@ -27,7 +27,8 @@ from torch.utils.data import DataLoader, DistributedSampler
 from lightning_overlap import ConfigError, DataParallel, OverlapProfiler, OverlapStrategy, PipelineParallel, verify
 from lightning_overlap.bench.measure import measure
 from lightning_overlap.modes.pipeline.stage import Stages
-from lightning_overlap.ranks.group import Group, TransferError
+from lightning_overlap.ranks.announcements import TransferError
+from lightning_overlap.ranks.group import Group
 from lightning_overlap.steps.schedule import build
 from lightning_overlap.strategy.evaluation import explaining, failing_together
 
@@ -270,14 +271,14 @@ def order(kind: type[Net], pipeline: dict[str, Any]) -> tuple[list[str], str]:
             mode: Any = trainer.strategy.modes[0]  # type: ignore[attr-defined]
             listen(mode._weight_gradients, "run", "weights")
             listen(mode.channels["B", False, 1], "send", "sent")
-            for group in mode._tied.values():
+            for group in mode._tied.groups.values():
                 listen(group, "all_reduce", "sum", lambda pending: listen(pending, "wait", "wait"))
             if module.head.weight.requires_grad:
                 module.head.weight.register_post_accumulate_grad_hook(lambda _: events.append("head"))
 
         def on_train_end(self, trainer: Trainer, *_: Any) -> None:
-            (runtime,) = trainer.strategy.modes[0]._runtimes.values()  # type: ignore[attr-defined]
-            events.append(" ".join(map(str, runtime.actions)))
+            ((runner, _),) = trainer.strategy.modes[0]._runs.values()  # type: ignore[attr-defined]
+            events.append(" ".join(map(str, runner.actions)))
 
     env = {"cluster_environment": TorchElasticEnvironment(), "process_group_backend": "gloo"}
     own = PipelineParallel(size=2, microbatches=4, **pipeline)

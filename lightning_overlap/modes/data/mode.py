@@ -32,7 +32,8 @@ from lightning_overlap.modes.data.gathers import Gathers
 from lightning_overlap.modes.data.guard import CompleteBefore, GuardedParameters, ReferenceGuard
 from lightning_overlap.modes.data.layout import Bucket, lateness, lay_out
 from lightning_overlap.modes.data.optimizer import ShardedOptimizer
-from lightning_overlap.ranks.group import Group, Pending, make_group
+from lightning_overlap.ranks.group import Group, Pending
+from lightning_overlap.ranks.world import make_group
 
 if TYPE_CHECKING:
     from lightning_overlap.config import OverlapConfig
@@ -86,19 +87,22 @@ class DataMode(OptimizerHolder):
 
     @classmethod
     def runs(cls, plan: Plan) -> bool:
-        return plan.degrees.dp > 1
+        return plan.degrees.data > 1
 
     @property
     def groups(self) -> tuple[Group, ...]:
         return (self.group,) if self._instances is None else (self.group, self._instances)
 
     def _make_groups(self, instances: int) -> None:
-        ranks = self.mesh.groups("dp")
-        size = len(ranks[0]) // instances
-        inner = [row[i : i + size] for row in ranks for i in range(0, len(row), size)]
-        outer = [row[i::size] for row in ranks for i in range(size)]
-        self.group: Group = make_group(inner, "data", self.timeout)
-        self._instances = make_group(outer, "data.instances", self.timeout) if instances > 1 else None
+        self._instances: Group | None = None
+        if instances == 1:
+            self.group = self.mesh.group("gradients", self.timeout, "data")
+            return
+        sets, size = self.mesh.sets("gradients"), self.mesh.size("gradients") // instances
+        inner = [ranks[i : i + size] for ranks in sets for i in range(0, len(ranks), size)]
+        outer = [ranks[i::size] for ranks in sets for i in range(size)]
+        self.group = make_group(inner, "data", self.timeout)
+        self._instances = make_group(outer, "data.instances", self.timeout)
 
     # -- set-up ------------------------------------------------------------------------------------------------------
 
@@ -343,13 +347,13 @@ class DataMode(OptimizerHolder):
         scale = self.group.size if self._instances is None else self.group.size * self._instances.size
         if not own.average_in_collective:
             bucket.grads.div_(scale)
-        average = own.average_in_collective
+        divisor = self.group.size if own.average_in_collective else None
         if self._scatter:
             pending = self.group.reduce_scatter(
-                bucket.grads, bucket.bounds, key=bucket.key, label=label, average=average, wire=self._wire
+                bucket.grads, bucket.bounds, key=bucket.key, label=label, divisor=divisor, wire=self._wire
             )
         else:
-            pending = self.group.all_reduce(bucket.grads, label=label, average=average)
+            pending = self.group.all_reduce(bucket.grads, label=label, divisor=divisor)
         self._reducing.append((bucket, pending))
 
     def _check_finite(self, bucket: LiveBucket) -> None:
@@ -382,7 +386,7 @@ class DataMode(OptimizerHolder):
                 across = self._instances.all_reduce(
                     reduced,
                     label=f"data.grads{bucket.label}.instances",
-                    average=self.config.data_parallel.average_in_collective,
+                    divisor=self._instances.size if self.config.data_parallel.average_in_collective else None,
                 )
                 self._crossing.append((bucket, across))
         while self._crossing and (block or self._crossing[0][1].arrived()):
@@ -439,9 +443,9 @@ class DataMode(OptimizerHolder):
                 grad = empty if parameter.grad is None else parameter.grad
                 grad = grad.coalesce() if grad.is_sparse else grad  # dense, where it is a head's weight, too
                 for group in self.groups:
-                    dense = grad.is_sparse and group.device is not None  # NCCL sums dense tensors only
+                    dense = grad.is_sparse and not group.sums_sparse
                     summed = grad.to_dense() if dense else grad
-                    summed = group.all_reduce(summed, label=f"data.sparse[{name}]", average=True).wait()
+                    summed = group.all_reduce(summed, label=f"data.sparse[{name}]", divisor=group.size).wait()
                     grad = summed.to_sparse(1) if dense else summed
                 parameter.grad = grad
 

@@ -1,1 +1,1 @@
-"""Pipeline parallelism: its configuration. The mode itself is not in this version."""
+"""Pipeline parallelism: ranks hold consecutive blocks, and a batch passes them in microbatches."""

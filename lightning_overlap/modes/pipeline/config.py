@@ -7,7 +7,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from lightning_overlap.decision import MOST, ConfigError, Decision, check_count, settle
-from lightning_overlap.steps.schedule import SCHEDULES, Schedule, build, deferred, parse, simulate, validate
+from lightning_overlap.steps.defer import defer
+from lightning_overlap.steps.schedule import SCHEDULES, Schedule, build, parse, validate
+from lightning_overlap.steps.simulate import simulate
 
 if TYPE_CHECKING:
     from lightning_overlap.config import OverlapConfig
@@ -217,7 +219,7 @@ def _deferred(own: PipelineParallel, facts: Facts, schedule: Schedule) -> Schedu
     if schedule.splits_backward:
         return schedule
     work, head = _work(facts)
-    return deferred(schedule, work, [2 * each for each in work], head, own.kept)
+    return defer(schedule, work, [2 * each for each in work], head, own.kept)
 
 
 def _work(facts: Facts) -> tuple[tuple[int, ...], int]:
