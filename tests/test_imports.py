@@ -31,9 +31,6 @@ PURE = {
 DISTRIBUTED = re.compile(r"ranks\.|state\.|modes\.tensor\.symm_mem$|modes\.tensor\.userbuffers$|bench\.peers")
 """Who may import torch.distributed. The peers of a measurement are torch's own."""
 ALLOWED: dict[str, set[str]] = {
-    "directions": {
-        "state.parts -> modes.base",
-    },
     "circles": {
         "bench.advice -> bench.measure -> bench.advice",
         "config -> modes.context.config -> config",

@@ -260,16 +260,20 @@ class Holder(OverlapMode):
         """This rank's part of an optimizer's whole ``state_dict()``."""
 
     @abstractmethod
-    def part_of(self, name: str, rank: int) -> Hashable:
-        """Identifies the part of a parameter or buffer that a rank holds: equal for equal values; None if it holds no part.
+    def layout_of(self, name: str) -> Hashable:
+        """Identifies how this mode cuts a parameter or buffer: those with the same layout are cut over the ranks alike."""
+
+    @abstractmethod
+    def part_of(self, layout: Hashable, rank: int) -> Hashable:
+        """Identifies the part that a rank holds of a tensor: equal for equal values; None if it holds no part.
 
         Args:
-            name: of the parameter or buffer.
+            layout: of the tensor, from :meth:`layout_of`.
             rank: the global rank.
         """
 
     def place_of(self, name: str) -> Place | None:
-        """Where this rank's part lies in a parameter or buffer; None if this mode does not cut the tensor."""
+        """Where this rank's part lies in what the modes before this one have left of a tensor; None if it is all of that."""
         return None
 
 

@@ -105,7 +105,7 @@ def _put(value: Any, place: Place | None) -> Any:
     """A part of a state as it lies in the whole one, which has the shape of the parameter."""
     if place is not None and isinstance(value, Run):
         return value.put(place)
-    if place is not None and isinstance(value, Tensor) and value.shape == place.own:
+    if place is not None and isinstance(value, Tensor) and value.shape == place.piece:
         return Run(value.shape, 0, value.detach().view(-1), place)
     return value
 
@@ -113,7 +113,7 @@ def _put(value: Any, place: Place | None) -> Any:
 def _cut(value: Any, place: Place | None) -> Any:
     """This rank's part of a state on the meta device."""
     cut = place is not None and isinstance(value, Tensor) and value.shape == place.shape
-    return value.new_empty(place.own) if cut and place is not None else value
+    return value.new_empty(place.piece) if cut and place is not None else value
 
 
 def _names(parameters: Iterable[Tensor], names: Mapping[int, str], group: int) -> list[str]:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,33 +40,62 @@ def boxes(shape: Sequence[int], start: int, end: int) -> list[tuple[tuple[int, .
     return found
 
 
+Spans = tuple[tuple[int, int], ...]
+"""Runs along a dim of a tensor: where each starts, and its length."""
+
+
+def _ranges(spans: Spans, start: int, length: int) -> Iterator[tuple[int, int, int]]:
+    """A run of a piece that was put together from spans, in parts that lie together in the whole.
+
+    Yields:
+        Where a part starts in the run, its length, and where it starts in the whole.
+    """
+    first = 0
+    for in_whole, n in spans:
+        low, high = max(first, start), min(first + n, start + length)
+        if low < high:
+            yield low - start, high - low, in_whole + low - first
+        first += n
+
+
 @dataclass(frozen=True)
 class Place:
-    """Where a piece that was cut out of a tensor lies in it.
+    """Where a piece that was cut out of a tensor lies in it: a product of cuts along dims.
 
     Attributes:
         shape: of the whole.
-        dim: along which it was cut.
-        spans: of what the piece is put together, in its order: where each span starts in the whole, and its length.
+        spans: by dim that is cut: of what the piece is put together, in its order.
     """
 
     shape: torch.Size
-    dim: int
-    spans: tuple[tuple[int, int], ...]
+    spans: Mapping[int, Spans]
 
     @property
-    def own(self) -> torch.Size:
+    def piece(self) -> torch.Size:
         """The piece's shape."""
-        return torch.Size([*self.shape[: self.dim], sum(n for _, n in self.spans), *self.shape[self.dim + 1 :]])
+        sizes = {dim: sum(n for _, n in spans) for dim, spans in self.spans.items()}
+        return torch.Size([sizes.get(dim, n) for dim, n in enumerate(self.shape)])
 
-    def boxes(self, offsets: Sequence[int], sizes: Sequence[int]) -> Iterator[tuple[int, int, tuple[int, ...]]]:
-        """A box of the piece as boxes of the whole: each is a part of it along the dim (first, length), and has offsets there."""
-        start, d = 0, self.dim
-        for there, n in self.spans:
-            low, high = max(start, offsets[d]), min(start + n, offsets[d] + sizes[d])
-            if low < high:
-                yield low - offsets[d], high - low, (*offsets[:d], there + low - start, *offsets[d + 1 :])
-            start += n
+    def _along(self, dim: int) -> Spans:
+        return self.spans.get(dim, ((0, self.shape[dim]),))
+
+    def cut(self, inner: Place) -> Place:
+        """Where a piece of this piece lies in the whole.
+
+        Args:
+            inner: where it lies in this piece.
+        """
+        assert inner.shape == self.piece, "the inner cut is one of this piece"
+        spans = dict(self.spans)
+        for dim, parts in inner.spans.items():
+            spans[dim] = tuple((there, n) for start, length in parts for _, n, there in _ranges(self._along(dim), start, length))
+        return Place(self.shape, spans)
+
+    def boxes(self, offsets: Sequence[int], sizes: Sequence[int]) -> Iterator[tuple[tuple[slice, ...], tuple[int, ...]]]:
+        """A box of the piece as boxes of the whole: each is a part of the box, and has offsets in the whole."""
+        ranges = [list(_ranges(self._along(dim), start, n)) for dim, (start, n) in enumerate(zip(offsets, sizes, strict=True))]
+        for parts in itertools.product(*ranges):
+            yield tuple(slice(low, low + n) for low, n, _ in parts), tuple(there for _, _, there in parts)
 
 
 class Run:
@@ -109,8 +139,8 @@ class Run:
             if self.place is None:
                 yield torch.Size(offsets), box
             else:
-                for low, n, there in self.place.boxes(offsets, sizes):
-                    yield torch.Size(there), box.narrow(self.place.dim, low, n)
+                for part, offsets_in_whole in self.place.boxes(offsets, sizes):
+                    yield torch.Size(offsets_in_whole), box[part]
 
     def __create_chunk_list__(self) -> list[ChunkStorageMetadata]:
         return [ChunkStorageMetadata(offsets, box.shape) for offsets, box in self._boxes()]

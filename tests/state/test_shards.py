@@ -46,29 +46,50 @@ def test_a_run_gives_its_boxes_as_views(run):
         assert box.data_ptr() == there.data_ptr()
 
 
-@st.composite
-def placed_runs(draw):
-    shape = tuple(draw(st.lists(st.integers(1, 5), min_size=1, max_size=3)))
-    dim = draw(st.integers(0, len(shape) - 1))
+def draw_spans(draw, length):
+    """Some spans of a dim, in order."""
     spans, start = [], 0
-    while start < shape[dim]:
-        n = draw(st.integers(0, shape[dim] - start))
+    while start < length:
+        n = draw(st.integers(0, length - start))
         spans.append((start, n))
         start += n + draw(st.integers(0, 2)) + (n == 0)
-    place = Place(torch.Size(shape), dim, tuple(spans))
-    first = draw(st.integers(0, place.own.numel()))
-    return place, first, draw(st.integers(first, place.own.numel()))
+    return tuple(spans) or ((0, 0),)
+
+
+def draw_place(draw, shape):
+    dims = draw(st.sets(st.integers(0, len(shape) - 1), min_size=1))
+    return Place(torch.Size(shape), {dim: draw_spans(draw, shape[dim]) for dim in dims})
+
+
+@st.composite
+def placed_runs(draw):
+    """A run of a piece that one mode, or one after the other, has cut, and the places of both."""
+    places = [draw_place(draw, draw(st.lists(st.integers(1, 5), min_size=1, max_size=3)))]
+    if draw(st.booleans()):
+        places.append(draw_place(draw, places[0].piece))
+    size = places[-1].piece.numel()
+    first = draw(st.integers(0, size))
+    return places, first, draw(st.integers(first, size))
+
+
+def cut(whole, place):
+    for dim, spans in place.spans.items():
+        whole = torch.cat([whole.narrow(dim, start, n) for start, n in spans], dim)
+    return whole
 
 
 @settings(deadline=None)
 @given(placed_runs())
 def test_a_run_of_a_piece_is_where_it_lies_in_the_whole(case):
-    place, start, end = case
-    whole = torch.arange(place.shape.numel()).view(place.shape)
-    piece = torch.cat([whole.narrow(place.dim, there, n) for there, n in place.spans], place.dim)
-    assert piece.shape == place.own
+    places, start, end = case
+    whole = torch.arange(places[0].shape.numel()).view(places[0].shape)
+    piece, place = whole, None
+    for each in places:
+        assert each.piece == cut(piece, each).shape
+        piece, place = cut(piece, each), each if place is None else place.cut(each)
+    assert place.piece == piece.shape
     mine = Run(piece.shape, start, piece.reshape(-1)[start:end], place)
-    assert mine.size() == place.shape
+    assert mine.size() == whole.shape
     found = []
     for chunk in mine.__create_chunk_list__():
         box = mine.__get_tensor_shard__(MetadataIndex("x", chunk.offsets))

@@ -408,8 +408,12 @@ class PipelineMode(Driver, Holder):
         absent = {number for number, parameter in enumerate(parameters) if id(parameter) in foreign}
         return {**state, "state": {number: values for number, values in state["state"].items() if number not in absent}}
 
-    def part_of(self, name: str, rank: int) -> Hashable:
-        return () if self.mesh.index("pipeline", rank) in self.partition.holders(name) else None
+    def layout_of(self, name: str) -> tuple[int, ...]:
+        return self.partition.holders(name)
+
+    def part_of(self, layout: Hashable, rank: int) -> Hashable:
+        assert isinstance(layout, tuple), "the holders of a tensor"
+        return () if self.mesh.index("pipeline", rank) in layout else None
 
     def release(self, *, complete: bool = True) -> None:
         """The model is whole again on every rank, if it was."""

@@ -513,8 +513,12 @@ class TensorMode(Holder):
     def _piece(self, name: str) -> Piece | None:
         return self._partition.pieces.get(self._names.get(name, 0))
 
-    def part_of(self, name: str, rank: int) -> Hashable:
-        return self.mesh.index("tensor", rank) if self._piece(name) is not None else ()
+    def layout_of(self, name: str) -> bool:
+        """Whether the tensor is cut."""
+        return self._piece(name) is not None
+
+    def part_of(self, layout: Hashable, rank: int) -> Hashable:
+        return self.mesh.index("tensor", rank) if layout else ()
 
     def place_of(self, name: str) -> Place | None:
         piece = self._piece(name)

@@ -50,7 +50,7 @@ class Piece:
             low, high = shares(n, size)[rank : rank + 2]
             spans.append((start + low, high - low))
             start += n
-        return Place(self.shape, self.dim, tuple(spans))
+        return Place(self.shape, {self.dim: tuple(spans)})
 
     def join(self, pieces: Sequence[Tensor]) -> Tensor:
         """All ranks' pieces as one tensor."""
