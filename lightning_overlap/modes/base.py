@@ -4,21 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+from typing import Any, ClassVar, Protocol
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from lightning_overlap.decision import Choices
 from lightning_overlap.ranks.clock import Timeline
 from lightning_overlap.ranks.group import Group
+from lightning_overlap.ranks.mesh import ParallelMesh
 from lightning_overlap.state.shards import Place
-
-if TYPE_CHECKING:
-    from lightning_overlap.config import OverlapConfig
-    from lightning_overlap.plan import Plan
-    from lightning_overlap.ranks.mesh import ParallelMesh
-
 
 LATE_GRADIENT = "_lightning_overlap_late"
 """Attribute of a parameter: a mode completes its gradient in ``finish_backward``, and nobody may send it before."""
@@ -73,14 +70,30 @@ class Step(Protocol):
         """Logs it, on every rank."""
 
 
+@dataclass(frozen=True)
+class Setup:
+    """What every mode is made with, beside its own configuration and choices.
+
+    Attributes:
+        mesh: the ranks.
+        timeout: how long a transfer may take.
+        roles: of the model's parts, by name, as the user gave them (``parallel_plan``).
+        first_step_is_verified: the whole first step is compared with that of the unsharded model, so a mode need not check its part.
+    """
+
+    mesh: ParallelMesh
+    timeout: timedelta
+    roles: Mapping[str, str]
+    first_step_is_verified: bool
+
+
 class OverlapMode:
     """One way to shard work and hide the communication it costs. Override what the mode needs.
 
     Args:
-        plan: what was decided.
-        config: what was asked for.
-        mesh: the ranks.
-        timeout: how long a transfer may take.
+        config: the mode's: what was asked for.
+        choices: the mode's: what was decided.
+        setup: ranks, timeout, roles.
 
     Attributes:
         name: what labels of its transfers begin with.
@@ -92,35 +105,32 @@ class OverlapMode:
     """Whether a rank holds, or computes, a part of the model only."""
     keeps_bits: ClassVar[bool] = True
     """Whether what it computes has the bits of the model whole, if nothing is wrong."""
+    announcements: ClassVar[tuple[str, ...]] = ()
+    """Labels of transfers that tell a receiver what comes next: a benchmark without transfers still makes them."""
+    remark: ClassVar[str] = ""
+    """A sentence about its transfers for the profiler's table."""
 
-    def __init__(self, plan: Plan, config: OverlapConfig, mesh: ParallelMesh, timeout: timedelta) -> None:
-        self.plan = plan
+    def __init__(self, config: Any, choices: Choices, setup: Setup) -> None:
         self.config = config
-        self.mesh = mesh
-        self.timeout = timeout
+        self.choices = choices
+        self.setup = setup
+        self.mesh = setup.mesh
+        self.timeout = setup.timeout
         self.timeline: Timeline | None = None
         self._held = False
 
     @classmethod
-    def runs(cls, plan: Plan) -> bool:
-        """Whether the plan has this mode do anything."""
-        return True
+    def holds(cls, model: nn.Module, config: Any, roles: Mapping[str, str], mesh: ParallelMesh) -> Callable[[str], bool]:
+        """Tells whether this rank will hold a parameter or buffer once the mode is made, by its name.
 
-    @classmethod
-    def look(cls, model: nn.Module, config: OverlapConfig) -> dict[str, Any]:
-        """What its part of the plan depends on in the model, which is whole: fields of :class:`lightning_overlap.facts.Facts`.
-
-        Raises:
-            ConfigError: the model is none for this mode.
-        """
-        return {}
-
-    @classmethod
-    def holds(cls, model: nn.Module, config: OverlapConfig, mesh: ParallelMesh) -> Callable[[str], bool]:
-        """Whether this rank will hold a parameter or buffer, by name, once the mode is made; of a model without memory.
+        Args:
+            model: without memory for its parameters.
+            config: the mode's.
+            roles: of the model's parts, by name, as the user gave them.
+            mesh: the ranks.
 
         Raises:
-            ConfigError: as :meth:`look`.
+            ConfigError: the mode cannot shard this model.
         """
         return lambda name: True
 

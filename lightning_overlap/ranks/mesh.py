@@ -3,11 +3,18 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict
-from typing import TYPE_CHECKING
+from dataclasses import asdict, dataclass
 
-if TYPE_CHECKING:
-    from lightning_overlap.config import Degrees
+
+@dataclass(frozen=True)
+class Degrees:
+    """Ranks along each axis of the mesh, outermost first."""
+
+    pp: int = 1
+    dp: int = 1
+    ep: int = 1
+    cp: int = 1
+    tp: int = 1
 
 
 class ParallelMesh:

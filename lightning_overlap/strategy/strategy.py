@@ -35,8 +35,7 @@ from lightning_overlap.decision import ConfigError
 from lightning_overlap.facts import Facts
 from lightning_overlap.model.block_stack import without_nested_tensors
 from lightning_overlap.model.materialize import forget, initialize, is_deferred, materialize, without_values
-from lightning_overlap.modes import MODES
-from lightning_overlap.modes.base import COUNTED_ELSEWHERE, OverlapMode
+from lightning_overlap.modes.base import COUNTED_ELSEWHERE, OverlapMode, Setup
 from lightning_overlap.modes.context.config import ContextParallel
 from lightning_overlap.modes.data.config import DataParallel
 from lightning_overlap.modes.expert.config import ExpertParallel
@@ -135,8 +134,6 @@ class OverlapStrategy(DDPStrategy):
     Raises:
         ConfigError: a request that cannot be met; when the strategy is made, or before the first step.
     """
-
-    mode_types: tuple[type[OverlapMode], ...] = MODES
 
     def __init__(
         self,
@@ -361,8 +358,8 @@ class OverlapStrategy(DDPStrategy):
         """Gives memory to what this rank will hold of a model on the meta device; all of it, if there is nothing to fit."""
         module = self.lightning_module
         assert module is not None, "Lightning connects the module"
-        kinds = self.mode_types if fitting else ()
-        held = [kind.holds(module, self.config, self.mesh) for kind in kinds]
+        roles, modes = self.config.parallel_plan, self.config.modes if fitting else ()
+        held = [mode.mode_type.holds(module, self.config.of(mode), roles, self.mesh) for mode in modes if mode.mode_type is not None]
 
         def holds(name: str) -> bool:
             return all(has(name) for has in held)
@@ -402,9 +399,14 @@ class OverlapStrategy(DDPStrategy):
         if self.mesh.sizes["tp"] * self.mesh.sizes["pp"] > 1:
             self._until_teardown.enter_context(without_nested_tensors(model))
             warn_of_parts(facts)
-        self._unproven = self._plan.choice("verify_first_step") != "off"
+        self._unproven = self._plan.verify_first_step.value
         earlier = self.modes
-        self.modes = [m(self._plan, self.config, self.mesh, self.time_limit) for m in self.mode_types if m.runs(self._plan)]
+        setup = Setup(self.mesh, self.time_limit, self.config.parallel_plan, first_step_is_verified=self._unproven)
+        self.modes = [
+            mode.mode_type(self.config.of(mode), self._plan.choices[mode.name], setup)
+            for mode in self.config.modes
+            if mode.mode_type is not None and mode.name in self._plan.choices
+        ]
         for mode in self.modes:
             mode.refuse(model)
         for mode in self.modes:

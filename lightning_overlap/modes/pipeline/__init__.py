@@ -1,1 +1,17 @@
-"""Pipeline parallelism: its configuration. The mode itself is not in this version."""
+"""Pipeline parallelism: ranks hold consecutive blocks, and send hidden states and their gradients beside compute."""
+
+from lightning_overlap.modes.descriptor import ModeDescriptor, Share
+from lightning_overlap.modes.pipeline.config import ADVICE, decide, environment, schedule_of
+from lightning_overlap.modes.pipeline.mode import PipelineMode, look
+
+PIPELINE = ModeDescriptor(
+    name="pipeline",
+    section="pipeline_parallel",
+    decide=decide,
+    share=Share.BLOCKS,
+    mode_type=PipelineMode,
+    look=look,
+    environment=environment,
+    advice=ADVICE,
+    schedule=schedule_of,
+)
