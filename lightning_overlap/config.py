@@ -25,7 +25,7 @@ class OverlapConfig:
     A mode from outside of the package takes part by a subclass that lists it in ``modes`` and has a field for its configuration.
 
     Attributes:
-        modes: descriptors of all modes, in the order in which they take their shares of the model.
+        modes: descriptors of all modes.
         overlap: ``"off"`` keeps the layout and turns every overlap off.
         parallel_plan: roles of the model's parts, by name.
         verify_first_step: compare the first step with that of the unsharded model.

@@ -1,6 +1,6 @@
 """Environment variables that the modes want on CUDA, set before it starts. No number depends on them.
 
-A value that is set already stays, whoever has set it: the user, or a mode that comes earlier in the order of modes.
+A value that is set already stays, whoever has set it: the user, or a mode that is applied before.
 """
 
 from __future__ import annotations
@@ -10,10 +10,11 @@ from collections.abc import MutableMapping, Sequence
 
 from lightning_overlap.config import OverlapConfig
 from lightning_overlap.decision import Setting
+from lightning_overlap.modes.descriptor import in_order
 
 
 def wanted(config: OverlapConfig, capability: int | None) -> list[Setting]:
-    """Lists what the modes want, in their order; nothing if overlap is off.
+    """Lists what the modes want, in the order in which they are applied; nothing if overlap is off.
 
     Args:
         config: what was asked for.
@@ -21,7 +22,7 @@ def wanted(config: OverlapConfig, capability: int | None) -> list[Setting]:
     """
     if config.overlap == "off":
         return []
-    return [setting for mode in config.modes for setting in mode.environment(config.of(mode), capability)]
+    return [setting for mode, _ in in_order(config.modes) for setting in mode.environment(config.of(mode), capability)]
 
 
 def apply(settings: Sequence[Setting], environ: MutableMapping[str, str], *, started: bool) -> list[str]:

@@ -14,6 +14,7 @@ STDLIB_ONLY = [
     "config.py",
     "decision.py",
     "environment.py",
+    "facts.py",
     "plan.py",
     "model/roles.py",
     *PURE,
@@ -30,9 +31,10 @@ DISTRIBUTED = {
     "state/sharded.py",
     "state/shards.py",
     "modes/tensor/symm_mem.py",
-    "bench/peers.py",
-    "bench/pipelining.py",
-    "bench/products.py",
+    "bench/peers/data.py",
+    "bench/peers/pipeline.py",
+    "bench/peers/tensor.py",
+    "bench/peers/tensor_products.py",
 }
 
 
@@ -62,11 +64,11 @@ def test_directions(name):
     if name.startswith("modes/"):
         assert not [m for m in found if m.split(".")[0] == "lightning"], "modes do not know Lightning"
         own = "lightning_overlap." + ".".join(name.split("/")[:2])
-        others = [m for m in found if m.startswith("lightning_overlap.modes.") and m != "lightning_overlap.modes.base"]
+        others = [m for m in found if m.startswith("lightning_overlap.modes.") and not m.endswith(("modes.base", "modes.descriptor"))]
         if name.count("/") > 1:
             assert all(m.startswith(own) for m in others), "modes do not know each other"
     if name == "strategy/strategy.py":
-        named = [m for m in found if m.startswith("lightning_overlap.modes.") and not m.endswith((".config", ".base"))]
+        named = [m for m in found if m.startswith("lightning_overlap.modes.") and not m.endswith((".config", ".base", ".descriptor"))]
         assert not named, "the strategy names no mode"
 
 

@@ -164,7 +164,7 @@ class _Clock(Callback):
             timeline = Timeline(self._clock) if self.skip else None
             for mode in self._modes:
                 mode.timeline = timeline
-                for group in mode.groups.values() if self.logs else ():
+                for group in mode.groups if self.logs else ():
                     group.log, group.clock = self._log, self._clock
             self._begun = time.perf_counter()
         elif self._step == self.warmup + self.steps:
@@ -178,7 +178,7 @@ class _Clock(Callback):
         for mode in self._modes:
             if mode.timeline is not None:
                 self.work, mode.timeline = mode.timeline.take() or self.work, None
-            for group in mode.groups.values() if self.logs else ():
+            for group in mode.groups if self.logs else ():
                 group.log = group.clock = None
         for transfer in self._log:
             transfer.read()

@@ -74,4 +74,4 @@ class Skipped:
 
 def skip_transfers(mode: OverlapMode) -> list[Skipped]:
     """Every group of a mode does without its transfers from now on."""
-    return [Skipped(group, mode.announcements) for group in mode.groups.values()]
+    return [Skipped(group, mode.announcements) for group in mode.groups]

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from enum import IntEnum
 from typing import Any, Protocol
 
 from torch import nn
@@ -14,18 +13,6 @@ from lightning_overlap.facts import Facts
 from lightning_overlap.modes.base import OverlapMode
 from lightning_overlap.ranks.mesh import Degrees
 from lightning_overlap.steps.schedule import Schedule
-
-
-class Share(IntEnum):
-    """What a mode takes of the model. Modes take their shares in this order, each of what the ones before have left."""
-
-    NOTHING = 0
-    BLOCKS = 1
-    """Whole blocks of the stack: the others are not on this rank."""
-    WEIGHTS = 2
-    """Pieces of the weights of modules that are on this rank."""
-    PARAMETERS = 3
-    """All parameters that are left, as they are, in flat buffers."""
 
 
 class Decide(Protocol):
@@ -92,7 +79,6 @@ class ModeDescriptor:
             of ``bench/peers`` with its peers, if it has any.
         section: its field in :class:`~lightning_overlap.config.OverlapConfig`.
         decide: see :class:`Decide`.
-        share: what it takes of the model, which orders the modes.
         mode_type: the class that runs it; None if it cannot run in this version.
         look: see :class:`Look`.
         environment: see :class:`Environment`.
@@ -105,7 +91,6 @@ class ModeDescriptor:
     name: str
     section: str
     decide: Decide
-    share: Share
     mode_type: type[OverlapMode] | None = None
     look: Look = lambda model, config, roles: None
     environment: Environment = lambda config, capability: ()
@@ -119,6 +104,7 @@ class ModeDescriptor:
         return f"{self.section}: {self.advice.get(kind, fallback)}"
 
 
-def in_order(*modes: ModeDescriptor) -> tuple[ModeDescriptor, ...]:
-    """Sorts modes by what they take of the model: blocks, then pieces of weights, then whatever is left."""
-    return tuple(sorted(modes, key=lambda mode: mode.share))
+def in_order(modes: Iterable[ModeDescriptor]) -> list[tuple[ModeDescriptor, type[OverlapMode]]]:
+    """The modes that can run, with their classes, in the order in which they are applied: from the outside of the model inwards."""
+    runnable = [(mode, mode.mode_type) for mode in modes if mode.mode_type is not None]
+    return sorted(runnable, key=lambda pair: pair[1].nesting)

@@ -84,7 +84,7 @@ class OverlapProfiler(Callback):
         if not hasattr(trainer.strategy, "modes"):
             rank_zero_warn("OverlapProfiler knows the transfers of OverlapStrategy only: nothing is measured")
         self._modes = list(getattr(trainer.strategy, "modes", ()))
-        self._groups = [group for mode in self._modes for group in mode.groups.values() if group.size > 1]
+        self._groups = [group for mode in self._modes for group in mode.groups if group.size > 1]
         self._measured, self.summary, self._open, self._begun = [], Summary(), None, -1
         self._drawn.clear()
         self._log = []

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from lightning_overlap.modes.base import OverlapMode
+from lightning_overlap.modes.base import Holder
 from lightning_overlap.ranks.mesh import ParallelMesh
 from lightning_overlap.state.shards import Place
 
@@ -22,7 +22,7 @@ class Parts:
         mesh: the ranks.
     """
 
-    modes: Sequence[OverlapMode]
+    modes: Sequence[Holder]
     mesh: ParallelMesh
     _coordinates: list[dict[str, int]] = field(init=False)
 

@@ -15,22 +15,22 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+from lightning.pytorch import LightningModule
+from lightning.pytorch.strategies import Strategy
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lightning_overlap.decision import ConfigError
 from lightning_overlap.model.trees import copied
+from lightning_overlap.modes.base import Driver, Holder, OverlapMode
 from lightning_overlap.ranks.group import TransferError, all_gather_objects, world_size
 from lightning_overlap.steps.generators import pin_generators
 from lightning_overlap.strategy.seams import logs_go_to
 from lightning_overlap.strategy.step import DrivenStep
-
-if TYPE_CHECKING:
-    from lightning_overlap.modes.base import OverlapMode
 
 
 @dataclass(frozen=True)
@@ -101,8 +101,8 @@ class _Trial(DrivenStep):
     """The batch's loss, where this rank knows it."""
 
     def forward(self, part: Any, number: int) -> Tensor | None:
-        pin_generators(self._module, random.Random(repr((*self.place, number))).getrandbits(32))
-        with logs_go_to(self._trainer, None), self._precision():
+        pin_generators(self._module, random.Random(repr((*self.key, number))).getrandbits(32))
+        with logs_go_to(self._module.trainer, None), self._precision():
             # A copy: a step may change its batch, take something out of it, and is run on it again.
             output = self._module.training_step(copied(part), *self._rest)
         loss = output["loss"] if isinstance(output, Mapping) else output
@@ -121,8 +121,8 @@ class _Trial(DrivenStep):
     def logged(self, shares: Sequence[float], weights: Sequence[float] | None = None) -> Any:
         return torch.stack([self._outputs[number].double() * share for number, share in enumerate(shares) if share]).sum().cpu()
 
-    def log(self, said: Any) -> None:
-        self.total = said
+    def log(self, merged: Any) -> None:
+        self.total = merged
 
 
 @dataclass
@@ -151,7 +151,8 @@ class FirstStep:
         self._step = step
         self._module = module
         self._modes = modes
-        self._driver = next((mode for mode in modes if mode.runs_steps), None)
+        self._driver = next((mode for mode in modes if isinstance(mode, Driver)), None)
+        self._holders = [mode for mode in modes if isinstance(mode, Holder)]
         self._device = device
         self._parameters = dict(module.named_parameters())
         self._known_buffers = frozenset(name for name, _ in module.named_buffers())  # a step may register others
@@ -202,7 +203,7 @@ class FirstStep:
         """By the model whole; and what stood in the way."""
         result = _Result()
         with ExitStack() as stack:
-            for mode in reversed(self._modes):
+            for mode in reversed(self._holders):
                 stack.enter_context(mode.whole())
             self._forget_gradients()
             stack.enter_context(_same_random_numbers(self._device))
@@ -228,8 +229,8 @@ class FirstStep:
         parts = {}
         for name, tensor in whole.items():
             own: Tensor | None = tensor
-            for mode in self._modes:
-                own = own if own is None else mode.own_part(name, own)
+            for mode in self._holders:
+                own = own if own is None else mode.local_part(name, own)
             if own is not None:
                 parts[name] = own.clone()  # not a view, which would keep all of it
         return parts
@@ -314,7 +315,7 @@ class FirstStep:
         return max((p.dtype for p in self._parameters.values() if p.dtype in TOLERANCES), key=_coarseness, default=torch.float32)
 
     def _tolerance(self) -> Tolerance:
-        exact = all(mode.keeps_bits for mode in self._modes)
+        exact = all(mode.keeps_bits for mode in self._holders)
         return SAME_PRODUCTS if exact and torch.finfo(self._lowest).bits >= 32 else TOLERANCES[self._lowest]
 
     def _compare(self, expected: _Result, found: _Result) -> None:
@@ -385,18 +386,20 @@ _CAUSES = (
 )
 
 
-def first_step(strategy: Any, module: Any, batch: Any, rest: Any, place: tuple[int, ...], device: torch.device) -> FirstStep:
+def first_step(
+    strategy: Strategy, modes: Sequence[OverlapMode], module: LightningModule, batch: Any, rest: Any, key: tuple[int, ...]
+) -> FirstStep:
     """The proof of a fit's first batch.
 
     Args:
-        strategy: whose modes cut the model.
+        strategy: Lightning's: its precision plugin and device.
+        modes: that cut the model, in their order.
         module: the user's.
         batch: the whole batch.
         rest: the other arguments of ``training_step``.
-        place: see :class:`lightning_overlap.modes.base.Step`.
-        device: this rank's.
+        key: see :class:`lightning_overlap.steps.step.Step`.
     """
-    return FirstStep(_Trial(strategy, module.trainer, module, batch, rest, place), module, strategy.modes, device)
+    return FirstStep(_Trial(strategy, modes, module, batch, rest, key), module, modes, strategy.root_device)
 
 
 @contextmanager

@@ -6,7 +6,7 @@ import contextlib
 import inspect
 import signal
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -20,15 +20,12 @@ from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch._dynamo import OptimizedModule
 from torch.jit import ScriptModule
+from torchmetrics import Metric
 
+from lightning_overlap.config import OverlapConfig
 from lightning_overlap.facts import Facts
+from lightning_overlap.ranks.group import Group, Pending
 from lightning_overlap.strategy.probe import names_in
-
-if TYPE_CHECKING:
-    from lightning_overlap.config import OverlapConfig
-    from lightning_overlap.modes.base import OverlapMode
-    from lightning_overlap.ranks.group import Group, Pending
-    from lightning_overlap.strategy.strategy import OverlapStrategy
 
 PRIVATE_NAMES: tuple[tuple[type, str, str], ...] = (
     (_TrainingEpochLoop, "_broadcast_sigterm_tensor", "a blocking broadcast before every batch, replaced"),
@@ -119,11 +116,10 @@ def is_compiled(module: LightningModule) -> bool:
     )
 
 
-def adapt_precision(plugin: Precision, strategy: OverlapStrategy) -> None:
+def adapt_precision(plugin: Precision, stepped_parameters: Callable[..., Any], clip_by_norm: Callable[..., None]) -> None:
     """Clipping looks at what is stepped: a shard of the gradients, whose norm is summed over the ranks."""
-
-    plugin.main_params = strategy.stepped_parameters  # type: ignore[method-assign, assignment]
-    plugin.clip_grad_by_norm = strategy.clip_gradients_by_norm  # type: ignore[method-assign]
+    plugin.main_params = stepped_parameters  # type: ignore[method-assign]
+    plugin.clip_grad_by_norm = clip_by_norm  # type: ignore[method-assign]
 
 
 @contextlib.contextmanager
@@ -206,6 +202,27 @@ def logs_go_to(trainer: Trainer, keep: Callable[..., None] | None) -> Iterator[C
         del results.log  # type: ignore[method-assign]
 
 
+def write_log(trainer: Trainer, hook: str, name: str, value: Any, **options: Any) -> None:
+    """Writes to the trainer's results as ``self.log`` does when it is called in ``hook``; nothing where there are no results."""
+    results = trainer._results
+    if results is None:
+        return
+    if trainer._logger_connector.should_reset_tensors(hook):
+        results.reset(metrics=False, fx=hook)
+    trainer._logger_connector._current_fx = hook
+    results.log(hook, name, value, **options)
+
+
+def last_value(metric: Metric) -> Any:
+    """A metric's value for the last batch, which its ``forward`` has kept."""
+    return metric._forward_cache
+
+
+def set_last_value(metric: Metric, value: Any) -> None:
+    """Sets what ``forward`` would have kept: what ``self.log`` logs of a metric in a step."""
+    metric._forward_cache = value
+
+
 class Preemption:
     """Signals act on all ranks at the same batch, and no batch waits for them.
 
@@ -259,12 +276,3 @@ class Preemption:
         del self._trainer._signal_connector._sigterm_notifier_fn
         del self._trainer._signal_connector._slurm_sigusr_handler_fn
         del self._trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor
-
-
-@contextlib.contextmanager
-def held(modes: list[OverlapMode]) -> Iterator[None]:
-    """Every mode holds its gradient synchronisation."""
-    with contextlib.ExitStack() as stack:
-        for mode in modes:
-            stack.enter_context(mode.hold_gradient_sync())
-        yield

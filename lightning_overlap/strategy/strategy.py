@@ -34,10 +34,12 @@ from lightning_overlap.config import OverlapConfig
 from lightning_overlap.decision import ConfigError
 from lightning_overlap.facts import Facts
 from lightning_overlap.model.block_stack import without_nested_tensors
+from lightning_overlap.model.markers import is_counted_elsewhere
 from lightning_overlap.model.materialize import forget, initialize, is_deferred, materialize, without_values
-from lightning_overlap.modes.base import COUNTED_ELSEWHERE, OverlapMode, Setup
+from lightning_overlap.modes.base import Driver, Holder, OptimizerHolder, OverlapMode, Setup, hold_gradient_syncs
 from lightning_overlap.modes.context.config import ContextParallel
 from lightning_overlap.modes.data.config import DataParallel
+from lightning_overlap.modes.descriptor import in_order
 from lightning_overlap.modes.expert.config import ExpertParallel
 from lightning_overlap.modes.pipeline.config import PipelineParallel
 from lightning_overlap.modes.tensor.config import TensorParallel
@@ -74,6 +76,7 @@ from lightning_overlap.state.parts import Parts
 from lightning_overlap.state.sharded import Folders, SavedOptimizer, describe, is_folder, names_of
 from lightning_overlap.strategy.agreement import model_in_words, optimizers_in_words, trainer_in_words
 from lightning_overlap.strategy.batches import refuse_different, refuse_other_loss
+from lightning_overlap.strategy.evaluation import Mirror, metrics_over, mirrored_step
 from lightning_overlap.strategy.first_step import first_step
 from lightning_overlap.strategy.launching import (
     ProcessLauncher,
@@ -83,7 +86,6 @@ from lightning_overlap.strategy.launching import (
     saving_in_step_only,
     start_world,
 )
-from lightning_overlap.strategy.metrics import MirroredMetrics, metrics_over
 from lightning_overlap.strategy.probe import examine
 from lightning_overlap.strategy.seams import (
     Preemption,
@@ -91,11 +93,10 @@ from lightning_overlap.strategy.seams import (
     after_closure,
     backward_then,
     facts_of,
-    held,
     warn_of_parts,
     zeroing_first,
 )
-from lightning_overlap.strategy.step import DrivenStep, explaining, failing_together, mirrored_step
+from lightning_overlap.strategy.step import DrivenStep
 from lightning_overlap.strategy.whole_state import WholeStateOnly
 
 CHECKED_BATCHES = 3
@@ -195,7 +196,7 @@ class OverlapStrategy(DDPStrategy):
         self._training = False
         self.modes: list[OverlapMode] = []
         self._plan: Plan | None = None
-        self.attempting = self.failed = self._in_step = False
+        self.attempting = self.failed = False
         self._seed: int | None = None
         self._preemption: Preemption | None = None
         self._waiting: dict[str, Any] | None = None
@@ -203,7 +204,7 @@ class OverlapStrategy(DDPStrategy):
         self._buffers: SharedBuffers | None = None
         self._alike: Group | None = None
         """Until the teardown: ranks that hold the same of the model and see different data."""
-        self._mirrored: MirroredMetrics | None = None
+        self._mirror: Mirror | None = None
         self._sharing: Group | None = None
         """While fitting: ranks that see the same data."""
         self._unchecked = CHECKED_BATCHES
@@ -233,7 +234,7 @@ class OverlapStrategy(DDPStrategy):
     def precision_plugin(self, plugin: Precision | None) -> None:
         self._precision_plugin = plugin
         if plugin is not None:
-            adapt_precision(plugin, self)
+            adapt_precision(plugin, self.stepped_parameters, self.clip_gradients_by_norm)
 
     def _configure_launcher(self) -> None:
         # The first place where the number of ranks is known, and before any process is started.
@@ -320,7 +321,7 @@ class OverlapStrategy(DDPStrategy):
             self._until_teardown.enter_context(metrics_over(self._alike))
         if fitting:
             self.setup_optimizers(trainer)
-            if any(mode.cuts_the_model for mode in self.modes):
+            if self._holders:
                 self._whole_state = WholeStateOnly(self.lightning_module)  # type: ignore[arg-type]
                 self._until_teardown.callback(self._whole_state.remove)
             if self._alike is not None:
@@ -334,11 +335,8 @@ class OverlapStrategy(DDPStrategy):
                 self._unchecked = CHECKED_BATCHES
                 self._share_random_state(self._sharing)
                 if self._driver is not None:
-                    self._mirrored = MirroredMetrics(trainer.lightning_module, self._driver, lambda: self._in_step)
-                    self._until_teardown.callback(self._mirrored.remove)
-                    self._until_teardown.enter_context(explaining(trainer.lightning_module, self._driver))
-                    if self._driver.mirrors_evaluation:
-                        self._until_teardown.enter_context(failing_together(trainer.lightning_module, self._driver))
+                    self._mirror = Mirror(trainer.lightning_module, self._driver)
+                    self._until_teardown.callback(self._mirror.remove)
         self.setup_precision_plugin()
 
     def _share_random_state(self, group: Group) -> None:
@@ -358,8 +356,8 @@ class OverlapStrategy(DDPStrategy):
         """Gives memory to what this rank will hold of a model on the meta device; all of it, if there is nothing to fit."""
         module = self.lightning_module
         assert module is not None, "Lightning connects the module"
-        roles, modes = self.config.parallel_plan, self.config.modes if fitting else ()
-        held = [mode.mode_type.holds(module, self.config.of(mode), roles, self.mesh) for mode in modes if mode.mode_type is not None]
+        roles, modes = self.config.parallel_plan, in_order(self.config.modes) if fitting else ()
+        held = [kind.holds(module, self.config.of(mode), roles, self.mesh) for mode, kind in modes if issubclass(kind, Holder)]
 
         def holds(name: str) -> bool:
             return all(has(name) for has in held)
@@ -403,9 +401,9 @@ class OverlapStrategy(DDPStrategy):
         earlier = self.modes
         setup = Setup(self.mesh, self.time_limit, self.config.parallel_plan, first_step_is_verified=self._unproven)
         self.modes = [
-            mode.mode_type(self.config.of(mode), self._plan.choices[mode.name], setup)
-            for mode in self.config.modes
-            if mode.mode_type is not None and mode.name in self._plan.choices
+            kind(self.config.of(mode), self._plan.choices[mode.name], setup)
+            for mode, kind in in_order(self.config.modes)
+            if mode.name in self._plan.choices
         ]
         for mode in self.modes:
             mode.refuse(model)
@@ -472,22 +470,22 @@ class OverlapStrategy(DDPStrategy):
             return output
         module = self.lightning_module
         assert module is not None, "Lightning connects the module"
-        step = DrivenStep(self, module.trainer, module, batch, rest, self._place_of_step)
-        self._take_in_new_metrics()
-        self._in_step = True
-        try:
+        step = DrivenStep(self, self.modes, module, batch, rest, self._place_of_step)
+        if self._mirror is not None:
+            self._mirror.add_metrics()
+        with self._user_step():
             self._driver.run_step(step)
-        finally:
-            self._in_step = False
         return step.output
+
+    def _user_step(self) -> contextlib.AbstractContextManager[None]:
+        """Around what runs steps of the user's."""
+        return contextlib.nullcontext() if self._mirror is None else self._mirror.step()
 
     def _prove(self, batch: Any, rest: Any) -> bool:
         """Compares the first step with that of the model whole; whether there was something to compare."""
-        self._in_step = True
-        try:
-            return first_step(self, self.lightning_module, batch, rest, self._place_of_step, self.root_device).prove()
-        finally:
-            self._in_step = False
+        assert self.lightning_module is not None, "Lightning connects the module"
+        with self._user_step():
+            return first_step(self, self.modes, self.lightning_module, batch, rest, self._place_of_step).prove()
 
     @property
     def _place_of_step(self) -> tuple[int, ...]:
@@ -498,28 +496,29 @@ class OverlapStrategy(DDPStrategy):
         return self._seed or 0, self.mesh.coordinates()["dp"], trainer.current_epoch, trainer.fit_loop.batch_idx
 
     @property
-    def _driver(self) -> OverlapMode | None:
+    def _driver(self) -> Driver | None:
         """The mode that runs steps in parts, backward included."""
-        return next((mode for mode in self.modes if mode.runs_steps), None)
+        return next((mode for mode in self.modes if isinstance(mode, Driver)), None)
 
-    def _take_in_new_metrics(self) -> None:
-        if self._mirrored is not None:
-            self._mirrored.add()
+    @property
+    def _holders(self) -> list[Holder]:
+        """The modes under which a rank holds a part of the model."""
+        return [mode for mode in self.modes if isinstance(mode, Holder)]
+
+    @property
+    def _optimizer_holders(self) -> list[OptimizerHolder]:
+        """The modes under which a rank holds a part of the optimizer's state."""
+        return [mode for mode in self.modes if isinstance(mode, OptimizerHolder)]
 
     def validation_step(self, *args: Any, **kwargs: Any) -> Any:
-        self._take_in_new_metrics()
+        if self._mirror is not None:
+            self._mirror.add_metrics()
         driver, module = self._driver, self.lightning_module
         if driver is not None and driver.mirrors_evaluation:
             assert module is not None, "Lightning connects the module"
-            step = partial(super().validation_step, *args, **kwargs)
-            self._in_step = True
-            try:
-                return mirrored_step(self, module.trainer, module, driver, step)
-            finally:
-                self._in_step = False
-        with contextlib.ExitStack() as stack:
-            for mode in self.modes:
-                stack.enter_context(mode.evaluating())
+            with self._user_step():
+                return mirrored_step(self, module, driver, partial(super().validation_step, *args, **kwargs))
+        with contextlib.nullcontext() if driver is None else driver.evaluating():
             return super().validation_step(*args, **kwargs)
 
     def pre_backward(self, closure_loss: Tensor) -> None:
@@ -550,7 +549,7 @@ class OverlapStrategy(DDPStrategy):
     def stepped_parameters(self, optimizer: Optimizer) -> Iterable[Tensor]:
         """The parameters that a step updates on this rank: shards with the gradients of shards, or the user's."""
         plain = getattr(optimizer, "optimizer", optimizer)
-        for mode in self.modes:
+        for mode in self._optimizer_holders:
             if (parameters := mode.stepped_parameters(plain)) is not None:
                 return parameters
         return [parameter for group in plain.param_groups for parameter in group["params"]]
@@ -558,7 +557,7 @@ class OverlapStrategy(DDPStrategy):
     def clip_gradients_by_norm(self, optimizer: Optimizer, clip_val: float) -> None:
         """Clips by the norm over all ranks' shards."""
         stepped = [(p, p.grad) for p in self.stepped_parameters(optimizer) if p.grad is not None]
-        counted = [_sum_of_squares(grad) for p, grad in stepped if not getattr(p, COUNTED_ELSEWHERE, False)]
+        counted = [_sum_of_squares(grad) for p, grad in stepped if not is_counted_elsewhere(p)]
         squares = torch.zeros((), dtype=torch.float64, device=self.root_device)
         if counted:
             squares += torch.stack(counted).sum()
@@ -571,7 +570,7 @@ class OverlapStrategy(DDPStrategy):
 
     @contextmanager
     def block_backward_sync(self) -> Iterator[None]:
-        with held(self.modes):
+        with hold_gradient_syncs(self.modes):
             yield
 
     # -- all ranks ---------------------------------------------------------------------------------------------------
@@ -625,12 +624,12 @@ class OverlapStrategy(DDPStrategy):
 
     def on_validation_start(self) -> None:
         self._complete_weights()
-        for mode in self.modes:
-            mode.start_evaluation()
+        if self._driver is not None:
+            self._driver.start_evaluation()
 
     def on_validation_end(self) -> None:
-        for mode in self.modes:
-            mode.finish_evaluation()
+        if self._driver is not None:
+            self._driver.finish_evaluation()
 
     def on_test_start(self) -> None:
         self._complete_weights()
@@ -689,31 +688,30 @@ class OverlapStrategy(DDPStrategy):
             share(self.lightning_module.buffers(), self._alike)  # every rank writes a part of them
         with self._reading_state():
             state = super().lightning_module_state_dict()
-        for mode in (
-            reversed(self.modes) if self._state_dict_type == "full" else ()
-        ):  # put together in the reverse of the order in which it was cut
-            state = mode.whole_model(state)
+        if self._state_dict_type == "full":
+            for mode in reversed(self._holders):  # put together in the reverse of the order in which it was cut
+                state = mode.whole_model(state)
         return state
 
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
         plain = getattr(optimizer, "optimizer", optimizer)
         if self._state_dict_type == "sharded":
             return describe(plain, self._optimizer_shards(plain), self._parameter_names(), self._parts)
-        found = (state for mode in self.modes if (state := mode.optimizer_state(plain)) is not None)
+        found = (state for mode in self._optimizer_holders if (state := mode.optimizer_state(plain)) is not None)
         whole = next(found, None) or super().optimizer_state(optimizer)
-        for mode in reversed(self.modes):
+        for mode in reversed(self._holders):
             whole = mode.whole_optimizer(plain, whole)
         return whole
 
     def _optimizer_shards(self, optimizer: Optimizer, saved: Any = None) -> dict[str, dict[str, Any]] | None:
-        for mode in self.modes:
+        for mode in self._optimizer_holders:
             if (shards := mode.optimizer_shards(optimizer, saved)) is not None:
                 return shards
         return None
 
     @property
     def _parts(self) -> Parts:
-        return Parts(self.modes, self.mesh)
+        return Parts(self._holders, self.mesh)
 
     def _parameter_names(self) -> dict[int, str]:
         assert self.lightning_module is not None, "Lightning connects the module"
@@ -765,9 +763,9 @@ class OverlapStrategy(DDPStrategy):
                 shards = partial(self._optimizer_shards, optimizer)
                 self._folders.load_optimizer(state, optimizer, self._parameter_names(), self._parts, shards)
                 continue
-            for mode in self.modes:
-                state = mode.own_optimizer(optimizer, state)
-            if not any(mode.load_optimizer_state(optimizer, state) for mode in self.modes):
+            for holder in self._holders:
+                state = holder.local_optimizer(optimizer, state)
+            if not any(mode.load_optimizer_state(optimizer, state) for mode in self._optimizer_holders):
                 optimizer.load_state_dict(state)
         for mode in self.modes:
             mode.adopt_parameters()
@@ -840,7 +838,7 @@ class OverlapStrategy(DDPStrategy):
         for group in (self._alike, self._sharing):
             if group is not None and not self.failed:
                 group.close()
-        self._alike = self._sharing = self._mirrored = None
+        self._alike = self._sharing = self._mirror = None
         for mode in reversed(self.modes):
             mode.release(complete=not self.failed)
         if self.failed and self.modes and self._fitting:

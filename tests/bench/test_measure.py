@@ -47,7 +47,7 @@ def asked_for():
 
     class Watch(_Clock):
         def on_train_start(self, trainer, module):
-            for group in trainer.strategy.modes[0].groups.values():
+            for group in trainer.strategy.modes[0].groups:
                 group.log = made
             super().on_train_start(trainer, module)
 

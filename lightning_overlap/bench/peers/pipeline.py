@@ -14,12 +14,12 @@ from lightning_overlap.bench.peers import Peer
 from lightning_overlap.config import OverlapConfig
 from lightning_overlap.model.block_stack import BlockStack, Pass, Slot
 from lightning_overlap.modes import MODES
-from lightning_overlap.modes.base import Step
 from lightning_overlap.modes.pipeline import PIPELINE
 from lightning_overlap.modes.pipeline.mode import PipelineMode
 from lightning_overlap.modes.pipeline.stage import block_seeds
 from lightning_overlap.steps import microbatches
 from lightning_overlap.steps.random_state import kept, pin
+from lightning_overlap.steps.step import Step
 from lightning_overlap.strategy.strategy import OverlapStrategy
 
 SCHEDULES: dict[str, Any] = {
@@ -52,9 +52,9 @@ class _Stage(nn.Module):
             carried={} if self._first else {before: x},
             outputs={block: Slot(0) for block in range(self._stack.size)},
             wanted=lambda leaf: leaf == end,
-            before=block_seeds(self.step.place, number),
+            before=block_seeds(self.step.key, number),
         )
-        pin(*self.step.place, number)
+        pin(*self.step.key, number)
         with self._stack.passing(how):
             loss = self.step.forward(self.parts[number], number)
         if not self._last:

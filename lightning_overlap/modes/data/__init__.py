@@ -2,6 +2,6 @@
 
 from lightning_overlap.modes.data.config import ADVICE, decide
 from lightning_overlap.modes.data.mode import DataMode
-from lightning_overlap.modes.descriptor import ModeDescriptor, Share
+from lightning_overlap.modes.descriptor import ModeDescriptor
 
-DATA = ModeDescriptor(name="data", section="data_parallel", decide=decide, share=Share.PARAMETERS, mode_type=DataMode, advice=ADVICE)
+DATA = ModeDescriptor(name="data", section="data_parallel", decide=decide, mode_type=DataMode, advice=ADVICE)

@@ -24,7 +24,8 @@ from torch.autograd import Variable
 from torch.optim import Optimizer
 
 from lightning_overlap.decision import ConfigError
-from lightning_overlap.modes.base import COUNTED_ELSEWHERE, LATE_GRADIENT, STAGE, OverlapMode, Setup
+from lightning_overlap.model.markers import has_late_gradient, is_counted_elsewhere, stage_of
+from lightning_overlap.modes.base import Nesting, OptimizerHolder, Setup
 from lightning_overlap.modes.data.buffers import HALF, LiveBucket, flatten, unflatten
 from lightning_overlap.modes.data.config import DataChoices, DataParallel
 from lightning_overlap.modes.data.gathers import Gathers
@@ -37,10 +38,11 @@ WORTH_IT = 0.1
 """Buckets are laid out again if they can then be sent, on average, so much of a backward earlier."""
 
 
-class DataMode(OverlapMode):
+class DataMode(OptimizerHolder):
     """See the module's docstring."""
 
     name = "data"
+    nesting = Nesting.PARAMETERS
     config: DataParallel
     choices: DataChoices
 
@@ -69,7 +71,7 @@ class DataMode(OverlapMode):
         self._step_in_backward = choices.overlap_optimizer_step.value == "in backward"
         self._step_by_bucket = choices.overlap_optimizer_step.value != "off"
         self._wire = torch.bfloat16 if config.reduce_scatter_with_fp32_accumulation else None
-        self._groups(config.num_optimizer_instances)
+        self._make_groups(config.num_optimizer_instances)
         prefetch = None if config.param_gather_prefetch == "all" else int(config.param_gather_prefetch)
         # Ranks see at different times that something has arrived. Where they must post in one order, nothing is posted for that.
         aligned = choices.align_param_gather.value or (self.group.in_one_order and prefetch is None)
@@ -77,7 +79,11 @@ class DataMode(OverlapMode):
         # Ranks may see gradients in different orders. What is matched by the order of posting is posted by bucket number.
         self._any_order = self.group.keyed and self._scatter and self._instances is None
 
-    def _groups(self, instances: int) -> None:
+    @property
+    def groups(self) -> tuple[Group, ...]:
+        return (self.group,) if self._instances is None else (self.group, self._instances)
+
+    def _make_groups(self, instances: int) -> None:
         ranks = self.mesh.groups("dp")
         size = len(ranks[0]) // instances
         inner = [row[i : i + size] for row in ranks for i in range(0, len(row), size)]
@@ -93,11 +99,11 @@ class DataMode(OverlapMode):
         kinds: dict[tuple[bool, int, bool, str, str], list[tuple[str, nn.Parameter]]] = {}
         sparse = {id(part.weight) for part in model.modules() if _is_lookup(part) and part.sparse} if not self._sharded else set()
         for name, parameter in model.named_parameters():
-            if id(parameter) in sparse and not getattr(parameter, LATE_GRADIENT, False):
+            if id(parameter) in sparse and not has_late_gradient(parameter):
                 self._sparse.append((name, parameter))
             elif parameter.requires_grad or self.choices.later_parameters:
-                late, elsewhere = (bool(getattr(parameter, marker, False)) for marker in (LATE_GRADIENT, COUNTED_ELSEWHERE))
-                kind = late, -_stage(parameter), elsewhere, str(parameter.dtype), str(parameter.device)
+                late, elsewhere = has_late_gradient(parameter), is_counted_elsewhere(parameter)
+                kind = late, -stage_of(parameter), elsewhere, str(parameter.dtype), str(parameter.device)
                 kinds.setdefault(kind, []).append((name, parameter))
             else:
                 self._frozen.append((name, parameter))
@@ -145,7 +151,7 @@ class DataMode(OverlapMode):
                 whole=self._whole,
                 first_key=len(self._buckets),
             )
-        for place, bucket in enumerate(sorted(self._buckets, key=lambda bucket: (_stage(bucket.parameters[0]), bucket.order))):
+        for place, bucket in enumerate(sorted(self._buckets, key=lambda bucket: (stage_of(bucket.parameters[0]), bucket.order))):
             bucket.order = place
         for bucket in self._buckets:
             for parameter, view in zip(bucket.parameters, bucket.views(bucket.grads), strict=True):
@@ -159,7 +165,7 @@ class DataMode(OverlapMode):
         """
         place = {parameter: i for i, parameter in enumerate(fired)}
         orders = [sorted(range(len(named)), key=lambda i: place.get(id(named[i][1]), len(place))) for named in self._kinds]
-        for group in filter(None, (self._instances, self.group)):
+        for group in reversed(self.groups):
             orders = group.share_object(orders)
         kinds = [[named[i] for i in reversed(order)] for named, order in zip(self._kinds, orders, strict=True)]
         gains = [
@@ -301,7 +307,7 @@ class DataMode(OverlapMode):
             parameter.grad = view
         if self._held:
             return
-        if not getattr(parameter, LATE_GRADIENT, False):
+        if not has_late_gradient(parameter):
             bucket.missing.discard(id(parameter))
         if self._in_backward:
             for ready in [bucket] if self._any_order else self._buckets:
@@ -344,13 +350,12 @@ class DataMode(OverlapMode):
 
     def _refuse_not_finite(self) -> None:
         """Has every rank know of what one has found; nothing has been updated yet."""
-        groups = list(filter(None, (self.group, self._instances)))
         found = torch.tensor(float(len(self._not_finite)), device=self._buckets[0].grads.device)
-        for group in groups:
+        for group in self.groups:
             found = group.all_reduce(found, label="data.not_finite").wait()
         if found.item():
             said, self._not_finite = self._not_finite, []
-            for group in groups:
+            for group in self.groups:
                 said = [sentence for others in group.all_gather_objects(said) for sentence in others]
             raise FloatingPointError("\n".join(said))
 
@@ -423,7 +428,7 @@ class DataMode(OverlapMode):
                 empty = torch.zeros_like(parameter, layout=torch.sparse_coo)
                 grad = empty if parameter.grad is None else parameter.grad
                 grad = grad.coalesce() if grad.is_sparse else grad  # dense, where it is a head's weight, too
-                for group in filter(None, (self.group, self._instances)):
+                for group in self.groups:
                     dense = grad.is_sparse and group.device is not None  # NCCL sums dense tensors only
                     summed = grad.to_dense() if dense else grad
                     summed = group.all_reduce(summed, label=f"data.sparse[{name}]", average=True).wait()
@@ -490,21 +495,13 @@ class DataMode(OverlapMode):
             module._parameters = dict(module._parameters)
         unflatten(self._buckets)
         if complete:
-            for group in filter(None, (self.group, self._instances)):
+            for group in self.groups:
                 group.rest()
         self._guarded, self._hooks, self._home = [], [], {}
-
-    def close(self) -> None:
-        for group in filter(None, (self.group, self._instances)):
-            group.close()
 
 
 def _is_lookup(part: nn.Module) -> bool:
     return isinstance(part, nn.Embedding | nn.EmbeddingBag)
-
-
-def _stage(parameter: nn.Parameter) -> int:
-    return int(getattr(parameter, STAGE, 0))
 
 
 def _lengths(optimizer: Optimizer) -> list[int]:

@@ -10,7 +10,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from lightning_overlap.decision import ConfigError
-from lightning_overlap.modes.base import COUNTED_ELSEWHERE
+from lightning_overlap.model.markers import COUNTED_ELSEWHERE, is_counted_elsewhere
 from lightning_overlap.modes.data import state
 from lightning_overlap.modes.data.buffers import HALF, LiveBucket, Segment
 from lightning_overlap.modes.data.gathers import Gathers
@@ -107,7 +107,7 @@ class ShardedOptimizer:
         for group, start, end, first in runs:
             flat = bucket.data[start:end] if bucket.main is None else bucket.main[start - own.start : end - own.start]
             parameter = nn.Parameter(flat.view(first.shape) if self._whole else flat)
-            setattr(parameter, COUNTED_ELSEWHERE, getattr(first, COUNTED_ELSEWHERE, False))  # as all of a bucket
+            setattr(parameter, COUNTED_ELSEWHERE, is_counted_elsewhere(first))  # as all of a bucket
             bucket.segments.append(Segment(parameter, group, start, end))
 
     def move(self, old: Sequence[LiveBucket]) -> None:

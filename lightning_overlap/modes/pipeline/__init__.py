@@ -1,6 +1,6 @@
 """Pipeline parallelism: ranks hold consecutive blocks, and send hidden states and their gradients beside compute."""
 
-from lightning_overlap.modes.descriptor import ModeDescriptor, Share
+from lightning_overlap.modes.descriptor import ModeDescriptor
 from lightning_overlap.modes.pipeline.config import ADVICE, decide, environment, schedule_of
 from lightning_overlap.modes.pipeline.mode import PipelineMode, look
 
@@ -8,7 +8,6 @@ PIPELINE = ModeDescriptor(
     name="pipeline",
     section="pipeline_parallel",
     decide=decide,
-    share=Share.BLOCKS,
     mode_type=PipelineMode,
     look=look,
     environment=environment,

@@ -230,7 +230,7 @@ def decide(config: PipelineParallel, degrees: Degrees, facts: Facts, *, overlap:
     timing = simulate(schedule)
     activations = ", ".join(map(str, timing.peak))
     model = facts.of(PipelineFacts)
-    blocks = "" if model is None else f"; blocks of {model.name or 'the model'} by stage: {', '.join(map(str, model.blocks))}"
+    blocks = "" if model is None else f"; blocks by stage: {', '.join(map(str, model.blocks))} ({model.name or 'the model'})"
     a_rank = "one a rank" if config.virtual_stages == 1 else f"{config.virtual_stages} a rank"
     return PipelineChoices(
         size=Choice(config.size, config.size, f"{config.stages} stages, {a_rank}{blocks}"),

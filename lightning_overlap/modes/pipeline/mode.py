@@ -15,8 +15,9 @@ from torch.optim import Optimizer
 from lightning_overlap.decision import ConfigError
 from lightning_overlap.model.block_stack import BlockStack, Pass
 from lightning_overlap.model.blocks import Blocks, find_blocks
+from lightning_overlap.model.markers import COUNTED_ELSEWHERE, LATE_GRADIENT, STAGE, clear_markers
 from lightning_overlap.model.trees import copied
-from lightning_overlap.modes.base import COUNTED_ELSEWHERE, LATE_GRADIENT, STAGE, OverlapMode, Setup, Step
+from lightning_overlap.modes.base import Driver, Holder, Nesting, Setup
 from lightning_overlap.modes.pipeline import layout
 from lightning_overlap.modes.pipeline.config import PipelineChoices, PipelineFacts, PipelineParallel, scheduled
 from lightning_overlap.modes.pipeline.evaluation import Evaluation
@@ -32,17 +33,18 @@ from lightning_overlap.ranks.mesh import ParallelMesh
 from lightning_overlap.ranks.shared_state import share
 from lightning_overlap.steps import microbatches
 from lightning_overlap.steps.random_state import kept, pin
+from lightning_overlap.steps.step import Step
 from lightning_overlap.strategy.batches import kind
 
 CHECKED_BATCHES = 3
 """Batches at the start of a fit whose losses are looked at."""
 
 
-class PipelineMode(OverlapMode):
+class PipelineMode(Driver, Holder):
     """See the module's docstring."""
 
     name = "pipeline"
-    cuts_the_model = True
+    nesting = Nesting.STAGES
     announcements = ("pipeline.form",)
     remark = "late peers of a pipeline are its bubble, and stages that take longer than others"
 
@@ -73,6 +75,10 @@ class PipelineMode(OverlapMode):
         self._checked = 0
         self._lent: list[str] = []
         self._runtimes: dict[int, Runtime] = {}
+
+    @property
+    def groups(self) -> tuple[Group, ...]:
+        return self.group, *dict.fromkeys(self.channels.values()), *self._tied.values()
 
     # -- set-up ------------------------------------------------------------------------------------------------------
 
@@ -146,10 +152,6 @@ class PipelineMode(OverlapMode):
 
     # -- training ----------------------------------------------------------------------------------------------------
 
-    @property
-    def runs_steps(self) -> bool:
-        return True
-
     def _runtime(self, count: int, flow: Flow) -> Runtime:
         if count not in self._runtimes:
             made = Runtime(
@@ -217,11 +219,11 @@ class PipelineMode(OverlapMode):
         stack = self._stack
 
         def run(stage: int, how: Pass) -> None:
-            how.before, how.matters = block_seeds(step.place, 0), stage == 0
+            how.before, how.matters = block_seeds(step.key, 0), stage == 0
             absent = {name: held.parameter for name, held in self.partition.foreign.items()}
             loss: Tensor | None = None
             with step.trial(), kept(self._device), Misplaced(absent, how) as misplaced:
-                pin(*step.place, 0)
+                pin(*step.key, 0)
                 with stack.passing(how):
                     loss = step.forward(copied(part), 0)  # which is run again
             last = stage == len(self._stages) - 1
@@ -235,8 +237,8 @@ class PipelineMode(OverlapMode):
         parts, weights = self._parts(step)
         with kept(self._device):
             for number, (part, share) in enumerate(zip(parts, weights.loss, strict=True)):
-                pin(*step.place, number)
-                with self._stack.unsplit(block_seeds(step.place, number)):
+                pin(*step.key, number)
+                with self._stack.unsplit(block_seeds(step.key, number)):
                     yield part, number, share
 
     @contextmanager
@@ -260,8 +262,8 @@ class PipelineMode(OverlapMode):
         finally:
             self.partition.keep(self._rank, taken)
 
-    def own_part(self, name: str, whole: Tensor) -> Tensor | None:
-        return whole if self._rank in self.partition.holders(name) else None
+    def local_part(self, name: str, tensor: Tensor) -> Tensor | None:
+        return tensor if self._rank in self.partition.holders(name) else None
 
     def _parts(self, step: Step) -> tuple[list[Any], Weights]:
         """The microbatches of a step, and what each one counts."""
@@ -343,9 +345,9 @@ class PipelineMode(OverlapMode):
         # Threads wait for its transfers, so that who waits learns of another rank's error.
         return next(iter(self.channels.values()))
 
-    def failed_without_loss(self, said: str | None) -> str | None:
+    def failed_without_loss(self, message: str | None) -> str | None:
         # On connections of their own: where this was not reached, others may be in the middle of something on the group's.
-        everyone = self._hops.all_gather_objects(said)
+        everyone = self._hops.all_gather_objects(message)
         return next(filter(None, everyone), None) if everyone[self._placement[-1]] is None else None
 
     @contextmanager
@@ -403,7 +405,7 @@ class PipelineMode(OverlapMode):
         parts = self.group.gather_objects(state["state"])
         return {**state, "state": {number: value for part in reversed(parts) for number, value in part.items()}}
 
-    def own_optimizer(self, optimizer: Optimizer, state: dict[str, Any]) -> dict[str, Any]:
+    def local_optimizer(self, optimizer: Optimizer, state: dict[str, Any]) -> dict[str, Any]:
         """Without the state of other stages, so that it is never on this rank's device."""
         parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
         foreign = {id(held.parameter) for held in self.partition.foreign.values()}
@@ -430,15 +432,10 @@ class PipelineMode(OverlapMode):
             if complete:  # other stages' weights are nowhere here, but buffers are
                 self._share(self.partition.is_buffer)
         for parameter in self.partition.parameters():
-            for marker in (LATE_GRADIENT, STAGE, COUNTED_ELSEWHERE):
-                vars(parameter).pop(marker, None)
+            clear_markers(parameter)
         if complete:
             for group in set(self.channels.values()):
                 group.rest()
-
-    def close(self) -> None:
-        for group in self.groups.values():
-            group.close()
 
 
 def look(model: nn.Module, config: PipelineParallel, roles: Mapping[str, str]) -> PipelineFacts | None:

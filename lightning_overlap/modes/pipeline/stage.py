@@ -11,12 +11,12 @@ from torch import Tensor, nn
 
 from lightning_overlap.decision import ConfigError
 from lightning_overlap.model.block_stack import BlockStack, Pass
-from lightning_overlap.modes.base import Step
 from lightning_overlap.modes.pipeline.flow import Flow
 from lightning_overlap.modes.pipeline.runtime import Form, Forms, Tensors
 from lightning_overlap.modes.pipeline.weight_grad import WeightGradients
 from lightning_overlap.steps.random_state import pin, pin_torch
 from lightning_overlap.steps.schedule import Action
+from lightning_overlap.steps.step import Step
 
 SEEDS = 2**63 - 1
 
@@ -70,7 +70,7 @@ class Stages:
         self._parts = parts
         self._before = before
         self._shares = shares
-        self._seed = step.place
+        self._seed = step.key
         self._weight_gradients = weight_gradients
         self._actions = frozenset(actions)
         self._finals = finals(actions)

@@ -1,6 +1,6 @@
 """Tensor parallelism: ranks hold pieces of the linear layers, and send activations beside the products that need them."""
 
-from lightning_overlap.modes.descriptor import ModeDescriptor, Share
+from lightning_overlap.modes.descriptor import ModeDescriptor
 from lightning_overlap.modes.tensor.config import ADVICE, decide, environment
 from lightning_overlap.modes.tensor.mode import TensorMode, look
 
@@ -8,7 +8,6 @@ TENSOR = ModeDescriptor(
     name="tensor",
     section="tensor_parallel",
     decide=decide,
-    share=Share.WEIGHTS,
     mode_type=TensorMode,
     look=look,
     environment=environment,

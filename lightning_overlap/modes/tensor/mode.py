@@ -13,8 +13,9 @@ from torch.optim import Optimizer
 
 from lightning_overlap.decision import ConfigError
 from lightning_overlap.model.block_stack import find_hidden
+from lightning_overlap.model.markers import COUNTED_ELSEWHERE, LATE_GRADIENT
 from lightning_overlap.model.trees import leaves
-from lightning_overlap.modes.base import COUNTED_ELSEWHERE, LATE_GRADIENT, OverlapMode, Setup
+from lightning_overlap.modes.base import Holder, Nesting, Setup
 from lightning_overlap.modes.tensor import symm_mem, userbuffers
 from lightning_overlap.modes.tensor.check import BlockCheck, Cutting, structure, whole_copy
 from lightning_overlap.modes.tensor.config import TensorChoices, TensorFacts, TensorParallel
@@ -33,11 +34,11 @@ from lightning_overlap.state.shards import Place, is_absent
 VOCABULARY = ("vocab_embedding", "vocab_head")
 
 
-class TensorMode(OverlapMode):
+class TensorMode(Holder):
     """See the module's docstring."""
 
     name = "tensor"
-    cuts_the_model = True
+    nesting = Nesting.LAYERS
     keeps_bits = False
 
     config: TensorParallel
@@ -71,6 +72,10 @@ class TensorMode(OverlapMode):
         self._summed = False  # whether gradients that are there are sums over the ranks already
         self._apart: dict[int, Tensor] = {}  # by parameter, such a gradient, during a backward that adds to it
         self._first_rank = all(self.mesh.coordinates()[axis] == 0 for axis in ("dp", "ep", "cp"))
+
+    @property
+    def groups(self) -> tuple[Group, ...]:
+        return (self.group,)
 
     # -- set-up ------------------------------------------------------------------------------------------------------
 
@@ -157,9 +162,9 @@ class TensorMode(OverlapMode):
         finally:
             self._numbers.without_masks = False
 
-    def own_part(self, name: str, whole: Tensor) -> Tensor:
+    def local_part(self, name: str, tensor: Tensor) -> Tensor:
         piece = self._piece(name)
-        return whole if piece is None else piece.of(whole, self.group.rank, self.group.size)
+        return tensor if piece is None else piece.of(tensor, self.group.rank, self.group.size)
 
     def prepare_optimizers(self, optimizers: Sequence[Optimizer]) -> None:
         """State that is made with the optimizer (Adagrad's) is cut like its parameter."""
@@ -469,7 +474,7 @@ class TensorMode(OverlapMode):
             return state
         return self._each(optimizer, state, lambda piece, value: self._partition.whole(piece, value).cpu(), cut=True)
 
-    def own_optimizer(self, optimizer: Optimizer, state: dict[str, Any]) -> dict[str, Any]:
+    def local_optimizer(self, optimizer: Optimizer, state: dict[str, Any]) -> dict[str, Any]:
         rank, size = self.group.rank, self.group.size
         return self._each(optimizer, state, lambda piece, value: piece.of(value, rank, size).clone(), cut=False)
 
@@ -510,9 +515,6 @@ class TensorMode(OverlapMode):
         self._partition.give_back(complete=complete)
         if complete:
             self.group.rest()
-
-    def close(self) -> None:
-        self.group.close()
 
 
 def _left_out(which: str) -> ConfigError:

@@ -1,0 +1,33 @@
+"""Markers: what one mode tells the others about a parameter. They are attributes of it, and last until the mode's release."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+LATE_GRADIENT = "_lightning_overlap_late"
+"""True: a mode completes the gradient in ``finish_backward`` (a tied weight, say). Nobody may reduce the gradient before that."""
+STAGE = "_lightning_overlap_stage"
+"""The number of the parameter's pipeline stage. Gradients of later stages are complete first; their weights are read last."""
+COUNTED_ELSEWHERE = "_lightning_overlap_counted_elsewhere"
+"""True: another rank has the same parameter and counts its gradient in the global norm. Shards of the parameter carry it, too."""
+
+
+def has_late_gradient(parameter: Tensor) -> bool:
+    """Whether a mode completes the parameter's gradient in ``finish_backward``."""
+    return bool(getattr(parameter, LATE_GRADIENT, False))
+
+
+def is_counted_elsewhere(parameter: Tensor) -> bool:
+    """Whether another rank counts the parameter's gradient in the global norm."""
+    return bool(getattr(parameter, COUNTED_ELSEWHERE, False))
+
+
+def stage_of(parameter: Tensor) -> int:
+    """The parameter's pipeline stage; 0 without a pipeline."""
+    return int(getattr(parameter, STAGE, 0))
+
+
+def clear_markers(parameter: Tensor) -> None:
+    """Removes all markers of a parameter."""
+    for marker in (LATE_GRADIENT, STAGE, COUNTED_ELSEWHERE):
+        vars(parameter).pop(marker, None)
