@@ -53,8 +53,8 @@ def test_methods_in_a_file(monkeypatch, capsys, tmp_path):
 
 def test_a_plan_needs_no_machine_of_its_size(monkeypatch, capsys):
     pipeline = "--trainer.strategy.init_args.pipeline_parallel"
-    model = ["--model.init_args.n_layer", "128", "--model.init_args.n_embd", "8"]
-    large = [*model, f"{pipeline}.size", "64", f"{pipeline}.microbatches", "256", "--devices", "8", "--num-nodes", "16"]
+    model = ["--model.init_args.n_layer", "64", "--model.init_args.n_embd", "8"]
+    large = [*model, f"{pipeline}.size", "32", f"{pipeline}.microbatches", "128", "--devices", "8", "--num-nodes", "16"]
     told = plan(monkeypatch, capsys, "-c", "configs/base.yaml", "-c", "configs/pp.yaml", *large, "--times", "22.7,44.8,18.6")
-    assert "pipeline 64 x data 2" in told
-    assert "on paper a batch takes 43537 ms" in told
+    assert "pipeline 32 x data 4" in told
+    assert "on paper a batch takes 21716 ms" in told

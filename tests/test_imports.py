@@ -22,11 +22,8 @@ STDLIB_ONLY = [
 ]
 # The doors to collectives, and what reads and writes torch's distributed checkpoints.
 DISTRIBUTED = {
-    "ranks/group.py",
-    "ranks/announcements.py",
+    *[f for f in FILES if f.startswith("ranks/")],
     "strategy/launching.py",
-    "ranks/mesh.py",
-    "ranks/shared_state.py",
     "state/checkpoint.py",
     "state/sharded.py",
     "state/shards.py",

@@ -6,10 +6,11 @@ from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 
 import pytest
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch.distributed import TCPStore
 
 from lightning_overlap import ConfigError
-from lightning_overlap.ranks.group import TransferError
+from lightning_overlap.ranks.announcements import TransferError
 from lightning_overlap.strategy import launching
 from lightning_overlap.strategy.launching import Watched
 
@@ -69,13 +70,26 @@ def test_a_port_of_another_program_is_given_up_at_the_limit():
             launching.open_store("127.0.0.1", silent.getsockname()[1], 1, 2, SHORT)
 
 
+class Strategy:
+    attempting = False
+
+    def has_failed(self, trainer):
+        pass
+
+
+def asked_to_stop():
+    raise SIGTERMException
+
+
+def test_a_process_that_has_to_answer_and_is_asked_to_stop_does_not_end_well():
+    with pytest.raises(SystemExit) as ended:
+        Watched(Strategy(), None, asked_to_stop, answers=True)()
+    assert ended.value.code == 143
+    with pytest.raises(SIGTERMException):
+        Watched(Strategy(), None, asked_to_stop)()
+
+
 def test_two_trainers_at_once_in_one_process_are_refused():
-    class Strategy:
-        attempting = False
-
-        def has_failed(self, trainer):
-            pass
-
     inside, over = threading.Event(), threading.Event()
     first = threading.Thread(target=Watched(Strategy(), None, lambda: (inside.set(), over.wait(10))))
     first.start()

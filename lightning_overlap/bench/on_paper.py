@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 from lightning_overlap.decision import ConfigError
-from lightning_overlap.ranks.group import all_gather_objects
+from lightning_overlap.ranks.world import all_gather_objects
 from lightning_overlap.steps.schedule import Schedule
 from lightning_overlap.steps.simulate import simulate
 

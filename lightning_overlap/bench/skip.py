@@ -30,7 +30,7 @@ class Skipped:
         self._announcements = announcements
         self.calls: list[Callable[[], Pending | None]] = []
         self._kept: list[Callable[[], Pending | None]] = []
-        for verb in ("start_step", "all_reduce", "reduce_scatter", "all_gather", "send", "receive"):
+        for verb in ("start_step", "all_reduce", "reduce_scatter", "all_gather", "all_to_all", "send", "receive"):
             setattr(group, verb, partial(getattr(self, f"_{verb}"), getattr(group, verb)))
 
     def stop(self) -> None:
@@ -46,30 +46,31 @@ class Skipped:
 
     def _all_reduce(self, make: Callable[..., Pending], x: Tensor, **how: Any) -> Pending:
         self.calls.append(partial(make, x, **how))
-        return self._done(x, how["label"])
+        return self._group.completed(x, label=how["label"])
 
     def _reduce_scatter(self, make: Callable[..., Pending], x: Tensor, bounds: Any, **how: Any) -> Pending:
         self.calls.append(partial(make, x, bounds, **how))
-        return self._done(x[bounds[self._group.rank] : bounds[self._group.rank + 1]], how["label"])
+        return self._group.completed(x[bounds[self._group.rank] : bounds[self._group.rank + 1]], label=how["label"])
 
     def _all_gather(self, make: Callable[..., Pending], x: Tensor, bounds: Any, **how: Any) -> Pending:
         self.calls.append(partial(make, x, bounds, **how))
-        return self._done(x, how["label"])
+        return self._group.completed(x, label=how["label"])
+
+    def _all_to_all(self, make: Callable[..., Pending], x: Tensor, send_sizes: Any, receive_sizes: Any, **how: Any) -> Pending:
+        self.calls.append(partial(make, x, send_sizes, receive_sizes, **how))
+        return self._group.completed(x.new_zeros(sum(receive_sizes), *x.shape[1:]), label=how["label"])
 
     def _send(self, make: Callable[..., Pending], x: Tensor, to: int, **how: Any) -> Pending:
         if how["label"] in self._announcements:
             return make(x, to, **how)  # what it announces decides buffers
         self.calls.append(partial(make, x, to, **how))
-        return self._done(x, how["label"])
+        return self._group.completed(x, label=how["label"])
 
     def _receive(self, make: Callable[..., Pending], x: Tensor, source: int, **how: Any) -> Pending:
         if how["label"] in self._announcements:
             return make(x, source, **how)
         self.calls.append(partial(make, x, source, **how))
-        return self._done(x.zero_(), how["label"])
-
-    def _done(self, x: Tensor, label: str) -> Pending:
-        return Pending(self._group, label, 0, lambda: x)
+        return self._group.completed(x.zero_(), label=how["label"])
 
 
 def skip_transfers(mode: OverlapMode) -> list[Skipped]:

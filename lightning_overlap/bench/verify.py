@@ -20,9 +20,9 @@ from lightning_overlap.bench.runs import Runs
 from lightning_overlap.config import OverlapConfig
 from lightning_overlap.decision import ConfigError
 from lightning_overlap.plan import Plan, resolve
-from lightning_overlap.ranks.group import all_gather_objects, rank, world_size
 from lightning_overlap.ranks.mesh import ParallelMesh
 from lightning_overlap.ranks.shared_state import share
+from lightning_overlap.ranks.world import all_gather_objects, rank, world_size
 from lightning_overlap.strategy.strategy import OverlapStrategy
 
 CLOSE, CLOSE_HALF = 1e-5, 1e-2

@@ -15,7 +15,8 @@ from lightning_overlap.modes.base import OverlapMode
 from lightning_overlap.profiling.report import import_plotly, write_report
 from lightning_overlap.profiling.trace import BETWEEN, Step, Summary, write_chrome_trace
 from lightning_overlap.ranks.clock import Clock, DeviceClock, Timeline
-from lightning_overlap.ranks.group import Group, Transfer, make_group
+from lightning_overlap.ranks.group import Group, Transfer
+from lightning_overlap.ranks.world import make_group
 
 DRAWN = 8
 """The last so many measured steps are drawn; the table and the log know of all."""

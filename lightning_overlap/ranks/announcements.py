@@ -1,8 +1,8 @@
-"""Why one rank has stopped, told to all ranks through the world's store.
+"""The error of one rank, told to all ranks through the world's store.
 
-The store answers a rank that stands in the middle of anything, and what was written stays there for one that asks later. An error is
-written under the number of the attempt, which is one call of ``fit``, ``validate``, ``test`` or ``predict``: all ranks count alike.
-Even numbers are what lies between two attempts.
+The store answers a rank that waits for anything else, and keeps what was written for a rank that asks later. An error is written
+under the number of the attempt: one call of ``fit``, ``validate``, ``test`` or ``predict``. All ranks count attempts alike. Even
+numbers stand for the time between two attempts.
 """
 
 from __future__ import annotations
@@ -19,53 +19,160 @@ from torch._C._distributed_c10d import PrefixStore, TCPStore
 from lightning_overlap.decision import ConfigError
 
 LONGEST_NAP = 0.5
-"""Seconds between two looks at who has come to a place."""
-HEARD = 5.0
-"""Seconds that the process with the store stays, after its error, for ranks that have not heard of it."""
+"""Seconds between two looks at which ranks have written a key."""
+STORE_LINGERS = 5.0
+"""Seconds that the process with the store lives on after its error, for ranks that have not read it yet."""
 
 
 class TransferError(RuntimeError):
     """A transfer failed: another rank failed, a peer died, the link is cut, or the timeout has passed."""
 
 
-class _Board:
-    """The store, as this process reads and writes it.
+class Announcements:
+    """Writes this rank's error into the world's store, and reads the errors of others.
 
     Attributes:
-        attempt: its number.
-        mine: the error with which this rank has ended it.
-        alike: whether all ranks have ended it in the same place.
-        left_over: the number of an attempt of which others may not have heard how it ended.
+        attempt: number of the present attempt.
+        interval: seconds that a rank waits for a transfer before it reads the store, and between two readings.
     """
 
     def __init__(self) -> None:
         self.attempt = 0
-        self.mine: BaseException | None = None
-        self.alike = False
-        self.left_over: int | None = None
-        self._world: Any = None
+        self.interval = 1.0
+        self._error: BaseException | None = None  # with which this rank has ended the attempt
+        self._stopped_alike = False  # all ranks have ended the attempt in the same line
+        self._announced_in: int | None = None  # an attempt whose error other ranks may not have read yet
+        self._world_store: Any = None
         self._store: Any = None
 
     @property
     def store(self) -> Any:
-        """None before there are process groups."""
+        """The store, through a connection of its own; None before there are process groups."""
         if not dist.is_initialized():
             return None
-        world = dist.distributed_c10d._get_default_store()
-        if world is not self._world:
+        world_store = dist.distributed_c10d._get_default_store()
+        if world_store is not self._world_store:
             base: Any = base_store()
-            # A connection of its own: another thread's wait on the world's would hold it. (A FileStore has none to hold.)
-            own = isinstance(base, TCPStore)
-            self._world, self._store = world, base.clone() if own else world
+            # Another thread's wait on the world's connection would block this one. (A FileStore has no connection.)
+            has_connection = isinstance(base, TCPStore)
+            self._store = base.clone() if has_connection else world_store
+            self._world_store = world_store
         return self._store
 
-    def key(self, what: str, attempt: int | None = None) -> str:
+    def start(self) -> None:
+        """An attempt starts."""
+        self.attempt += 1 + self.attempt % 2
+        self._error, self._stopped_alike = None, False
+
+    def end(self) -> None:
+        """The attempt is over and torn down on this rank."""
+        self.attempt += self.attempt % 2
+        self._error, self._stopped_alike = None, False
+
+    def announce(self, error: BaseException) -> None:
+        """Tells all ranks of this rank's error, unless one has told of another error before: whoever waits raises it."""
+        self._error = error
+        store = self.store
+        if store is None:
+            return
+        self._announced_in = self.attempt
+        # If the process with the store has ended, so have its connections, which the others see; the user's error goes on from here.
+        with suppress(dist.DistError):
+            store.set(self._key(f"stopped/{dist.get_rank()}"), origin(error))
+            store.compare_set(self._key("error"), "", in_words(error))
+
+    def leave(self) -> None:
+        """This rank waits for nobody any more in this attempt."""
+        if self.store is not None:
+            with suppress(dist.DistError):
+                self.store.add(self._key("left"), 1)
+
+    def announced(self) -> Exception | None:
+        """The first error that a rank has announced."""
+        store = self.store
+        if store is None:
+            return None
+        try:
+            words = store.get(self._key("error")).decode() if store.check([self._key("error")]) else None
+        except dist.DistError:  # the process with the store has ended: its connections tell
+            return None
+        return None if words is None else _from_words(words)
+
+    def look(self) -> None:
+        """Raises the error that has ended this attempt, if there is one. Whoever waits calls it now and then.
+
+        Raises:
+            BaseException: this rank's own.
+            ConfigError: another rank has announced one.
+            TransferError: another rank has announced another error.
+        """
+        if self._error is not None:
+            raise self._error
+        if (error := self.announced()) is not None:
+            raise error
+
+    def gather(self, topic: str, value: str, limit: float) -> dict[int, str]:
+        """Writes this rank's value and reads those of all ranks, or of the ranks that have written theirs within ``limit`` seconds.
+
+        Returns:
+            The values by rank.
+
+        Raises:
+            Exception: as :meth:`look`.
+        """
+        store = self.store
+        start = time.monotonic()
+        keys = [self._key(f"{topic}/{rank}") for rank in range(dist.get_world_size())]
+        store.set(keys[dist.get_rank()], value)
+        while not (complete := store.check(keys)) and (waited := time.monotonic() - start) < limit:
+            self.look()
+            time.sleep(min(0.002 + waited / 8, LONGEST_NAP))
+        ranks = [rank for rank, key in enumerate(keys) if complete or store.check([key])]
+        return dict(zip(ranks, self._read([keys[rank] for rank in ranks]), strict=True))
+
+    def all_stopped_alike(self) -> bool:
+        """Whether every rank has stopped by an error in the same line, so that no rank has left another one waiting.
+
+        They may then go on together, under the number of another attempt.
+        """
+        store = self.store
+        if self._stopped_alike or store is None or self._error is None:
+            return self._stopped_alike
+        keys = [self._key(f"stopped/{rank}") for rank in range(dist.get_world_size())]
+        until = time.monotonic() + STORE_LINGERS
+        try:
+            while not (complete := store.check(keys)) and time.monotonic() < until:
+                time.sleep(0.05)
+            alike = complete and len(set(self._read(keys))) == 1
+            # The first rank that decides does so for all.
+            decision = store.compare_set(self._key("saves"), "", "together" if alike else "nobody").decode()
+        except dist.DistError:
+            return False
+        self._stopped_alike = decision == "together"
+        if self._stopped_alike:
+            self.attempt += 2
+            self._error = None
+        return self._stopped_alike
+
+    def wait_until_heard(self) -> None:
+        """Keeps the process with the store alive for a moment, at its end, until all ranks have read this rank's error."""
+        if self._announced_in is None or dist.get_rank() > 0:
+            return
+        until = time.monotonic() + STORE_LINGERS
+        with suppress(dist.DistError):
+            while self.store.add(self._key("left", self._announced_in), 0) < dist.get_world_size() and time.monotonic() < until:
+                time.sleep(0.05)
+
+    def _read(self, keys: list[str]) -> list[str]:
+        """The values of keys that exist: by one request where the store can, which a FileStore cannot."""
+        store = self.store
+        values = store.multi_get(keys) if store.has_extended_api() else [store.get(key) for key in keys]
+        return [value.decode() for value in values]
+
+    def _key(self, topic: str, attempt: int | None = None) -> str:
         # torchrun's agent keeps its store when it starts the ranks again.
         life = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-        return f"lightning_overlap/{life}/{self.attempt if attempt is None else attempt}/{what}"
-
-
-_board = _Board()
+        return f"lightning_overlap/{life}/{self.attempt if attempt is None else attempt}/{topic}"
 
 
 def base_store() -> Any:
@@ -76,120 +183,13 @@ def base_store() -> Any:
     return store
 
 
-def start() -> None:
-    """An attempt starts."""
-    _board.attempt += 1 + _board.attempt % 2
-    _board.mine, _board.alike = None, False
-
-
-def end() -> None:
-    """It is over, and torn down, on this rank."""
-    _board.attempt += _board.attempt % 2
-    _board.mine, _board.alike = None, False
-
-
-def announce(error: BaseException) -> None:
-    """Has all ranks know of it, unless they know of an earlier one: whoever waits raises it."""
-    _board.mine = error
-    store = _board.store
-    if store is None:
-        return
-    _board.left_over = _board.attempt
-    # If the process with the store is gone, so are its connections, which the others see; the user's error goes on from here.
-    with suppress(dist.DistError):
-        store.set(_board.key(f"stopped/{dist.get_rank()}"), place_of(error))
-        store.compare_set(_board.key("error"), "", in_words(error))
-
-
-def leave() -> None:
-    """This rank waits for nobody any more in this attempt."""
-    if _board.store is not None:
-        with suppress(dist.DistError):
-            _board.store.add(_board.key("left"), 1)
-
-
-def announced() -> Exception | None:
-    """The first error that a rank has announced."""
-    store = _board.store
-    if store is None:
-        return None
-    try:
-        words = store.get(_board.key("error")).decode() if store.check([_board.key("error")]) else None
-    except dist.DistError:  # the process with the store is gone: its connections tell
-        return None
-    return None if words is None else _from_words(words)
-
-
-def look() -> None:
-    """To be called by whoever waits.
-
-    Raises:
-        BaseException: the one with which this rank has ended the attempt.
-        ConfigError: another rank has announced one.
-        TransferError: another rank has announced another error.
-    """
-    if _board.mine is not None:
-        raise _board.mine
-    if (error := announced()) is not None:
-        raise error
-
-
-def gather(place: str, mine: str, limit: float) -> dict[int, str]:
-    """What ranks that come to a place within so many seconds say there, by rank: all, or those that have come.
-
-    Raises:
-        Exception: as :func:`look`.
-    """
-    store = _board.store
-    start = time.monotonic()
-    keys = [_board.key(f"{place}/{rank}") for rank in range(dist.get_world_size())]
-    store.set(keys[dist.get_rank()], mine)
-    while not (complete := store.check(keys)) and (waited := time.monotonic() - start) < limit:
-        look()
-        time.sleep(min(0.002 + waited / 8, LONGEST_NAP))
-    return {rank: store.get(key).decode() for rank, key in enumerate(keys) if complete or store.check([key])}
-
-
-def all_stopped_alike() -> bool:
-    """Whether every rank has stopped by an error of its own, in the same line, so that nobody has left another one waiting. They may
-    then go on together, under another number."""
-    store = _board.store
-    if _board.alike or store is None or _board.mine is None:
-        return _board.alike
-    keys = [_board.key(f"stopped/{rank}") for rank in range(dist.get_world_size())]
-    until = time.monotonic() + HEARD
-    try:
-        while not (complete := store.check(keys)) and time.monotonic() < until:
-            time.sleep(0.05)
-        alike = complete and len({store.get(key) for key in keys}) == 1
-        # Whoever decides first decides for all.
-        decided = store.compare_set(_board.key("saves"), "", "together" if alike else "nobody").decode()
-    except dist.DistError:
-        return False
-    _board.alike = decided == "together"
-    if _board.alike:
-        _board.attempt += 2
-        _board.mine = None
-    return _board.alike
-
-
-def wait_until_heard() -> None:
-    """At the end of the process that has the store, for a moment: it would take this rank's error with it."""
-    if _board.left_over is None or dist.get_rank() > 0:
-        return
-    until = time.monotonic() + HEARD
-    with suppress(dist.DistError):
-        while _board.store.add(_board.key("left", _board.left_over), 0) < dist.get_world_size() and time.monotonic() < until:
-            time.sleep(0.05)
-
-
 def follows_from_another(error: BaseException) -> bool:
-    """Whether it tells of a connection rather than of what has happened here."""
+    """Whether an error tells of a broken connection only, so that another rank's error may be its cause."""
     return isinstance(error, TransferError | dist.DistError) or "/gloo/" in str(error)
 
 
-def place_of(error: BaseException) -> str:
-    """The line that has raised it."""
+def origin(error: BaseException) -> str:
+    """The file and line that raised an error."""
     at: TracebackType | None = error.__traceback__
     while at is not None and at.tb_next is not None:
         at = at.tb_next
@@ -197,7 +197,7 @@ def place_of(error: BaseException) -> str:
 
 
 def in_words(error: BaseException) -> str:
-    """A rank's error for the others, which call :func:`raise_from_words`."""
+    """An error of this rank as text, which other ranks give to :func:`raise_from_words`."""
     if isinstance(error, ConfigError):
         return f"ConfigError:{error}"
     rank = dist.get_rank() if dist.is_initialized() else 0
@@ -205,13 +205,15 @@ def in_words(error: BaseException) -> str:
 
 
 def raise_from_words(words: str) -> NoReturn:
-    """Raises:
-    ConfigError: it was one.
-    TransferError: it was another error.
+    """Raises the error of another rank from its text.
+
+    Raises:
+        ConfigError: it was one.
+        TransferError: it was another error.
     """
     raise _from_words(words)
 
 
 def _from_words(words: str) -> Exception:
-    kind, told = words.split(":", 1)
-    return ConfigError(told) if kind == "ConfigError" else TransferError(told)
+    kind, message = words.split(":", 1)
+    return ConfigError(message) if kind == "ConfigError" else TransferError(message)

@@ -9,7 +9,8 @@ from types import MethodType
 import torch
 from torch import Tensor, nn
 
-from lightning_overlap.ranks.group import Group, Pending, everyone, world_size
+from lightning_overlap.ranks.group import Group, Pending
+from lightning_overlap.ranks.world import everyone, world_size
 
 AT_ONCE = 1 << 25
 """Bytes that are broadcast together: many small tensors cost one transfer, and no copy is larger."""
@@ -59,7 +60,7 @@ def batch_norms_over(module: nn.Module, group: Group) -> Iterator[None]:
     layers = [part for part in module.modules() if isinstance(part, nn.SyncBatchNorm) and part.process_group is None]
     for layer in layers:
         if group.size > 1:
-            layer.process_group = group.reduces
+            layer.process_group = group.process_group
         else:  # which has no process group, and None would be the world's
             layer.forward = MethodType(nn.modules.batchnorm._BatchNorm.forward, layer)  # type: ignore[method-assign]
     try:

@@ -20,7 +20,7 @@ from lightning.fabric.plugins import CheckpointIO, TorchCheckpointIO
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
-from lightning_overlap.ranks.group import all_gather_objects
+from lightning_overlap.ranks.world import all_gather_objects
 
 
 class CheckpointError(RuntimeError):

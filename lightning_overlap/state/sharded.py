@@ -34,7 +34,8 @@ from torch.distributed.checkpoint.utils import find_tensor_shard
 from torch.futures import Future
 from torch.optim import Optimizer
 
-from lightning_overlap.ranks.group import Group, all_gather_objects, make_group, rank, world_size
+from lightning_overlap.ranks.group import Group
+from lightning_overlap.ranks.world import all_gather_objects, make_group, rank, world_size
 from lightning_overlap.state.checkpoint import (
     CheckpointError,
     beside,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import inspect
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import timedelta
 from typing import Any
 
@@ -22,6 +22,9 @@ from lightning.pytorch.callbacks import (
 )
 from torch import Tensor, nn
 from torch.optim import Optimizer
+
+from lightning_overlap.decision import ConfigError
+from lightning_overlap.ranks.world import all_gather_objects, world_size
 
 ARGUMENTS = (
     *("accumulate_grad_batches", "max_epochs", "min_epochs", "max_steps", "min_steps", "fast_dev_run", "overfit_batches"),
@@ -77,6 +80,29 @@ def optimizers_in_words(optimizers: Sequence[Optimizer], module: nn.Module) -> d
             held = [names.get(id(parameter), "not the module's") for parameter in group["params"]]
             words[f"the parameters in {where}"] = f"{len(held)} ({', '.join(held[:3])}, ...; digest {_digest(held)})"
     return words
+
+
+def refuse_differences(mine: Mapping[str, str]) -> None:
+    """Compares what ranks say of themselves. Collective.
+
+    Args:
+        mine: what this rank has, by a phrase that names it in the error.
+
+    Raises:
+        ConfigError: on every rank, naming the first thing that differs.
+    """
+    # A digest first: what is to be compared grows with the model, and all ranks would send it to all.
+    if world_size() == 1 or len(set(all_gather_objects(_digest(f"{key}: {value}" for key, value in mine.items())))) == 1:
+        return
+    everyone = all_gather_objects(dict(mine))
+    for rank, other in enumerate(everyone):
+        for subject in {**everyone[0], **other}:
+            first, second = everyone[0].get(subject, "absent"), other.get(subject, "absent")
+            if first != second:
+                raise ConfigError(
+                    f"ranks disagree about {subject}: rank 0 has {first}, rank {rank} has {second}. "
+                    "Start the same script with the same arguments and packages on every rank."
+                )
 
 
 def _value(value: Any) -> str:

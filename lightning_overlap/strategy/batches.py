@@ -1,19 +1,26 @@
-"""What is known of a batch without knowing what it is."""
+"""Batches and data loaders: what ranks must have alike in them, whatever a batch is made of."""
 
 from __future__ import annotations
 
 import hashlib
 import math
+import os
 from collections.abc import Hashable, Mapping
 from typing import Any
 
 import torch
+from lightning.fabric.utilities.data import sized_len
+from lightning.fabric.utilities.seed import pl_worker_init_function
+from lightning.pytorch import LightningModule
 from torch import Tensor
 
 from lightning_overlap.decision import ConfigError
 from lightning_overlap.model.trees import leaves
 from lightning_overlap.ranks.group import Group
+from lightning_overlap.ranks.world import all_gather_objects
 
+CHECKED_BATCHES = 3
+"""Batches at the start of a fit that are compared between the ranks that share them."""
 CLOSE = 1e-3
 """Relative difference that rounding may make in a loss that is computed alike."""
 
@@ -35,37 +42,106 @@ def digest(batch: Any) -> Hashable:
     return kind(batch), content.hexdigest()
 
 
-def refuse_different(batch: Any, group: Group) -> None:
-    """Ranks that share a batch and see different ones would train on nothing. Collective.
-
-    Raises:
-        ConfigError: on every rank of the group.
-    """
-    everyone = group.all_gather_objects(digest(batch))
-    if different := [group.ranks[r] for r, said in enumerate(everyone) if said != everyone[0]]:
-        raise ConfigError(
-            f"ranks {different} have read another batch than rank {group.ranks[0]}, with which they share each batch: a data loader "
-            "that shuffles or augments on its own must draw the same on all ranks (seed_everything, or Lightning's sampler)"
-        )
-
-
-def refuse_other_loss(output: Any, group: Group) -> None:
-    """Ranks that share a batch come to the same loss, or one of them trains on something else. Collective.
+class BatchComparison:
+    """Compares the first batches of a fit, and their losses, between the ranks that share each batch.
 
     Args:
-        output: of ``training_step``.
         group: the ranks.
+    """
+
+    def __init__(self, group: Group) -> None:
+        self._group = group
+        self._left = CHECKED_BATCHES
+
+    def next_batch(self, batch: Any) -> bool:
+        """Compares a batch, if it is one of the first. Collective.
+
+        Returns:
+            Whether it was compared, and its loss is to be compared as well.
+
+        Raises:
+            ConfigError: on every rank of the group, if ranks have read different batches.
+        """
+        if not self._left:
+            return False
+        self._left -= 1
+        digests = self._group.all_gather_objects(digest(batch))
+        if different := [self._group.ranks[r] for r, other in enumerate(digests) if other != digests[0]]:
+            raise ConfigError(
+                f"ranks {different} have read another batch than rank {self._group.ranks[0]}, with which they share each batch: a "
+                "data loader that shuffles or augments on its own must draw the same on all ranks (seed_everything, or Lightning's "
+                "sampler)"
+            )
+        return True
+
+    def loss(self, output: Any) -> None:
+        """Compares the loss of a batch: where it differs between ranks, one of them trains on something else. Collective.
+
+        Args:
+            output: of ``training_step``.
+
+        Raises:
+            ConfigError: on every rank of the group.
+        """
+        loss = output.get("loss") if isinstance(output, Mapping) else output
+        number = float(loss.detach()) if isinstance(loss, Tensor) and loss.numel() == 1 else None
+        losses = self._group.all_gather_objects(number)
+        finite = [loss for loss in losses if loss is not None and math.isfinite(loss)]
+        if finite and max(finite) - min(finite) > CLOSE * max(map(abs, finite)):
+            raise ConfigError(
+                f"ranks {list(self._group.ranks)} share a batch and come to the losses {losses}: something in training_step differs "
+                "between them. It may read hidden states between blocks, of which a rank has its part of the tokens (set "
+                "tensor_parallel.sequence_parallel: false), or draw other random numbers (call seed_everything)"
+            )
+
+
+def refuse_empty(dataloader: object, module: LightningModule | None) -> None:
+    """Refuses a data loader that has nothing to read on some ranks. Collective.
 
     Raises:
-        ConfigError: on every rank of the group.
+        ConfigError: on every rank, if some have no batch and others have.
     """
-    loss = output.get("loss") if isinstance(output, Mapping) else output
-    mine = float(loss.detach()) if isinstance(loss, Tensor) and loss.numel() == 1 else None
-    everyone = group.all_gather_objects(mine)
-    told = [loss for loss in everyone if loss is not None and math.isfinite(loss)]
-    if told and max(told) - min(told) > CLOSE * max(map(abs, told)):
+    counts = all_gather_objects(sized_len(dataloader))
+    if 0 in counts and any(counts) and not (module and module.allow_zero_length_dataloader_with_multiple_devices):
+        empty = [rank for rank, count in enumerate(counts) if count == 0]
         raise ConfigError(
-            f"ranks {list(group.ranks)} share a batch and come to the losses {everyone}: something in training_step differs between "
-            "them. It may read hidden states between blocks, of which a rank has its part of the tokens (set "
-            "tensor_parallel.sequence_parallel: false), or draw other random numbers (call seed_everything)"
+            f"ranks {empty} have no batch to read, and others have: use fewer ranks or a smaller batch, or leave drop_last off"
         )
+
+
+def refuse_uneven(batches: float) -> None:
+    """Refuses different numbers of batches: every batch is a meeting of all ranks. Collective.
+
+    Args:
+        batches: that this rank trains on in an epoch.
+
+    Raises:
+        ConfigError: on every rank, if ranks have different numbers of batches.
+    """
+    counts = all_gather_objects(batches)
+    if len(set(counts)) > 1:
+        raise ConfigError(
+            f"ranks have different numbers of training batches, {counts} by rank, and would wait for each other. Deal the "
+            f"data out evenly (Lightning's sampler does, drop_last=True helps), or set limit_train_batches={min(counts)}."
+        )
+
+
+def seed_workers(dataloader: Any, rank: int) -> None:
+    """Seeds the workers of a data loader, if ``seed_everything(workers=True)`` asks for it and the user has not done it.
+
+    Args:
+        dataloader: the user's.
+        rank: along the data axis: workers of ranks that share a batch must draw the same random numbers.
+    """
+    if int(os.environ.get("PL_SEED_WORKERS", 0)) and getattr(dataloader, "worker_init_fn", 0) is None:
+        dataloader.worker_init_fn = _WorkerSeed(rank)
+
+
+class _WorkerSeed:
+    """Seeds a worker of a data loader. A class, since workers may be spawned and so pickle it."""
+
+    def __init__(self, rank: int) -> None:
+        self._rank = rank
+
+    def __call__(self, worker: int) -> None:
+        pl_worker_init_function(worker, self._rank)

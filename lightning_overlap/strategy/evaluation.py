@@ -17,7 +17,8 @@ from torchmetrics import Metric
 
 from lightning_overlap.decision import ConfigError
 from lightning_overlap.modes.base import Driver
-from lightning_overlap.ranks.group import Group, TransferError
+from lightning_overlap.ranks.announcements import TransferError
+from lightning_overlap.ranks.group import Group
 from lightning_overlap.strategy.logs import LogRecord, current_value, numbers_of, sendable_options, write_logs
 from lightning_overlap.strategy.seams import logs_go_to
 
@@ -200,7 +201,7 @@ def metrics_over(group: Group) -> Iterator[None]:
         if process_group is None and metric.process_group is None:
             if group.size == 1:
                 return
-            process_group = group.reduces
+            process_group = group.process_group
         over_the_world(metric, dist_sync_fn, process_group, should_sync, distributed_available)
 
     Metric.sync = sync  # type: ignore[method-assign, assignment]

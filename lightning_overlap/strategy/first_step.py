@@ -27,7 +27,8 @@ from torch.nn import functional as F
 from lightning_overlap.decision import ConfigError
 from lightning_overlap.model.trees import copied
 from lightning_overlap.modes.base import Driver, Holder, OverlapMode
-from lightning_overlap.ranks.group import TransferError, all_gather_objects, world_size
+from lightning_overlap.ranks.announcements import TransferError
+from lightning_overlap.ranks.world import all_gather_objects, world_size
 from lightning_overlap.steps.generators import pin_generators
 from lightning_overlap.strategy.seams import logs_go_to
 from lightning_overlap.strategy.step import DrivenStep

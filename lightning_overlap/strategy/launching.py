@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -10,7 +11,7 @@ from contextlib import contextmanager, suppress
 from datetime import timedelta
 from functools import partial
 from socket import create_connection, gethostname
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
@@ -19,15 +20,12 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher, _SubprocessScriptLauncher
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.exceptions import SIGTERMException, _TunerExitException
-from torch._C._distributed_c10d import PrefixStore, TCPStore
+from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined]  # documented, and not declared in its __all__
 
 from lightning_overlap.decision import ConfigError
-from lightning_overlap.ranks import announcements
-from lightning_overlap.ranks.group import TransferError, patiently
+from lightning_overlap.ranks.announcements import TransferError, base_store, follows_from_another
 from lightning_overlap.ranks.sockets import Sockets
-
-if TYPE_CHECKING:
-    from lightning_overlap.strategy.strategy import OverlapStrategy
+from lightning_overlap.ranks.world import WORLD, patiently
 
 LONGEST = timedelta(days=365)
 """A limit above this one is a mistake: torch counts milliseconds, and wraps."""
@@ -45,42 +43,60 @@ def check_limit(name: str, limit: object) -> None:
         raise ConfigError(f"{name} must be a datetime.timedelta of more than 0 and at most {LONGEST.days} days, got {limit!r}")
 
 
+class FailureListener(Protocol):
+    """The strategy, as far as a launcher knows it."""
+
+    attempting: bool
+    """Whether a function of the trainer's has been called since the last teardown."""
+
+    def has_failed(self, trainer: Trainer | None) -> None:
+        """A function of the trainer's has failed, here or on another rank."""
+
+
 class Watched:
     """``fit``, or what else the trainer calls, such that all ranks hear of its error before this one does anything about it.
 
     A class, since a launcher that spawns processes pickles it.
 
     Args:
-        strategy: whose ranks they are.
+        strategy: hears of the error.
         trainer: its trainer.
         function: what is called.
+        answers: whether another process waits for what it returns.
     """
 
-    def __init__(self, strategy: OverlapStrategy, trainer: Trainer | None, function: Callable[..., Any]) -> None:
+    def __init__(
+        self, strategy: FailureListener, trainer: Trainer | None, function: Callable[..., Any], *, answers: bool = False
+    ) -> None:
         self._strategy = strategy
         self._trainer = trainer
         self._function = function
+        self._answers = answers
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         with _one_at_a_time():
             return self._call(*args, **kwargs)
 
     def _call(self, *args: Any, **kwargs: Any) -> Any:
-        announcements.start()
+        WORLD.announcements.start()
         self._strategy.attempting = True
         try:
             return self._function(*args, **kwargs)
-        except (SIGTERMException, _TunerExitException):  # all ranks stop at the same batch
+        except SIGTERMException as error:  # all ranks stop at the same batch
+            if self._answers:  # a process that ends well has answered, and the one that started it would wait for that
+                raise SystemExit(128 + signal.SIGTERM) from error
+            raise
+        except _TunerExitException:
             raise
         except BaseException as error:
-            told = announcements.announced()
-            announcements.announce(error)
+            told = WORLD.announcements.announced()
+            WORLD.announcements.announce(error)
             self._strategy.has_failed(self._trainer)
-            if told is not None and announcements.follows_from_another(error) and str(told) != str(error):
+            if told is not None and follows_from_another(error) and str(told) != str(error):
                 raise told from error
             raise
         finally:
-            announcements.leave()
+            WORLD.announcements.leave()
 
 
 _running = threading.RLock()
@@ -108,7 +124,7 @@ def saving_in_step_only(trainer: Trainer) -> Iterator[None]:
     save = trainer.save_checkpoint
 
     def save_checkpoint(*args: Any, **kwargs: Any) -> None:
-        if announcements.all_stopped_alike():
+        if WORLD.announcements.all_stopped_alike():
             save(*args, **kwargs)
         else:
             rank_zero_warn("no checkpoint is saved of training that has failed: not all ranks have failed in the same place")
@@ -123,9 +139,8 @@ def saving_in_step_only(trainer: Trainer) -> Iterator[None]:
 class ScriptLauncher(_SubprocessScriptLauncher):
     """Lightning's, whose function is :class:`Watched`."""
 
-    def __init__(self, strategy: OverlapStrategy) -> None:
-        assert strategy.cluster_environment is not None, "Lightning sets it"
-        super().__init__(strategy.cluster_environment, strategy.num_processes, strategy.num_nodes)
+    def __init__(self, environment: ClusterEnvironment, processes: int, nodes: int, strategy: FailureListener) -> None:
+        super().__init__(environment, processes, nodes)
         self._strategy = strategy
 
     def launch(self, function: Callable[..., Any], *args: Any, trainer: Trainer | None = None, **kwargs: Any) -> Any:
@@ -136,7 +151,8 @@ class ProcessLauncher(_MultiProcessingLauncher):
     """Lightning's, whose function is :class:`Watched`."""
 
     def launch(self, function: Callable[..., Any], *args: Any, trainer: Trainer | None = None, **kwargs: Any) -> Any:
-        return super().launch(Watched(self._strategy, trainer, function), *args, trainer=trainer, **kwargs)  # type: ignore[arg-type]
+        watched = Watched(self._strategy, trainer, function, answers=True)  # type: ignore[arg-type]
+        return super().launch(watched, *args, trainer=trainer, **kwargs)
 
 
 def start_world(environment: ClusterEnvironment, backend: str, limit: timedelta, timeout: timedelta, device: torch.device) -> None:
@@ -202,32 +218,36 @@ def meet_in(store: Any, rank: int, size: int, limit: timedelta) -> None:
     if first != mine:
         place.set("wrong", f"two processes are rank {rank}: {first}, and {mine}: give each a RANK of its own")
     names = [f"rank {other}" for other in range(size)]
+    nap = 0.002
     try:
         while True:
-            come = [name for name in names if place.check([name])]
-            sizes = {name: place.get(name).decode().split()[0] for name in come}
             if place.check(["wrong"]):
                 raise ConfigError(place.get("wrong").decode())
-            if len(set(sizes.values())) > 1:
-                place.set("wrong", f"ranks disagree about WORLD_SIZE: {sizes}. Start all with the same devices and num_nodes")
-                continue
-            if len(come) == size:
+            complete = place.check(names)  # one question, whatever the number of ranks
+            late = time.monotonic() > until
+            if complete or late:
+                come = [name for name in names if complete or place.check([name])]
+                sizes = {name: words.decode().split()[0] for name, words in zip(come, place.multi_get(come), strict=True)}
+                if len(set(sizes.values())) > 1:
+                    place.set("wrong", f"ranks disagree about WORLD_SIZE: {sizes}. Start all with the same devices and num_nodes")
+                    continue
+            if complete:
                 return
-            if time.monotonic() > until:
+            if late:
                 missing = [other for other in range(size) if names[other] not in come]
                 raise TransferError(
                     f"ranks {missing} of {size} have not come within {limit}: look for their errors, and start all of them. "
                     "meeting_timeout is how long others wait"
                 )
-            with suppress(dist.DistStoreError):  # the time is over
-                place.wait([name for name in names if name not in come], timedelta(seconds=LOOK_AGAIN))
+            time.sleep(nap)  # torch's own wait in the store writes a warning each time that it is looked up from
+            nap = min(1.5 * nap, LOOK_AGAIN)
     except dist.DistNetworkError as error:
         raise TransferError(f"the process with the store, rank 0 or torchrun's agent, has ended while ranks met: {error}") from error
 
 
 def keep_store_alive() -> None:
     """The kernel asks after the process with the store, too."""
-    store = announcements.base_store()
+    store = base_store()
     if isinstance(store, TCPStore):
         connections = Sockets.of_port(store.port)
         connections.keep_alive()

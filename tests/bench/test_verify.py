@@ -58,7 +58,7 @@ class Faults:
 
         def all_gather(group, x, bounds, **how):
             if self.on and how["label"].startswith("data.params[1]"):
-                return Pending(group, how["label"], 0, lambda: x)
+                return group.completed(x, label=how["label"])
             return real(group, x, bounds, **how)
 
         return mock.patch.object(Group, "all_gather", all_gather)
@@ -67,7 +67,8 @@ class Faults:
         real = Group.reduce_scatter
 
         def reduce_scatter(group, x, bounds, **how):
-            return real(group, x, bounds, **{**how, "average": not (self.on and how["label"].startswith(BUCKET))})
+            wrong = {"divisor": None} if self.on and how["label"].startswith(BUCKET) else {}
+            return real(group, x, bounds, **{**how, **wrong})
 
         return mock.patch.object(Group, "reduce_scatter", reduce_scatter)
 
@@ -76,9 +77,9 @@ def verified(fault=None, against="off", optimizer="sgd", overlap="auto", **train
     warnings.simplefilter("ignore")
     faults, real = Faults(), DataMode.__init__
 
-    def made(mode, plan, config, *rest):
-        faults.on = config.overlap != "off"
-        real(mode, plan, config, *rest)
+    def made(mode, config, choices, setup):
+        faults.on = choices.overlap_grad_reduce.value
+        real(mode, config, choices, setup)
 
     size = dist.get_world_size()
     given = {"accelerator": "cpu", "devices": size, "plugins": [TorchElasticEnvironment()], **trainer}

@@ -9,7 +9,8 @@ import torch.distributed as dist
 from lightning.pytorch.loggers import CSVLogger
 
 from lightning_overlap import ConfigError, OverlapProfiler
-from lightning_overlap.ranks.group import Group, make_group
+from lightning_overlap.ranks.group import Group
+from lightning_overlap.ranks.world import make_group
 from tests.helpers.training import train
 
 QUIET = {"limit_val_batches": 0, "max_steps": 6}

@@ -5,7 +5,8 @@ from functools import cache
 
 import torch.distributed as dist
 
-from lightning_overlap.ranks.group import Group, make_group
+from lightning_overlap.ranks.group import Group
+from lightning_overlap.ranks.world import make_group
 
 
 @cache

@@ -25,7 +25,7 @@ from tests.trainer.test_tensor import compare, train
 
 def slow_operators(group: Group) -> symm_mem.Operators:
     gather, reduce = fallbacks._fused_all_gather_matmul_fallback, fallbacks._fused_matmul_reduce_scatter_fallback
-    return symm_mem.Operators(gather, reduce, group.reduces.group_name)
+    return symm_mem.Operators(gather, reduce, group.process_group.group_name)
 
 
 def differences(dtype: str) -> list[Any]:
@@ -73,7 +73,7 @@ def trained(tokens: int) -> Any:
         return fallbacks._fused_all_gather_matmul_fallback(*args, **kwargs)
 
     def operators(group: Group) -> symm_mem.Operators:
-        return symm_mem.Operators(count, slow_operators(group).matmul_reduce_scatter, group.reduces.group_name)
+        return symm_mem.Operators(count, slow_operators(group).matmul_reduce_scatter, group.process_group.group_name)
 
     runs = Choice("symm_mem", "symm_mem", "")
     with mock.patch.object(symm_mem, "operators", operators), mock.patch.object(config, "_backend", return_value=runs):

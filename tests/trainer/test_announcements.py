@@ -17,8 +17,8 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_overlap import ConfigError, OverlapStrategy
-from lightning_overlap.ranks import group as comm
-from lightning_overlap.ranks.group import TransferError
+from lightning_overlap.ranks.announcements import TransferError
+from lightning_overlap.ranks.world import WORLD, make_group
 from tests.helpers.training import Net, train
 from tests.trainer.test_first_step import PIPELINE, TENSOR
 from tests.trainer.test_first_step import Net as CutNet
@@ -39,7 +39,7 @@ def failing_at(hook, bad, base=Net):
 
 def told(hook, bad, folder):
     """What a run that fails on one rank ends with on this one. Nobody waits for the timeout, which is longer than the world's."""
-    comm.ASK_FOR_PEERS = 0.1
+    WORLD.announcements.interval = 0.1
     saving = ModelCheckpoint(folder, save_on_train_epoch_end=True)
     try:
         train(module=failing_at(hook, bad), callbacks=[saving], enable_checkpointing=True, **EPOCHS)
@@ -81,7 +81,7 @@ def test_an_error_outside_of_steps_is_told_and_the_world_lives_on(world, tmp_pat
 
 def told_when_cut(strategy, places):
     """The same with a model that is cut over the ranks."""
-    comm.ASK_FOR_PEERS = 0.1
+    WORLD.announcements.interval = 0.1
     answers = []
     for hook, bad in places:
         env = {"cluster_environment": TorchElasticEnvironment(), "process_group_backend": "gloo"}
@@ -155,7 +155,7 @@ def test_processes_that_end_have_told_why_and_abort_nowhere(where, bad):
 
 def saved_on_exception(bads, folder):
     """A checkpoint callback saves when training fails; the error is still the user's, or tells of it."""
-    comm.ASK_FOR_PEERS = 0.1
+    WORLD.announcements.interval = 0.1
 
     class Failing(Net):
         def training_step(self, batch, index):
@@ -214,7 +214,7 @@ class GivesNone(Net):
 
 
 def lone_none():
-    comm.ASK_FOR_PEERS = 0.1
+    WORLD.announcements.interval = 0.1
     with pytest.raises((RuntimeError, TransferError)) as caught:
         train(module=GivesNone)
     return str(caught.value)
@@ -297,11 +297,11 @@ def test_storage_options_are_refused_as_lightning_refuses_them(world, tmp_path):
 def batch_norm_groups():
     from lightning_overlap.ranks.shared_state import batch_norms_over
 
-    group = comm.make_group([[0], [1]], "alike", timedelta(seconds=30), gathers=False, threads=False)
-    own = comm.make_group([[0, 1]], "own", timedelta(seconds=30), gathers=False, threads=False)
+    group = make_group([[0], [1]], "alike", timedelta(seconds=30), gathers=False, threads=False)
+    own = make_group([[0, 1]], "own", timedelta(seconds=30), gathers=False, threads=False)
     module = nn.SyncBatchNorm.convert_sync_batchnorm(nn.Sequential(nn.BatchNorm1d(2), nn.BatchNorm1d(2)))
     with batch_norms_over(module, own):
-        inside = [layer.process_group is own.reduces for layer in module]
+        inside = [layer.process_group is own.process_group for layer in module]
     after = [layer.process_group for layer in module]
     own.close()
     group.close()

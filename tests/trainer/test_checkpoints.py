@@ -19,7 +19,7 @@ from torch.distributed.checkpoint.filesystem import _StorageInfo
 
 import lightning_overlap.state.sharded as folders
 from lightning_overlap import CheckpointError
-from lightning_overlap.ranks.group import TransferError
+from lightning_overlap.ranks.announcements import TransferError
 from lightning_overlap.state.checkpoint import AtomicCheckpointIO, Saves, aside, beside, load_file, remove, what_is_broken
 from tests.helpers.training import Net, strategy, train
 from tests.helpers.world import World
@@ -292,13 +292,13 @@ def crash(folder, background, kind):
     class Twice(Callback):
         def on_train_batch_end(self, trainer, *_):
             if trainer.global_step in (2, 4):
-                trainer.strategy._saves.wait()
+                trainer.strategy.checkpoints.wait()
                 where = "lightning_overlap.state.sharded._Writer.write_data" if kind == "sharded" else "os.fsync"
                 breaks = trainer.global_step == 4 and dist.get_rank() == last
                 with mock.patch(where, side_effect=OSError("disk full")) if breaks else mock.patch("os.sync"):
                     trainer.save_checkpoint(path)
                     if background:
-                        trainer.strategy._saves.wait()
+                        trainer.strategy.checkpoints.wait()
                 saved.append(trainer.global_step)
 
     with pytest.raises(CheckpointError) as caught:
@@ -671,7 +671,7 @@ def test_a_rank_that_is_killed_while_it_saves(tmp_path):
 
 
 def resumed_without_states(path):
-    with mock.patch("lightning_overlap.strategy.strategy.rank_zero_warn") as warn:
+    with mock.patch("lightning_overlap.strategy.checkpoints.rank_zero_warn") as warn:
         run(Plain, {"resume": str(path)})
     return [call.args[0] for call in warn.call_args_list]
 

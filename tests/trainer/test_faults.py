@@ -14,7 +14,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from lightning_overlap import ConfigError
-from lightning_overlap.ranks.group import TransferError
+from lightning_overlap.ranks.announcements import TransferError
 from tests.helpers.training import Net, train
 from tests.helpers.world import World
 
@@ -95,7 +95,7 @@ def test_a_silent_peer_is_named_within_the_timeout(monkeypatch):
     finally:
         world.close()
     assert "between rank 0 and rank" in message
-    assert "Posted here and not complete: data." in message
+    assert "Posted by this rank and not complete: data." in message
     assert "Last in torch's Flight Recorder: gloo:" in message
 
 

@@ -124,7 +124,7 @@ class Counts(Callback):
 
     def on_train_batch_end(self, trainer, *_):
         if trainer.global_step in self.at:
-            trainer.strategy._saves.wait()
+            trainer.strategy.checkpoints.wait()
             self.found.append(counted())
 
 
@@ -153,7 +153,7 @@ def growth(layout, steps, fits):
     warnings.simplefilter("ignore")
     _, strategy, settings = LAYOUTS[layout]
     folder = tempfile.mkdtemp()
-    with mock.patch("lightning_overlap.ranks.group._REMEMBERED", 4):  # transfers, for errors: as many as that are kept
+    with mock.patch("lightning_overlap.ranks.members.REMEMBERED_TRANSFERS", 4):  # transfers, for errors: as many as that are kept
         fit(strategy, settings, (2, 4), folder)  # of what is made once
         after = [counted() for _ in range(fits) if fit(strategy, settings, (2, 4), folder)]
         few, many = fit(strategy, settings, steps, folder)

@@ -27,7 +27,8 @@ from torch.utils.data import DataLoader, DistributedSampler
 from lightning_overlap import ConfigError, DataParallel, OverlapProfiler, OverlapStrategy, PipelineParallel, verify
 from lightning_overlap.bench.measure import measure
 from lightning_overlap.modes.pipeline.stage import Stages
-from lightning_overlap.ranks.group import Group, TransferError
+from lightning_overlap.ranks.announcements import TransferError
+from lightning_overlap.ranks.group import Group
 from lightning_overlap.steps.schedule import build
 from lightning_overlap.strategy.evaluation import explaining, failing_together
 

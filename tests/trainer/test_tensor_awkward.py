@@ -21,7 +21,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from lightning_overlap import ConfigError, OverlapStrategy, TensorParallel
-from lightning_overlap.strategy.strategy import CHECKED_BATCHES
+from lightning_overlap.strategy.batches import CHECKED_BATCHES
 from tests.trainer.test_tensor import MLP, QUIET, Attention, Block, Net
 
 

@@ -77,7 +77,7 @@ class _TorchPipelining(PipelineMode):
                 _Stage(self._stack, self._stages[stage], first=stage == 0, last=stage == stages - 1) for stage in mine
             ]
             made = [
-                PipelineStage(module, stage, stages, self._device, group=self.group.reduces)
+                PipelineStage(module, stage, stages, self._device, group=self.group.process_group)
                 for module, stage in zip(self._torch_stages, mine, strict=True)
             ]
             schedule = SCHEDULES[self.config.chosen]

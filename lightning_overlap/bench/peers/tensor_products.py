@@ -27,7 +27,8 @@ from lightning_overlap.bench.measure import Row
 from lightning_overlap.bench.skip import Skipped
 from lightning_overlap.modes.tensor.gemm import Exchange, shares
 from lightning_overlap.modes.tensor.linear import Arriving, prepare, read, row_product
-from lightning_overlap.ranks.group import Group, all_gather_objects, end_world, make_group
+from lightning_overlap.ranks.group import Group
+from lightning_overlap.ranks.world import all_gather_objects, end_world, make_group
 
 Run = Callable[[], list[Tensor]]
 PRODUCTS = ("all-gather + GEMM", "GEMM + reduce-scatter", "MLP, both ways")

@@ -32,7 +32,8 @@ from lightning_overlap.modes.data.gathers import Gathers
 from lightning_overlap.modes.data.guard import CompleteBefore, GuardedParameters, ReferenceGuard
 from lightning_overlap.modes.data.layout import Bucket, lateness, lay_out
 from lightning_overlap.modes.data.optimizer import ShardedOptimizer
-from lightning_overlap.ranks.group import Group, Pending, make_group
+from lightning_overlap.ranks.group import Group, Pending
+from lightning_overlap.ranks.world import make_group
 
 WORTH_IT = 0.1
 """Buckets are laid out again if they can then be sent, on average, so much of a backward earlier."""
@@ -333,13 +334,13 @@ class DataMode(OptimizerHolder):
         scale = self.group.size if self._instances is None else self.group.size * self._instances.size
         if not self.config.average_in_collective:
             bucket.grads.div_(scale)
-        average = self.config.average_in_collective
+        divisor = self.group.size if self.config.average_in_collective else None
         if self._scatter:
             pending = self.group.reduce_scatter(
-                bucket.grads, bucket.bounds, key=bucket.key, label=label, average=average, wire=self._wire
+                bucket.grads, bucket.bounds, key=bucket.key, label=label, divisor=divisor, wire=self._wire
             )
         else:
-            pending = self.group.all_reduce(bucket.grads, label=label, average=average)
+            pending = self.group.all_reduce(bucket.grads, label=label, divisor=divisor)
         self._reducing.append((bucket, pending))
 
     def _check_finite(self, bucket: LiveBucket) -> None:
@@ -372,7 +373,7 @@ class DataMode(OptimizerHolder):
                 across = self._instances.all_reduce(
                     reduced,
                     label=f"data.grads{bucket.label}.instances",
-                    average=self.config.average_in_collective,
+                    divisor=self._instances.size if self.config.average_in_collective else None,
                 )
                 self._crossing.append((bucket, across))
         while self._crossing and (block or self._crossing[0][1].arrived()):
@@ -429,9 +430,9 @@ class DataMode(OptimizerHolder):
                 grad = empty if parameter.grad is None else parameter.grad
                 grad = grad.coalesce() if grad.is_sparse else grad  # dense, where it is a head's weight, too
                 for group in self.groups:
-                    dense = grad.is_sparse and group.device is not None  # NCCL sums dense tensors only
+                    dense = grad.is_sparse and not group.sums_sparse
                     summed = grad.to_dense() if dense else grad
-                    summed = group.all_reduce(summed, label=f"data.sparse[{name}]", average=True).wait()
+                    summed = group.all_reduce(summed, label=f"data.sparse[{name}]", divisor=group.size).wait()
                     grad = summed.to_sparse(1) if dense else summed
                 parameter.grad = grad
 

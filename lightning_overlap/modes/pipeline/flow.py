@@ -17,7 +17,8 @@ from typing import Any
 from torch import Tensor, device
 
 from lightning_overlap.model.block_stack import ARGUMENTS, Leaf, Pass
-from lightning_overlap.ranks.group import Group, in_words, raise_from_words
+from lightning_overlap.ranks.announcements import in_words, raise_from_words
+from lightning_overlap.ranks.group import Group
 
 
 @dataclass(frozen=True)

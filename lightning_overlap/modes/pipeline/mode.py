@@ -28,9 +28,11 @@ from lightning_overlap.modes.pipeline.runtime import Forms, Runtime, channel_kin
 from lightning_overlap.modes.pipeline.stage import Stages, block_seeds
 from lightning_overlap.modes.pipeline.weight_grad import WeightGradients, what_splits
 from lightning_overlap.modes.pipeline.weights import Weights, weigh
-from lightning_overlap.ranks.group import Group, Pending, backend, in_words, make_group, raise_from_words
+from lightning_overlap.ranks.announcements import in_words, raise_from_words
+from lightning_overlap.ranks.group import Group, Pending
 from lightning_overlap.ranks.mesh import ParallelMesh
 from lightning_overlap.ranks.shared_state import share
+from lightning_overlap.ranks.world import backend, make_group
 from lightning_overlap.steps import microbatches
 from lightning_overlap.steps.random_state import kept, pin
 from lightning_overlap.steps.step import Step

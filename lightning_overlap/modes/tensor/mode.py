@@ -28,7 +28,8 @@ from lightning_overlap.modes.tensor.plan import Cut, Region, TensorPlan, find
 from lightning_overlap.modes.tensor.random_state import CommonNumbers
 from lightning_overlap.modes.tensor.sequence import enter, leave, own_tokens
 from lightning_overlap.modes.tensor.vocab import Vocabulary, embedding_forward, head_forward
-from lightning_overlap.ranks.group import Group, make_group
+from lightning_overlap.ranks.group import Group
+from lightning_overlap.ranks.world import make_group
 from lightning_overlap.state.shards import Place, is_absent
 
 VOCABULARY = ("vocab_embedding", "vocab_head")

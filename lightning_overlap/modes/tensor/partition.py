@@ -135,5 +135,5 @@ class Partition:
             piece: how it is cut.
             own: this rank's piece, of any dtype and device.
         """
-        device = self._group.device or own.device  # after a fit Lightning has everything on the CPU
+        device = self._group.device_of(own)  # after a fit Lightning has everything on the CPU
         return joined(piece, own.to(device), self._group, "tensor.whole").to(own.device)

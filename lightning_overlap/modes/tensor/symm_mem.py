@@ -49,7 +49,7 @@ def operators(group: Group) -> Operators:
     import torch.distributed._symmetric_memory  # registers them
 
     fused = torch.ops.symm_mem
-    return Operators(fused.fused_all_gather_matmul, fused.fused_matmul_reduce_scatter, group.reduces.group_name)
+    return Operators(fused.fused_all_gather_matmul, fused.fused_matmul_reduce_scatter, group.process_group.group_name)
 
 
 def fits(tokens: int, exchange: Exchange) -> bool:

@@ -192,7 +192,7 @@ class Engine:
             out,
             bias=False,  # a row layer's is added after the sum, and not by every rank
             sequence_parallel=True,
-            tp_group=group.reduces,
+            tp_group=group.process_group,
             tp_size=group.size,
             parallel_mode=mode,
             device="meta",  # neither memory nor random numbers: the user's parameters take their place

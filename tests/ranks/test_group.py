@@ -12,9 +12,9 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from lightning_overlap.ranks import announcements
-from lightning_overlap.ranks import group as comm
-from lightning_overlap.ranks.group import SEND_BUFFER, TransferError, make_group
+from lightning_overlap.ranks.announcements import TransferError
+from lightning_overlap.ranks.gloo import SEND_BUFFER
+from lightning_overlap.ranks.world import WORLD, make_group
 
 
 def transfers(bounds, wire):
@@ -22,7 +22,7 @@ def transfers(bounds, wire):
     group = make_group([list(range(size))], "test", datetime.timedelta(seconds=30))
     try:
         x = torch.arange(bounds[-1], dtype=torch.float32) * (rank + 1) / 3
-        own = group.reduce_scatter(x.clone(), bounds, key=0, label="reduce", average=True, wire=wire).wait().clone()
+        own = group.reduce_scatter(x.clone(), bounds, key=0, label="reduce", divisor=size, wire=wire).wait().clone()
         gathered = torch.full((bounds[-1],), -1.0)
         gathered[bounds[rank] : bounds[rank + 1]] = rank
         group.all_gather(gathered, bounds, key=1, label="gather").wait()
@@ -48,38 +48,63 @@ def test_transfers(world, size, uneven, wire):
         assert total == [size] * 3
 
 
-def transfers_as_on_nccl(bounds, wire):
-    """Of a group that is taken for one of NCCL's: what it posts at once, and whether what is sent is held."""
+def rows_for_all(table):
+    """Each rank sends rows that name their sender, receiver and number."""
     size, rank = dist.get_world_size(), dist.get_rank()
-    group = make_group([list(range(size))], "test", datetime.timedelta(seconds=30), threads=False)
-    group._native = True
+    group = make_group([list(range(size))], "test", datetime.timedelta(seconds=30), gathers=False)
     try:
-        x = torch.arange(bounds[-1], dtype=torch.float32) * (rank + 1) / 3
-        with mock.patch.object(dist, "batch_isend_irecv", wraps=dist.batch_isend_irecv) as batch:
-            own = group.reduce_scatter(x, bounds, key=0, label="reduce", wire=wire).wait().clone()
-        sent = torch.full((3,), float(rank))
-        held = weakref.ref(sent)
-        coming = group.receive(torch.empty(3), (rank - 1) % size, key=0, label="hop")
-        going = group.send(sent, (rank + 1) % size, key=0, label="hop")
-        del sent
-        alive = held() is not None
-        came = coming.wait().tolist()
-        going.wait()
-        del going
-        return own.tolist(), [len(call.args[0]) for call in batch.call_args_list], came, alive, held() is None
+        sent = [[10.0 * rank + receiver, number] for receiver in range(size) for number in range(table[rank][receiver])]
+        x = torch.tensor(sent).reshape(-1, 2)
+        receive_sizes = [table[sender][rank] for sender in range(size)]
+        several = [group.all_to_all(x + 100 * key, table[rank], receive_sizes, key=key, label="experts.rows") for key in range(3)]
+        got = [(pending.wait() - 100 * key).tolist() for key, pending in reversed(list(enumerate(several)))]
+        return got, [[10.0 * sender + rank, number] for sender in range(size) for number in range(receive_sizes[sender])]
     finally:
         group.close()
 
 
-@pytest.mark.parametrize("wire", [None, torch.bfloat16])
-def test_nccl_gets_a_reduces_transfers_at_once_and_what_is_sent_is_held(world, wire):
-    """One after the other, each rank's receive would stand before the send that its peer waits for."""
-    bounds = [0, 7, 12]
-    total = torch.arange(12) * 3 / 3
-    tolerance = {"rtol": 1e-6, "atol": 1e-6} if wire is None else {"rtol": 4e-3, "atol": 4e-3}
-    for rank, (own, together, came, alive, freed) in enumerate(world(2).run(transfers_as_on_nccl, bounds, wire)):
-        torch.testing.assert_close(torch.tensor(own), total[bounds[rank] : bounds[rank + 1]], **tolerance)
-        assert (together, came, alive, freed) == ([2], [1.0 - rank] * 3, True, True)
+@pytest.mark.parametrize(
+    "table",
+    [
+        [[1, 2], [3, 0]],
+        [[0, 0], [0, 0]],
+        [[0, 5], [0, 0]],
+        [[1, 0, 2], [0, 0, 0], [4, 1, 1]],
+        [[1, 2, 0, 3], [0, 0, 0, 0], [2, 2, 2, 2], [0, 7, 0, 0]],
+    ],
+)
+def test_all_to_all(world, table):
+    for got, expected in world(len(table)).run(rows_for_all, table):
+        assert got == [expected] * 3
+
+
+def test_all_to_all_names_sizes_that_do_not_fit(world):
+    assert world(2).run(refused_sizes) == [True] * 2
+
+
+def refused_sizes():
+    group = make_group([[0, 1]], "test", datetime.timedelta(seconds=30), gathers=False, threads=False)
+    try:
+        with pytest.raises(ValueError, match=r"send_sizes \[1, 1\] of 3 rows"):
+            group.all_to_all(torch.ones(3, 1), [1, 1], [1, 1], key=0, label="x")
+        return True
+    finally:
+        group.close()
+
+
+def divided(divisor):
+    group = make_group([[0, 1]], "test", datetime.timedelta(seconds=30), gathers=False)
+    try:
+        total = group.all_reduce(torch.full((2,), 3.0), label="x", divisor=divisor).wait()
+        piece = group.reduce_scatter(torch.full((4,), 3.0), [0, 2, 4], key=0, label="y", divisor=divisor).wait()
+        return total.tolist(), piece.tolist()
+    finally:
+        group.close()
+
+
+@pytest.mark.parametrize(("divisor", "result"), [(None, 6.0), (2, 3.0), (4, 1.5)])
+def test_a_sum_is_divided_by_its_divisor(world, divisor, result):
+    assert world(2).run(divided, divisor) == [([result] * 2, [result] * 2)] * 2
 
 
 def gathers_before_sums():
@@ -89,10 +114,10 @@ def gathers_before_sums():
     try:
         for _ in range(20):
             looks = iter([False])
-            group.of_reduces.at_rest = lambda looks=looks: next(looks, True)
+            group._engine.sockets.at_rest = lambda looks=looks: next(looks, True)
             x = torch.full((2,), -1.0)
             x[rank] = rank
-            with group._threads._changed:
+            with group._engine.threads.changed:
                 gather = group.all_gather(x, [0, 1, 2], key=0, label="gather")
                 total = group.all_reduce(torch.ones(1), label="sum")
             assert gather.wait().tolist() == [0, 1]
@@ -252,7 +277,7 @@ def halfway(folder):
 
 
 def test_a_peer_that_dies_in_the_middle_of_a_transfer_is_noticed(tmp_path):
-    command = [sys.executable, "-c", f"from tests.test_comm import halfway; halfway({str(tmp_path)!r})"]
+    command = [sys.executable, "-c", f"from tests.ranks.test_group import halfway; halfway({str(tmp_path)!r})"]
     first, second = (
         subprocess.Popen(command, env={**os.environ, "RANK": str(rank)}, stdout=subprocess.PIPE, text=True) for rank in range(2)
     )
@@ -278,7 +303,7 @@ def connections_of_others():
         group = make_group([list(range(dist.get_world_size()))], "test", datetime.timedelta(seconds=30))
     try:
         asked = [c.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE) for c in [before, *loggers]]
-        held = [sockets._held for sockets in (group.of_reduces, group.of_gathers)]
+        held = [sockets._held for sockets in (group._engine.sockets, group._engine.gather_sockets)]
         ours = [c.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE) for connections in held for c in connections]
         return asked, ours
     finally:
@@ -301,10 +326,10 @@ def free_buffers():
         sizes = []
         for bounds in ([0, 0, 8], [0, 4, 8], [0, 0, 8], [0, 6, 8], [0, 4, 8]):
             group.reduce_scatter(torch.ones(8), bounds, key=0, label="reduce").wait()
-            sizes.append(sorted(b.numel() for free in group._free.values() for b in free))
-        meta = group._take(4, torch.float32, torch.device("meta"))
-        group.give_back(torch.empty(64))
-        return sizes, meta.device.type, group._take(4, torch.float32, torch.device("cpu")).numel()
+            sizes.append(group._pool.sizes())
+        meta = group._pool.take(4, torch.float32, torch.device("meta"))
+        group._pool.give_back(torch.empty(64))
+        return sizes, meta.device.type, group._pool.take(4, torch.float32, torch.device("cpu")).numel()
     finally:
         group.close()
 
@@ -318,19 +343,19 @@ def test_buffers_are_kept_by_device_and_the_smallest_that_fits_is_taken(world):
 
 def never_comes():
     """One rank fails before a group, for which the other one waits."""
-    announcements.start()
-    comm.ASK_FOR_PEERS = 0.1
-    comm.assemble(datetime.timedelta(seconds=30), datetime.timedelta(seconds=30))
+    WORLD.announcements.start()
+    WORLD.announcements.interval = 0.1
+    WORLD.assemble(datetime.timedelta(seconds=30), datetime.timedelta(seconds=30))
     try:
         if dist.get_rank() == 1:
-            announcements.announce(ValueError("the user's"))
+            WORLD.announcements.announce(ValueError("the user's"))
         else:
             with pytest.raises(TransferError) as caught:
                 make_group([[0, 1]], "test", datetime.timedelta(seconds=30))
             return str(caught.value)
     finally:
-        comm.abandon_groups()
-        announcements.end()
+        WORLD.abandon()
+        WORLD.announcements.end()
 
 
 def test_who_waits_for_a_group_hears_why_nobody_comes(world):

@@ -1,0 +1,65 @@
+"""The members of a group: their ranks, what this rank has posted to them, and how a failed transfer is told."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Sequence
+
+import torch.distributed as dist
+
+from lightning_overlap.ranks.announcements import Announcements, TransferError
+from lightning_overlap.ranks.transfer import Transfer
+
+REMEMBERED_TRANSFERS = 256
+"""Transfers among which an error looks for incomplete ones."""
+LISTED_TRANSFERS = 8
+"""Incomplete transfers that an error lists at most."""
+
+
+class Members:
+    """Ranks that transfer tensors to each other.
+
+    Args:
+        ranks: global ranks, in the order of their rank in the group.
+        name: names the group in errors.
+        announcements: where ranks announce their errors.
+
+    Attributes:
+        size: how many they are.
+        rank: this process's rank among them.
+        recent: the last transfers that this rank has posted.
+    """
+
+    def __init__(self, ranks: Sequence[int], name: str, announcements: Announcements) -> None:
+        self.ranks = tuple(ranks)
+        self.size = len(self.ranks)
+        self.rank = self.ranks.index(dist.get_rank())
+        self.name = name
+        self.announcements = announcements
+        self.recent: deque[Transfer] = deque(maxlen=REMEMBERED_TRANSFERS)
+
+    def failure(self, label: str, peer: int, error: Exception, flight_record: str) -> Exception:
+        """The error of a failed transfer.
+
+        Args:
+            label: names the transfer.
+            peer: the other end's rank in the group; -1 if it is not known.
+            error: what the backend raised.
+            flight_record: a sentence on the last collectives that torch knows of, or nothing.
+
+        Returns:
+            The error that a rank has announced, since it is the cause; or else a TransferError that names the transfer and the peer.
+        """
+        if (announced := self.announcements.announced()) is not None:
+            return announced
+        others = [r for r in self.ranks if r != self.ranks[self.rank]]
+        who = f"rank {self.ranks[peer] if 0 <= peer < self.size else others[0] if len(others) == 1 else others}"
+        now = time.perf_counter()
+        incomplete = [f"{t.label} ({now - t.posted:.1f} s ago)" for t in list(self.recent) if not t.complete]
+        more = f" and {len(incomplete) - LISTED_TRANSFERS} more" if incomplete[LISTED_TRANSFERS:] else ""
+        return TransferError(
+            f"transfer {label!r} of group {self.name!r} between rank {self.ranks[self.rank]} and {who} failed: {error}. "
+            "The peer has ended or cannot be reached; see its log. Resume from the last checkpoint. "
+            f"Posted by this rank and not complete: {', '.join(incomplete[:LISTED_TRANSFERS])}{more}.{flight_record}"
+        )

@@ -1,0 +1,34 @@
+"""Buffers of transfers, kept for the next ones."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+
+import torch
+from torch import Tensor
+
+
+class BufferPool:
+    """Free buffers by device and dtype: fresh memory costs a page fault for every 4 KiB."""
+
+    def __init__(self) -> None:
+        self._free: dict[tuple[torch.device, torch.dtype], list[Tensor]] = defaultdict(list)
+
+    def take(self, numel: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """The smallest free buffer of at least ``numel`` elements, or a new one. An empty one takes nothing from the pool."""
+        free = self._free[device, dtype]
+        fitting = [(buffer.numel(), i) for i, buffer in enumerate(free) if buffer.numel() >= numel > 0]
+        return free.pop(min(fitting)[1]) if fitting else torch.empty(numel, dtype=dtype, device=device)
+
+    def give_back(self, buffer: Tensor) -> None:
+        """Frees a buffer for the next transfer."""
+        if buffer.numel():
+            self._free[buffer.device, buffer.dtype].append(buffer)
+
+    def sizes(self) -> list[int]:
+        """Elements of the free buffers, in ascending order."""
+        return sorted(buffer.numel() for free in self._free.values() for buffer in free)
+
+    def clear(self) -> None:
+        """Lets go of all free buffers."""
+        self._free.clear()

@@ -1,0 +1,240 @@
+"""All ranks: who they are, what they agree on, and the groups that they form."""
+
+from __future__ import annotations
+
+import queue
+import threading
+import time
+import weakref
+from collections.abc import Callable, Sequence
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+
+from lightning_overlap.ranks.announcements import Announcements, TransferError
+from lightning_overlap.ranks.engine import Engine
+from lightning_overlap.ranks.gloo import GlooEngine, ThreadedGlooEngine
+from lightning_overlap.ranks.group import Group
+from lightning_overlap.ranks.members import Members
+from lightning_overlap.ranks.nccl import NcclEngine
+from lightning_overlap.ranks.sockets import Sockets
+
+T = TypeVar("T")
+
+
+class World:
+    """What this process knows of all ranks.
+
+    Attributes:
+        announcements: errors of all ranks.
+        meeting_timeout: how long ranks wait for each other to make a group.
+        groups: of this process, those of several ranks.
+    """
+
+    def __init__(self) -> None:
+        self.announcements = Announcements()
+        self.meeting_timeout = timedelta(minutes=5)
+        self.groups: weakref.WeakSet[Group] = weakref.WeakSet()
+        self._everyone: Group | None = None
+        self._process_group: Any = None  # of torch's, for which `_everyone` was made
+
+    def everyone(self) -> Group:
+        """The group of all ranks, on the CPU. On the world's own connections before ranks are assembled, and in another world."""
+        if self._everyone is not None and self._process_group is dist.group.WORLD:
+            return self._everyone
+        members = Members(range(world_size()), "world", self.announcements)
+        engine = (NcclEngine if backend() == "nccl" else GlooEngine)(members, dist.group.WORLD)
+        engine.borrow()
+        return Group(members, engine)
+
+    def assemble(self, timeout: timedelta, meeting_timeout: timedelta) -> None:
+        """Makes the group of all ranks anew, in which they then agree. Collective over the world.
+
+        Raises:
+            TransferError: not all ranks have come within ``meeting_timeout``.
+        """
+        if self._everyone is not None:
+            self._everyone.close()
+            self._everyone = None
+        self.meeting_timeout = meeting_timeout
+        if world_size() == 1:
+            return
+        # Groups find their members by a number that each rank counts, and an attempt that failed may have left them at different ones.
+        of_torch = dist.distributed_c10d._world
+        counts = self.announcements.gather("groups", str(of_torch.group_count), meeting_timeout.total_seconds())
+        if len(counts) < world_size():
+            raise TransferError(
+                f"of {world_size()} ranks only {list(counts)} have come within {meeting_timeout}: look for the errors of the others. "
+                "meeting_timeout is how long ranks wait for each other"
+            )
+        of_torch.group_count = max(map(int, counts.values()))
+        self._everyone = make_group([range(world_size())], "world", timeout, backend="gloo", gathers=False, threads=False)
+        self._process_group = dist.group.WORLD
+
+    def abandon(self) -> None:
+        """After a failure: ends the connections of all groups, so that no rank waits for another one's transfers."""
+        for group in list(self.groups):
+            group.abandon()
+        self._everyone = None  # what follows in this attempt is agreed on the world's own connections, which are in step
+
+
+WORLD = World()
+"""The only object of this package that belongs to the process: torch.distributed has one world a process, and so one store."""
+
+
+def world_size() -> int:
+    """Number of ranks that have met; 1 before there are process groups."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def rank() -> int:
+    """Global rank of this process; 0 before there are process groups."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def has_nccl() -> bool:
+    """Whether this torch was built with NCCL."""
+    return dist.is_nccl_available()
+
+
+def backend() -> str:
+    """Backend of the world: ``gloo``, ``nccl``; ``none`` before there are process groups."""
+    return str(dist.get_backend()) if dist.is_initialized() else "none"
+
+
+def is_everyone(process_group: Any) -> bool:
+    """Whether a process group is that of all ranks, as None is."""
+    return process_group is None or process_group is dist.group.WORLD
+
+
+def everyone() -> Group:
+    """As :meth:`World.everyone`."""
+    return WORLD.everyone()
+
+
+def agree(flag: bool, *, by_all: bool) -> bool:
+    """Whether all ranks pass True, or any, as ``by_all`` says. Collective over the world, blocking."""
+    return WORLD.everyone().agree(flag, by_all=by_all) if world_size() > 1 else flag
+
+
+def all_gather_objects(value: T) -> list[T]:
+    """Every rank's object, by rank. Collective over the world, blocking."""
+    return WORLD.everyone().all_gather_objects(value) if world_size() > 1 else [value]
+
+
+def broadcast_object(value: T, source: int = 0) -> T:
+    """The object of a rank, rank 0 by default. Collective over the world, blocking."""
+    return WORLD.everyone().share_object(value, source) if world_size() > 1 else value
+
+
+def end_world() -> None:
+    """Ends all connections, at the end of the process.
+
+    A thread of gloo's that lets go of the last collective's tensors after Python has ended aborts the process (torch 2.13).
+    """
+    if dist.is_initialized():
+        WORLD.announcements.wait_until_heard()
+        dist.destroy_process_group()
+
+
+def make_group(
+    rank_sets: Sequence[Sequence[int]],
+    name: str,
+    timeout: timedelta,
+    backend: str | None = None,
+    *,
+    gathers: bool = True,
+    threads: bool = True,
+) -> Group:
+    """The group of this rank among disjoint ``rank_sets``. Collective over the world: all ranks name the same sets.
+
+    Args:
+        rank_sets: global ranks of each group.
+        name: names the group in errors.
+        timeout: how long a transfer may take.
+        backend: ``gloo`` or ``nccl``; by default the world's.
+        gathers: whether it makes all-gathers, which have connections of their own.
+        threads: whether gloo posts and waits on threads; without, each transfer is posted and waited for by its caller.
+
+    Raises:
+        ConfigError: another rank has announced one.
+        TransferError: another rank has announced another error, or the members have not met in time.
+    """
+    engine: Engine | None = None
+    for ranks in rank_sets:
+        process_groups: list[Any] = [None, None]
+        sockets = [Sockets(), Sockets()]
+        for i in range(0 if len(ranks) == 1 else 2 if gathers else 1):
+            with Sockets.made_inside() as sockets[i]:
+                process_groups[i] = _meet(ranks, name, timeout, backend)
+        if dist.get_rank() in ranks:
+            engine = _engine(Members(ranks, name, WORLD.announcements), process_groups, sockets, threads=threads)
+    assert engine is not None, f"rank {dist.get_rank()} is in none of {rank_sets}"
+    group = Group(engine.members, engine)
+    if group.size > 1:
+        WORLD.groups.add(group)
+        if isinstance(engine, GlooEngine):
+            ends = group.all_gather_objects(engine.ends())
+            engine.keep_connections(ends[: group.rank] + ends[group.rank + 1 :])
+    return group
+
+
+def _engine(members: Members, process_groups: Sequence[Any], sockets: Sequence[Sockets], *, threads: bool) -> Engine:
+    if dist.get_backend(process_groups[0]) == "nccl":
+        for each in sockets:  # NCCL's own, and other threads': nothing is known of them
+            each.close()
+        return NcclEngine(members, *process_groups)
+    return (ThreadedGlooEngine if threads and members.size > 1 else GlooEngine)(members, *process_groups, *sockets)
+
+
+def _meet(ranks: Sequence[int], name: str, timeout: timedelta, backend: str | None) -> Any:
+    """A process group. Its members wait for each other in the store, on a thread, while this one looks around."""
+    # The group keeps the timeout that it is made with, so the limit of the meeting is this rank's own.
+    return patiently(
+        lambda: dist.new_group(ranks, timeout=timeout, backend=backend),
+        WORLD.meeting_timeout,
+        f"ranks {list(ranks)} have not all come to make group {name!r}",
+    )
+
+
+def patiently(do: Callable[[], T], limit: timedelta, failed: str) -> T:
+    """The result of ``do``, which blocks in a wait that nobody can end, such as torch's for the store.
+
+    Args:
+        do: runs on a thread.
+        limit: time after which it is left there.
+        failed: the beginning of the error.
+
+    Raises:
+        ConfigError: another rank has announced one.
+        TransferError: another rank has announced another error, or the time is over.
+    """
+    results: queue.SimpleQueue[tuple[bool, Any]] = queue.SimpleQueue()
+    device = torch.cuda.current_device() if torch.cuda.is_initialized() else None
+
+    def run() -> None:
+        try:
+            if device is not None:
+                torch.cuda.set_device(device)
+            results.put((True, do()))
+        except Exception as error:
+            results.put((False, error))
+
+    threading.Thread(target=run, name="meeting", daemon=True).start()
+    until = time.monotonic() + limit.total_seconds()
+    advice = "Look for the error of the rank that is missing, and start all of them; meeting_timeout is how long they wait"
+    while True:
+        try:
+            succeeded, result = results.get(timeout=WORLD.announcements.interval)
+        except queue.Empty:
+            WORLD.announcements.look()
+            if time.monotonic() > until:
+                raise TransferError(f"{failed} within {limit}. {advice}") from None
+            continue
+        if succeeded:
+            return result
+        if not isinstance(result, dist.DistError | RuntimeError):
+            raise result
+        raise WORLD.announcements.announced() or TransferError(f"{failed}: {result}. {advice}") from result

@@ -1,0 +1,50 @@
+"""What an optimizer steps on a rank, and clipping by the norm over all ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from lightning_overlap.model.markers import is_counted_elsewhere
+from lightning_overlap.modes.base import OptimizerHolder, OverlapMode
+
+
+def stepped_parameters(optimizer: Optimizer, modes: Sequence[OverlapMode]) -> Iterable[Tensor]:
+    """The parameters that a step updates on this rank: shards with the gradients of shards, or the user's."""
+    for mode in modes:
+        if isinstance(mode, OptimizerHolder) and (parameters := mode.stepped_parameters(optimizer)) is not None:
+            return parameters
+    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
+
+
+def clip_by_norm(parameters: Iterable[Tensor], modes: Sequence[OverlapMode], limit: float, device: torch.device) -> None:
+    """Scales gradients, in place, so that their norm over all ranks is at most the limit. Collective.
+
+    Args:
+        parameters: of this rank; see :func:`stepped_parameters`.
+        modes: sum the squares over the ranks that hold different parts of the gradients.
+        limit: of the norm.
+        device: of this rank, where the norm is computed: nothing waits for it.
+    """
+    stepped = [(parameter, parameter.grad) for parameter in parameters if parameter.grad is not None]
+    counted = [_sum_of_squares(grad) for parameter, grad in stepped if not is_counted_elsewhere(parameter)]
+    squares = torch.zeros((), dtype=torch.float64, device=device)
+    if counted:
+        squares += torch.stack(counted).sum()
+    for mode in modes:
+        squares = mode.reduce_norm(squares)
+    # As torch.nn.utils.clip_grad_norm_: a tensor, so that nothing waits for the device.
+    scale = (limit / (squares.sqrt() + 1e-6)).clamp(max=1.0)
+    for _, grad in stepped:
+        grad.mul_(scale)
+
+
+def _sum_of_squares(grad: Tensor) -> Tensor:
+    """Of the absolute values of a gradient, in fp64: a scalar in which neither squares nor their sum overflow."""
+    values = grad.coalesce().values() if grad.is_sparse else grad
+    values = torch.view_as_real(values) if values.is_complex() else values
+    norm: Tensor = torch.linalg.vector_norm(values, dtype=torch.promote_types(values.dtype, torch.float32))
+    return norm.double() ** 2
