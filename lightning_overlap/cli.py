@@ -19,7 +19,7 @@ from lightning_overlap.bench.verify import verify
 from lightning_overlap.decision import ConfigError
 from lightning_overlap.plan import resolve
 from lightning_overlap.profiling.report import import_plotly, write_figures
-from lightning_overlap.steps.schedule import draw
+from lightning_overlap.steps.simulate import draw
 from lightning_overlap.strategy.seams import facts_of
 from lightning_overlap.strategy.strategy import OverlapStrategy
 

@@ -9,7 +9,7 @@ import lightning_overlap
 
 ROOT = Path(lightning_overlap.__file__).parent
 FILES = {str(path.relative_to(ROOT)): path for path in ROOT.rglob("*.py")}
-PURE = ["modes/data/layout.py", "modes/pipeline/layout.py", "steps/schedule.py", "steps/simulate.py"]
+PURE = ["modes/data/layout.py", "modes/pipeline/layout.py", "steps/schedule.py", "steps/simulate.py", "steps/defer.py"]
 STDLIB_ONLY = [
     "config.py",
     "decision.py",

@@ -1,9 +1,10 @@
-"""Parts of a batch."""
+"""Cuts a batch into microbatches."""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
@@ -11,10 +12,31 @@ from torch import Tensor
 
 from lightning_overlap.decision import ConfigError
 from lightning_overlap.model.trees import is_container, items, leaves, rebuild
+from lightning_overlap.steps.step import Step
 
 Dims = Mapping[str, int | None]
 """By place in the batch (``mask``, or ``1.mask`` in a tuple), along which dim something is cut; None: it is in every part."""
 HOW_TO_SAY = "say what is cut, and what is not, PipelineParallel(batch_dims={'x': 0, 'mask': None}) say"
+
+
+@dataclass(frozen=True)
+class Microbatches:
+    """The microbatches of one training step.
+
+    Attributes:
+        step: the user's.
+        parts: the microbatches, as ``training_step`` gets them.
+        shares: by microbatch, what its loss is multiplied by in the batch's loss. 0: the microbatch is left out.
+    """
+
+    step: Step
+    parts: Sequence[Any]
+    shares: Sequence[float]
+
+
+def shapes_of(batch: Any) -> Hashable:
+    """The shapes and dtypes of a batch's tensors, which decide the shapes of all that is computed from it."""
+    return tuple((tuple(leaf.shape), str(leaf.dtype)) for leaf in leaves(batch) if isinstance(leaf, Tensor))
 
 
 def samples(batch: Any, dims: Dims | None = None) -> int:

@@ -1,41 +1,67 @@
-"""Random numbers of a pipeline: each rank runs training_step for itself, and all must draw the same."""
+"""Random numbers of a step in parts.
+
+Every rank calls ``training_step`` for itself, and all must draw the same numbers. What is drawn is decided by keys: the step's, the
+microbatch's number and the block's number, wherever and in whatever order they are computed.
+"""
 
 from __future__ import annotations
 
 import random
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
+from torch import nn
+
+_SEEDS = 2**63 - 1
 
 
 @contextmanager
-def kept(device: torch.device) -> Iterator[None]:
-    """What is drawn inside leaves no trace outside."""
+def preserve_random_state(device: torch.device) -> Iterator[None]:
+    """Restores the state of torch's (CPU and ``device``), NumPy's and Python's generators at the end."""
     numpy: Any = sys.modules.get("numpy")
-    states = random.getstate(), numpy.random.get_state() if numpy else None
+    python_state, numpy_state = random.getstate(), numpy.random.get_state() if numpy else None
     try:
         with torch.random.fork_rng([device] if device.type == "cuda" else []):
             yield
     finally:
-        random.setstate(states[0])
+        random.setstate(python_state)
         if numpy:
-            numpy.random.set_state(states[1])
+            numpy.random.set_state(numpy_state)
 
 
-def pin(*place: int) -> None:
-    """Torch, numpy and Python go on as decided by ``place`` alone."""
-    seed = random.Random(repr(place)).getrandbits(63)
+def seed_all(*key: int) -> None:
+    """Seeds torch's, NumPy's and Python's generators with a number that ``key`` decides."""
+    seed = random.Random(repr(key)).getrandbits(63)
     random.seed(seed)
     if "numpy" in sys.modules:
         sys.modules["numpy"].random.seed(seed % 2**32)
-    pin_torch(seed)
+    seed_torch(seed)
 
 
-def pin_torch(seed: int) -> None:
-    """Torch alone."""
+def seed_torch(seed: int) -> None:
+    """Seeds torch's generators."""
     torch.default_generator.manual_seed(seed)
     if torch.cuda.is_initialized():  # torch.manual_seed would put down a whole traceback where it is not
         torch.cuda.manual_seed_all(seed)
+
+
+def seed_generators(module: nn.Module, *key: int) -> None:
+    """Seeds generators that are attributes of the module, which no seed of torch, NumPy or Python reaches, each with its own seed."""
+    first = random.Random(repr(key)).getrandbits(32)
+    numpy: Any = sys.modules.get("numpy")
+    for number, value in enumerate(vars(module).values()):
+        seed = (first + number) % 2**32
+        if isinstance(value, torch.Generator):
+            value.manual_seed(seed)
+        elif isinstance(value, random.Random) or (numpy and isinstance(value, numpy.random.RandomState)):
+            value.seed(seed)
+        elif numpy and isinstance(value, numpy.random.Generator):
+            value.bit_generator.state = type(value.bit_generator)(seed).state
+
+
+def block_seeder(key: Sequence[int], microbatch: int) -> Callable[[int], None]:
+    """A function of a block's number that seeds torch's generators for the block, by the step's key, the microbatch and the block."""
+    return lambda block: seed_torch(hash((*key, microbatch, block)) & _SEEDS)

@@ -35,13 +35,6 @@ from itertools import pairwise
 from typing import NamedTuple
 
 from lightning_overlap.decision import ConfigError
-from lightning_overlap.steps.simulate import Simulation, draw, simulate
-
-__all__ = ["SCHEDULES", "Action", "Schedule", "Simulation", "build", "deferred", "draw", "parse", "simulate", "validate"]
-
-
-_EQUAL = 1e-9
-"""Times on paper that differ by less are the same."""
 
 
 class Action(NamedTuple):
@@ -370,60 +363,6 @@ def _interleaved_zb(ranks: int, virtual: int, microbatches: int, group: int | No
     """The interleaved one with a split backward. Every rank may hold what rank 0 does."""
     whole = _interleaved(ranks, virtual, microbatches, group)
     return _split("interleaved_zb", whole, _held(ranks, virtual, max(group or ranks, ranks)))
-
-
-def deferred(schedule: Schedule, forward: Sequence[float], backward: Sequence[float], weight: float, limit: int = 0) -> Schedule:
-    """The same, with a part of the last stage's weights' gradients, its head's say, computed later: what it sends goes out sooner.
-
-    They are computed where the stage's rank stands idle, and after its last action, when ranks in front are still busy. As few
-    microbatches' are left at once as win the most on paper.
-
-    Args:
-        schedule: with whole backwards of its last stage.
-        forward: by stage, time of a forward.
-        backward: by stage, time of a whole backward.
-        weight: the time of what is put off, of the last stage's ``backward``.
-        limit: the most microbatches of which it may be left at once; 0: any number.
-    """
-    weights = [*[0.0] * (schedule.stages - 1), weight]
-    most = min(limit or schedule.microbatches, schedule.microbatches)
-    limits = [*(n for n in (0, *(2**k for k in range(most.bit_length()))) if n < most), most]
-    made = [_put_off(schedule, forward, backward, weight, limit) for limit in limits]
-    seconds = [simulate(one, forward=forward, backward=backward, weight=weights).seconds for one in made]
-    return next(one for one, time in zip(made, seconds, strict=True) if time <= min(seconds) * (1 + _EQUAL))
-
-
-def _put_off(schedule: Schedule, forward: Sequence[float], backward: Sequence[float], weight: float, limit: int) -> Schedule:
-    """:func:`deferred`, with at most ``limit`` of them left after an action.
-
-    The oldest that is left is computed where it is over before the rank's next action can start. In a shorter gap it would hold up
-    that action and all behind it, which on paper loses about all that is to be won.
-    """
-    last = schedule.stages - 1
-    rank = schedule.placement[last]
-    free = [0.0] * schedule.ranks
-    over: dict[Action, float] = {}
-    left: deque[Action] = deque()
-    row: list[Action] = []
-    for action in schedule.order():
-        here, stage = schedule.placement[action.stage], action.stage
-        start = max([free[here], *(over[need] for need in schedule.needs(action))])
-        seconds = forward[stage] if action.kind == "F" else backward[stage]
-        if here == rank:
-            while left and free[rank] + weight <= start * (1 + _EQUAL):
-                row.append(left.popleft())
-                free[rank] += weight
-            if stage == last and action.kind == "B":
-                left.append(action._replace(kind="W"))
-                action, seconds = action._replace(kind="I"), seconds - weight
-            row.append(action)
-        over[action.gives] = free[here] = start + seconds
-        if len(left) > limit:
-            row.append(left.popleft())
-            free[rank] += weight
-    rows = list(schedule.actions)
-    rows[rank] = (*row, *left)
-    return replace(schedule, actions=tuple(rows))
 
 
 # -- V-shaped: the stages run down the ranks and up again, so that the last one is on the rank of the first --------------------

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 from lightning_overlap.decision import ConfigError
-
-if TYPE_CHECKING:
-    from lightning_overlap.steps.schedule import Action, Schedule
+from lightning_overlap.steps.schedule import Action, Schedule
 
 
 @dataclass(frozen=True)

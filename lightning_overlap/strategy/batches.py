@@ -18,16 +18,12 @@ from lightning_overlap.decision import ConfigError
 from lightning_overlap.model.trees import leaves
 from lightning_overlap.ranks.group import Group
 from lightning_overlap.ranks.world import all_gather_objects
+from lightning_overlap.steps.microbatches import shapes_of
 
 CHECKED_BATCHES = 3
 """Batches at the start of a fit that are compared between the ranks that share them."""
 CLOSE = 1e-3
 """Relative difference that rounding may make in a loss that is computed alike."""
-
-
-def kind(batch: Any) -> Hashable:
-    """What decides the shapes of all that is computed from a batch: the shapes of its tensors."""
-    return tuple((tuple(leaf.shape), str(leaf.dtype)) for leaf in leaves(batch) if isinstance(leaf, Tensor))
 
 
 def digest(batch: Any) -> Hashable:
@@ -39,7 +35,7 @@ def digest(batch: Any) -> Hashable:
             content.update(values.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
         elif isinstance(leaf, str | int | float | None):
             content.update(repr(leaf).encode())
-    return kind(batch), content.hexdigest()
+    return shapes_of(batch), content.hexdigest()
 
 
 class BatchComparison:

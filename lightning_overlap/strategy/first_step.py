@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import math
 import random
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -29,7 +28,7 @@ from lightning_overlap.model.trees import copied
 from lightning_overlap.modes.base import Driver, Holder, OverlapMode
 from lightning_overlap.ranks.announcements import TransferError
 from lightning_overlap.ranks.world import all_gather_objects, world_size
-from lightning_overlap.steps.generators import pin_generators
+from lightning_overlap.steps.random_state import preserve_random_state, seed_generators
 from lightning_overlap.strategy.seams import logs_go_to
 from lightning_overlap.strategy.step import DrivenStep
 
@@ -102,7 +101,7 @@ class _Trial(DrivenStep):
     """The batch's loss, where this rank knows it."""
 
     def forward(self, part: Any, number: int) -> Tensor | None:
-        pin_generators(self._module, random.Random(repr((*self.key, number))).getrandbits(32))
+        seed_generators(self._module, *self.key, number)
         with logs_go_to(self._module.trainer, None), self._precision():
             # A copy: a step may change its batch, take something out of it, and is run on it again.
             output = self._module.training_step(copied(part), *self._rest)
@@ -192,7 +191,7 @@ class FirstStep:
             for mode in self._modes:
                 stack.enter_context(mode.trial())
                 stack.enter_context(mode.complete_gradients())
-            stack.enter_context(_same_random_numbers(self._device))
+            stack.enter_context(preserve_random_state(self._device))
             try:
                 yield
             finally:
@@ -207,7 +206,7 @@ class FirstStep:
             for mode in reversed(self._holders):
                 stack.enter_context(mode.whole())
             self._forget_gradients()
-            stack.enter_context(_same_random_numbers(self._device))
+            stack.enter_context(preserve_random_state(self._device))
             stack.enter_context(_without_dropout())
             try:
                 shares = self._run_whole(result)
@@ -287,7 +286,7 @@ class FirstStep:
     def _cut(self) -> _Result:
         result = _Result()
         self._forget_gradients()
-        with self._step.trial(), _same_random_numbers(self._device), _without_dropout():
+        with self._step.trial(), preserve_random_state(self._device), _without_dropout():
             for mode in self._modes:
                 mode.start_forward()
             if self._driver is not None:
@@ -401,20 +400,6 @@ def first_step(
         key: see :class:`lightning_overlap.steps.step.Step`.
     """
     return FirstStep(_Trial(strategy, modes, module, batch, rest, key), module, modes, strategy.root_device)
-
-
-@contextmanager
-def _same_random_numbers(device: torch.device) -> Iterator[None]:
-    """What is drawn inside leaves no trace outside."""
-    numpy: Any = sys.modules.get("numpy")
-    python, of_numpy = random.getstate(), numpy.random.get_state() if numpy else None
-    with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        try:
-            yield
-        finally:
-            random.setstate(python)
-            if numpy:
-                numpy.random.set_state(of_numpy)
 
 
 def _coarseness(dtype: torch.dtype) -> float:

@@ -6,7 +6,6 @@ told to all ranks after the last part, and logged there as one step's: callbacks
 
 from __future__ import annotations
 
-import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from functools import cached_property
@@ -20,7 +19,7 @@ from torchmetrics import Metric
 
 from lightning_overlap.model.snapshots import unchanged, within_reach
 from lightning_overlap.modes.base import OverlapMode, hold_gradient_syncs
-from lightning_overlap.steps.generators import pin_generators
+from lightning_overlap.steps.random_state import seed_generators
 from lightning_overlap.strategy.logs import LogRecord, combine, current_value, is_number, numbers_of, sendable_options, write_logs
 from lightning_overlap.strategy.seams import logs_go_to
 
@@ -61,8 +60,7 @@ class DrivenStep:
 
     def forward(self, part: Any, number: int) -> Tensor | None:
         logs = self._logs[number] = []
-        # Each stage comes by the user's draws, and all are to see the same numbers.
-        pin_generators(self._module, random.Random(repr((*self.key, number))).getrandbits(32))
+        seed_generators(self._module, *self.key, number)  # all stages run the user's draws, and must get the same numbers
 
         def keep(hook: str, name: str, value: Any, **options: Any) -> None:
             logs.append(LogRecord(hook, name, current_value(value), options))

@@ -11,7 +11,7 @@ from lightning.pytorch.plugins.environments import TorchElasticEnvironment
 
 from lightning_overlap import ConfigError, DataParallel, OverlapStrategy, PipelineParallel, TensorParallel, verify
 from lightning_overlap.modes.data.mode import DataMode
-from lightning_overlap.modes.pipeline.runtime import Runtime
+from lightning_overlap.modes.pipeline.transfers import PipelineTransfers
 from lightning_overlap.modes.tensor.gemm import Gathered
 from lightning_overlap.ranks.group import Group, Pending
 from lightning_overlap.steps.schedule import Action
@@ -167,13 +167,13 @@ def pipelined(size, fault):
     # The first step would show the fault by itself.
     strategy = OverlapStrategy(pipeline_parallel=pipeline, verify_first_step=False, cluster_environment=TorchElasticEnvironment())
     strategy.parallel_devices = [torch.device("cpu")] * ranks
-    real = Runtime._send
+    real = PipelineTransfers._post_send
 
-    def send(runtime, item, target, tensors, forms):
-        wrong = fault and runtime._prefetch is not None and item == Action("F", 0, 1)
-        return real(runtime, item, target, [x * 1.01 for x in tensors] if wrong else tensors, forms)
+    def send(transfers, item, target, tensors):
+        wrong = fault and transfers._prefetch is not None and item == Action("F", 0, 1)
+        return real(transfers, item, target, [x * 1.01 for x in tensors] if wrong else tensors)
 
-    with mock.patch.object(Runtime, "_send", send):
+    with mock.patch.object(PipelineTransfers, "_post_send", send):
         return [(v.equal, str(v)) for v in verify(Piped(), None, strategy, given, steps=3, against="single")]
 
 

@@ -10,8 +10,9 @@ from hypothesis import strategies as st
 from torch.distributed.pipelining import schedules as torch_schedules
 
 from lightning_overlap.decision import ConfigError
-from lightning_overlap.modes.pipeline.runtime import between, sent_after
-from lightning_overlap.steps.schedule import SCHEDULES, STAGES_OF_A_RANK, Action, Schedule, build, deferred, parse, validate
+from lightning_overlap.modes.pipeline.transfers import between, sent_after
+from lightning_overlap.steps.defer import defer
+from lightning_overlap.steps.schedule import SCHEDULES, STAGES_OF_A_RANK, Action, Schedule, build, parse, validate
 from lightning_overlap.steps.simulate import draw, simulate
 
 SPLIT = {"zb_h1", "interleaved_zb", "zb_v", "dualpipev"}
@@ -390,16 +391,16 @@ def test_a_head_put_off_by_hand():
     """The last stage waits for its last forward, for as long as the head's gradients take; if it is heavier, it never does."""
     made = build("1f1b", 2, 1, 3)
     one_in_the_gap = "F1.0 I1.0 F1.1 I1.1 W1.0 F1.2 I1.2 W1.1 W1.2"
-    assert [deferred(made, [1, f], [2, 2 * f], 1).text().splitlines()[2] for f in (1, 2)] == [one_in_the_gap] * 2
+    assert [defer(made, [1, f], [2, 2 * f], 1).text().splitlines()[2] for f in (1, 2)] == [one_in_the_gap] * 2
     free = simulate(made).seconds, simulate(made, forward=[1, 2], backward=[2, 4]).seconds
     assert free == (12, 21)
     for f, before in zip((1, 2), free, strict=True):
         times = {"forward": [1, f], "backward": [2, 2 * f]}
-        assert simulate(deferred(made, *times.values(), 1), **times, weight=[0, 1]).seconds == before - 2
+        assert simulate(defer(made, *times.values(), 1), **times, weight=[0, 1]).seconds == before - 2
 
 
 def test_more_is_left_where_it_wins_more():
-    rows = [deferred(build("eager_1f1b", 2, 1, 4), [4, 4], [8, 8], 1, limit).text().splitlines()[2] for limit in (1, 2, 0)]
+    rows = [defer(build("eager_1f1b", 2, 1, 4), [4, 4], [8, 8], 1, limit).text().splitlines()[2] for limit in (1, 2, 0)]
     assert rows == [
         "F1.0 I1.0 F1.1 I1.1 W1.0 F1.2 I1.2 W1.1 F1.3 I1.3 W1.2 W1.3",
         "F1.0 I1.0 F1.1 I1.1 F1.2 I1.2 W1.0 F1.3 I1.3 W1.1 W1.2 W1.3",
@@ -417,7 +418,7 @@ def test_more_is_left_where_it_wins_more():
 def test_a_head_put_off(made, block, head, limit):
     forward = [block] * (made.stages - 1) + [block + head]
     backward = [2 * f for f in forward]
-    later = deferred(made, forward, backward, head, limit)
+    later = defer(made, forward, backward, head, limit)
     validate(later)
     last, rank = made.stages - 1, made.placement[-1]
     row = later.actions[rank]
@@ -443,7 +444,7 @@ def test_what_a_head_put_off_wins(name, virtual, takes):
     """Four ranks, sixteen microbatches, stages that take 3, and a head that is a sixth of the last one's 3."""
     made = build(name, 4, virtual, 16)
     forward, backward = [1.0] * made.stages, [2.0] * made.stages
-    later = deferred(made, forward, backward, 0.5)
+    later = defer(made, forward, backward, 0.5)
     assert simulate(made).seconds == {1: 57, 2: 105}[virtual]
     assert simulate(later, forward=forward, backward=backward, weight=[*forward[:-1], 0.5]).seconds == takes
 

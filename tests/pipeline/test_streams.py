@@ -5,7 +5,8 @@ from typing import Any
 import pytest
 import torch
 
-from lightning_overlap.modes.pipeline.runtime import Form, Runtime, channel_kinds, hops, lane
+from lightning_overlap.modes.pipeline.transfers import Form, KnownForms, PipelineTransfers, channel_kinds, hops, lane
+from lightning_overlap.steps.runner import Runner
 from lightning_overlap.steps.schedule import SCHEDULES, Schedule, build
 
 FORMS = (Form((0,), torch.float32, True),)
@@ -23,7 +24,12 @@ class Recorder:
     def _post(self, source: int, target: int, key: int) -> Any:
         transfer = (self.name, source, target, key)
         self.events.append(("post", *transfer))
-        return type("Posted", (), {"arrived": lambda _: False, "wait": lambda _: self.events.append(("wait", *transfer))})()
+
+        def wait(_: Any) -> torch.Tensor:
+            self.events.append(("wait", *transfer))
+            return torch.empty(0)
+
+        return type("Posted", (), {"arrived": lambda _: False, "wait": wait})()
 
     def send(self, x: torch.Tensor, to: int, *, key: int, label: str) -> Any:
         return self._post(self.rank, to, key)
@@ -33,7 +39,7 @@ class Recorder:
 
     def forward(self, stage: int, *_: Any) -> Any:
         self.events.append(("compute",))
-        return None if stage == self.stages - 1 else ([torch.empty(0)], FORMS)
+        return None if stage == self.stages - 1 else [torch.empty(0, requires_grad=True)]
 
     def backward(self, action: Any, _: Any) -> Any:
         self.events.append(("compute",))
@@ -51,10 +57,13 @@ def posted(schedule: Schedule, prefetch: int | None, *, new: bool = False) -> li
         kinds = channel_kinds(schedule.placement)
         groups: Any = {kind: Recorder(rank, schedule.stages, events, lane(kind, "nccl")) for kind in kinds}
         known = {(stage, 0) for stage in range(schedule.stages)}
-        runtime = Runtime(schedule, rank, groups, dict.fromkeys(known, FORMS), known, torch.device("cpu"), prefetch)
+        forms = KnownForms(dict.fromkeys(known, FORMS), known)
+        transfers = PipelineTransfers(schedule, rank, groups, forms, torch.device("cpu"), prefetch, [1] * schedule.stages)
+        runner = Runner(schedule, rank, transfers)
         for _ in range(1 if new else 2):
             events.clear()
-            runtime.run(Recorder(rank, schedule.stages, events), [0] * schedule.microbatches)
+            transfers.start_batch([0] * schedule.microbatches)
+            runner.run(Recorder(rank, schedule.stages, events))
         ranks.append(events)
     return ranks
 

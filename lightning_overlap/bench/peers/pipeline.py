@@ -16,9 +16,8 @@ from lightning_overlap.model.block_stack import BlockStack, Pass, Slot
 from lightning_overlap.modes import MODES
 from lightning_overlap.modes.pipeline import PIPELINE
 from lightning_overlap.modes.pipeline.mode import PipelineMode
-from lightning_overlap.modes.pipeline.stage import block_seeds
 from lightning_overlap.steps import microbatches
-from lightning_overlap.steps.random_state import kept, pin
+from lightning_overlap.steps.random_state import block_seeder, preserve_random_state, seed_all
 from lightning_overlap.steps.step import Step
 from lightning_overlap.strategy.strategy import OverlapStrategy
 
@@ -52,9 +51,9 @@ class _Stage(nn.Module):
             carried={} if self._first else {before: x},
             outputs={block: Slot(0) for block in range(self._stack.size)},
             wanted=lambda leaf: leaf == end,
-            before=block_seeds(self.step.key, number),
+            before=block_seeder(self.step.key, number),
         )
-        pin(*self.step.key, number)
+        seed_all(*self.step.key, number)
         with self._stack.passing(how):
             loss = self.step.forward(self.parts[number], number)
         if not self._last:
@@ -89,7 +88,7 @@ class _TorchPipelining(PipelineMode):
         inputs = (numbers,) if self._rank == self._placement[0] else ()
         target = {"target": numbers} if self.has_the_loss else {}
         step.start_backward()
-        with kept(self._device):
+        with preserve_random_state(self._device):
             self._schedule.step(*inputs, **target)
         step.finish_backward()
         step.log(self.with_the_loss(lambda: step.logged([1 / count] * count)))

@@ -20,7 +20,9 @@ from lightning_overlap.decision import (
 )
 from lightning_overlap.facts import Facts
 from lightning_overlap.ranks.mesh import Degrees
-from lightning_overlap.steps.schedule import SCHEDULES, Schedule, build, deferred, parse, simulate, validate
+from lightning_overlap.steps.defer import defer
+from lightning_overlap.steps.schedule import SCHEDULES, Schedule, build, parse, validate
+from lightning_overlap.steps.simulate import simulate
 
 ADVICE = {
     "bytes": "fewer virtual_stages, which send less",
@@ -270,7 +272,7 @@ def _deferred(config: PipelineParallel, work: tuple[int, ...], head_work: int, s
     """On paper a token costs what it is multiplied by, and backward twice that. Where backward is split the head's are in its W."""
     if schedule.splits_backward:
         return schedule
-    return deferred(schedule, work, [2 * each for each in work], head_work, config.kept)
+    return defer(schedule, work, [2 * each for each in work], head_work, config.kept)
 
 
 def _split(model: PipelineFacts | None) -> Choice[bool]:

@@ -21,7 +21,7 @@ import torch
 
 from lightning_overlap.model.block_stack import ARGUMENTS, Leaf, Pass
 from lightning_overlap.modes.pipeline.flow import Flow
-from lightning_overlap.modes.pipeline.runtime import Form
+from lightning_overlap.modes.pipeline.transfers import Form
 from lightning_overlap.ranks.group import Group, Pending
 
 KEYS = 1 << 12

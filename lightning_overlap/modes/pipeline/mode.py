@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import warnings
-from collections import deque
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -15,7 +14,7 @@ from torch.optim import Optimizer
 from lightning_overlap.decision import ConfigError
 from lightning_overlap.model.block_stack import BlockStack, Pass
 from lightning_overlap.model.blocks import Blocks, find_blocks
-from lightning_overlap.model.markers import COUNTED_ELSEWHERE, LATE_GRADIENT, STAGE, clear_markers
+from lightning_overlap.model.markers import LATE_GRADIENT, STAGE, clear_markers
 from lightning_overlap.model.trees import copied
 from lightning_overlap.modes.base import Driver, Holder, Nesting, Setup
 from lightning_overlap.modes.pipeline import layout
@@ -24,19 +23,21 @@ from lightning_overlap.modes.pipeline.evaluation import Evaluation
 from lightning_overlap.modes.pipeline.flow import Flow, rehearse
 from lightning_overlap.modes.pipeline.misplaced import Misplaced
 from lightning_overlap.modes.pipeline.partition import Partition, heads, work
-from lightning_overlap.modes.pipeline.runtime import Forms, Runtime, channel_kinds, hops, lane
-from lightning_overlap.modes.pipeline.stage import Stages, block_seeds
+from lightning_overlap.modes.pipeline.stage import StagedModel, Stages
+from lightning_overlap.modes.pipeline.tied import TiedGradients
+from lightning_overlap.modes.pipeline.transfers import KnownForms, PipelineTransfers, channel_kinds, hops, lane
 from lightning_overlap.modes.pipeline.weight_grad import WeightGradients, what_splits
 from lightning_overlap.modes.pipeline.weights import Weights, weigh
 from lightning_overlap.ranks.announcements import in_words, raise_from_words
-from lightning_overlap.ranks.group import Group, Pending
+from lightning_overlap.ranks.group import Group
 from lightning_overlap.ranks.mesh import ParallelMesh
 from lightning_overlap.ranks.shared_state import share
 from lightning_overlap.ranks.world import backend, make_group
 from lightning_overlap.steps import microbatches
-from lightning_overlap.steps.random_state import kept, pin
+from lightning_overlap.steps.microbatches import Microbatches, shapes_of
+from lightning_overlap.steps.random_state import block_seeder, preserve_random_state, seed_all
+from lightning_overlap.steps.runner import Runner
 from lightning_overlap.steps.step import Step
-from lightning_overlap.strategy.batches import kind
 
 CHECKED_BATCHES = 3
 """Batches at the start of a fit whose losses are looked at."""
@@ -66,21 +67,20 @@ class PipelineMode(Driver, Holder):
         for way in sorted(self.channels):
             self.channels[way].connect(hops(self._placement, way))
         self._prefetch = config.p2p_prefetch if choices.overlap_p2p.value else None
-        self._forms: dict[tuple[int, Hashable], Forms] = {}
-        self._flow: Flow | None = None
-        self._announced: set[tuple[int, Hashable]] = set()
-        self._tied: dict[tuple[int, ...], Group] = {}
-        self._unsummed: deque[tuple[int, ...]] = deque()  # of these, whose gradients are still to be posted
-        self._summing: list[Pending] = []
+        self._known = KnownForms()
+        self._tied: TiedGradients | None = None
         self._stack: BlockStack | None = None
         self._weight_gradients: WeightGradients | None = None
+        self._model: StagedModel | None = None
+        """Known from the first training step on."""
+        self._runs: dict[int, tuple[Runner, PipelineTransfers]] = {}
+        """By number of microbatches."""
         self._checked = 0
         self._lent: list[str] = []
-        self._runtimes: dict[int, Runtime] = {}
 
     @property
     def groups(self) -> tuple[Group, ...]:
-        return self.group, *dict.fromkeys(self.channels.values()), *self._tied.values()
+        return self.group, *dict.fromkeys(self.channels.values()), *(self._tied.groups.values() if self._tied is not None else ())
 
     # -- set-up ------------------------------------------------------------------------------------------------------
 
@@ -89,8 +89,10 @@ class PipelineMode(Driver, Holder):
         name, blocks, self._stages = _cut(model, own, self.setup.roles)
         self.partition = Partition(model, name, blocks, self._stages, self._placement, own.held_by_all)
         self._whole = all(self.group.all_gather_objects(self.partition.is_whole))
-        self._tie()
+        self._tied = TiedGradients(self.partition, self.mesh.groups("pp"), self._rank, self.timeout)
+        self._mark()
         if not self._whole:  # each has made those of its own stages, and goes through what is around the blocks of all
+            self._tied.share_values()
             self._share(self.partition.is_buffer)
         self.partition.keep(self._rank)
         self._device = next(model.parameters()).device
@@ -114,26 +116,13 @@ class PipelineMode(Driver, Holder):
         partition = Partition(model, name, blocks, stages, config.plan(config.count).placement, config.held_by_all)
         return lambda name: mesh.coordinates()["pp"] in partition.holders(name)
 
-    def _tie(self) -> None:
-        """Groups for what several ranks hold, whose gradients are summed; the same on all ranks, in one order."""
-        for ranks in sorted(self.partition.shared()):
-            sets = [[row[r] for r in ranks] for row in self.mesh.groups("pp")]
-            rest = [[rank] for row in self.mesh.groups("pp") for r, rank in enumerate(row) if r not in ranks]
-            group = make_group([*sets, *rest], "pipeline.tied", self.timeout, gathers=False, threads=False)
-            if self._rank in ranks:
-                self._tied[ranks] = group
-                names = self.partition.shared()[ranks]
-                if not self._whole:  # each has initialised its own
-                    share(map(self.partition.parameter, names), group)
-                for name in names:
-                    parameter = self.partition.parameter(name)
-                    setattr(parameter, LATE_GRADIENT, True)
-                    setattr(parameter, COUNTED_ELSEWHERE, self._rank != ranks[0])
-        own = [stage for stage, rank in enumerate(self._placement) if rank == self._rank]
+    def _mark(self) -> None:
+        """Tells the other modes the stage of each parameter, and which parameters are complete at the end of backward only."""
+        local = [stage for stage, rank in enumerate(self._placement) if rank == self._rank]
         for name, stages in self.partition.users.items():
-            if not self.partition.is_buffer(name) and (here := [stage for stage in stages if stage in own]):
-                setattr(self.partition.parameter(name), STAGE, here[0])
-        for name in self.partition.repeated(own):  # each stage has a last backward, and none tells whether it is the last of all
+            if not self.partition.is_buffer(name) and (chosen := [stage for stage in stages if stage in local]):
+                setattr(self.partition.parameter(name), STAGE, chosen[0])
+        for name in self.partition.repeated(local):  # each stage has a last backward, and none tells whether it is the last of all
             setattr(self.partition.parameter(name), LATE_GRADIENT, True)
 
     def prepare_optimizers(self, optimizers: Sequence[Optimizer]) -> None:
@@ -154,49 +143,38 @@ class PipelineMode(Driver, Holder):
 
     # -- training ----------------------------------------------------------------------------------------------------
 
-    def _runtime(self, count: int, flow: Flow) -> Runtime:
-        if count not in self._runtimes:
-            made = Runtime(
-                scheduled(self.config, self.choices, count),
-                self._rank,
-                self.channels,
-                self._forms,
-                self._announced,
-                self._device,
-                self._prefetch,
-                [len(flow.after(stage)) for stage in range(len(self._stages))],
-            )
-            self._runtimes[count] = made
-        return self._runtimes[count]
-
     def run_step(self, step: Step) -> None:
-        assert self._stack is not None, "the model is parallelized before it is trained"
         # Where the first step is compared with that of the model whole, a loss that is no number is the user's.
         checking = self._checked < CHECKED_BATCHES and not self.setup.first_step_is_verified
         self._checked += 1
         parts, weights = self._parts(step)
         if self._checked == 1:
             self._tell_how_it_is_cut(step.batch, len(parts))
-        shares = weights.loss
-        flow = self._flow = self._flow or self._rehearse(step, parts[0])
-        runtime = self._runtime(len(parts), flow)
-        stages = Stages(
-            self._stack,
-            flow,
-            step,
-            parts,
-            self._before,
-            shares,
-            self._weight_gradients,
-            runtime.actions,
-            self._sum_tied,
-            check=checking,
-        )
-        self._unsummed = deque(self._tied)
-        with kept(self._device):
-            runtime.run(stages, [kind(part) for part in parts], self.timeline)
+        model = self._model = self._model or self._stage_model(step, parts[0])
+        runner, transfers = self._run_of(len(parts), model.flow)
+        stages = Stages(model, Microbatches(step, parts, weights.loss), runner.actions, check=checking)
+        assert self._tied is not None, "the model is parallelized before it is trained"
+        self._tied.start_step()
+        with preserve_random_state(self._device):
+            transfers.start_batch([shapes_of(part) for part in parts])
+            runner.run(stages, self.timeline)
         stages.finish()
-        step.log(self.with_the_loss(lambda: step.logged(shares, weights.logs)))
+        step.log(self.with_the_loss(lambda: step.logged(weights.loss, weights.logs)))
+
+    def _run_of(self, count: int, flow: Flow) -> tuple[Runner, PipelineTransfers]:
+        """The schedule of a batch of ``count`` microbatches, ready to run."""
+        if count not in self._runs:
+            schedule = scheduled(self.config, self.choices, count)
+            counts = [len(flow.after(stage)) for stage in range(len(self._stages))]
+            transfers = PipelineTransfers(schedule, self._rank, self.channels, self._known, self._device, self._prefetch, counts)
+            self._runs[count] = Runner(schedule, self._rank, transfers), transfers
+        return self._runs[count]
+
+    def _stage_model(self, step: Step, part: Any) -> StagedModel:
+        """Finds what goes from stage to stage, on one microbatch. Collective."""
+        assert self._stack is not None, "the model is parallelized before it is trained"
+        flow = self._rehearse(self._stack, step, part)
+        return StagedModel(self._stack, flow, self._before, self._weight_gradients, self._sum_tied)
 
     def _tell_how_it_is_cut(self, batch: Any, count: int) -> None:
         if self._rank > 0 or self.group.ranks[0] > 0:
@@ -215,17 +193,13 @@ class PipelineMode(Driver, Holder):
                 stacklevel=2,
             )
 
-    def _rehearse(self, step: Step, part: Any) -> Flow:
-        """Finds what goes from stage to stage, on one microbatch."""
-        assert self._stack is not None, "the model is parallelized before it is trained"
-        stack = self._stack
-
+    def _rehearse(self, stack: BlockStack, step: Step, part: Any) -> Flow:
         def run(stage: int, how: Pass) -> None:
-            how.before, how.matters = block_seeds(step.key, 0), stage == 0
+            how.before, how.matters = block_seeder(step.key, 0), stage == 0
             absent = {name: held.parameter for name, held in self.partition.foreign.items()}
             loss: Tensor | None = None
-            with step.trial(), kept(self._device), Misplaced(absent, how) as misplaced:
-                pin(*step.key, 0)
+            with step.trial(), preserve_random_state(self._device), Misplaced(absent, how) as misplaced:
+                seed_all(*step.key, 0)
                 with stack.passing(how):
                     loss = step.forward(copied(part), 0)  # which is run again
             last = stage == len(self._stages) - 1
@@ -237,24 +211,18 @@ class PipelineMode(Driver, Holder):
     def whole_parts(self, step: Step) -> Iterator[tuple[Any, int, float]]:
         assert self._stack is not None, "the model is parallelized before it is trained"
         parts, weights = self._parts(step)
-        with kept(self._device):
+        with preserve_random_state(self._device):
             for number, (part, share) in enumerate(zip(parts, weights.loss, strict=True)):
-                pin(*step.key, number)
-                with self._stack.unsplit(block_seeds(step.key, number)):
+                seed_all(*step.key, number)
+                with self._stack.unsplit(block_seeder(step.key, number)):
                     yield part, number, share
 
     @contextmanager
     def trial(self) -> Iterator[None]:
-        # In another precision, hidden states of the same batch have another dtype.
-        forms, announced = dict(self._forms), set(self._announced)
-        try:
+        with self._known.preserved():  # in another precision, activations of the same batch have another dtype
             yield
-        finally:
-            for known, before in ((self._forms, forms), (self._announced, announced)):
-                known.clear()
-                known.update(before)  # type: ignore[arg-type, call-overload]
-            for runtime in self._runtimes.values():  # and other kernels, which have not run yet
-                runtime.forget_kinds()
+        for _, transfers in self._runs.values():  # and other kernels, which have not run yet
+            transfers.forget_kinds()
 
     @contextmanager
     def whole(self) -> Iterator[None]:
@@ -307,31 +275,13 @@ class PipelineMode(Driver, Holder):
         return found
 
     def finish_backward(self) -> None:
-        if self._held:
-            return
-        self._sum_tied(complete=True)
-        for pending in self._summing:
-            pending.wait()
-        self._summing.clear()
+        if not self._held and self._tied is not None:
+            self._tied.finish()
 
-    def _sum_tied(self, *, complete: bool = False) -> None:
-        """Posts the sums over the stages, all in one order on all ranks, as far as this rank's part is complete.
-
-        Args:
-            complete: nothing is left of backward; otherwise weights' gradients that were put off are.
-        """
-        if self._held:
-            return
-        while self._unsummed:
-            parameters = {name: self.partition.parameter(name) for name in self.partition.shared()[self._unsummed[0]]}
-            if not complete and self._weight_gradients is not None and any(map(self._weight_gradients.defers, parameters.values())):
-                return
-            group = self._tied[self._unsummed.popleft()]
-            for name, parameter in parameters.items():
-                if parameter.requires_grad:
-                    if parameter.grad is None:
-                        parameter.grad = torch.zeros_like(parameter)
-                    self._summing.append(group.all_reduce(parameter.grad, label=f"pipeline.tied[{name}]"))
+    def _sum_tied(self) -> None:
+        """Sums the tied gradients that are complete after the last backward; gradients of weights may be left of it."""
+        if not self._held and self._tied is not None:
+            self._tied.post(self._weight_gradients)
 
     def reduce_norm(self, sum_of_squares: Tensor) -> Tensor:
         return self.group.all_reduce(sum_of_squares, label="pipeline.norm").wait()
@@ -360,7 +310,8 @@ class PipelineMode(Driver, Holder):
             return
         mirrored = self.mirrors_evaluation
         again = self._refuse_to_go_again if mirrored else None
-        plan = Evaluation(self._stages, self._placement, self._flow, self._hops, self._device)
+        flow = self._model.flow if self._model is not None else None
+        plan = Evaluation(self._stages, self._placement, flow, self._hops, self._device)
         how = plan.make_pass(self._stack.size, self._placement[-1] if mirrored else None, again)
         try:
             with self._stack.passing(how):
@@ -423,8 +374,8 @@ class PipelineMode(Driver, Holder):
             return
         self._stack.remove()
         self._stack = None
-        for runtime in self._runtimes.values() if complete else ():
-            runtime.finish()
+        for _, transfers in self._runs.values() if complete else ():
+            transfers.finish()
         if self._weight_gradients is not None:
             self._weight_gradients.remove()
         if complete and self._whole:

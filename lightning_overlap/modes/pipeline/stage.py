@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,17 +13,19 @@ from torch import Tensor, nn
 from lightning_overlap.decision import ConfigError
 from lightning_overlap.model.block_stack import BlockStack, Pass
 from lightning_overlap.modes.pipeline.flow import Flow
-from lightning_overlap.modes.pipeline.runtime import Form, Forms, Tensors
 from lightning_overlap.modes.pipeline.weight_grad import WeightGradients
-from lightning_overlap.steps.random_state import pin, pin_torch
+from lightning_overlap.steps.microbatches import Microbatches
+from lightning_overlap.steps.random_state import block_seeder, seed_all
+from lightning_overlap.steps.runner import Tensors
 from lightning_overlap.steps.schedule import Action
-from lightning_overlap.steps.step import Step
-
-SEEDS = 2**63 - 1
 
 
-class _LetGo(torch.autograd.Function):
-    """A root of a stage's backward, which keeps the graph and not the tensor that has been sent."""
+class _Release(torch.autograd.Function):
+    """A root of a stage's backward, which keeps the graph and frees the activations that were sent.
+
+    Takes a tensor of any shape and floating dtype; returns one of the same shape and dtype without memory of its own. The gradient,
+    of that shape and dtype, passes unchanged.
+    """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
@@ -33,174 +36,168 @@ class _LetGo(torch.autograd.Function):
         return gradient
 
 
-class Stages:
-    """Runs a schedule's actions for one batch.
+@dataclass(frozen=True)
+class StagedModel:
+    """The model as the pipeline cuts it: the same for all batches of a fit.
 
-    Args:
+    Attributes:
         stack: the model's blocks.
-        flow: what goes from stage to stage.
-        step: the user's, on a microbatch.
-        parts: the microbatches.
-        before: modules before the blocks with buffers, whose stage is the first one.
-        shares: by microbatch, its part of the batch's loss.
-        weight_gradients: what a schedule that splits backward needs.
-        actions: the rank's, all of them.
-        backward_done: called after the last backward; weights' gradients that it has left may follow.
-        check: look whether the loss is a number, which it is not if a parameter of another rank was used.
+        flow: what stages hand on to each other.
+        first_stage: modules before the blocks with buffers, which belong to the first stage.
+        weight_gradients: computes weights' gradients apart from those of inputs; None if no schedule splits backward.
+        backward_done: called after a batch's last backward; gradients of weights that it has left may follow.
     """
 
-    def __init__(
-        self,
-        stack: BlockStack,
-        flow: Flow,
-        step: Step,
-        parts: Sequence[Any],
-        before: Sequence[nn.Module],
-        shares: Sequence[float],
-        weight_gradients: WeightGradients | None,
-        actions: Sequence[Action],
-        backward_done: Callable[[], None],
-        *,
-        check: bool,
-    ) -> None:
-        self._stack = stack
-        self._flow = flow
-        self._last = len(flow.stages) - 1
-        self._step = step
-        self._parts = parts
-        self._before = before
-        self._shares = shares
-        self._seed = step.key
-        self._weight_gradients = weight_gradients
-        self._actions = frozenset(actions)
-        self._finals = finals(actions)
-        self._last_backward = [action for action in actions if action.kind in "BI"][-1]
-        self._backward_done = backward_done
-        self._check = check
-        self._kept: dict[tuple[int, int], tuple[list[Tensor], list[Tensor]]] = {}
-        """By stage and microbatch: what it has received, and the roots of its backward."""
-        self._deferred: dict[tuple[int, int], Any] = {}
-        self.losses: dict[int, Tensor] = {}
-        """By microbatch, where the last stage is."""
-        self._backward = False
+    stack: BlockStack
+    flow: Flow
+    first_stage: Sequence[nn.Module]
+    weight_gradients: WeightGradients | None
+    backward_done: Callable[[], None]
 
-    def forward(self, stage: int, microbatch: int, received: Tensors, forms: Forms) -> tuple[Tensors, Forms] | None:
-        """See :class:`lightning_overlap.modes.pipeline.runtime.Compute`."""
-        last = stage == self._last
-        came = self._flow.after(stage - 1) if stage > 0 else ()
+
+class Stages:
+    """Computes a schedule's actions for one batch: the :class:`~lightning_overlap.steps.runner.Compute` of a pipeline.
+
+    Args:
+        model: the cut model.
+        batch: the microbatches.
+        actions: all actions of this rank.
+        check: refuse a loss that is not a number: it is none where a parameter of another rank was used.
+
+    Attributes:
+        losses: by microbatch, on the rank of the last stage.
+    """
+
+    def __init__(self, model: StagedModel, batch: Microbatches, actions: Sequence[Action], *, check: bool) -> None:
+        self.losses: dict[int, Tensor] = {}
+        self._model = model
+        self._batch = batch
+        self._last_stage = len(model.flow.stages) - 1
+        self._actions = frozenset(actions)
+        self._completing_actions = completing(actions)
+        self._last_backward = [action for action in actions if action.kind in "BI"][-1]
+        self._check = check
+        self._graphs: dict[tuple[int, int], tuple[list[Tensor], list[Tensor]]] = {}
+        """By stage and microbatch: the leaves of its graph (the inputs), and the roots of its backward."""
+        self._deferred: dict[tuple[int, int], Any] = {}
+        """By stage and microbatch: gradients of weights that an ``I`` has left."""
+        self._backward_started = False
+
+    def forward(self, stage: int, microbatch: int, inputs: Tensors) -> Tensors | None:
+        """See :class:`lightning_overlap.steps.runner.Compute`."""
+        flow, step, is_last = self._model.flow, self._batch.step, stage == self._last_stage
         grads = torch.is_grad_enabled()
-        entered = [x.detach().requires_grad_(form.trained and grads) for x, form in zip(received, forms, strict=True)]
-        carried = dict(zip(came, entered, strict=True))
-        blocks = self._flow.stages[stage]
-        leaving = self._flow.after(stage)
-        if not blocks and 0 < stage < self._last:
-            roots = [carried[leaf] for leaf in leaving]
-            self._kept[stage, microbatch] = entered, roots
-            return [x.detach() for x in roots], tuple(map(Form.of, roots))
+        leaves = [x.detach().requires_grad_(x.requires_grad and grads) for x in inputs]
+        carried = dict(zip(flow.after(stage - 1) if stage > 0 else (), leaves, strict=True))
+        blocks, leaving = flow.stages[stage], flow.after(stage)
+        if not blocks and 0 < stage < self._last_stage:
+            return self._hand_on(stage, microbatch, leaves, [carried[leaf] for leaf in leaving])
         how = Pass(
             run=frozenset(blocks),
-            stop=self._stack.size if last else blocks.stop,
+            stop=self._model.stack.size if is_last else blocks.stop,
             carried=carried,
-            outputs=dict(self._flow.outputs),
+            outputs=dict(flow.outputs),
             first=stage == 0,
             wanted=frozenset(leaving).__contains__,
-            before=block_seeds(self._seed, microbatch),
+            before=block_seeder(step.key, microbatch),
         )
-        pin(*self._seed, microbatch)
+        seed_all(*step.key, microbatch)
         loss: Tensor | None = None
-        # Every stage comes by the code before the blocks, and a rank may have several: it counts once.
-        aside = self._step.aside(() if stage == 0 else self._before, metrics=not last)
-        with self._stack.passing(how), self._splitting(stage, microbatch), aside:
-            loss = self._step.forward(self._parts[microbatch], microbatch)
-        if last:
-            if loss is None:
-                raise ConfigError("training_step gave no loss: a microbatch of a pipeline cannot be left out")
-            if self._check and self._shares[microbatch] and loss.isnan().any():
-                raise ConfigError(
-                    f"the loss of microbatch {microbatch} of one of the first batches is not a number. If it is one without a "
-                    "pipeline, a parameter is used on a stage that does not hold it: what is registered before "
-                    f"{self._stack.name} is held by the first stage, what is registered after it by the last. Register modules in the "
-                    "order of their use, and tie a head by `head.weight = tokens.weight`. A mean over labels is not a number where a "
-                    "microbatch has no label that counts: set pipeline_parallel.microbatch_weight to labels or causal_labels."
-                )
-            self._kept[stage, microbatch] = entered, [loss]
-            self.losses[microbatch] = loss.detach()
+        # Every stage runs the code before the blocks, and a rank may have several: it counts once.
+        aside = step.aside(() if stage == 0 else self._model.first_stage, metrics=not is_last)
+        with self._model.stack.passing(how), self._splitting(stage, microbatch), aside:
+            loss = step.forward(self._batch.parts[microbatch], microbatch)
+        if is_last:
+            self._graphs[stage, microbatch] = leaves, [self._checked_loss(loss, microbatch)]
             return None
-        out = [how.find(leaf) for leaf in leaving]
+        outputs = [how.find(leaf) for leaf in leaving]
         how.let_go()  # activation checkpoints keep the pass
-        self._kept[stage, microbatch] = entered, [_LetGo.apply(x) if x.requires_grad else x for x in out]
-        return [x.detach() for x in out], tuple(map(Form.of, out))
+        return self._hand_on(stage, microbatch, leaves, outputs)
+
+    def _hand_on(self, stage: int, microbatch: int, leaves: list[Tensor], outputs: list[Tensor]) -> Tensors:
+        self._graphs[stage, microbatch] = leaves, [_Release.apply(x) if x.requires_grad else x for x in outputs]
+        return [x.detach().requires_grad_(x.requires_grad) for x in outputs]
+
+    def _checked_loss(self, loss: Tensor | None, microbatch: int) -> Tensor:
+        if loss is None:
+            raise ConfigError("training_step gave no loss: a microbatch of a pipeline cannot be left out")
+        if self._check and self._batch.shares[microbatch] and loss.isnan().any():
+            raise ConfigError(
+                f"the loss of microbatch {microbatch} of one of the first batches is not a number. If it is one without a "
+                "pipeline, a parameter is used on a stage that does not hold it: what is registered before "
+                f"{self._model.stack.name} is held by the first stage, what is registered after it by the last. Register modules in "
+                "the order of their use, and tie a head by `head.weight = tokens.weight`. A mean over labels is not a number where a "
+                "microbatch has no label that counts: set pipeline_parallel.microbatch_weight to labels or causal_labels."
+            )
+        self.losses[microbatch] = loss.detach()
+        return loss
 
     def _splitting(self, stage: int, microbatch: int) -> AbstractContextManager[None]:
         """Whether linear layers' weights get their gradients in an action of their own."""
-        if self._weight_gradients is None or Action("W", stage, microbatch) not in self._actions:
+        if self._model.weight_gradients is None or Action("W", stage, microbatch) not in self._actions:
             return nullcontext()
-        return self._weight_gradients.splitting()
+        return self._model.weight_gradients.splitting()
 
     def backward(self, action: Action, gradients: Tensors) -> Tensors:
-        """See :class:`lightning_overlap.modes.pipeline.runtime.Compute`."""
+        """See :class:`lightning_overlap.steps.runner.Compute`."""
         stage, microbatch = action.stage, action.microbatch
-        received, roots = self._kept.pop((stage, microbatch))
-        if not self._backward:
-            self._backward = True
-            self._step.start_backward()
+        leaves, roots = self._graphs.pop((stage, microbatch))
+        if not self._backward_started:
+            self._backward_started = True
+            self._batch.step.start_backward()
         with self._completing(action):
             if action.kind == "I":
-                assert self._weight_gradients is not None, "the schedule splits backward"
-                with self._weight_gradients.recording() as deferred:
+                assert self._model.weight_gradients is not None, "the schedule splits backward"
+                with self._model.weight_gradients.recording() as deferred:
                     self._run_backward(stage, roots, gradients, microbatch)
                 self._deferred[stage, microbatch] = deferred
             else:
                 self._run_backward(stage, roots, gradients, microbatch)
         if action == self._last_backward:
-            self._backward_done()
-        return [x.grad if x.grad is not None else torch.zeros_like(x) for x in received if x.requires_grad]
+            self._model.backward_done()
+        return [x.grad if x.grad is not None else torch.zeros_like(x) for x in leaves if x.requires_grad]
 
     def _run_backward(self, stage: int, roots: Sequence[Tensor], gradients: Tensors, microbatch: int) -> None:
-        if stage == self._last:
-            if self._shares[microbatch]:  # a loss that is not a number stays so if it counts for 0
-                self._step.backward(roots[0], self._shares[microbatch])
+        if stage == self._last_stage:
+            share = self._batch.shares[microbatch]
+            if share:  # a loss that is not a number would stay so if it were multiplied by 0
+                self._batch.step.backward(roots[0], share)
         elif gradients:
             torch.autograd.backward([root for root in roots if root.requires_grad], gradients)
 
     def weights(self, stage: int, microbatch: int) -> None:
-        """See :class:`lightning_overlap.modes.pipeline.runtime.Compute`."""
-        assert self._weight_gradients is not None, "the schedule splits backward"
+        """See :class:`lightning_overlap.steps.runner.Compute`."""
+        assert self._model.weight_gradients is not None, "the schedule splits backward"
         with self._completing(Action("W", stage, microbatch)):
-            self._weight_gradients.run(self._deferred.pop((stage, microbatch)))
+            self._model.weight_gradients.run(self._deferred.pop((stage, microbatch)))
 
     def _completing(self, action: Action) -> AbstractContextManager[None]:
-        return nullcontext() if action in self._finals else self._step.hold()
+        return nullcontext() if action in self._completing_actions else self._batch.step.hold()
 
     def finish(self) -> None:
-        """After the last action.
+        """Call it after the last action.
 
         Raises:
-            ConfigError: nothing in the model is trained.
+            ConfigError: nothing in this rank's part of the model is trained.
         """
-        if not self._backward:
+        if not self._backward_started:
             raise ConfigError("no stage of this rank ran a backward: nothing of its model is trained; use fewer stages")
-        self._step.finish_backward()
+        self._batch.step.finish_backward()
 
 
-def block_seeds(seed: Sequence[int], microbatch: int) -> Callable[[int], None]:
-    """Told a block's number, pins its random numbers: those of the microbatch and the block, wherever they are run."""
-    return lambda block: pin_torch(hash((*seed, microbatch, block)) & SEEDS)
+def completing(actions: Sequence[Action]) -> frozenset[Action]:
+    """The actions of a rank in which gradients of a stage become complete: its last backward, and its last ``W``.
 
-
-def finals(actions: Sequence[Action]) -> frozenset[Action]:
-    """The actions of a rank after which gradients of a stage are complete: its last backward, its last weights.
-
-    Where a stage's last backward computes weights' gradients too, and others of these still come, neither is: what is complete
-    with it would be told apart from what is not only by parameter, and is complete at the end at the latest.
+    Not its last backward, if that computes gradients of weights too and a ``W`` of an earlier microbatch is still to come (B1.0 I1.1
+    B1.2 W1.1): some parameters would be complete after it and others not, and the modes cannot tell which. All are complete at the
+    end.
     """
-    found: set[Action] = set()
+    chosen: set[Action] = set()
     for stage in {action.stage for action in actions}:
-        own = [a for a in actions if a.stage == stage]
-        backwards = [a for a in own if a.kind in "BI"]
-        products = [a for a in own if a.kind in "BW"]
-        if backwards[-1].kind == "I" or backwards[-1] == products[-1]:
-            found.add(backwards[-1])
-        if products and products[-1].kind == "W":
-            found.add(products[-1])
-    return frozenset(found)
+        backwards = [a for a in actions if a.stage == stage and a.kind in "BI"]
+        weight_gradients = [a for a in actions if a.stage == stage and a.kind in "BW"]
+        if backwards[-1].kind == "I" or backwards[-1] == weight_gradients[-1]:
+            chosen.add(backwards[-1])
+        if weight_gradients and weight_gradients[-1].kind == "W":
+            chosen.add(weight_gradients[-1])
+    return frozenset(chosen)

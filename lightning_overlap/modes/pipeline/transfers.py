@@ -1,32 +1,30 @@
-"""Runs a rank's part of a schedule, with the transfers between stages beside it.
+"""Sends activations and gradients between the pipeline's ranks, beside the computation.
 
     rank 0   F0.0   F0.1   F0.2 | B0.0 ...
     send          0.0    0.1    0.2
     receive                   0.0 (gradient)
     rank 1          ....   F1.0   B1.0   F1.1 ...
 
-Both ends know the whole schedule, so that a receive is posted before it is needed, in the order in which its peer sends, and
-a send is never waited for: its tensor is let go of when it has gone. No transfer stands behind one of the other direction, see
-:func:`lane`.
+Both ends know the whole schedule. So a receive is posted before it is needed, in the order in which its peer sends; and a send is
+never waited for: its tensor is freed when it has been sent. No transfer queues behind one of the other direction, see :func:`lane`.
 
-The plain twin posts transfers between two actions, those that :func:`in_turn` has there, and waits for all of them at once:
-nothing is on its way while either end computes. On CUDA the first batch of a kind goes that way, too: see ``Group.in_one_order``.
+The plain twin posts transfers between two actions (those that :func:`in_turn` has there), and waits for all of them at once: nothing
+is under way while either end computes. On CUDA the first batch of a kind goes that way, too: see ``Group.in_one_order``.
 """
 
 from __future__ import annotations
 
 from collections.abc import Hashable, Iterator, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import pairwise
-from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from lightning_overlap.decision import ConfigError
-from lightning_overlap.ranks.clock import Timeline
 from lightning_overlap.ranks.group import Group, Pending
+from lightning_overlap.steps.runner import Tensors
 from lightning_overlap.steps.schedule import Action, Schedule
 from lightning_overlap.steps.simulate import Handover, in_turn
 
@@ -42,43 +40,59 @@ _HEADER = 11
 
 @dataclass(frozen=True)
 class Form:
-    """What a tensor looks like that goes from stage to stage."""
+    """What a receiver must know of a tensor before it arrives.
+
+    Attributes:
+        shape: at most 8 dims.
+        dtype: one of :data:`DTYPES`.
+        trained: whether the tensor has a gradient. It has none if nothing before it is trained.
+    """
 
     shape: tuple[int, ...]
     dtype: torch.dtype
     trained: bool
-    """Whether it has a gradient: nothing that is trained lies before it otherwise."""
 
     @classmethod
     def of(cls, x: Tensor) -> Form:
         return cls(tuple(x.shape), x.dtype, x.requires_grad)
 
     def pack(self) -> list[int]:
+        """The form as a fixed number of integers."""
         numbers = [len(self.shape), DTYPES.index(self.dtype), int(self.trained), *self.shape]
         return numbers + [0] * (_HEADER - len(numbers))
 
     @classmethod
     def unpack(cls, numbers: list[int]) -> Form:
+        """The inverse of :meth:`pack`."""
         dims, dtype, trained, *shape = numbers
         return cls(tuple(shape[:dims]), DTYPES[dtype], bool(trained))
 
 
-Tensors = Sequence[Tensor]
-"""What one stage hands on to the next one for a microbatch."""
 Forms = tuple[Form, ...]
+Known = tuple[int, Hashable]
+"""A stage, and a kind of microbatch: these decide the forms of what the stage hands on."""
 
 
-class Compute(Protocol):
-    """What an action does."""
+@dataclass
+class KnownForms:
+    """The forms that this rank has learnt. One for all schedules of a fit.
 
-    def forward(self, stage: int, microbatch: int, received: Tensors, forms: Forms) -> tuple[Tensors, Forms] | None:
-        """What the next stage gets; None from the last one."""
+    Attributes:
+        forms: of what a stage hands on.
+        announced: those that this rank has announced to its receiver.
+    """
 
-    def backward(self, action: Action, gradients: Tensors) -> Tensors:
-        """The gradients for the stage before, of what has one."""
+    forms: dict[Known, Forms] = field(default_factory=dict)
+    announced: set[Known] = field(default_factory=set)
 
-    def weights(self, stage: int, microbatch: int) -> None:
-        """The weights' gradients that a backward has left."""
+    @contextmanager
+    def preserved(self) -> Iterator[None]:
+        """What is learnt inside is forgotten."""
+        forms, announced = dict(self.forms), set(self.announced)
+        try:
+            yield
+        finally:
+            self.forms, self.announced = forms, announced
 
 
 @dataclass
@@ -101,18 +115,17 @@ class Channel:
     pending: dict[Action, tuple[list[Pending], Forms]] = field(default_factory=dict)
 
 
-class Runtime:
-    """One rank's part of one schedule.
+class PipelineTransfers:
+    """One rank's transfers in one schedule: the :class:`~lightning_overlap.steps.runner.Transfers` of a pipeline.
 
     Args:
-        schedule: the whole of it.
+        schedule: of all ranks.
         rank: this one, in the pipeline.
         groups: the pipeline's ranks, for each direction, as :func:`channel_kinds` has them.
-        forms: what is known of what a stage hands on, by stage and kind of microbatch; it grows, and other runtimes share it.
-        announced: what of it this rank has told its receiver; shared as well.
-        device: where tensors are.
+        known: the forms that are known already.
+        device: of this rank's tensors.
         prefetch: receives that are posted ahead for each channel; None for the plain twin.
-        handed: by stage, how many tensors it hands on for a microbatch; one each by default.
+        counts: by stage, how many tensors it hands on for a microbatch.
     """
 
     def __init__(
@@ -120,77 +133,47 @@ class Runtime:
         schedule: Schedule,
         rank: int,
         groups: Mapping[Direction, Group],
-        forms: dict[tuple[int, Hashable], Forms],
-        announced: set[tuple[int, Hashable]],
+        known: KnownForms,
         device: torch.device,
         prefetch: int | None,
-        handed: Sequence[int] | None = None,
+        counts: Sequence[int],
     ) -> None:
         self._schedule = schedule
         self._rank = rank
         self._groups = groups
-        self._forms = forms
-        self._announced = announced
+        self._known = known
         self._device = device
         self._prefetch = prefetch
-        self._handed = handed or [1] * schedule.stages
+        self._counts = counts
+        self._kinds: Sequence[Hashable] = ()
+        self._channels: dict[tuple[str, int], Channel] = {}
         self._sends: list[Pending] = []
-        self._here: dict[Action, tuple[Tensors, Forms]] = {}  # from one stage of this rank to another
+        self._outbox: dict[Action, Tensors] = {}
+        """Items of the plain twin that are sent before the next action."""
         self._careful = any(group.in_one_order for group in groups.values())
         self._in_turn = between(schedule, rank) if prefetch is None or self._careful else None
         self._between: list[list[Action]] | None = None
-        self._seen: set[Hashable] = set()
+        """The plain twin's transfers, while it runs a batch."""
+        self._warm: set[Hashable] = set()
+        """Kinds of microbatches whose kernels have run."""
 
-    @property
-    def actions(self) -> tuple[Action, ...]:
-        """This rank's."""
-        return self._schedule.actions[self._rank]
-
-    def run(self, compute: Compute, kinds: Sequence[Hashable], timeline: Timeline | None = None) -> None:
-        """Runs all of this rank's actions.
+    def start_batch(self, kinds: Sequence[Hashable]) -> None:
+        """Prepares the transfers of one batch.
 
         Args:
-            compute: what they do.
-            kinds: by microbatch, what decides the form of its hidden states, the same on all ranks.
-            timeline: is told when each of them ran, without what it waited for.
+            kinds: by microbatch, what decides the forms of its activations, the same on all ranks.
         """
         # Where a kernel that is new may wait for a receive that was posted ahead, the first batch of a kind goes in turn.
-        is_new = self._careful and not self._seen.issuperset(kinds)
+        is_new = self._careful and not self._warm.issuperset(kinds)
         self._between = self._in_turn if self._prefetch is None or is_new else None
-        self._seen.update(kinds)
+        self._warm.update(kinds)
         self._channels = self._incoming()
         self._kinds = kinds
-        self._made: dict[Action, tuple[Tensors, Forms | None]] = {}
-        last = self._schedule.stages - 1
-        for place, action in enumerate(self.actions):
-            stage, microbatch = action.stage, action.microbatch
-            if self._between is not None:
-                self._exchange(self._between[place])
-            running = nullcontext() if timeline is None else timeline.during(str(action))
-            if action.kind == "F":
-                received, forms = ((), ()) if stage == 0 else self._take(Action("F", stage - 1, microbatch))
-                with running:
-                    made = compute.forward(stage, microbatch, received, forms)
-                if made is not None:
-                    self._remember(stage, microbatch, made[1])
-                    self._give(Action("F", stage, microbatch), made[0], made[1])
-            elif action.kind == "W":
-                with running:
-                    compute.weights(stage, microbatch)
-            else:
-                gradients: Tensors = ()
-                if stage < last and any(form.trained for form in self._forms[stage, kinds[microbatch]]):
-                    gradients, _ = self._take(Action("B", stage, microbatch))
-                with running:
-                    before = compute.backward(action, gradients)
-                if before:
-                    self._give(Action("B", stage - 1, microbatch), before, None)
-        if self._between is not None:
-            self._exchange(self._between[-1])
+        self._outbox.clear()
 
     def forget_kinds(self) -> None:
         """The next batch of each kind runs kernels that have not run yet."""
-        self._seen.clear()
+        self._warm.clear()
 
     def finish(self) -> None:
         """Waits until everything has been sent."""
@@ -198,25 +181,70 @@ class Runtime:
             pending.wait()
         self._sends.clear()
 
-    def _remember(self, stage: int, microbatch: int, forms: Forms) -> None:
-        """Refuses what the receiver, which knows the forms of the same input, could not take.
+    def start_action(self, index: int) -> None:
+        """Makes the plain twin's transfers before an action: all are posted, then all are waited for."""
+        if self._between is None:
+            return
+        items = self._between[index]
+        for item in items:
+            source, target = self._ends(item)
+            if source == self._rank and item in self._outbox:  # not if it is the gradient of what is not trained
+                self._post_send(item, target, self._outbox.pop(item))
+        receives = []
+        for item in items:
+            source, target = self._ends(item)
+            if target == self._rank:
+                channel = self._channels[item.kind, source]
+                self._post_receive(channel, wait=True)
+                receives += channel.pending[item][0] if item in channel.pending else []
+        for pending in receives:
+            pending.wait()
+        self.finish()
+
+    def send(self, item: Action, tensors: Tensors) -> None:
+        """See :class:`lightning_overlap.steps.runner.Transfers`.
 
         Raises:
-            ConfigError: a form is another one than before, or cannot be announced.
+            ConfigError: the receiver could not take the tensors: it expects other forms, or they cannot be announced.
         """
+        if item.kind == "F":
+            self._check_forms(item, tuple(map(Form.of, tensors)))
+        if self._between is not None:
+            self._outbox[item] = tensors
+        else:
+            self._sends = [pending for pending in self._sends if not pending.arrived()]
+            self._post_send(item, self._ends(item)[1], tensors)
+            self._post_ahead()
+
+    def receive(self, item: Action) -> Tensors:
+        """See :class:`lightning_overlap.steps.runner.Transfers`."""
+        channel = self._channels[item.kind, self._ends(item)[0]]
+        if self._between is None:
+            while item not in channel.pending:
+                self._post_receive(channel, wait=True)
+            channel.taken += 1
+            self._post_ahead()
+        several, forms = channel.pending.pop(item)
+        tensors = [pending.wait() for pending in several]
+        if item.kind == "B":
+            return tensors
+        return [x.detach().requires_grad_(form.trained) for x, form in zip(tensors, forms, strict=True)]
+
+    def _check_forms(self, item: Action, forms: Forms) -> None:
+        """Refuses what the receiver, which knows the forms of the same input, could not take."""
         for form in forms:
             if len(form.shape) > _HEADER - 3 or form.dtype not in DTYPES:
                 raise ConfigError(
                     f"a tensor of shape {form.shape} and {form.dtype} cannot go from stage to stage: at most {_HEADER - 3} dims of "
                     f"{', '.join(map(str, DTYPES))} can"
                 )
-        known = self._forms.setdefault((stage, self._kinds[microbatch]), forms)
+        known = self._known.forms.setdefault((item.stage, self._kinds[item.microbatch]), forms)
         for form, before in zip(forms, known, strict=True):
             if form != before:
                 raise ConfigError(
-                    f"the hidden states after stage {stage}, or what goes with them, are {form}, and were {before} for an input of "
-                    "the same shapes: what decides their shape must be in the batch's shapes; pad or cut in the data loader, not in "
-                    "training_step"
+                    f"the hidden states after stage {item.stage}, or what goes with them, are {form}, and were {before} for an input "
+                    "of the same shapes: what decides their shape must be in the batch's shapes; pad or cut in the data loader, not "
+                    "in training_step"
                 )
 
     # -- who sends what to whom --------------------------------------------------------------------------------------
@@ -240,91 +268,50 @@ class Runtime:
         return channels
 
     def _key(self, item: Action) -> int:
-        """The first of the keys of an item's transfers: its tensors, and what announces them."""
-        return (max(self._handed) + 1) * (item.stage * self._schedule.microbatches + item.microbatch)
+        """The first of the keys of an item's transfers: its tensors, and the announcement of their forms."""
+        return (max(self._counts) + 1) * (item.stage * self._schedule.microbatches + item.microbatch)
 
     def _key_of_forms(self, item: Action) -> int:
-        return self._key(item) + max(self._handed)
+        return self._key(item) + max(self._counts)
 
     @staticmethod
     def _label(item: Action) -> str:
         return f"pipeline.{'forward' if item.kind == 'F' else 'backward'}[{item.stage}]"
 
-    # -- transfers ---------------------------------------------------------------------------------------------------
+    # -- posting -----------------------------------------------------------------------------------------------------
 
-    def _give(self, item: Action, tensors: Tensors, forms: Forms | None) -> None:
-        source, target = self._ends(item)
-        if source == target:
-            self._here[item] = tensors, forms or ()
-        elif self._between is not None:
-            self._made[item] = tensors, forms
-        else:
-            self._sends = [pending for pending in self._sends if not pending.arrived()]
-            self._send(item, target, tensors, forms)
-            self._post_ahead()
-
-    def _send(self, item: Action, target: int, tensors: Tensors, forms: Forms | None) -> None:
+    def _post_send(self, item: Action, target: int, tensors: Tensors) -> None:
         group, label = self._group(item), self._label(item)
         known = (item.stage, self._kinds[item.microbatch])
-        if forms and known not in self._announced:
-            self._announced.add(known)
-            header = torch.tensor([form.pack() for form in forms], device=self._device)
+        if item.kind == "F" and tensors and known not in self._known.announced:
+            self._known.announced.add(known)
+            header = torch.tensor([Form.of(x).pack() for x in tensors], device=self._device)
             self._sends.append(group.send(header, target, key=self._key_of_forms(item), label="pipeline.form"))
         for number, x in enumerate(tensors):
-            self._sends.append(group.send(x.contiguous(), target, key=self._key(item) + number, label=label))
-
-    def _take(self, item: Action) -> tuple[Tensors, Forms]:
-        source, target = self._ends(item)
-        if source == target:
-            return self._here.pop(item)
-        channel = self._channels[item.kind, source]
-        if self._between is None:
-            while item not in channel.pending:
-                self._post(channel, wait=True)
-            channel.taken += 1
-            self._post_ahead()
-        several, forms = channel.pending.pop(item)
-        return [pending.wait() for pending in several], forms
-
-    def _exchange(self, items: Sequence[Action]) -> None:
-        """The plain twin's transfers before an action, and after the last one: all posted, then all waited for."""
-        for item in items:
-            source, target = self._ends(item)
-            if source == self._rank and item in self._made:  # not if it is the gradient of what is not trained
-                self._send(item, target, *self._made.pop(item))
-        posted = []
-        for item in items:
-            source, target = self._ends(item)
-            if target == self._rank:
-                channel = self._channels[item.kind, source]
-                self._post(channel, wait=True)
-                posted += channel.pending[item][0] if item in channel.pending else []
-        for pending in posted:
-            pending.wait()
-        self.finish()
+            self._sends.append(group.send(x.detach().contiguous(), target, key=self._key(item) + number, label=label))
 
     def _post_ahead(self) -> None:
         for channel in self._channels.values():
             ahead = min(len(channel.items), channel.taken + (self._prefetch or 0))
-            while channel.posted < ahead and self._post(channel, wait=False):
+            while channel.posted < ahead and self._post_receive(channel, wait=False):
                 pass
 
-    def _post(self, channel: Channel, *, wait: bool) -> bool:
-        """Posts the next receive of a channel; not if its form is unknown and nobody is to ``wait`` for that."""
+    def _post_receive(self, channel: Channel, *, wait: bool) -> bool:
+        """Posts the next receive of a channel, and tells whether it did. If its form is unknown, only with ``wait``: for the form."""
         item = channel.items[channel.posted]
         known = (item.stage, self._kinds[item.microbatch])
-        if known not in self._forms:
+        if known not in self._known.forms:
             if not wait:
                 return False
-            room = torch.empty(self._handed[item.stage], _HEADER, dtype=torch.int64, device=self._device)
+            room = torch.empty(self._counts[item.stage], _HEADER, dtype=torch.int64, device=self._device)
             announced = channel.group.receive(room, channel.source, key=self._key_of_forms(item), label="pipeline.form")
-            self._forms[known] = tuple(map(Form.unpack, announced.wait().tolist()))
+            self._known.forms[known] = tuple(map(Form.unpack, announced.wait().tolist()))
         channel.posted += 1
-        forms = self._forms[known]
-        comes = [form for form in forms if item.kind == "F" or form.trained]
-        if not comes:
+        forms = self._known.forms[known]
+        expected = [form for form in forms if item.kind == "F" or form.trained]
+        if not expected:
             return True  # the sender has nothing to send
-        buffers = [torch.empty(form.shape, dtype=form.dtype, device=self._device) for form in comes]
+        buffers = [torch.empty(form.shape, dtype=form.dtype, device=self._device) for form in expected]
         posted = [
             channel.group.receive(buffer, channel.source, key=self._key(item) + number, label=self._label(item))
             for number, buffer in enumerate(buffers)
