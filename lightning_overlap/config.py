@@ -15,7 +15,7 @@ from lightning_overlap.modes.descriptor import ModeDescriptor
 from lightning_overlap.modes.expert.config import ExpertParallel
 from lightning_overlap.modes.pipeline.config import PipelineParallel
 from lightning_overlap.modes.tensor.config import TensorParallel
-from lightning_overlap.ranks.mesh import Degrees
+from lightning_overlap.ranks.degrees import Degrees
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,14 +53,13 @@ class OverlapConfig:
         return getattr(self, mode.section)
 
     def degrees(self, world_size: int) -> Degrees:
-        """Ranks along each axis, in a world of so many ranks.
+        """The size of each kind of parallelism, in a world of so many ranks.
 
         Raises:
-            ConfigError: the degrees do not multiply to ``world_size``.
+            ConfigError: the sizes do not multiply to ``world_size``, or that of the experts does not divide the ranks of a stage.
         """
         others = {
             "pipeline_parallel": self.pipeline_parallel.size,
-            "expert_parallel": self.expert_parallel.size,
             "context_parallel": self.context_parallel.size,
             "tensor_parallel": self.tensor_parallel.size,
         }
@@ -77,4 +76,10 @@ class OverlapConfig:
                 f"data_parallel.size={asked} with {named} (x {product}) needs {int(asked) * product} ranks, and there are "
                 f"{world_size}: start that many, or set data_parallel.size: {left} or auto"
             )
-        return Degrees(*[others["pipeline_parallel"], left, *list(others.values())[1:]])
+        return Degrees(
+            pipeline=self.pipeline_parallel.size,
+            data=left,
+            context=self.context_parallel.size,
+            tensor=self.tensor_parallel.size,
+            expert=self.expert_parallel.size,
+        )

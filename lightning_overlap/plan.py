@@ -10,7 +10,7 @@ from lightning_overlap.config import OverlapConfig
 from lightning_overlap.decision import Choice, Choices, settle
 from lightning_overlap.facts import Facts
 from lightning_overlap.modes.descriptor import ModeDescriptor
-from lightning_overlap.ranks.mesh import Degrees
+from lightning_overlap.ranks.degrees import Degrees
 from lightning_overlap.tables import WIDTH, as_text
 
 
@@ -84,7 +84,7 @@ def resolve(config: OverlapConfig, facts: Facts) -> Plan:
     overlap = config.overlap != "off"
     decided = {mode.name: mode.decide(config.of(mode), degrees, facts, overlap=overlap) for mode in config.modes}
     choices = {name: each for name, each in decided.items() if each is not None}
-    return Plan(degrees, facts, config.modes, choices, _first_step(config, facts, choices, is_sharded=degrees.dp < facts.world_size))
+    return Plan(degrees, facts, config.modes, choices, _first_step(config, facts, choices, is_sharded=degrees.data < facts.world_size))
 
 
 def _first_step(config: OverlapConfig, facts: Facts, choices: Mapping[str, Choices], *, is_sharded: bool) -> Choice[bool]:

@@ -11,7 +11,7 @@ from torch import nn
 from lightning_overlap.decision import Choices, Setting
 from lightning_overlap.facts import Facts
 from lightning_overlap.modes.base import OverlapMode
-from lightning_overlap.ranks.mesh import Degrees
+from lightning_overlap.ranks.degrees import Degrees
 from lightning_overlap.steps.schedule import Schedule
 
 

@@ -7,7 +7,7 @@ from typing import Literal
 
 from lightning_overlap.decision import Choice, Choices, ConfigError, check_count, check_switch, check_word, settle
 from lightning_overlap.facts import Facts
-from lightning_overlap.ranks.mesh import Degrees
+from lightning_overlap.ranks.degrees import Degrees
 
 Switch = bool | Literal["auto"]
 
@@ -109,14 +109,14 @@ class DataChoices(Choices):
 
 def decide(config: DataParallel, degrees: Degrees, facts: Facts, *, overlap: bool) -> DataChoices | None:
     """The home of this mode's gates; see :class:`lightning_overlap.modes.descriptor.Decide`."""
-    if degrees.dp == 1:
+    if degrees.data == 1:
         return None
     if facts.precision == "16-mixed":
         raise ConfigError("precision 16-mixed scales the loss, which is not in this version; use bf16-mixed")
     optimizer = _optimizer(config, facts)
     sharded = optimizer.value != "off"
     gradients = _gradients(sharded, facts)
-    _refuse_settings(config, degrees.dp, sharded=sharded, scattered=gradients.value == "reduce-scatter")
+    _refuse_settings(config, degrees.data, sharded=sharded, scattered=gradients.value == "reduce-scatter")
     reduce = settle(
         "data_parallel.overlap_grad_reduce",
         config.overlap_grad_reduce,
@@ -130,7 +130,7 @@ def decide(config: DataParallel, degrees: Degrees, facts: Facts, *, overlap: boo
     wire = "sent in bf16, summed in fp32" if config.reduce_scatter_with_fp32_accumulation else "gradients are sent as they are kept"
     instances = config.num_optimizer_instances
     return DataChoices(
-        size=Choice(degrees.dp, config.size, f"of {facts.world_size} ranks"),
+        size=Choice(degrees.data, config.size, f"of {facts.world_size} ranks"),
         distributed_optimizer=optimizer,
         gradients=gradients,
         overlap_grad_reduce=reduce,
@@ -139,7 +139,7 @@ def decide(config: DataParallel, degrees: Degrees, facts: Facts, *, overlap: boo
         align_param_gather=_alignment(config, degrees, facts, sharded=sharded, gather=gather, step=step, overlap=overlap),
         bucket_size=_bucket_size(config, degrees, facts),
         grad_reduce_dtype=Choice(config.grad_reduce_dtype, config.grad_reduce_dtype, wire),
-        num_optimizer_instances=Choice(instances, instances, f"the optimizer is sharded over {degrees.dp // instances} ranks"),
+        num_optimizer_instances=Choice(instances, instances, f"the optimizer is sharded over {degrees.data // instances} ranks"),
         later_parameters=bool(facts.unfreezers),
     )
 
@@ -201,7 +201,7 @@ def _alignment(
     overlap: bool,
 ) -> Choice[bool]:
     ordered = facts.backend == "nccl"
-    alone = degrees.pp == 1 and not ordered
+    alone = degrees.pipeline == 1 and not ordered
     earlier = step.value == "in backward"
     if ordered and earlier and config.align_param_gather is False:
         raise ConfigError(
@@ -270,10 +270,10 @@ def _gradients(sharded: bool, facts: Facts) -> Choice[Literal["all-reduce", "red
 def _bucket_size(config: DataParallel, degrees: Degrees, facts: Facts) -> Choice[int]:
     if config.bucket_size != "auto":
         return Choice(config.bucket_size, config.bucket_size, "elements")
-    large = max(40_000_000, 1_000_000 * degrees.dp)
+    large = max(40_000_000, 1_000_000 * degrees.data)
     if facts.parameters is None:
         return Choice(large, "auto", "elements; a smaller model gets 32 buckets")
-    of_rank = facts.parameters // (degrees.pp * degrees.tp)
+    of_rank = facts.parameters // (degrees.pipeline * degrees.tensor)
     size = min(large, max(of_rank // 32, 65_536))
     return Choice(size, "auto", f"elements: {of_rank:,} parameters a rank / 32, at least 65,536 and at most {large:,}")
 

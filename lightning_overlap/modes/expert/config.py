@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from lightning_overlap.decision import ConfigError, check_count
 from lightning_overlap.facts import Facts
-from lightning_overlap.ranks.mesh import Degrees
+from lightning_overlap.ranks.degrees import Degrees
 
 
 @dataclass(frozen=True, kw_only=True)

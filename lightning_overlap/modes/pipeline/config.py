@@ -19,7 +19,7 @@ from lightning_overlap.decision import (
     settle,
 )
 from lightning_overlap.facts import Facts
-from lightning_overlap.ranks.mesh import Degrees
+from lightning_overlap.ranks.degrees import Degrees
 from lightning_overlap.steps.defer import defer
 from lightning_overlap.steps.schedule import SCHEDULES, Schedule, build, parse, validate
 from lightning_overlap.steps.simulate import simulate
@@ -228,7 +228,7 @@ def decide(config: PipelineParallel, degrees: Degrees, facts: Facts, *, overlap:
     if not config.runs:
         return None
     schedule = config.plan(config.count)
-    _refuse_what_cannot_run(config, facts, cut=degrees.tp > 1 and schedule.splits_backward)
+    _refuse_what_cannot_run(config, facts, cut=degrees.tensor > 1 and schedule.splits_backward)
     timing = simulate(schedule)
     activations = ", ".join(map(str, timing.peak))
     model = facts.of(PipelineFacts)
@@ -301,7 +301,7 @@ def _deferral(
         because=f"the gradients of the head's weight are computed where its rank waits{limit}: on paper {gain:.1%} of a step",
         blockers=[
             (config.size == 1, "there is one rank, which waits for nobody"),
-            (degrees.tp > 1, "tensor_parallel has the layers' gradients computed in an order of its own"),
+            (degrees.tensor > 1, "tensor_parallel has the layers' gradients computed in an order of its own"),
             (config.size > 1 and not has_head, "no linear layer that is trained comes after the blocks (nn.Linear only)"),
             (
                 schedule.splits_backward and config.wgrad_deferral_limit > 0,

@@ -32,7 +32,7 @@ from lightning_overlap.ranks.announcements import in_words, raise_from_words
 from lightning_overlap.ranks.group import Group
 from lightning_overlap.ranks.mesh import ParallelMesh
 from lightning_overlap.ranks.shared_state import share
-from lightning_overlap.ranks.world import backend, make_group
+from lightning_overlap.ranks.world import backend
 from lightning_overlap.steps import microbatches
 from lightning_overlap.steps.microbatches import Microbatches, shapes_of
 from lightning_overlap.steps.random_state import block_seeder, preserve_random_state, seed_all
@@ -57,12 +57,11 @@ class PipelineMode(Driver, Holder):
     def __init__(self, config: PipelineParallel, choices: PipelineChoices, setup: Setup) -> None:
         super().__init__(config, choices, setup)
         mesh, timeout = setup.mesh, setup.timeout
-        self._rank = mesh.coordinates()["pp"]
-        self._placement = self.config.plan(self.config.count).placement
-        ranks = mesh.groups("pp")
-        self.group: Group = make_group(ranks, "pipeline", timeout, gathers=False, threads=False)
+        self._rank = mesh.index("pipeline")
+        self._placement = config.plan(config.count).placement
+        self.group: Group = mesh.group("pipeline", timeout)
         lanes = {kind: lane(kind, backend()) for kind in channel_kinds(self._placement)}
-        made = {name: make_group(ranks, f"pipeline.{name}", timeout, gathers=False) for name in sorted(set(lanes.values()))}
+        made = {name: mesh.group("pipeline", timeout, f"pipeline.{name}", gathers=False) for name in sorted(set(lanes.values()))}
         self.channels = {kind: made[name] for kind, name in lanes.items()}
         for way in sorted(self.channels):
             self.channels[way].connect(hops(self._placement, way))
@@ -89,7 +88,7 @@ class PipelineMode(Driver, Holder):
         name, blocks, self._stages = _cut(model, own, self.setup.roles)
         self.partition = Partition(model, name, blocks, self._stages, self._placement, own.held_by_all)
         self._whole = all(self.group.all_gather_objects(self.partition.is_whole))
-        self._tied = TiedGradients(self.partition, self.mesh.groups("pp"), self._rank, self.timeout)
+        self._tied = TiedGradients(self.partition, self.mesh.sets("pipeline"), self._rank, self.timeout)
         self._mark()
         if not self._whole:  # each has made those of its own stages, and goes through what is around the blocks of all
             self._tied.share_values()
@@ -114,7 +113,7 @@ class PipelineMode(Driver, Holder):
             return super().holds(model, config, roles, mesh)
         name, blocks, stages = _cut(model, config, roles)
         partition = Partition(model, name, blocks, stages, config.plan(config.count).placement, config.held_by_all)
-        return lambda name: mesh.coordinates()["pp"] in partition.holders(name)
+        return lambda name: mesh.index("pipeline") in partition.holders(name)
 
     def _mark(self) -> None:
         """Tells the other modes the stage of each parameter, and which parameters are complete at the end of backward only."""
@@ -365,8 +364,8 @@ class PipelineMode(Driver, Holder):
         absent = {number for number, parameter in enumerate(parameters) if id(parameter) in foreign}
         return {**state, "state": {number: values for number, values in state["state"].items() if number not in absent}}
 
-    def part_of(self, name: str, coordinates: Mapping[str, int]) -> Hashable:
-        return () if coordinates["pp"] in self.partition.holders(name) else None
+    def part_of(self, name: str, rank: int) -> Hashable:
+        return () if self.mesh.index("pipeline", rank) in self.partition.holders(name) else None
 
     def release(self, *, complete: bool = True) -> None:
         """The model is whole again on every rank, if it was."""

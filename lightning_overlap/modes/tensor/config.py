@@ -18,7 +18,7 @@ from lightning_overlap.decision import (
     settle,
 )
 from lightning_overlap.facts import Facts
-from lightning_overlap.ranks.mesh import Degrees
+from lightning_overlap.ranks.degrees import Degrees
 
 ADVICE = {
     "bytes": "keep_gathered_input: true, which gathers once where twice is the default; or fewer ranks on this axis",
@@ -292,7 +292,7 @@ def _against_userbuffers(config: TensorParallel, degrees: Degrees, facts: Facts)
             f"userbuffers are used in bf16, and precision is {facts.precision}: set precision: bf16-mixed or bf16-true",
         ),
         (
-            degrees.pp > 1,
+            degrees.pipeline > 1,
             "all ranks set its buffers up together, and a pipeline's stages come to their first products one after the other: set "
             "pipeline_parallel: 1",
         ),
