@@ -261,7 +261,7 @@ def measure(
         for name, seconds in clock.communication.items():
             (alone[name] if name else rows["communication"].seconds).append(seconds)
         if with_peers and repeat == 0:
-            peers = find_peers(overlapped.plan, config, strategy._get_process_group_backend())
+            peers = find_peers(overlapped.plan, config, strategy.backend_name)
         for name, (make, prepare) in peers.items():
             if name in refused:
                 continue

@@ -40,7 +40,7 @@ class Runs:
 
     def ours(self, **changes: Any) -> OverlapStrategy:
         """The user's configuration, with some fields of its ``OverlapConfig`` changed."""
-        made = OverlapStrategy(process_group_backend=self.strategy._process_group_backend)
+        made = OverlapStrategy(process_group_backend=self.strategy.process_group_backend)
         made.config = replace(self.strategy.config, **changes)
         return made
 
