@@ -24,6 +24,7 @@ from lightning_overlap.ranks.mesh import ParallelMesh
 from lightning_overlap.ranks.shared_state import share
 from lightning_overlap.ranks.world import all_gather_objects, rank, world_size
 from lightning_overlap.strategy.strategy import OverlapStrategy
+from lightning_overlap.torch_seams import parameters_of
 
 CLOSE, CLOSE_HALF = 1e-5, 1e-2
 """Relative difference from one process that another order of the same sums explains, in fp32 and with 16-bit activations."""
@@ -62,7 +63,7 @@ class _Witness(Callback):
             self._hooks.append(optimizer.register_step_pre_hook(self._stepped))
         if self._weights:
             for prefix, part in module.named_modules():
-                if names := list(part._parameters):
+                if names := list(parameters_of(part)):
                     self._hooks.append(part.register_forward_pre_hook(_Reads(self.seen.read, prefix, names)))
 
     def on_train_batch_start(self, trainer: Trainer, module: LightningModule, batch: Any, batch_idx: int) -> None:

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from lightning_overlap.decision import ConfigError
 from lightning_overlap.model.trees import leaves, replaced
+from lightning_overlap.torch_seams import children_of
 
 HIDDEN_ARGUMENTS = ("hidden_states", "hidden_state", "x", "hidden", "inputs", "input", "inputs_embeds")
 """Names under which blocks take the hidden states, where they are not the first positional argument."""
@@ -241,7 +242,7 @@ class BlockStack:
         stack = self
 
         def everything(own: Any) -> range:
-            return range(len(own._modules))
+            return range(len(children_of(own)))
 
         class Seen(self._class):  # type: ignore[misc, name-defined]
             def __iter__(self) -> Iterator[Any]:
@@ -285,7 +286,7 @@ class BlockStack:
         Raises:
             ConfigError: a block is left out or called out of its order, which no pass could follow.
         """
-        blocks = list(self.blocks._modules.values())
+        blocks = list(children_of(self.blocks).values())
         numbers = {id(block): [n for n, other in enumerate(blocks) if other is block] for block in blocks}
         calls: dict[int, int] = defaultdict(int)
         order: list[int] = []
@@ -334,7 +335,7 @@ class BlockStack:
         assert how is not None, "only a pass has stand-ins"
         if how.stop == number == how.next and number > 0:
             raise LeaveForward
-        return _StandIn(self, how, number, list(self.blocks._modules.values())[number])
+        return _StandIn(self, how, number, list(children_of(self.blocks).values())[number])
 
 
 def find_hidden(args: tuple[Any, ...], kwargs: Mapping[str, Any], who: str) -> tuple[int | str, Tensor]:

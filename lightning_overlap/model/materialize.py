@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from lightning_overlap.decision import ConfigError
 from lightning_overlap.state.shards import absent_like, is_absent
+from lightning_overlap.torch_seams import apply_to, buffers_of, parameters_of, version_of
 
 _LOST = "_lightning_overlap_lost"
 """Attribute of a parameter whose values another rank has, from a fit."""
@@ -58,7 +59,7 @@ def materialize(module: nn.Module, device: torch.device, holds: Callable[[str], 
         return torch.full_like(tensor, float("nan") if tensor.is_floating_point() else 0, device=device)
 
     _replace(module, make)
-    module._apply(lambda tensor: tensor if is_absent(tensor) else tensor.to(device))  # module.to would copy what is absent
+    apply_to(module, lambda tensor: tensor if is_absent(tensor) else tensor.to(device))  # module.to would copy what is absent
     return made
 
 
@@ -75,7 +76,7 @@ def initialize(module: nn.Module, names: Iterable[str], load: Callable[[], None]
         The names of what has got none.
     """
     tensors = {name: tensor for name, _, _, tensor in _tensors(module)}
-    before = {name: tensor._version for name, tensor in tensors.items()}
+    before = {name: version_of(tensor) for name, tensor in tensors.items()}
     parts = dict(module.named_modules())
     owners = {name.rpartition(".")[0] for name in names if not hasattr(tensors[name], _LOST)}
     for path in reversed(parts):  # from the inside out, as constructors do
@@ -93,7 +94,7 @@ def initialize(module: nn.Module, names: Iterable[str], load: Callable[[], None]
         vars(tensors[name]).pop(_LOST, None)
 
     def is_empty(tensor: Tensor, version: int) -> bool:
-        return bool(tensor.isnan().any()) if tensor.is_floating_point() else tensor._version == version
+        return bool(tensor.isnan().any()) if tensor.is_floating_point() else version_of(tensor) == version
 
     return [name for name in names if tensors[name].numel() and is_empty(tensors[name], before[name])]
 
@@ -116,7 +117,7 @@ def _is_elsewhere(tensor: Tensor) -> bool:
 def _tensors(module: nn.Module) -> Iterator[tuple[str, dict[str, Tensor | None], str, Tensor]]:
     """Name, the module's dictionary, key and value of each parameter and buffer, of what is tied by each of its names."""
     for path, part in module.named_modules(remove_duplicate=False):
-        for store in (part._parameters, part._buffers):
+        for store in (parameters_of(part), buffers_of(part)):
             for key, tensor in store.items():
                 if tensor is not None:
                     yield f"{path}.{key}".lstrip("."), store, key, tensor  # type: ignore[misc]

@@ -13,6 +13,8 @@ from typing import Any
 import numpy as np
 from torch import Tensor, nn
 
+from lightning_overlap.torch_seams import buffers_of
+
 _OF_MODULES = frozenset(vars(nn.Module()))
 _LIBRARIES = frozenset({"torch", "lightning", "pytorch_lightning", "transformers", "tokenizers", "numpy", "builtins", "functools"})
 """Packages whose objects, modules aside, are not gone into: a step does not write to their attributes."""
@@ -26,9 +28,9 @@ def unchanged(parts: Sequence[Any]) -> Iterator[None]:
         own = {name: value for name, value in vars(part).items() if name not in _OF_MODULES or not isinstance(part, nn.Module)}
         values = [(vars(part), own)]
         if isinstance(part, nn.Module):
-            values.append((part._buffers, dict(part._buffers)))
+            values.append((buffers_of(part), dict(buffers_of(part))))
         kept += [(store, name, value, _content(value)) for store, named in values for name, value in named.items()]
-    stores = [store for part in parts for store in (vars(part), *([part._buffers] if isinstance(part, nn.Module) else ()))]
+    stores = [store for part in parts for store in (vars(part), *([buffers_of(part)] if isinstance(part, nn.Module) else ()))]
     before = [(store, set(store)) for store in stores]
     try:
         yield

@@ -14,9 +14,10 @@ from types import TracebackType
 from typing import Any, NoReturn
 
 import torch.distributed as dist
-from torch._C._distributed_c10d import PrefixStore, TCPStore
+from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined]  # documented, and not declared in its __all__
 
 from lightning_overlap.decision import ConfigError
+from lightning_overlap.torch_seams import default_store
 
 LONGEST_NAP = 0.5
 """Seconds between two looks at which ranks have written a key."""
@@ -50,7 +51,7 @@ class Announcements:
         """The store, through a connection of its own; None before there are process groups."""
         if not dist.is_initialized():
             return None
-        world_store = dist.distributed_c10d._get_default_store()
+        world_store = default_store()
         if world_store is not self._world_store:
             base: Any = base_store()
             # Another thread's wait on the world's connection would block this one. (A FileStore has no connection.)
@@ -177,7 +178,7 @@ class Announcements:
 
 def base_store() -> Any:
     """The world's store itself, without the prefix of its keys."""
-    store: Any = dist.distributed_c10d._get_default_store()
+    store: Any = default_store()
     while isinstance(store, PrefixStore):
         store = store.underlying_store
     return store

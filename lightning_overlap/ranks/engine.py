@@ -16,13 +16,13 @@ from typing import Any, ClassVar, Protocol
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch._C import _distributed_c10d
 
 from lightning_overlap.ranks.announcements import TransferError
 from lightning_overlap.ranks.clock import Clock, Marks
 from lightning_overlap.ranks.members import LISTED_TRANSFERS, Members
 from lightning_overlap.ranks.pool import BufferPool
 from lightning_overlap.ranks.transfer import Transfer, Waiter
+from lightning_overlap.torch_seams import c10d
 
 LONGEST_NAP = 0.002
 """Seconds between two looks at a collective that the main thread waits for."""
@@ -235,7 +235,7 @@ class Engine:
 
     def failure(self, label: str, peer: int, error: Exception) -> Exception:
         """As :meth:`Members.failure`, with the last collectives of torch's Flight Recorder, if TORCH_FR_BUFFER_SIZE asks for it."""
-        recorder = getattr(_distributed_c10d, self._recorder)
+        recorder = getattr(c10d, self._recorder)
         entries = json.loads(recorder(includeCollectives=True, onlyActive=False)).get("entries", [])[-LISTED_TRANSFERS:]
         last = [f"{e['profiling_name']} {e['input_sizes']} of {e['process_group'][1]} ({e['state']})" for e in entries]
         record = f" Last in torch's Flight Recorder: {', '.join(last)}." if last else ""

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from lightning_overlap.ranks.group import Group, Pending
 from lightning_overlap.ranks.world import everyone, world_size
+from lightning_overlap.torch_seams import BatchNorm, buffers_of, version_of
 
 AT_ONCE = 1 << 25
 """Bytes that are broadcast together: many small tensors cost one transfer, and no copy is larger."""
@@ -62,7 +63,7 @@ def batch_norms_over(module: nn.Module, group: Group) -> Iterator[None]:
         if group.size > 1:
             layer.process_group = group.process_group
         else:  # which has no process group, and None would be the world's
-            layer.forward = MethodType(nn.modules.batchnorm._BatchNorm.forward, layer)  # type: ignore[method-assign]
+            layer.forward = MethodType(BatchNorm.forward, layer)  # type: ignore[method-assign]
     try:
         yield
     finally:
@@ -85,7 +86,7 @@ class SharedBuffers:
     """
 
     def __init__(self, module: nn.Module, group: Group, everyone: Group) -> None:
-        self._holders = [(path, part) for path, part in module.named_modules() if part._buffers]
+        self._holders = [(path, part) for path, part in module.named_modules() if buffers_of(part)]
         self._group = group
         self._everyone = everyone
         self._before = self._state()
@@ -116,7 +117,7 @@ class SharedBuffers:
             self._news.wait()
 
     def _named(self, names: Iterable[str]) -> list[Tensor]:
-        buffers = {f"{path}.{key}": buffer for path, part in self._holders for key, buffer in part._buffers.items()}
+        buffers = {f"{path}.{key}": buffer for path, part in self._holders for key, buffer in buffers_of(part).items()}
         return [buffer for name in names if (buffer := buffers.get(name)) is not None]
 
     def _written(self) -> list[str]:
@@ -125,8 +126,8 @@ class SharedBuffers:
 
     def _state(self) -> dict[str, tuple[int, int]]:
         return {
-            f"{path}.{key}": (buffer.data_ptr(), 0 if buffer.is_inference() else buffer._version)
+            f"{path}.{key}": (buffer.data_ptr(), 0 if buffer.is_inference() else version_of(buffer))
             for path, part in self._holders
-            for key, buffer in part._buffers.items()
+            for key, buffer in buffers_of(part).items()
             if buffer is not None
         }

@@ -20,6 +20,7 @@ from lightning_overlap.ranks.group import Group
 from lightning_overlap.ranks.members import Members
 from lightning_overlap.ranks.nccl import NcclEngine
 from lightning_overlap.ranks.sockets import Sockets
+from lightning_overlap.torch_seams import group_count, set_group_count
 
 T = TypeVar("T")
 
@@ -64,14 +65,13 @@ class World:
         if world_size() == 1:
             return
         # Groups find their members by a number that each rank counts, and an attempt that failed may have left them at different ones.
-        of_torch = dist.distributed_c10d._world
-        counts = self.announcements.gather("groups", str(of_torch.group_count), meeting_timeout.total_seconds())
+        counts = self.announcements.gather("groups", str(group_count()), meeting_timeout.total_seconds())
         if len(counts) < world_size():
             raise TransferError(
                 f"of {world_size()} ranks only {list(counts)} have come within {meeting_timeout}: look for the errors of the others. "
                 "meeting_timeout is how long ranks wait for each other"
             )
-        of_torch.group_count = max(map(int, counts.values()))
+        set_group_count(max(map(int, counts.values())))
         self._everyone = make_group([range(world_size())], "world", timeout, backend="gloo", gathers=False, threads=False)
         self._process_group = dist.group.WORLD
 

@@ -22,7 +22,6 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
 from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint.metadata import (
-    _MEM_FORMAT_ENCODING,
     BytesStorageMetadata,
     Metadata,
     MetadataIndex,
@@ -48,6 +47,7 @@ from lightning_overlap.state.checkpoint import (
 )
 from lightning_overlap.state.parts import Parts
 from lightning_overlap.state.shards import Place, Run
+from lightning_overlap.torch_seams import MemoryFormatEncoding
 
 INDEX, META = ".metadata", "meta.pt"
 T = TypeVar("T")
@@ -475,9 +475,9 @@ class _IndexUnpickler(pickle.Unpickler):
 
 def _member(kind: Any, name: Any) -> Any:
     """What ``getattr`` may do in an index: name a member of the one enum in it."""
-    if kind is not _MEM_FORMAT_ENCODING or name not in _MEM_FORMAT_ENCODING.__members__:
+    if kind is not MemoryFormatEncoding or name not in MemoryFormatEncoding.__members__:
         raise pickle.UnpicklingError(f"it names {kind!r}.{name}")
-    return _MEM_FORMAT_ENCODING[name]
+    return MemoryFormatEncoding[name]
 
 
 class _Reader(FileSystemReader):

@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorProperties
 from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
 
+from lightning_overlap.torch_seams import WithoutSubclasses
+
 
 def boxes(shape: Sequence[int], start: int, end: int) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
     """Offsets and sizes of the boxes that tile the run [start, end) of a tensor's elements, in their order.
@@ -187,7 +189,7 @@ class _Absent:
                 if not here:
                     return target  # torch takes no empty list
                 args = [[x[i] for i in here] if isinstance(x, list | tuple) and len(x) == len(target) else x for x in args]
-        with torch._C.DisableTorchFunctionSubclass():
+        with WithoutSubclasses():
             result = function(*args, **kwargs)
             view = isinstance(target, _Absent) and isinstance(result, Tensor) and _share_memory(target, result)
             return result.as_subclass(AbsentTensor) if view else result

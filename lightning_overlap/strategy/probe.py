@@ -7,7 +7,7 @@ import inspect
 import itertools
 import math
 import re
-from collections import OrderedDict, defaultdict
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from types import CodeType
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_overlap.facts import OptimizerFacts
+from lightning_overlap.torch_seams import forget_step_hooks, has_step_hooks
 
 SHAPES = ((80, 64), (4, 6)), ((80, 64), (64, 48))
 """Two matrices to try an optimizer on: a large and a small one, since some go by size; where it refuses those, two large ones."""
@@ -52,7 +53,7 @@ def examine(optimizer: Optimizer) -> OptimizerFacts:
         return facts("looks at all parameters at once", independent=False)
     if not alike(lambda trial: trial.pieces):
         return facts("does not update each element on its own")
-    if optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks:
+    if has_step_hooks(optimizer):
         return facts("has step hooks, to be called once a step", elementwise=True)
     if not alike(lambda trial: trial.pieces, apart=True):
         return facts("cannot step a part of its parameters at a time", elementwise=True)
@@ -183,7 +184,7 @@ def _steps(
     vars(probe).update({k: copy.copy(v) if isinstance(v, list | dict | set) else v for k, v in vars(optimizer).items()})
     probe.state = defaultdict(dict)
     probe.param_groups = [{**copy.deepcopy(group), "params": parameters}]
-    probe._optimizer_step_pre_hooks, probe._optimizer_step_post_hooks = OrderedDict(), OrderedDict()
+    forget_step_hooks(probe)
     step = type(optimizer).step
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         if callable(train := getattr(probe, "train", None)):

@@ -15,10 +15,10 @@ from lightning.pytorch.plugins.precision import Precision
 from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.exceptions import SIGTERMException
-from torch._dynamo import OptimizedModule
 from torch.jit import ScriptModule
 from torchmetrics import Metric
 
+from lightning_overlap import torch_seams
 from lightning_overlap.config import OverlapConfig
 from lightning_overlap.facts import Facts
 from lightning_overlap.ranks.group import Group, Pending
@@ -165,7 +165,7 @@ def is_compiled(module: LightningModule) -> bool:
     """Whether code that runs past Python is in the module: ``torch.compile``, or TorchScript."""
     # Lightning sets it on the instance when it takes a compiled module apart.
     return getattr(module, "_compiler_ctx", None) is not None or any(
-        isinstance(m, OptimizedModule | ScriptModule) or m._compiled_call_impl is not None for m in module.modules()
+        isinstance(part, ScriptModule) or torch_seams.is_compiled(part) for part in module.modules()
     )
 
 

@@ -8,6 +8,7 @@ from lightning_overlap.decision import ConfigError
 from lightning_overlap.modes.data.buffers import LiveBucket
 from lightning_overlap.modes.data.guard import ReferenceGuard
 from lightning_overlap.ranks.group import Group
+from lightning_overlap.torch_seams import version_of
 
 
 class Gathers:
@@ -41,7 +42,7 @@ class Gathers:
             bucket.data[bucket.own].copy_(bucket.main)
         # A weight that autograd saved before this cannot be used after it without an error.
         torch.autograd.graph.increment_version(bucket.parameters)
-        bucket.versions = [parameter._version for parameter in bucket.parameters]
+        bucket.versions = [version_of(parameter) for parameter in bucket.parameters]
         self._guard.guard(bucket.parameters)
         self.incomplete.add(bucket.key)
         self._to_post.append(bucket)
@@ -86,7 +87,7 @@ class Gathers:
     @staticmethod
     def _refuse_lost_writes(bucket: LiveBucket) -> None:
         for name, parameter, version in zip(bucket.names, bucket.parameters, bucket.versions, strict=True):
-            if parameter._version != version:
+            if version_of(parameter) != version:
                 raise ConfigError(
                     f"{name} was written through a view that was taken earlier (parameter.detach(), kept), while its update was on "
                     "its way to this rank, and the write is lost. Write to the parameter itself, which waits for the update: "

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from torch.compiler import is_compiling
 
 from lightning_overlap.model.trees import leaves
+from lightning_overlap.torch_seams import WithoutSubclasses
 
 
 class GuardedParameters(dict[str, "nn.Parameter | None"]):
@@ -108,7 +109,7 @@ class IncompleteParameter:
     def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if function in _READ_NO_VALUES:
-            with torch._C.DisableTorchFunctionSubclass():
+            with WithoutSubclasses():
                 return function(*args, **kwargs)
         for used in leaves((args, kwargs)):
             if isinstance(used, IncompleteParameter):

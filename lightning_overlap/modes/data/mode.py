@@ -20,7 +20,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd import Variable
 from torch.optim import Optimizer
 
 from lightning_overlap.decision import ConfigError
@@ -34,6 +33,7 @@ from lightning_overlap.modes.data.layout import Bucket, lateness, lay_out
 from lightning_overlap.modes.data.optimizer import ShardedOptimizer
 from lightning_overlap.ranks.group import Group, Pending
 from lightning_overlap.ranks.world import make_group
+from lightning_overlap.torch_seams import after_backward, parameters_of, set_parameters
 
 WORTH_IT = 0.1
 """Buckets are laid out again if they can then be sent, on average, so much of a backward earlier."""
@@ -196,10 +196,10 @@ class DataMode(OptimizerHolder):
 
     def _guard(self, model: nn.Module) -> None:
         for module in model.modules():
-            own = [p for p in module._parameters.values() if p is not None and id(p) in self._home]
+            own = [p for p in parameters_of(module).values() if p is not None and id(p) in self._home]
             if own:
-                guarded = GuardedParameters(module._parameters, self._gathers.incomplete, self._complete)
-                module._parameters = guarded  # type: ignore[assignment]
+                guarded = GuardedParameters(parameters_of(module), self._gathers.incomplete, self._complete)
+                set_parameters(module, guarded)
                 self._guarded.append(module)
                 if isinstance(module, nn.RNNBase):  # reads its weights from a list of its own, past the guard
                     self._hooks.append(module.register_forward_pre_hook(CompleteBefore(guarded)))
@@ -301,7 +301,7 @@ class DataMode(OptimizerHolder):
         assert grad is not None, "the hook runs after the gradient is accumulated"
         if not self._held and not self._backward_open:
             self._open_backward()  # loss.backward() without Lightning
-            Variable._execution_engine.queue_callback(self.finish_backward)  # type: ignore[attr-defined]
+            after_backward(self.finish_backward)
         if self._fired is not None:
             self._fired.setdefault(id(parameter))
         if bucket.launched and not self._held:
@@ -496,7 +496,7 @@ class DataMode(OptimizerHolder):
         for hook in self._hooks:
             hook.remove()
         for module in self._guarded:
-            module._parameters = dict(module._parameters)
+            set_parameters(module, dict(parameters_of(module)))
         unflatten(self._buckets)
         if complete:
             for group in self.groups:

@@ -38,6 +38,7 @@ from lightning_overlap.steps.microbatches import Microbatches, shapes_of
 from lightning_overlap.steps.random_state import block_seeder, preserve_random_state, seed_all
 from lightning_overlap.steps.runner import Runner
 from lightning_overlap.steps.step import Step
+from lightning_overlap.torch_seams import parameters_of
 
 CHECKED_BATCHES = 3
 """Batches at the start of a fit whose losses are looked at."""
@@ -426,5 +427,5 @@ def _lay_out(config: PipelineParallel, model: nn.Module, name: str, blocks: Sequ
         inside = path == name or path.startswith(f"{name}.")
         before = before and not inside
         if not inside:
-            outside[before] += sum(p.numel() for p in module._parameters.values() if p is not None)
+            outside[before] += sum(p.numel() for p in parameters_of(module).values() if p is not None)
     return layout.balanced(costs, config.stages, first=outside[True], last=outside[False])

@@ -18,6 +18,7 @@ from lightning_overlap.decision import ConfigError
 from lightning_overlap.model.blocks import Blocks
 from lightning_overlap.modes.pipeline.weight_grad import is_plain
 from lightning_overlap.state.shards import is_absent, leave, take
+from lightning_overlap.torch_seams import buffers_of, children_of, parameters_of
 
 
 def heads(model: nn.Module, name: str, blocks: Blocks) -> list[nn.Linear]:
@@ -78,7 +79,7 @@ class Partition:
             inside = path.removeprefix(name + ".") if name and path.startswith(name + ".") else path if not name and path else ""
             behind = behind or module is blocks
             is_around = not inside and f"{name}.".startswith(f"{path}." if path else "")
-            for key, tensor in [*module._parameters.items(), *module._buffers.items()]:
+            for key, tensor in [*parameters_of(module).items(), *buffers_of(module).items()]:
                 if tensor is None:
                     continue
                 full = f"{path}.{key}".lstrip(".")
@@ -87,8 +88,8 @@ class Partition:
                 if asked:
                     numbers = set(range(len(stages)))
                 elif inside:
-                    numbers = {stage_of_block[list(blocks._modules).index(inside.split(".")[0])]}
-                elif is_around and key in module._parameters:
+                    numbers = {stage_of_block[list(children_of(blocks)).index(inside.split(".")[0])]}
+                elif is_around and key in parameters_of(module):
                     numbers = {0, last}
                 else:
                     numbers = {last if behind or is_around else 0}

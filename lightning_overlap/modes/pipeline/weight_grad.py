@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lightning_overlap.decision import ConfigError
+from lightning_overlap.torch_seams import parameters_of
 
 Deferred = dict[Tensor, list[Tensor]]
 """By weight, in the order of the backward, roots of graphs whose backward computes and accumulates the weight's gradient."""
@@ -212,7 +213,7 @@ def _inside(modules: Iterable[nn.Module]) -> list[nn.Module]:
 def splittable(modules: Sequence[nn.Module]) -> list[nn.Linear]:
     """Those of the modules whose weights' gradients can come later."""
     elsewhere = {
-        id(p) for module in modules for name, p in module._parameters.items() if not (name == "weight" and is_plain(module))
+        id(p) for module in modules for name, p in parameters_of(module).items() if not (name == "weight" and is_plain(module))
     }
     return [module for module in modules if is_plain(module) and id(module.weight) not in elsewhere]
 
@@ -222,11 +223,11 @@ def what_splits(modules: Iterable[nn.Module]) -> tuple[float, tuple[str, ...]]:
     those that hold other matrices."""
     inside = _inside(modules)
     later = {id(module.weight) for module in splittable(inside)}
-    trained = {id(p): p for module in inside for p in module._parameters.values() if p is not None and p.requires_grad}
+    trained = {id(p): p for module in inside for p in parameters_of(module).values() if p is not None and p.requires_grad}
     kinds = {
         type(module).__name__
         for module in inside
-        for p in module._parameters.values()
+        for p in parameters_of(module).values()
         if p is not None and id(p) in trained and id(p) not in later and p.dim() > 1
     }
     total = sum(p.numel() for p in trained.values())

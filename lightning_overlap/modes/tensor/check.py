@@ -11,13 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
-from torch.utils._pytree import tree_map
 
 from lightning_overlap.decision import ConfigError
 from lightning_overlap.model.block_stack import find_hidden
 from lightning_overlap.modes.tensor.patches import Hook
 from lightning_overlap.ranks.announcements import TransferError
 from lightning_overlap.ranks.group import Group
+from lightning_overlap.torch_seams import tree_map
 
 
 @dataclass(frozen=True)

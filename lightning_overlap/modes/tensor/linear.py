@@ -40,6 +40,7 @@ from lightning_overlap.modes.tensor.gemm import (
     part,
 )
 from lightning_overlap.modes.tensor.stand_in import ASKED, StandIn, View
+from lightning_overlap.torch_seams import WithoutSubclasses
 
 
 @dataclass
@@ -312,7 +313,7 @@ class Arriving(StandIn):
     @classmethod
     def compute(cls, func: Any, args: Any, kwargs: Any) -> Any:
         if func in ASKED:
-            with torch._C.DisableTorchFunctionSubclass():
+            with WithoutSubclasses():
                 return func(*args, **kwargs)
         if func is F.linear:
             found = _arguments(*args, **kwargs)
@@ -323,11 +324,11 @@ class Arriving(StandIn):
     def times(self, weight: int) -> Tensor:
         """The output of the column linear with the weight of that id."""
         stand_in, bias = self.ports[weight]
-        with torch._C.DisableTorchFunctionSubclass():
+        with WithoutSubclasses():
             return _Column.apply(self, stand_in, bias, self.gathered, self.reading, weight)  # type: ignore[no-untyped-call, no-any-return]
 
     def whole(self, reader: Any = None) -> Tensor:
-        with torch._C.DisableTorchFunctionSubclass():
+        with WithoutSubclasses():
             return _Whole.apply(self, self.gathered)  # type: ignore[no-untyped-call, no-any-return]
 
 

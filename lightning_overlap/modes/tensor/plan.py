@@ -18,6 +18,7 @@ from torch import nn
 from lightning_overlap.decision import ConfigError
 from lightning_overlap.model.blocks import Blocks, find_blocks
 from lightning_overlap.model.roles import parse_role
+from lightning_overlap.torch_seams import parameters_of
 
 STYLES = {
     "colwise": "column",
@@ -289,7 +290,7 @@ def _cut(name: str, module: nn.Module, role: str) -> Cut:
         raise ConfigError(f"{name} is a {type(module).__name__}, which cannot be {role!r}")
     if isinstance(module, nn.Embedding) and (module.max_norm is not None or module.sparse or module.scale_grad_by_freq):
         raise ConfigError(f"{name} has max_norm, sparse or scale_grad_by_freq, which look at all its entries")
-    if not all(getattr(module, key, None) is module._parameters.get(key) for key in ("weight", "bias")):
+    if not all(getattr(module, key, None) is parameters_of(module).get(key) for key in ("weight", "bias")):
         raise ConfigError(
             f"{name} computes its weight or bias from other parameters (weight_norm, spectral_norm, a parametrization), of which it "
             "needs all: take the parametrization away before the fit (torch.nn.utils.parametrize.remove_parametrizations, "
@@ -312,7 +313,7 @@ def _add_tied(model: nn.Module, cuts: dict[str, Cut], problems: list[str]) -> No
     """What shares a weight with a layer that is cut is cut with it, if it is an embedding or a head."""
     cut_by = {id(cut.module.weight): cut for cut in cuts.values()}
     for name, module in model.named_modules():
-        for parameter in module._parameters.values():
+        for parameter in parameters_of(module).values():
             first = cut_by.get(id(parameter))
             if first is None or name in cuts or module is first.module:
                 continue
@@ -434,7 +435,7 @@ def _shared(model: nn.Module, parts: Mapping[str, nn.Module], whole: set[int]) -
 
     def walk(module: nn.Module) -> None:
         if id(module) not in parted:
-            elsewhere.update(id(parameter) for parameter in module._parameters.values())
+            elsewhere.update(id(parameter) for parameter in parameters_of(module).values())
             for child in module.children():
                 walk(child)
 

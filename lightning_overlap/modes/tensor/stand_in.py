@@ -11,9 +11,9 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves, tree_map
 
 from lightning_overlap.decision import ConfigError
+from lightning_overlap.torch_seams import WithoutSubclasses, tree_leaves, tree_map
 
 ASKED = {
     getattr(torch.Tensor, name).__get__
@@ -81,7 +81,7 @@ class View(StandIn):
     """A view of the copy that was read."""
 
     def whole(self, reader: Any) -> Tensor:
-        with torch._C.DisableTorchFunctionSubclass():
+        with WithoutSubclasses():
             return self.as_subclass(Tensor)
 
 

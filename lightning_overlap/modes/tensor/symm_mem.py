@@ -21,6 +21,7 @@ from torch.autograd.function import once_differentiable
 from lightning_overlap.modes.tensor.gemm import Exchange, Gathered, Reduced
 from lightning_overlap.modes.tensor.linear import Arriving, Reading, cast, matrix
 from lightning_overlap.ranks.group import Group
+from lightning_overlap.torch_seams import WithoutSubclasses, register_symmetric_memory
 
 
 @dataclass(frozen=True)
@@ -46,8 +47,7 @@ class Operators:
 
 def operators(group: Group) -> Operators:
     """Those of torch."""
-    import torch.distributed._symmetric_memory  # registers them
-
+    register_symmetric_memory()
     fused = torch.ops.symm_mem
     return Operators(fused.fused_all_gather_matmul, fused.fused_matmul_reduce_scatter, group.process_group.group_name)
 
@@ -98,7 +98,7 @@ class Ready(Arriving):
         return self.products[weight]
 
     def whole(self, reader: Any = None) -> Tensor:
-        with torch._C.DisableTorchFunctionSubclass():
+        with WithoutSubclasses():
             return self.as_subclass(Tensor)
 
 

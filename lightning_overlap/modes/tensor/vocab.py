@@ -17,12 +17,12 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_leaves
 
 from lightning_overlap.modes.tensor.linear import cast
 from lightning_overlap.modes.tensor.loss import cross_entropy
 from lightning_overlap.modes.tensor.stand_in import ASKED, StandIn
 from lightning_overlap.ranks.group import Group
+from lightning_overlap.torch_seams import WithoutSubclasses, tree_leaves
 
 
 @dataclass(frozen=True)
@@ -188,14 +188,14 @@ class CutLogits(StandIn):
         if logits is not None and func in _TRACED:
             return func(logits.local)
         if func in ASKED:
-            with torch._C.DisableTorchFunctionSubclass():
+            with WithoutSubclasses():
                 return func(*args, **kwargs)
         if logits is not None and func in _EACH and not others:
             return cls.of(func(logits.local, *args[1:], **kwargs), logits.vocabulary)
         if logits is not None and func in _CASTS and not others and not kwargs.get("copy"):
             return cls.of(func(logits.local, *args[1:], **kwargs), logits.vocabulary, logits)
         if logits is not None and func in _SHAPED:
-            with torch._C.DisableTorchFunctionSubclass():
+            with WithoutSubclasses():
                 shape = func(logits, *args[1:], **kwargs).shape
             if shape[-1:] == logits.shape[-1:]:
                 return cls.of(logits.local.reshape(*shape[:-1], logits.local.shape[-1]), logits.vocabulary, logits)

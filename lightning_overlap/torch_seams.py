@@ -1,0 +1,112 @@
+"""The only file that uses private names of torch. They are checked at import, and each has a function or a name here."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable
+from typing import Any
+
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.autograd import Variable
+from torch.optim import Optimizer
+
+SUPPORTED = "lightning_overlap supports the versions of torch in its requirements: install one of these."
+try:
+    from torch._C import DisableTorchFunctionSubclass as WithoutSubclasses
+    from torch._C import _distributed_c10d as c10d
+    from torch._dynamo import OptimizedModule as CompiledModule
+    from torch.distributed.checkpoint.metadata import _MEM_FORMAT_ENCODING as MemoryFormatEncoding
+    from torch.nn.modules.batchnorm import _BatchNorm as BatchNorm
+    from torch.utils._pytree import tree_leaves, tree_map
+except ImportError as error:
+    raise ImportError(f"this version of torch lacks a part that is needed ({error}). {SUPPORTED}") from error
+
+__all__ = ["BatchNorm", "CompiledModule", "MemoryFormatEncoding", "WithoutSubclasses", "c10d", "tree_leaves", "tree_map"]
+
+PRIVATE_NAMES: tuple[tuple[Any, str, str], ...] = (
+    (nn.Module(), "_parameters", "guarded, so that weights are complete before anybody reads them"),
+    (nn.Module(), "_buffers", "buffers by their module, which may register others"),
+    (nn.Module(), "_modules", "the blocks of a list that a stand-in has taken the place of"),
+    (nn.Module(), "_apply", "moves to a device what is not absent"),
+    (nn.Module(), "_compiled_call_impl", "whether a module was compiled in place"),
+    (Tensor, "_version", "whether a tensor was written since"),
+    (Variable, "_execution_engine", "calls a function at the end of a backward"),
+    (Optimizer, "register_step_pre_hook", "fills _optimizer_step_pre_hooks"),
+    (dist.distributed_c10d, "_get_default_store", "the store of the world, over which errors are announced"),
+    (dist.distributed_c10d, "_world", "the count of groups, by which ranks name them"),
+)
+"""The object that has the name, the name, what it is used for."""
+for _owner, _name, _use in PRIVATE_NAMES:
+    if not hasattr(_owner, _name):
+        raise ImportError(f"this version of torch has no {_name} of {_owner!r} ({_use}). {SUPPORTED}")
+
+
+def parameters_of(module: nn.Module) -> dict[str, nn.Parameter | None]:
+    """The module's own dictionary of parameters, without those of modules in it."""
+    return module._parameters
+
+
+def set_parameters(module: nn.Module, parameters: dict[str, nn.Parameter | None]) -> None:
+    """Gives the module another dictionary of parameters."""
+    module._parameters = parameters
+
+
+def buffers_of(module: nn.Module) -> dict[str, Tensor | None]:
+    """The module's own dictionary of buffers, without those of modules in it."""
+    return module._buffers
+
+
+def children_of(module: nn.Module) -> dict[str, Any]:
+    """The module's own dictionary of modules."""
+    return module._modules
+
+
+def apply_to(module: nn.Module, function: Callable[[Tensor], Tensor]) -> None:
+    """Replaces the module's parameters and buffers, as ``module.to`` does, by what a function gives for each."""
+    module._apply(function)
+
+
+def is_compiled(module: nn.Module) -> bool:
+    """Whether ``torch.compile`` has compiled the module or its call."""
+    return isinstance(module, CompiledModule) or module._compiled_call_impl is not None
+
+
+def version_of(tensor: Tensor) -> int:
+    """The number of times that a tensor was written in place."""
+    return tensor._version
+
+
+def after_backward(function: Callable[[], None]) -> None:
+    """Calls a function when the backward that runs has ended. To be called inside it."""
+    Variable._execution_engine.queue_callback(function)  # type: ignore[attr-defined]
+
+
+def has_step_hooks(optimizer: Optimizer) -> bool:
+    """Whether something is to be called before or after each step of an optimizer."""
+    return bool(optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks)
+
+
+def forget_step_hooks(optimizer: Optimizer) -> None:
+    """Leaves an optimizer without hooks of its steps."""
+    optimizer._optimizer_step_pre_hooks, optimizer._optimizer_step_post_hooks = OrderedDict(), OrderedDict()
+
+
+def default_store() -> Any:
+    """The store of the process group of all ranks."""
+    return dist.distributed_c10d._get_default_store()
+
+
+def group_count() -> int:
+    """The number of groups that this process has made, by which torch names the next one."""
+    return dist.distributed_c10d._world.group_count
+
+
+def set_group_count(count: int) -> None:
+    """Sets the number by which torch names the next group: ranks must agree in it."""
+    dist.distributed_c10d._world.group_count = count
+
+
+def register_symmetric_memory() -> None:
+    """Registers torch's operators of symmetric memory."""
+    import torch.distributed._symmetric_memory  # noqa: F401
