@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_map
 
 from lightning_overlap.decision import ConfigError
 from lightning_overlap.model.block_stack import find_hidden
-from lightning_overlap.modes.tensor.patches import Hook
+from lightning_overlap.model.patches import Hook
 from lightning_overlap.ranks.announcements import TransferError
 from lightning_overlap.ranks.group import Group
 

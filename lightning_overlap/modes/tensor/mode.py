@@ -24,7 +24,7 @@ from lightning_overlap.modes.tensor.features import gathering, splitting
 from lightning_overlap.modes.tensor.gemm import Exchange, shares
 from lightning_overlap.modes.tensor.linear import Prepared, Reading, alike, column_forward, matrix, prepare, read, row_product
 from lightning_overlap.modes.tensor.partition import Partition, Piece
-from lightning_overlap.modes.tensor.patches import Forward, Hook
+from lightning_overlap.model.patches import Forward, Hook
 from lightning_overlap.modes.tensor.plan import Cut, Region, TensorPlan, find
 from lightning_overlap.modes.tensor.random_state import CommonNumbers
 from lightning_overlap.modes.tensor.sequence import enter, leave, own_tokens
