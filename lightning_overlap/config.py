@@ -13,17 +13,7 @@ from lightning_overlap.modes.data.config import DataParallel
 from lightning_overlap.modes.expert.config import ExpertParallel
 from lightning_overlap.modes.pipeline.config import PipelineParallel
 from lightning_overlap.modes.tensor.config import TensorParallel
-
-
-@dataclass(frozen=True)
-class Degrees:
-    """Ranks along each axis of the mesh, outermost first."""
-
-    pp: int = 1
-    dp: int = 1
-    ep: int = 1
-    cp: int = 1
-    tp: int = 1
+from lightning_overlap.ranks.degrees import Degrees
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,14 +38,13 @@ class OverlapConfig:
             raise ConfigError(f"verify_first_step must be true, false or auto, got {self.verify_first_step!r}")
 
     def degrees(self, world_size: int) -> Degrees:
-        """Ranks along each axis.
+        """The size of each kind of parallelism, in a world of so many ranks.
 
         Raises:
-            ConfigError: the degrees do not multiply to ``world_size``.
+            ConfigError: the sizes do not multiply to ``world_size``, or that of the experts does not divide the ranks of a stage.
         """
         others = {
             "pipeline_parallel": self.pipeline_parallel.size,
-            "expert_parallel": self.expert_parallel.size,
             "context_parallel": self.context_parallel.size,
             "tensor_parallel": self.tensor_parallel.size,
         }
@@ -72,4 +61,10 @@ class OverlapConfig:
                 f"data_parallel.size={asked} with {named} (x {product}) needs {int(asked) * product} ranks, and there are "
                 f"{world_size}: start that many, or set data_parallel.size: {left} or auto"
             )
-        return Degrees(*[others["pipeline_parallel"], left, *list(others.values())[1:]])
+        return Degrees(
+            pipeline=self.pipeline_parallel.size,
+            data=left,
+            context=self.context_parallel.size,
+            tensor=self.tensor_parallel.size,
+            expert=self.expert_parallel.size,
+        )

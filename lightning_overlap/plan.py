@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import astuple, dataclass
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from lightning_overlap.decision import Decision, settle
@@ -13,8 +13,9 @@ from lightning_overlap.modes.pipeline.config import decide as decide_pipeline
 from lightning_overlap.modes.tensor.config import decide as decide_tensor
 
 if TYPE_CHECKING:
-    from lightning_overlap.config import Degrees, OverlapConfig
+    from lightning_overlap.config import OverlapConfig
     from lightning_overlap.facts import Facts
+    from lightning_overlap.ranks.degrees import Degrees
 
 
 @dataclass(frozen=True)
@@ -31,11 +32,11 @@ class Plan:
 
     def explain(self) -> str:
         """The plan as text: a head, then a line for each feature: what was asked, what runs, why."""
-        pp, dp, ep, cp, tp = astuple(self.degrees)
+        sizes = self.degrees
         facts = self.facts
         head = [
             f"lightning_overlap: {facts.world_size} ranks on {facts.device} with {facts.backend}, {facts.precision}; "
-            f"pipeline {pp} x data {dp} x expert {ep} x context {cp} x tensor {tp}",
+            f"pipeline {sizes.pipeline} x data {sizes.data} x expert {sizes.expert} x context {sizes.context} x tensor {sizes.tensor}",
         ]
         rows = [(d.feature, d.asked, d.choice, d.why) for d in self.decisions]
         table = [("feature", "asked", "runs", "why"), *rows]
@@ -57,7 +58,7 @@ def resolve(config: OverlapConfig, facts: Facts) -> Plan:
         *decide_context(config.context_parallel, config, facts),
         *decide_expert(config.expert_parallel, config, facts),
         *decide_data(config.data_parallel, config, facts),
-        *_first_step(config, facts, is_cut=degrees.dp < facts.world_size),
+        *_first_step(config, facts, is_cut=degrees.data < facts.world_size),
     ]
     return Plan(degrees, facts, tuple(decisions))
 

@@ -70,3 +70,13 @@ def test_directions(name):
 @pytest.mark.parametrize("name", sorted(FILES))
 def test_no_state_of_modules(name):
     assert not [node for node in ast.walk(ast.parse(FILES[name].read_text())) if isinstance(node, ast.Global)]
+
+
+@pytest.mark.parametrize("name", sorted(set(FILES) - {"ranks/mesh.py"}))
+def test_axes_are_known_to_the_mesh_only(name):
+    """Others ask it for groups by their meaning."""
+    axes = {"pp", "dp", "cp", "tp", "ep"}
+    nodes = list(ast.walk(ast.parse(FILES[name].read_text())))
+    assert not [node.value for node in nodes if isinstance(node, ast.Constant) and isinstance(node.value, str) and node.value in axes]
+    assert not [node.attr for node in nodes if isinstance(node, ast.Attribute) and node.attr in axes]
+    assert not [node.id for node in nodes if isinstance(node, ast.Name) and node.id in axes]

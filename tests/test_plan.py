@@ -15,10 +15,8 @@ from lightning_overlap import (
     PipelineParallel,
     TensorParallel,
 )
-from lightning_overlap.config import Degrees
 from lightning_overlap.facts import Facts, OptimizerFacts, PipelineFacts, TensorFacts
 from lightning_overlap.plan import resolve
-from lightning_overlap.ranks.mesh import ParallelMesh
 
 PACKAGE = Path(lightning_overlap.__file__).parent
 STDLIB_ONLY = ["config.py", "decision.py", "plan.py", "modes/data/layout.py", *sorted(
@@ -229,13 +227,6 @@ def test_strategy_refuses_before_anything_starts():
     with pytest.raises(ConfigError, match=r"data_parallel\.size=4"):
         Trainer(strategy=OverlapStrategy(data_parallel=4), accelerator="cpu", devices=2)
 
-
-def test_mesh():
-    mesh = ParallelMesh(Degrees(pp=2, dp=2, ep=1, cp=1, tp=2), rank=5)
-    assert mesh.coordinates() == {"pp": 1, "dp": 0, "ep": 0, "cp": 0, "tp": 1}
-    assert mesh.groups("dp") == [[0, 2], [1, 3], [4, 6], [5, 7]]
-    assert [4, 5] in mesh.groups("tp")
-    assert [4, 5, 6, 7] in mesh.groups("dp", "tp")
 
 
 def tensor_plan(*, found=("plan of Llama: 4 column", (), 32000), overall="auto", pipeline=None, facts=None, **given):

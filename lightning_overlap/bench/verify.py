@@ -191,7 +191,7 @@ def verify(
         )
     if against == "single":
         single, mesh = _single(runs, on.batches, steps), _mesh(runs)
-        far = _far(on, single, single.losses[mesh.coordinates()["dp"] :: mesh.sizes["dp"]], close, "on one process")
+        far = _far(on, single, single.losses[mesh.index("samples") :: mesh.size("samples")], close, "on one process")
         verdicts.append(Verdict(f"{world_size()} ranks and one process, losses and weights to {close:g}", _shared(far)))
     return verdicts
 
@@ -259,7 +259,7 @@ def _weights_read(first: Seen, second: Seen) -> list[str]:
 def _single(runs: Runs, mine: list[Any], steps: int) -> Seen:
     """This rank trains alone, on the batches of all ranks."""
     everyone = all_gather_objects(mine)
-    different = next(row for row in _mesh(runs).groups("dp") if 0 in row)  # the other ranks have had the same batches
+    different = next(row for row in _mesh(runs).sets("samples") if 0 in row)  # the other ranks have had the same batches
     batches = [batch for together in zip(*(everyone[r] for r in different), strict=True) for batch in together]
     each = len(batches) // steps  # of all ranks and of an accumulation window
     witness = _Witness()

@@ -260,12 +260,12 @@ class Holder(OverlapMode):
         """This rank's part of an optimizer's whole ``state_dict()``."""
 
     @abstractmethod
-    def part_of(self, name: str, coordinates: Mapping[str, int]) -> Hashable:
+    def part_of(self, name: str, rank: int) -> Hashable:
         """Identifies the part of a parameter or buffer that a rank holds: equal for equal values; None if it holds no part.
 
         Args:
             name: of the parameter or buffer.
-            coordinates: of the rank in the mesh, by axis.
+            rank: the global rank.
         """
 
     def place_of(self, name: str) -> Place | None:

@@ -39,6 +39,7 @@ class Group(BlockingVerbs):
         sums_sparse: as in :class:`Engine`.
         log: if it is a list, every transfer is added to it when it is posted.
         clock: on CUDA, marks the transfers that are logged.
+        users: how many share it, each of whom closes it once; 0: it has ended.
     """
 
     def __init__(self, members: Members, engine: Engine) -> None:
@@ -48,6 +49,7 @@ class Group(BlockingVerbs):
         self.sums_sparse = engine.sums_sparse
         self.log: list[Transfer] | None = None
         self.clock: Clock | None = None
+        self.users = 1
         self._numbers: dict[tuple[str, tuple[int, ...]], int] = defaultdict(int)
         self._pool = BufferPool()
 
@@ -271,11 +273,15 @@ class Group(BlockingVerbs):
         self._pool.clear()
 
     def close(self) -> None:
-        """As :meth:`rest`, and ends its connections."""
+        """One of its users needs it no more: with the last one it rests and ends its connections."""
+        self.users = max(self.users - 1, 0)
+        if self.users:
+            return
         self._engine.close()
         self._pool.clear()
 
     def abandon(self) -> None:
         """Ends the group after a failure: what is under way ends with an error, on this rank and on the others."""
+        self.users = 0
         self._engine.abandon()
         self._pool.clear()

@@ -1,38 +1,118 @@
-"""The ranks as a mesh with five axes (pp, dp, ep, cp, tp), outermost first."""
+"""The ranks as a mesh, and the groups of ranks by their meaning. The only place that knows the axes of the mesh."""
 
 from __future__ import annotations
 
 import math
-from dataclasses import asdict
-from typing import TYPE_CHECKING
+from datetime import timedelta
+from typing import Literal
 
-if TYPE_CHECKING:
-    from lightning_overlap.config import Degrees
+from lightning_overlap.ranks.degrees import Degrees
+from lightning_overlap.ranks.group import Group
+from lightning_overlap.ranks.world import make_group
+
+GroupName = Literal[
+    "samples", "gradients", "experts", "expert_gradients", "tensor", "context", "pipeline", "batch", "stage", "world"
+]
+"""Which ranks a group joins:
+
+    samples           those that hold the same part of the model and see different samples: sampler, metrics, ``reduce``
+    gradients         those whose gradients of the same parameters are summed: they see different samples or tokens
+    experts           those over which the experts of a layer are spread
+    expert_gradients  those of a stage that hold the same experts
+    tensor            those that hold different parts of a layer
+    context           those that see different tokens of the same sequences
+    pipeline          those that hold different stages
+    batch             those that share a batch
+    stage             those that hold the same stage
+    world             all
+"""
+_AXES: dict[str, tuple[str, ...]] = {
+    "samples": ("dp",),
+    "gradients": ("dp", "cp"),
+    "tensor": ("tp",),
+    "context": ("cp",),
+    "pipeline": ("pp",),
+    "batch": ("pp", "cp", "tp"),
+    "stage": ("dp", "cp", "tp"),
+    "world": ("pp", "dp", "cp", "tp"),
+}
 
 
 class ParallelMesh:
-    """Arithmetic over the mesh; needs no process group.
+    """Ranks along four axes (pp, dp, cp, tp), outermost first: neighbours in a node are tensor ranks.
+
+    Experts are a second view of the same ranks: the ranks of a pipeline stage, which are consecutive, are cut into groups of
+    ``degrees.expert`` consecutive ranks. So experts spread over tensor ranks first, then over context ranks, then over data ranks.
+
+    The arithmetic needs no process group: Lightning asks for samplers before there is one.
 
     Args:
-        degrees: ranks along each axis.
+        degrees: sizes of the kinds of parallelism.
         rank: this process's global rank.
     """
 
     def __init__(self, degrees: Degrees, rank: int) -> None:
-        self.sizes: dict[str, int] = asdict(degrees)
+        self.degrees = degrees
         self.rank = rank
+        self._sizes = {"pp": degrees.pipeline, "dp": degrees.data, "cp": degrees.context, "tp": degrees.tensor}
+        self._groups: dict[tuple[tuple[tuple[int, ...], ...], str], Group] = {}
 
-    def coordinates(self, rank: int | None = None) -> dict[str, int]:
-        """Place of a rank (this one's) along each axis."""
-        left, place = self.rank if rank is None else rank, {}
-        for axis in reversed(self.sizes):
-            left, place[axis] = divmod(left, self.sizes[axis])
-        return place
+    def size(self, name: GroupName) -> int:
+        """How many ranks a group of that name joins."""
+        if name in ("experts", "expert_gradients"):
+            return self.degrees.expert if name == "experts" else self.degrees.stage // self.degrees.expert
+        return math.prod(self._sizes[axis] for axis in _AXES[name])
 
-    def groups(self, *axes: str) -> list[list[int]]:
-        """All sets of ranks that differ along ``axes`` only, each in rank order."""
+    def index(self, name: GroupName, rank: int | None = None) -> int:
+        """A rank's place in its group of that name, which is in ascending order; this rank's by default."""
+        return self._position(name, self.rank if rank is None else rank)[1]
+
+    def sets(self, name: GroupName) -> list[list[int]]:
+        """The global ranks of all groups of that name, each in ascending order. Every rank is in one of them."""
         sets: dict[tuple[int, ...], list[int]] = {}
-        for rank in range(math.prod(self.sizes.values())):
-            place = self.coordinates(rank)
-            sets.setdefault(tuple(place[a] for a in self.sizes if a not in axes), []).append(rank)
+        for rank in range(self.degrees.world):
+            sets.setdefault(self._position(name, rank)[0], []).append(rank)
         return list(sets.values())
+
+    def group(self, name: GroupName, timeout: timedelta, traffic: str | None = None, *, gathers: bool = True) -> Group:
+        """The group of that name that this rank belongs to. Collective over the world: all ranks ask for the same in one order.
+
+        The same set of ranks is connected once for each kind of traffic, whoever asks, under whatever name: transfers of different
+        traffic must not wait for each other. Each who asks closes it; it ends with the last one.
+
+        Args:
+            name: which ranks it joins.
+            timeout: how long a transfer may take.
+            traffic: what it transfers, such as ``data``, which then names it in errors; None: collectives and objects only.
+            gathers: whether its traffic has all-gathers.
+
+        Raises:
+            ConfigError: another rank has announced one.
+            TransferError: another rank has announced another error, or the members have not met in time.
+        """
+        sets = self.sets(name)
+        key = tuple(map(tuple, sets)), traffic or "collectives"
+        group = self._groups.get(key)
+        if group is not None and group.users:
+            group.users += 1
+            return group
+        transfers = traffic is not None
+        group = make_group(sets, traffic or name, timeout, gathers=gathers and transfers, threads=transfers)
+        self._groups[key] = group
+        return group
+
+    def _position(self, name: GroupName, rank: int) -> tuple[tuple[int, ...], int]:
+        """What tells a rank's group from the others of that name, and its place in the group."""
+        if name in ("experts", "expert_gradients"):
+            stage, of_stage = divmod(rank, self.degrees.stage)
+            block, expert = divmod(of_stage, self.degrees.expert)
+            return ((stage, block), expert) if name == "experts" else ((stage, expert), block)
+        others, index, step, left = [], 0, 1, rank
+        for axis, size in reversed(self._sizes.items()):
+            left, coordinate = divmod(left, size)
+            if axis in _AXES[name]:
+                index += step * coordinate
+                step *= size
+            else:
+                others.append(coordinate)
+        return tuple(others), index

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Hashable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from torch import Tensor
 
@@ -24,13 +23,9 @@ class Parts:
 
     modes: Sequence[Holder]
     mesh: ParallelMesh
-    _coordinates: list[dict[str, int]] = field(init=False)
-
-    def __post_init__(self) -> None:
-        self._coordinates = [self.mesh.coordinates(rank) for rank in range(math.prod(self.mesh.sizes.values()))]
 
     def _of(self, name: str, rank: int) -> tuple[Hashable, ...] | None:
-        found = tuple(mode.part_of(name, self._coordinates[rank]) for mode in self.modes)
+        found = tuple(mode.part_of(name, rank) for mode in self.modes)
         return None if None in found else found
 
     def holds(self, name: str) -> bool:
@@ -49,7 +44,7 @@ class Parts:
         """
         places = {name: self.place(name) for name in tensors}
         sizes = {name: (tensors[name] if place is None else place).shape.numel() for name, place in places.items()}
-        load = [0] * len(self._coordinates)
+        load = [0] * self.mesh.size("world")
         mine = set()
         for name in sorted(sizes, key=lambda name: -sizes[name]):
             holders: dict[tuple[Hashable, ...], list[int]] = {}
@@ -64,7 +59,7 @@ class Parts:
         return mine
 
     def is_first(self, name: str) -> bool:
-        """Whether no rank before this one holds the same part, and the same share of what the data axis deals out of it."""
-        own, share = self._of(name, self.mesh.rank), self._coordinates[self.mesh.rank]["dp"]
-        before = range(self.mesh.rank)
-        return not any(self._coordinates[rank]["dp"] == share and self._of(name, rank) == own for rank in before)
+        """Whether no rank before this one holds the same part, and the same shard of the optimizer's state of it."""
+        part, shard = self._of(name, self.mesh.rank), self.mesh.index("gradients")
+        earlier = range(self.mesh.rank)
+        return not any(self.mesh.index("gradients", rank) == shard and self._of(name, rank) == part for rank in earlier)

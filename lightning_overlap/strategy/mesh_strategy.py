@@ -16,6 +16,7 @@ from torch import Tensor
 from lightning_overlap.config import OverlapConfig
 from lightning_overlap.decision import ConfigError
 from lightning_overlap.facts import Facts
+from lightning_overlap.ranks.degrees import Degrees
 from lightning_overlap.ranks.group import Group
 from lightning_overlap.ranks.mesh import ParallelMesh
 from lightning_overlap.ranks.world import WORLD, agree, backend, broadcast_object, end_world, everyone, is_everyone, world_size
@@ -57,6 +58,7 @@ class MeshStrategy(DDPStrategy):
         self.attempting = self.failed = False
         self._meeting_timeout = meeting_timeout
         self._seed: int | None = None
+        self._mesh = ParallelMesh(Degrees(), 0)
         self._run: SharedRun | None = None
         """From setup to teardown, with more than one rank."""
         self._until_teardown = contextlib.ExitStack()
@@ -92,14 +94,17 @@ class MeshStrategy(DDPStrategy):
 
     @property
     def mesh(self) -> ParallelMesh:
-        """The mesh by arithmetic: Lightning asks for samplers before there are process groups."""
-        return ParallelMesh(self.config.degrees(self.num_nodes * self.num_processes), self.global_rank)
+        """The ranks of this run, with the groups that it has made: none yet when Lightning asks for samplers."""
+        degrees = self.config.degrees(self.num_nodes * self.num_processes)
+        if (self._mesh.degrees, self._mesh.rank) != (degrees, self.global_rank):
+            self._mesh = ParallelMesh(degrees, self.global_rank)
+        return self._mesh
 
     @property
     def distributed_sampler_kwargs(self) -> dict[str, Any]:
         # Ranks may have seeded themselves differently, and shares of different permutations would overlap.
         seed = {} if self._seed is None else {"seed": self._seed}
-        return {"num_replicas": self.mesh.sizes["dp"], "rank": self.mesh.coordinates()["dp"], **seed}
+        return {"num_replicas": self.mesh.size("samples"), "rank": self.mesh.index("samples"), **seed}
 
     def process_dataloader(self, dataloader: object) -> object:
         """Seeds the workers, and has all ranks know of one that has nothing to read.
@@ -109,7 +114,7 @@ class MeshStrategy(DDPStrategy):
         """
         if world_size() > 1:
             refuse_empty(dataloader, self.lightning_module)
-        seed_workers(dataloader, self.mesh.coordinates()["dp"])
+        seed_workers(dataloader, self.mesh.index("samples"))
         return dataloader
 
     def _agree(self, trainer: Trainer, *arguments: Any) -> None:

@@ -69,7 +69,7 @@ class SharedRun:
     def __init__(self, mesh: ParallelMesh, timeout: timedelta) -> None:
         self._mesh = mesh
         self._timeout = timeout
-        self.samples = make_group(mesh.groups("dp"), "alike", timeout, gathers=False, threads=False)
+        self.samples = mesh.group("samples", timeout)
         self.buffers: SharedBuffers | None = None
         self.preemption: Preemption | None = None
         self.comparison: BatchComparison | None = None
@@ -82,8 +82,7 @@ class SharedRun:
         signals = make_group(everyone, "signals", self._timeout, backend="gloo", gathers=False, threads=False)
         self.preemption = Preemption(trainer, signals)
         self.buffers = SharedBuffers(model, self.samples, signals)
-        same_batch = self._mesh.groups(*(axis for axis in self._mesh.sizes if axis != "dp"))
-        self._batch = make_group(same_batch, "batch", self._timeout, gathers=False, threads=False)
+        self._batch = self._mesh.group("batch", self._timeout)
         if self._batch.size > 1:
             self.comparison = BatchComparison(self._batch)
             share_random_state(self._batch, device)

@@ -32,6 +32,7 @@ from lightning_overlap.modes.expert.config import ExpertParallel
 from lightning_overlap.modes.pipeline.config import PipelineParallel
 from lightning_overlap.modes.tensor.config import TensorParallel
 from lightning_overlap.plan import Plan, resolve
+from lightning_overlap.ranks.mesh import ParallelMesh
 from lightning_overlap.ranks.shared_state import batch_norms_over, share
 from lightning_overlap.ranks.world import WORLD, backend, world_size
 from lightning_overlap.state.checkpoint import AtomicCheckpointIO
@@ -172,6 +173,7 @@ class OverlapStrategy(MeshStrategy):
         if fitting and self._layer_sync is not None:
             self.model = self._layer_sync.apply(self.model)
         forget(self.model)
+        self._mesh = ParallelMesh(self.mesh.degrees, self.global_rank)  # the groups of an earlier run are its modes'
         self._agree(trainer, self.checkpoints.layout, self.checkpoints.in_background)
         self.checkpoints.use(self.modes, self.mesh)
         self._was_deferred = is_deferred(self.model)
@@ -212,7 +214,7 @@ class OverlapStrategy(MeshStrategy):
             return all(has(name) for has in held)
 
         # Of one stage, all ranks hold the same.
-        same_parts = self.mesh.groups(*(axis for axis in self.mesh.sizes if axis != "pp" or not fitting))
+        same_parts = self.mesh.sets("stage" if fitting else "world")
         load = partial(self.checkpoints.load_waiting, module, holds)
         give_memory(module, self.root_device, holds, load, same_parts, self.time_limit)
 
@@ -234,7 +236,7 @@ class OverlapStrategy(MeshStrategy):
         refuse_differences({**plan_inputs, **optimizers_in_words(self.optimizers, model)})
         self._plan = resolve(self.config, facts)
         rank_zero_info(self._plan.explain())
-        if self.mesh.sizes["tp"] * self.mesh.sizes["pp"] > 1:
+        if self.mesh.size("batch") > 1:
             self._until_teardown.enter_context(without_nested_tensors(model))
             warn_of_parts(facts)
         self._unproven = self._plan.choice("verify_first_step") != "off"
@@ -294,7 +296,7 @@ class OverlapStrategy(MeshStrategy):
         """Tells the step from all others of the run."""
         trainer = self._module.trainer
         # Not the arguments, of which a training_step may leave out the batch's number.
-        return self._seed or 0, self.mesh.coordinates()["dp"], trainer.current_epoch, trainer.fit_loop.batch_idx
+        return self._seed or 0, self.mesh.index("samples"), trainer.current_epoch, trainer.fit_loop.batch_idx
 
     @property
     def _driver(self) -> Driver | None:

@@ -8,8 +8,8 @@ from torch import nn
 
 from lightning_overlap.config import OverlapConfig
 from lightning_overlap.facts import Facts
-from lightning_overlap.modes.data import mode as data_mode
 from lightning_overlap.modes.data.config import DataParallel
+from lightning_overlap.modes.data.mode import DataMode
 from lightning_overlap.modes.pipeline.config import PipelineParallel
 from lightning_overlap.plan import resolve
 from lightning_overlap.ranks.mesh import ParallelMesh
@@ -76,13 +76,13 @@ def make(monkeypatch):
     def make(overlap="auto", pipeline=1, data=None, in_one_order=False, **trainer):
         events = []
         recorder = type("Recorder", (Recorder,), {"in_one_order": in_one_order})
-        monkeypatch.setattr(data_mode, "make_group", lambda *_, **__: recorder(events))
+        monkeypatch.setattr(ParallelMesh, "group", lambda *_, **__: recorder(events))
         model = nn.Sequential(*(layer(events, i) for i in range(LAYERS)))
         optimizer = torch.optim.AdamW(model.parameters())
         own = DataParallel(bucket_size=64, **(data or {}))
         config = OverlapConfig(data_parallel=own, pipeline_parallel=PipelineParallel(size=pipeline), overlap=overlap)
         plan = resolve(config, Facts(world_size=2 * pipeline, optimizers=(examine(optimizer),), parameters=256, **trainer))
-        mode = data_mode.DataMode(plan, config, ParallelMesh(plan.degrees, 0), timedelta(seconds=1))
+        mode = DataMode(plan, config, ParallelMesh(plan.degrees, 0), timedelta(seconds=1))
         mode.parallelize(model)
         mode.prepare_optimizers([optimizer])
 

@@ -103,7 +103,7 @@ def counts(strategy: dict[str, Any] | None) -> Any:
         chosen = OverlapStrategy(
             **strategy, verify_first_step=False, cluster_environment=TorchElasticEnvironment(), process_group_backend="gloo"
         )
-        module.data_ranks = chosen.config.degrees(dist.get_world_size()).dp
+        module.data_ranks = chosen.config.degrees(dist.get_world_size()).data
     devices = 1 if strategy is None else dist.get_world_size()
     trainer = Trainer(
         accelerator="cpu",

@@ -137,7 +137,7 @@ def train(
         env = {"cluster_environment": TorchElasticEnvironment(), "process_group_backend": "gloo"}
         chosen = OverlapStrategy(**strategy, **env)
         mesh = ParallelMesh(chosen.config.degrees(devices), dist.get_rank())
-        module.share = (mesh.sizes["dp"], mesh.coordinates()["dp"])
+        module.share = (mesh.size("samples"), mesh.index("samples"))
     length = {"max_steps": 5, "limit_val_batches": 1, "num_sanity_val_steps": 0, "val_check_interval": 2}
     length["use_distributed_sampler"] = False  # it shuffles
     run = Trainer(**{"accelerator": "cpu", "devices": devices, "strategy": chosen, **QUIET, **length, **trainer})  # type: ignore[arg-type]

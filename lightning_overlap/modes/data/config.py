@@ -82,8 +82,8 @@ class DataParallel:
 
 def decide(own: DataParallel, whole: OverlapConfig, facts: Facts) -> list[Decision]:
     """The home of this mode's gates."""
-    dp = whole.degrees(facts.world_size).dp
-    if dp == 1:
+    data_ranks = whole.degrees(facts.world_size).data
+    if data_ranks == 1:
         return [Decision("data_parallel", str(own.size), "off", "the data axis has one rank")]
     if facts.precision == "16-mixed":
         raise ConfigError("precision 16-mixed scales the loss, which is not in this version; use bf16-mixed")
@@ -98,7 +98,7 @@ def decide(own: DataParallel, whole: OverlapConfig, facts: Facts) -> list[Decisi
         return settle(f"data_parallel.{feature}", asked, best=best, because=because, blockers=blockers)
 
     needs_optimizer = (not sharded, "it needs the distributed optimizer; set data_parallel.distributed_optimizer: true")
-    reduce = overlap("overlap_grad_reduce", own.overlap_grad_reduce, "in backward", f"{dp} ranks", [])
+    reduce = overlap("overlap_grad_reduce", own.overlap_grad_reduce, "in backward", f"{data_ranks} ranks", [])
     gather = overlap("overlap_param_gather", own.overlap_param_gather, "under next forward", "updated in shards", [needs_optimizer])
     if facts.compiled and gather.choice != "off":
         why = "compiled code reads weights where nothing can wait for them, so all are waited for before it"
@@ -146,7 +146,7 @@ def decide(own: DataParallel, whole: OverlapConfig, facts: Facts) -> list[Decisi
         ],
     )
     return [
-        Decision("data_parallel", str(own.size), str(dp), f"{facts.world_size} ranks"),
+        Decision("data_parallel", str(own.size), str(data_ranks), f"{facts.world_size} ranks"),
         optimizer,
         gradients,
         reduce,
@@ -154,7 +154,7 @@ def decide(own: DataParallel, whole: OverlapConfig, facts: Facts) -> list[Decisi
         step,
         align,
         _bucket_size(own, whole, facts),
-        *_settings(own, dp, sharded, gradients.choice),
+        *_settings(own, data_ranks, sharded, gradients.choice),
     ]
 
 
@@ -201,22 +201,22 @@ def _bucket_size(own: DataParallel, whole: OverlapConfig, facts: Facts) -> Decis
     feature = "data_parallel.bucket_size"
     if own.bucket_size != "auto":
         return Decision(feature, str(own.bucket_size), str(own.bucket_size), "elements, asked for")
-    large = max(40_000_000, 1_000_000 * whole.degrees(facts.world_size).dp)
+    large = max(40_000_000, 1_000_000 * whole.degrees(facts.world_size).data)
     if facts.parameters is None:
         return Decision(feature, "auto", str(large), "elements; a smaller model gets 32 buckets")
     degrees = whole.degrees(facts.world_size)
-    here = facts.parameters // (degrees.pp * degrees.tp)
+    here = facts.parameters // (degrees.pipeline * degrees.tensor)
     size = min(large, max(here // 32, 65_536))
     return Decision(feature, "auto", str(size), f"elements; {here:,} in all on a rank, 32 buckets leave a short tail")
 
 
-def _settings(own: DataParallel, dp: int, sharded: bool, gradients: str) -> list[Decision]:
+def _settings(own: DataParallel, data_ranks: int, sharded: bool, gradients: str) -> list[Decision]:
     problems = []
     if own.num_optimizer_instances > 1:
         if not sharded:
             problems.append("num_optimizer_instances > 1 needs the distributed optimizer")
-        if dp % own.num_optimizer_instances:
-            problems.append(f"num_optimizer_instances={own.num_optimizer_instances} must divide the {dp} data ranks")
+        if data_ranks % own.num_optimizer_instances:
+            problems.append(f"num_optimizer_instances={own.num_optimizer_instances} must divide the {data_ranks} data ranks")
     if own.reduce_scatter_with_fp32_accumulation and gradients != "reduce-scatter":
         problems.append("reduce_scatter_with_fp32_accumulation needs gradients to be reduce-scattered; set it to false")
     if problems:
@@ -228,6 +228,6 @@ def _settings(own: DataParallel, dp: int, sharded: bool, gradients: str) -> list
             "data_parallel.num_optimizer_instances",
             str(own.num_optimizer_instances),
             str(own.num_optimizer_instances),
-            f"shards over {dp // own.num_optimizer_instances} ranks",
+            f"shards over {data_ranks // own.num_optimizer_instances} ranks",
         ),
     ]

@@ -87,19 +87,22 @@ class DataMode(OptimizerHolder):
 
     @classmethod
     def runs(cls, plan: Plan) -> bool:
-        return plan.degrees.dp > 1
+        return plan.degrees.data > 1
 
     @property
     def groups(self) -> tuple[Group, ...]:
         return (self.group,) if self._instances is None else (self.group, self._instances)
 
     def _make_groups(self, instances: int) -> None:
-        ranks = self.mesh.groups("dp")
-        size = len(ranks[0]) // instances
-        inner = [row[i : i + size] for row in ranks for i in range(0, len(row), size)]
-        outer = [row[i::size] for row in ranks for i in range(size)]
-        self.group: Group = make_group(inner, "data", self.timeout)
-        self._instances = make_group(outer, "data.instances", self.timeout) if instances > 1 else None
+        self._instances: Group | None = None
+        if instances == 1:
+            self.group = self.mesh.group("gradients", self.timeout, "data")
+            return
+        sets, size = self.mesh.sets("gradients"), self.mesh.size("gradients") // instances
+        inner = [ranks[i : i + size] for ranks in sets for i in range(0, len(ranks), size)]
+        outer = [ranks[i::size] for ranks in sets for i in range(size)]
+        self.group = make_group(inner, "data", self.timeout)
+        self._instances = make_group(outer, "data.instances", self.timeout)
 
     # -- set-up ------------------------------------------------------------------------------------------------------
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
@@ -33,7 +33,7 @@ from lightning_overlap.modes.pipeline.weights import Weights, weigh
 from lightning_overlap.ranks.announcements import in_words, raise_from_words
 from lightning_overlap.ranks.group import Group
 from lightning_overlap.ranks.shared_state import share
-from lightning_overlap.ranks.world import backend, make_group
+from lightning_overlap.ranks.world import backend
 from lightning_overlap.steps import microbatches
 from lightning_overlap.steps.microbatches import Microbatches, shapes_of
 from lightning_overlap.steps.random_state import block_seeder, preserve_random_state, seed_all
@@ -59,12 +59,11 @@ class PipelineMode(Driver, Holder):
     def __init__(self, plan: Plan, config: OverlapConfig, mesh: ParallelMesh, timeout: timedelta) -> None:
         super().__init__(plan, config, mesh, timeout)
         self._own = config.pipeline_parallel
-        self._rank = mesh.coordinates()["pp"]
+        self._rank = mesh.index("pipeline")
         self._placement = self._own.plan(self._own.count).placement
-        ranks = mesh.groups("pp")
-        self.group: Group = make_group(ranks, "pipeline", timeout, gathers=False, threads=False)
+        self.group: Group = mesh.group("pipeline", timeout)
         lanes = {kind: lane(kind, backend()) for kind in channel_kinds(self._placement)}
-        made = {name: make_group(ranks, f"pipeline.{name}", timeout, gathers=False) for name in sorted(set(lanes.values()))}
+        made = {name: mesh.group("pipeline", timeout, f"pipeline.{name}", gathers=False) for name in sorted(set(lanes.values()))}
         self.channels = {kind: made[name] for kind, name in lanes.items()}
         for way in sorted(self.channels):
             self.channels[way].connect(hops(self._placement, way))
@@ -107,7 +106,7 @@ class PipelineMode(Driver, Holder):
         name, blocks, self._stages = self._cut(model, self.config)
         self.partition = Partition(model, name, blocks, self._stages, self._placement, own.held_by_all)
         self._whole = all(self.group.all_gather_objects(self.partition.is_whole))
-        self._tied = TiedGradients(self.partition, self.mesh.groups("pp"), self._rank, self.timeout)
+        self._tied = TiedGradients(self.partition, self.mesh.sets("pipeline"), self._rank, self.timeout)
         self._mark()
         if not self._whole:  # each has made those of its own stages, and goes through what is around the blocks of all
             self._tied.share_values()
@@ -133,7 +132,7 @@ class PipelineMode(Driver, Holder):
             return super().holds(model, config, mesh)
         name, blocks, stages = cls._cut(model, config)
         partition = Partition(model, name, blocks, stages, own.plan(own.count).placement, own.held_by_all)
-        return lambda name: mesh.coordinates()["pp"] in partition.holders(name)
+        return lambda name: mesh.index("pipeline") in partition.holders(name)
 
     @classmethod
     def _cut(cls, model: nn.Module, config: OverlapConfig) -> tuple[str, Blocks, layout.Layout]:
@@ -409,8 +408,8 @@ class PipelineMode(Driver, Holder):
         absent = {number for number, parameter in enumerate(parameters) if id(parameter) in foreign}
         return {**state, "state": {number: values for number, values in state["state"].items() if number not in absent}}
 
-    def part_of(self, name: str, coordinates: Mapping[str, int]) -> Hashable:
-        return () if coordinates["pp"] in self.partition.holders(name) else None
+    def part_of(self, name: str, rank: int) -> Hashable:
+        return () if self.mesh.index("pipeline", rank) in self.partition.holders(name) else None
 
     def release(self, *, complete: bool = True) -> None:
         """The model is whole again on every rank, if it was."""

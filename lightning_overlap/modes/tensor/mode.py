@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from datetime import timedelta
 from functools import partial
@@ -30,7 +30,6 @@ from lightning_overlap.modes.tensor.random_state import CommonNumbers
 from lightning_overlap.modes.tensor.sequence import enter, leave, own_tokens
 from lightning_overlap.modes.tensor.vocab import Vocabulary, embedding_forward, head_forward
 from lightning_overlap.ranks.group import Group
-from lightning_overlap.ranks.world import make_group
 from lightning_overlap.state.shards import Place, is_absent
 
 if TYPE_CHECKING:
@@ -52,7 +51,7 @@ class TensorMode(Holder):
     def __init__(self, plan: Plan, config: OverlapConfig, mesh: ParallelMesh, timeout: timedelta) -> None:
         super().__init__(plan, config, mesh, timeout)
         own = config.tensor_parallel
-        self.group: Group = make_group(mesh.groups("tp"), "tensor", timeout)
+        self.group: Group = mesh.group("tensor", timeout, "tensor")
         self._scattered = plan.choice("tensor_parallel.sequence_parallel") == "on"
         self._exchange = Exchange(
             self.group,
@@ -77,7 +76,7 @@ class TensorMode(Holder):
         self._inside = False  # whether a forward has entered the blocks and not left them
         self._summed = False  # whether gradients that are there are sums over the ranks already
         self._apart: dict[int, Tensor] = {}  # by parameter, such a gradient, during a backward that adds to it
-        self._first_rank = all(mesh.coordinates()[axis] == 0 for axis in ("dp", "ep", "cp"))
+        self._first_rank = mesh.index("gradients") == 0
 
     @classmethod
     def runs(cls, plan: Plan) -> bool:
@@ -228,7 +227,7 @@ class TensorMode(Holder):
         )
         # In a pipeline gradients of weights may be put off, by a forward that is not ours.
         forwards = [vars(module).get("forward") for module in block.modules()]
-        split = self.mesh.sizes["pp"] > 1 and any(forward is not None and type(forward) is not Forward for forward in forwards)
+        split = self.mesh.size("pipeline") > 1 and any(forward is not None and type(forward) is not Forward for forward in forwards)
         state = self._place, self._prepared, self._tokens, self._inside
         self._prepared = None
         try:
@@ -369,7 +368,7 @@ class TensorMode(Holder):
         """Number of all tokens, of which a region gets this rank's."""
         if not self._scattered:
             return x.shape[-2]
-        if self.mesh.sizes["pp"] > 1:  # the blocks of a stage get what another stage has sent
+        if self.mesh.size("pipeline") > 1:  # the blocks of a stage get what another stage has sent
             return x.shape[-2] * self.group.size
         low, high = self._exchange.parts(self._tokens)[self.group.rank : self.group.rank + 2]
         if x.shape[-2] != high - low:
@@ -384,7 +383,7 @@ class TensorMode(Holder):
         def entering(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
             place, x = find_hidden(args, kwargs, "the first block")
             self._tokens, self._inside = x.shape[-2], True
-            if self.mesh.sizes["pp"] > 1 and self._tokens % self.group.size:
+            if self.mesh.size("pipeline") > 1 and self._tokens % self.group.size:
                 raise ConfigError(
                     f"a sequence of {self._tokens} tokens is not divisible by tensor_parallel.size={self.group.size}, which it "
                     "must be with sequence_parallel in a pipeline: pad it, or set tensor_parallel.sequence_parallel: false"
@@ -393,7 +392,7 @@ class TensorMode(Holder):
 
         def leaving(module: nn.Module, args: Any, result: Any) -> Any:
             x = result[0] if isinstance(result, tuple) else result
-            tokens = x.shape[-2] * self.group.size if self.mesh.sizes["pp"] > 1 else self._tokens
+            tokens = x.shape[-2] * self.group.size if self.mesh.size("pipeline") > 1 else self._tokens
             whole, self._inside = leave(x, tokens, self._exchange), False
             return (whole, *result[1:]) if isinstance(result, tuple) else whole
 
@@ -405,11 +404,11 @@ class TensorMode(Holder):
             x = find_hidden(args, kwargs, "a block")[1]
             self._refuse_second_input(x, (args, kwargs), "a block is", "set tensor_parallel.sequence_parallel: false")
             # An activation checkpoint calls blocks in backward, when the forward has left them.
-            if module is not blocks[0] and not (self._inside or self._in_backward or self.mesh.sizes["pp"] > 1):
+            if module is not blocks[0] and not (self._inside or self._in_backward or self.mesh.size("pipeline") > 1):
                 raise _left_out("first")
 
         def left(*_: Any) -> None:
-            if self._inside and self.mesh.sizes["pp"] == 1:  # this rank's tokens against all labels would fail in other words
+            if self._inside and self.mesh.size("pipeline") == 1:  # this rank's tokens against all labels would fail in other words
                 raise _left_out("last")
 
         for head in heads:
@@ -425,7 +424,7 @@ class TensorMode(Holder):
     def start_backward(self) -> None:
         """What an earlier backward has left (manual optimization does) is kept apart, and not summed once more."""
         self._in_backward = True
-        if self._inside and self.mesh.sizes["pp"] == 1:
+        if self._inside and self.mesh.size("pipeline") == 1:
             raise _left_out("last")
         for number, parameter in self._partial.items() if self._summed else ():
             if parameter.grad is not None:
@@ -514,8 +513,8 @@ class TensorMode(Holder):
     def _piece(self, name: str) -> Piece | None:
         return self._partition.pieces.get(self._names.get(name, 0))
 
-    def part_of(self, name: str, coordinates: Mapping[str, int]) -> Hashable:
-        return coordinates["tp"] if self._piece(name) is not None else ()
+    def part_of(self, name: str, rank: int) -> Hashable:
+        return self.mesh.index("tensor", rank) if self._piece(name) is not None else ()
 
     def place_of(self, name: str) -> Place | None:
         piece = self._piece(name)

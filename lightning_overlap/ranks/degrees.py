@@ -1,0 +1,47 @@
+"""How many ranks each kind of parallelism has. Standard library only."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from lightning_overlap.decision import ConfigError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Degrees:
+    """Sizes of the kinds of parallelism.
+
+    Attributes:
+        pipeline: stages' ranks.
+        data: ranks that see different samples.
+        context: ranks that see different tokens of a sequence.
+        tensor: ranks that hold different parts of a layer.
+        expert: ranks that hold different experts. It takes no ranks of its own: experts are spread over the ranks of one pipeline
+            stage, whatever these ranks hold of the rest of the model.
+
+    Raises:
+        ConfigError: ``expert`` does not divide the ranks of a stage.
+    """
+
+    pipeline: int = 1
+    data: int = 1
+    context: int = 1
+    tensor: int = 1
+    expert: int = 1
+
+    def __post_init__(self) -> None:
+        if self.stage % self.expert:
+            raise ConfigError(
+                f"expert_parallel.size={self.expert} does not divide the {self.stage} ranks of a pipeline stage (data {self.data} x "
+                f"context {self.context} x tensor {self.tensor}), over which experts are spread: use a divisor of {self.stage}"
+            )
+
+    @property
+    def stage(self) -> int:
+        """Ranks of one pipeline stage."""
+        return self.data * self.context * self.tensor
+
+    @property
+    def world(self) -> int:
+        """All ranks."""
+        return self.pipeline * self.stage
