@@ -11,9 +11,10 @@ other cuts are hooks of the blocks, and so inside the pipeline's. Embeddings and
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
+from functools import partial
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
@@ -64,7 +65,12 @@ class TokenCut:
         return x
 
     def start_block(self, block: nn.Module, x: Tensor, inputs: Any) -> None:
-        """Called before each block, before its hidden states ``x`` enter; ``inputs`` are all arguments.
+        """Called before each block, with what the cuts around this one leave of its arguments.
+
+        Args:
+            block: the block.
+            x: its hidden states; before the first block, before they enter.
+            inputs: all arguments.
 
         Raises:
             ConfigError: tokens cannot be cut with such arguments.
@@ -91,7 +97,7 @@ class Boundary:
         self.forwards = Forwards()
         self.is_spread = False
         self._cuts: list[TokenCut] = []
-        self._blocks: list[nn.Module] = []
+        self._blocks: Sequence[nn.Module] = ()
         self._hooks: list[Any] = []
 
     def lend_stack(self, blocks: Blocks, name: str, *, spread: bool) -> BlockStack:
@@ -105,7 +111,7 @@ class Boundary:
         self.is_spread = spread
         return BlockStack(blocks, name)
 
-    def register(self, blocks: list[nn.Module], cut: TokenCut) -> Callable[[], None]:
+    def register(self, blocks: Sequence[nn.Module], cut: TokenCut) -> Callable[[], None]:
         """Cuts tokens at the blocks from here on.
 
         Args:
@@ -115,7 +121,7 @@ class Boundary:
         Returns:
             A function that takes the cut away.
         """
-        assert not self._cuts or blocks == self._blocks, "the model has one stack of blocks"
+        assert not self._cuts or list(blocks) == list(self._blocks), "the model has one stack of blocks"
         self._cuts = sorted([*self._cuts, cut], key=lambda cut: cut.nesting)
         if not self._hooks:
             self._install(blocks)
@@ -129,7 +135,7 @@ class Boundary:
 
         return remove
 
-    def _install(self, blocks: list[nn.Module]) -> None:
+    def _install(self, blocks: Sequence[nn.Module]) -> None:
         self._blocks = blocks
         for block in dict.fromkeys(blocks):
             self._hooks.append(block.register_forward_pre_hook(Hook(self._before_block), with_kwargs=True))
@@ -138,19 +144,19 @@ class Boundary:
     def _before_block(self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
         is_first = block is self._blocks[0]
         position, x = find_hidden(args, kwargs, "the first block" if is_first else "a block")
-        for cut in self._cuts:
-            cut.start_block(block, x, (args, kwargs))
-        forward = self.forwards.current
         # An activation checkpoint calls blocks in backward, when the forward has left them.
-        if not is_first and not (self.is_spread or forward.in_backward or self._passage.is_inside):
+        if not is_first and not (self.is_spread or self.forwards.current.in_backward or self._passage.is_inside):
             raise self._left_out("first")
         if is_first:
             self._passage.is_inside = True
-        hidden, arguments = x, (args, kwargs)
         for cut in self._cuts:
-            arguments = replaced(arguments, lambda leaf, cut=cut: _cut_argument(leaf, cut, x))
-            hidden = cut.enter(hidden) if is_first else hidden
-        return replace_hidden(*arguments, position, hidden)
+            cut.start_block(block, x, (args, kwargs))
+            if type(cut).cut_argument is not TokenCut.cut_argument:
+                args, kwargs = replaced((args, kwargs), partial(_cut_argument, cut, x))
+            if is_first:
+                x = cut.enter(x)
+                args, kwargs = replace_hidden(args, kwargs, position, x)
+        return args, kwargs
 
     def _after_last_block(self, block: nn.Module, args: Any, output: Any) -> Any:
         x = hidden_of(output)
@@ -194,10 +200,10 @@ class Boundary:
 
     def _left_out(self, which: str) -> ConfigError:
         return ConfigError(
-            f"the {which} block was left out in this step, and it is where a rank takes, or gives back, its part of the tokens: run the "
-            f"{which} block always, or {self._cuts[-1].remedy}"
+            f"the {which} block was left out in this step, and it is where a rank takes, or gives back, its part of the tokens: run "
+            f"the {which} block always, or {self._cuts[-1].remedy}"
         )
 
 
-def _cut_argument(leaf: Any, cut: TokenCut, hidden: Tensor) -> Any:
+def _cut_argument(cut: TokenCut, hidden: Tensor, leaf: Any) -> Any:
     return cut.cut_argument(leaf) if isinstance(leaf, Tensor) and leaf is not hidden else leaf

@@ -13,12 +13,12 @@ from abc import abstractmethod
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from datetime import timedelta
-from enum import IntEnum
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from lightning_overlap.model.boundary import Boundary, Nesting
 from lightning_overlap.ranks.clock import Timeline
 from lightning_overlap.ranks.group import Group
 from lightning_overlap.state.shards import Place
@@ -28,19 +28,6 @@ if TYPE_CHECKING:
     from lightning_overlap.config import OverlapConfig
     from lightning_overlap.plan import Plan
     from lightning_overlap.ranks.mesh import ParallelMesh
-
-
-class Nesting(IntEnum):
-    """What a mode cuts, from the outside to the inside. Modes are applied in this order, and undone in the reverse order."""
-
-    STAGES = 1
-    """The list of blocks: other modes see the blocks of this rank only."""
-    TOKENS = 2
-    """The tokens of a sequence."""
-    LAYERS = 3
-    """The layers inside a block, and the tokens between these layers."""
-    PARAMETERS = 4
-    """The parameters that are left, flattened."""
 
 
 class OverlapMode:
@@ -95,8 +82,13 @@ class OverlapMode:
             ConfigError: the mode cannot cut this model. The model is unchanged.
         """
 
-    def parallelize(self, model: nn.Module) -> None:
-        """Cuts the model to this rank's part."""
+    def parallelize(self, model: nn.Module, boundary: Boundary) -> None:
+        """Cuts the model to this rank's part.
+
+        Args:
+            model: the user's.
+            boundary: of its block stack, where the mode registers its cut of hidden states.
+        """
 
     def prepare_optimizers(self, optimizers: Sequence[Optimizer]) -> None:
         """Prepares what this rank updates. ``param_groups`` stay the user's, except during a step."""

@@ -39,8 +39,8 @@ class Forward:
 class Forwards:
     """Tells hooks which forward they are called for.
 
-    Each thread computes one forward at a time. Backward runs in the thread that calls it, or, on CUDA, in a thread of autograd's, which
-    knows no forward of its own: there it is the one whose backward runs. One backward runs at a time.
+    Each thread computes one forward at a time. Backward runs in the thread that calls it, or, on CUDA, in a thread of autograd's,
+    which knows no forward of its own: there it is the one whose backward runs. One backward runs at a time.
     """
 
     def __init__(self) -> None:

@@ -23,6 +23,7 @@ from torch.optim import Optimizer
 from lightning_overlap.config import OverlapConfig
 from lightning_overlap.decision import ConfigError
 from lightning_overlap.model.block_stack import without_nested_tensors
+from lightning_overlap.model.boundary import Boundary
 from lightning_overlap.model.materialize import forget, is_deferred
 from lightning_overlap.modes import MODES
 from lightning_overlap.modes.base import Driver, Holder, OverlapMode, hold_gradient_syncs
@@ -246,8 +247,9 @@ class OverlapStrategy(MeshStrategy):
         self.checkpoints.use(self.modes, self.mesh)
         for mode in self.modes:
             mode.refuse(model)
+        boundary = Boundary()
         for mode in self.modes:
-            mode.parallelize(model)
+            mode.parallelize(model, boundary)
         for mode in self.modes:
             mode.prepare_optimizers(self.optimizers)
         if self._driver is not None:

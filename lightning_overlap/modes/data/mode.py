@@ -25,8 +25,9 @@ from torch.autograd import Variable
 from torch.optim import Optimizer
 
 from lightning_overlap.decision import ConfigError
+from lightning_overlap.model.boundary import Boundary, Nesting
 from lightning_overlap.model.markers import has_late_gradient, is_counted_elsewhere, stage_of
-from lightning_overlap.modes.base import Nesting, OptimizerHolder
+from lightning_overlap.modes.base import OptimizerHolder
 from lightning_overlap.modes.data.buffers import HALF, LiveBucket, flatten, unflatten
 from lightning_overlap.modes.data.gathers import Gathers
 from lightning_overlap.modes.data.guard import CompleteBefore, GuardedParameters, ReferenceGuard
@@ -106,7 +107,7 @@ class DataMode(OptimizerHolder):
 
     # -- set-up ------------------------------------------------------------------------------------------------------
 
-    def parallelize(self, model: nn.Module) -> None:
+    def parallelize(self, model: nn.Module, boundary: Boundary) -> None:
         # What another mode completes after backward is sent after all else, a stage does not wait for another one's backward, and a
         # shard is counted in the norm as a whole.
         kinds: dict[tuple[bool, int, bool, str, str], list[tuple[str, nn.Parameter]]] = {}

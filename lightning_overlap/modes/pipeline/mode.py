@@ -16,9 +16,10 @@ from lightning_overlap.decision import ConfigError
 from lightning_overlap.facts import PipelineFacts
 from lightning_overlap.model.block_stack import BlockStack, Pass
 from lightning_overlap.model.blocks import Blocks, find_blocks
+from lightning_overlap.model.boundary import Boundary, Nesting
 from lightning_overlap.model.markers import LATE_GRADIENT, STAGE, clear_markers
 from lightning_overlap.model.trees import copied
-from lightning_overlap.modes.base import Driver, Holder, Nesting
+from lightning_overlap.modes.base import Driver, Holder
 from lightning_overlap.modes.pipeline import layout
 from lightning_overlap.modes.pipeline.config import PipelineParallel, scheduled
 from lightning_overlap.modes.pipeline.evaluation import Evaluation
@@ -101,7 +102,7 @@ class PipelineMode(Driver, Holder):
 
     # -- set-up ------------------------------------------------------------------------------------------------------
 
-    def parallelize(self, model: nn.Module) -> None:
+    def parallelize(self, model: nn.Module, boundary: Boundary) -> None:
         own = self._own
         name, blocks, self._stages = self._cut(model, self.config)
         self.partition = Partition(model, name, blocks, self._stages, self._placement, own.held_by_all)
@@ -114,7 +115,8 @@ class PipelineMode(Driver, Holder):
         self.partition.keep(self._rank)
         self._device = next(model.parameters()).device
         self._before = self.partition.before(model)
-        self._stack = BlockStack(blocks, name)
+        self._stack = boundary.lend_stack(blocks, name, spread=own.size > 1)
+        self._forwards = boundary.forwards
         deferring = self.plan.choice("pipeline_parallel.defer_embedding_wgrad") != "off"
         if own.plan(own.count).splits_backward or deferring:
             mine = own.plan(own.count).stages_of(self._rank)
@@ -217,7 +219,7 @@ class PipelineMode(Driver, Holder):
         """Finds what goes from stage to stage, on one microbatch. Collective."""
         assert self._stack is not None, "the model is parallelized before it is trained"
         flow = self._rehearse(self._stack, step, part)
-        return StagedModel(self._stack, flow, self._before, self._weight_gradients, self._sum_tied)
+        return StagedModel(self._stack, flow, self._before, self._weight_gradients, self._sum_tied, self._forwards)
 
     def _tell_how_it_is_cut(self, batch: Any, count: int) -> None:
         if self._rank > 0 or self.group.ranks[0] > 0:

@@ -103,8 +103,8 @@ class Regions:
         if x.shape[-2] != high - low:
             raise ConfigError(
                 f"{name} is called with {x.shape[-2]} tokens, where rank {group.rank} has {high - low} of the {tokens} that have "
-                "entered the blocks: with sequence_parallel blocks run one after the other, from the first one on, on one sequence. Set "
-                "tensor_parallel.sequence_parallel: false"
+                "entered the blocks: with sequence_parallel blocks run one after the other, from the first one on, on one sequence. "
+                "Set tensor_parallel.sequence_parallel: false"
             )
         return tokens
 
@@ -203,8 +203,8 @@ class SequenceCut(TokenCut):
         tokens = self._regions.state.tokens = x.shape[-2]
         if self._boundary.is_spread and tokens % self._exchange.group.size:
             raise ConfigError(
-                f"a sequence of {tokens} tokens is not divisible by tensor_parallel.size={self._exchange.group.size}, which it must be "
-                "with sequence_parallel in a pipeline: pad it, or set tensor_parallel.sequence_parallel: false"
+                f"a sequence of {tokens} tokens is not divisible by tensor_parallel.size={self._exchange.group.size}, which it must "
+                "be with sequence_parallel in a pipeline: pad it, or set tensor_parallel.sequence_parallel: false"
             )
         return enter(x, self._exchange, partial(self._regions.prepare_next, ""))
 
