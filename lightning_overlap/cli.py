@@ -59,7 +59,7 @@ class _Trainer(Trainer):
             strategy.config,
             world_size=self.num_devices * self.num_nodes,
             device=strategy.root_device.type,
-            backend=strategy._get_process_group_backend(),
+            backend=strategy.backend_name,
         )
         print(resolve(strategy.config, facts).explain())
         pipeline = strategy.config.pipeline_parallel

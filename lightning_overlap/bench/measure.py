@@ -251,7 +251,7 @@ def measure(
         "tensor_parallel": replace(strategy.config.tensor_parallel, verify_blocks=False),
     }
     rows = {name: Row(name) for name in ("overlapped", "plain", "compute", "communication")}
-    others = all_peers(strategy._get_process_group_backend(), strategy.world_size, strategy.config) if with_peers else {}
+    others = all_peers(strategy.backend_name, strategy.world_size, strategy.config) if with_peers else {}
     refused: dict[str, str] = {}
     alone: dict[str, list[float]] = defaultdict(list)
     rows |= {name: Row(name) for name in others}

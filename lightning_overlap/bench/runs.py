@@ -42,7 +42,7 @@ class Runs:
     def ours(self, **changes: Any) -> OverlapStrategy:
         """The user's configuration, with some fields of :class:`OverlapConfig` changed."""
         own = {f.name: getattr(self.strategy.config, f.name) for f in fields(OverlapConfig)}
-        return OverlapStrategy(**{**own, **changes}, process_group_backend=self.strategy._process_group_backend)
+        return OverlapStrategy(**{**own, **changes}, process_group_backend=self.strategy.process_group_backend)
 
     def fit(self, strategy: Strategy, steps: int, callback: Callback, module: LightningModule | None = None, **trainer: Any) -> None:
         """Trains a copy of the module, or the module given, for so many steps."""
