@@ -16,7 +16,7 @@ ROOT = Path(lightning_overlap.__file__).parent
 FILES = {str(path.relative_to(ROOT)): path for path in ROOT.rglob("*.py")}
 
 FLOORS = (
-    ("decision", "torch_seams"),
+    ("decision", "tables", "torch_seams"),
     ("ranks",),
     ("model", "steps", "state", "profiling.intervals", "profiling.trace"),
     ("facts", "modes.base", "modes.descriptor", "config", "plan", "environment", "modes", "nn"),
@@ -36,20 +36,6 @@ ALLOWED: dict[str, set[str]] = {
     },
     "circles": {
         "bench.advice -> bench.measure -> bench.advice",
-        "config -> modes.context.config -> config",
-        "config -> modes.data.config -> config",
-        "config -> modes.expert.config -> config",
-        "config -> modes.pipeline.config -> config",
-        "config -> modes.pipeline.config -> plan -> config",
-        "config -> modes.pipeline.config -> plan -> modes.tensor.config -> config",
-        "modes.pipeline.config -> plan -> modes.pipeline.config",
-    },
-    "torch.distributed": {
-        "bench.pipelining -> torch.distributed.pipelining",
-        "bench.products -> torch.distributed",
-        "bench.products -> torch.distributed.device_mesh",
-        "bench.products -> torch.distributed.tensor",
-        "bench.products -> torch.distributed.tensor.parallel",
     },
     "private names": {
         "bench.verify: _parameters",

@@ -21,7 +21,6 @@ from torchmetrics import Metric
 
 from lightning_overlap.config import OverlapConfig
 from lightning_overlap.facts import Facts
-from lightning_overlap.modes import MODES
 from lightning_overlap.ranks.group import Group, Pending
 from lightning_overlap.strategy.probe import names_in
 
@@ -203,9 +202,9 @@ def after_closure(plugin: Precision, model: LightningModule, optimizer: Any) -> 
 
 def facts_of(trainer: Trainer, module: LightningModule, config: OverlapConfig, **known: Any) -> Facts:
     """The facts of a run; ``known`` are those that the caller has (ranks, device, backend, optimizers)."""
-    for mode in MODES:
-        known |= mode.look(module, config)
+    found = [mode.look(module, config.of(mode), config.parallel_plan) for mode in config.modes]
     return Facts(
+        of_modes=tuple(facts for facts in found if facts is not None),
         precision=str(trainer.precision),
         gradient_clip_val=trainer.gradient_clip_val,  # type: ignore[arg-type]
         automatic_optimization=module.automatic_optimization,
