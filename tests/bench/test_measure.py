@@ -7,7 +7,8 @@ from lightning.pytorch.plugins.environments import TorchElasticEnvironment
 
 from lightning_overlap import ConfigError, DataParallel, OverlapConfig, OverlapStrategy
 from lightning_overlap.bench.advice import advise
-from lightning_overlap.bench.measure import Measured, Row, _Clock, measure, ranking, sweep
+from lightning_overlap.bench.measure import Measured, _Clock, measure, ranking, sweep
+from lightning_overlap.bench.rows import Row
 from lightning_overlap.bench.runs import Runs
 from lightning_overlap.bench.skip import Skipped
 from tests.helpers.training import Net, train
