@@ -9,7 +9,7 @@ import torch.distributed as dist
 from lightning.pytorch.loggers import CSVLogger
 
 from lightning_overlap import ConfigError, OverlapProfiler
-from lightning_overlap.ranks.group import Group
+from lightning_overlap.ranks.gloo import ThreadedGlooEngine
 from lightning_overlap.ranks.world import make_group
 from tests.helpers.training import train
 
@@ -55,7 +55,7 @@ def unprofiled():
 
 def planted():
     """One bucket's reduction arrives late, where nothing is hidden; what was waited is measured where it is planted."""
-    waited, real = [], Group.wait_for
+    waited, real = [], ThreadedGlooEngine.wait_for
 
     def late(self, label, works):
         start, chosen = time.perf_counter(), label == "data.grads[1]" and works
@@ -66,7 +66,7 @@ def planted():
             waited.append(time.perf_counter() - start)
 
     profiler = OverlapProfiler(every_n_steps=1, warmup=0)
-    with mock.patch.object(Group, "wait_for", late):
+    with mock.patch.object(ThreadedGlooEngine, "wait_for", late):
         train(callbacks=[profiler], overlap="off", **QUIET)
     return waited, profiler.summary
 
