@@ -8,7 +8,7 @@ from typing import Any
 
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.autograd import Variable
+from torch.autograd import Function, Variable
 from torch.optim import Optimizer
 
 SUPPORTED = "lightning_overlap supports the versions of torch in its requirements: install one of these."
@@ -31,6 +31,7 @@ PRIVATE_NAMES: tuple[tuple[Any, str, str], ...] = (
     (nn.Module(), "_apply", "moves to a device what is not absent"),
     (nn.Module(), "_compiled_call_impl", "whether a module was compiled in place"),
     (Tensor, "_version", "whether a tensor was written since"),
+    (getattr(Function, "_backward_cls", None), "_forward_cls", "by which a node of autograd's graph tells its Function"),
     (Variable, "_execution_engine", "calls a function at the end of a backward"),
     (Optimizer, "register_step_pre_hook", "fills _optimizer_step_pre_hooks"),
     (dist.distributed_c10d, "_get_default_store", "the store of the world, over which errors are announced"),
@@ -72,6 +73,12 @@ def is_compiled(module: nn.Module) -> bool:
     return isinstance(module, CompiledModule) or module._compiled_call_impl is not None
 
 
+def is_node_of(node: Any, kind: type[Function]) -> bool:
+    """Whether a node of autograd's graph (a ``grad_fn``) is the backward of a Function of this kind."""
+    function = getattr(node, "_forward_cls", None)  # nodes of torch's own functions have none
+    return function is not None and issubclass(function, kind)
+
+
 def version_of(tensor: Tensor) -> int:
     """The number of times that a tensor was written in place."""
     return tensor._version
@@ -79,7 +86,7 @@ def version_of(tensor: Tensor) -> int:
 
 def after_backward(function: Callable[[], None]) -> None:
     """Calls a function when the backward that runs has ended. To be called inside it."""
-    Variable._execution_engine.queue_callback(function)  # type: ignore[attr-defined]
+    Variable._execution_engine.queue_callback(function)
 
 
 def has_step_hooks(optimizer: Optimizer) -> bool:

@@ -244,7 +244,7 @@ class BlockStack:
         def everything(own: Any) -> range:
             return range(len(children_of(own)))
 
-        class Seen(self._class):  # type: ignore[misc, name-defined]
+        class Seen(self._class):  # type: ignore[name-defined]
             def __iter__(self) -> Iterator[Any]:
                 return super().__iter__() if stack.active is None else stack._visit(everything(self))
 

@@ -45,7 +45,7 @@ def replace_hidden(args: tuple[Any, ...], kwargs: Mapping[str, Any], position: i
 
 def hidden_of(output: Any) -> Tensor:
     """The hidden states in what a block returns: the output, or its first item."""
-    return output[0] if isinstance(output, tuple) else output  # type: ignore[no-any-return]
+    return output[0] if isinstance(output, tuple) else output
 
 
 def with_hidden(output: Any, x: Tensor) -> Any:

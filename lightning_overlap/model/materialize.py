@@ -88,7 +88,7 @@ def initialize(module: nn.Module, names: Iterable[str], load: Callable[[], None]
         around = [*(path.rsplit(".", depth)[0] for depth in range(path.count(".") + 1)), ""]
         near = next((parts[place] for place in around if callable(getattr(parts.get(place), "_init_weights", None))), None)
         if near is not None:
-            near._init_weights(parts[path])  # type: ignore[operator]
+            near._init_weights(parts[path])
     load()
     for name in names:
         vars(tensors[name]).pop(_LOST, None)

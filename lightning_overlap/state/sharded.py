@@ -515,7 +515,7 @@ class _Reader(FileSystemReader):
                 refuse_broken(file.name, what_is_broken(io.BytesIO(file.read(length))))
         return super().read_data(plan, planner)
 
-    def read_metadata(self) -> Metadata:  # type: ignore[override]  # with kwargs torch would look for an index of each rank
+    def read_metadata(self) -> Metadata:  # with kwargs torch would look for an index of each rank
         return self.index
 
     def under(self, prefix: str) -> Iterator[tuple[str, Tensor]]:

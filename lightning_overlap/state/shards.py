@@ -209,7 +209,7 @@ class AbsentParameter(_Absent, nn.Parameter):
     def __deepcopy__(self, memo: dict[int, Any]) -> AbsentParameter:
         if id(self) not in memo:
             memo[id(self)] = AbsentParameter(absent_like(self), self.requires_grad)
-        return memo[id(self)]  # type: ignore[no-any-return]
+        return memo[id(self)]
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         return nn.Parameter(absent_like(self), self.requires_grad).__reduce_ex__(protocol)

@@ -26,7 +26,7 @@ class Forward:
         """The forward's state of a kind (a mode's dataclass with defaults), which is made when it is asked for first."""
         if kind not in self._states:
             self._states[kind] = kind()
-        return self._states[kind]  # type: ignore[no-any-return]
+        return self._states[kind]
 
     def branch(self) -> Forward:
         """A forward that starts from copies of this one's states, and leaves this one as it is."""
@@ -58,7 +58,7 @@ class Forwards:
     def start(self) -> Forward:
         """From here on this thread computes a new forward."""
         self._threads.forward = Forward()
-        return self._threads.forward  # type: ignore[no-any-return]
+        return self._threads.forward
 
     @contextmanager
     def running(self, forward: Forward) -> Iterator[None]:

@@ -131,7 +131,7 @@ def failing_together(module: LightningModule, driver: Driver) -> Iterator[None]:
     try:
         yield
     finally:
-        del module.on_validation_epoch_end  # type: ignore[method-assign]
+        del module.on_validation_epoch_end
 
 
 HOOKS = ("on_train_batch_end", "on_train_epoch_end", "on_train_end")

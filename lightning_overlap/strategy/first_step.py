@@ -79,7 +79,7 @@ def _without_dropout() -> Iterator[None]:
     before = [(owner, name, getattr(owner, name)) for owner, name in _DROPOUTS]
     for owner, name, _ in before:
         setattr(owner, name, keep)
-    F.scaled_dot_product_attention = attend  # type: ignore[assignment]
+    F.scaled_dot_product_attention = attend
     try:
         yield
     finally:

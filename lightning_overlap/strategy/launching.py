@@ -119,7 +119,7 @@ def saving_in_step_only(trainer: Trainer) -> Iterator[None]:
     try:
         yield
     finally:
-        del trainer.save_checkpoint  # type: ignore[method-assign]
+        del trainer.save_checkpoint
 
 
 class ScriptLauncher(SubprocessScriptLauncher):

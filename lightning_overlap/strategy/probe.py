@@ -194,7 +194,7 @@ def _steps(
                 parameter.grad = piece
             for together in [[p] for p in parameters] if apart else [parameters]:
                 probe.param_groups[0]["params"] = together
-                step(probe)  # type: ignore[call-arg]
+                step(probe)
     result = torch.cat([parameter.detach().flatten() for parameter in parameters])
     return None if result.equal(start[: len(result)]) else result
 

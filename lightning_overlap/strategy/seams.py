@@ -206,7 +206,7 @@ def facts_of(trainer: Trainer, module: LightningModule, config: OverlapConfig, *
     return Facts(
         of_modes=tuple(facts for facts in found if facts is not None),
         precision=str(trainer.precision),
-        gradient_clip_val=trainer.gradient_clip_val,  # type: ignore[arg-type]
+        gradient_clip_val=trainer.gradient_clip_val,
         automatic_optimization=module.automatic_optimization,
         gradient_readers=gradient_readers(trainer, module),
         clippers=clippers(trainer, module),
@@ -237,7 +237,7 @@ def zeroing_first(trainer: Trainer) -> Iterator[None]:
     try:
         yield
     finally:
-        del loop._make_closure  # type: ignore[method-assign]
+        del loop._make_closure
 
 
 @contextlib.contextmanager
@@ -248,11 +248,11 @@ def logs_go_to(trainer: Trainer, keep: Callable[..., None] | None) -> Iterator[C
         yield None
         return
     write = results.log
-    results.log = keep or (lambda *_, **__: None)  # type: ignore[method-assign]
+    results.log = keep or (lambda *_, **__: None)
     try:
         yield write
     finally:
-        del results.log  # type: ignore[method-assign]
+        del results.log
 
 
 def write_log(trainer: Trainer, hook: str, name: str, value: Any, **options: Any) -> None:

@@ -167,7 +167,7 @@ class OverlapStrategy(MeshStrategy):
         assert isinstance(self.model, LightningModule), "Lightning connects the module"
         self.accelerator.setup(trainer)
         self._fitting = fitting = trainer.state.fn == TrainerFn.FITTING
-        self.model = self.precision_plugin.convert_module(self.model)  # type: ignore[assignment]
+        self.model = self.precision_plugin.convert_module(self.model)
         if fitting and self._layer_sync is not None:
             self.model = self._layer_sync.apply(self.model)
         forget(self.model)

@@ -131,7 +131,7 @@ class ShardedOptimizer:
         users = self._put([[s.parameter for s in bucket.segments if s.group == index] for index in range(len(self._shards))])
         self._stepping = True
         try:
-            type(self._optimizer).step(self._optimizer)  # type: ignore[call-arg]
+            type(self._optimizer).step(self._optimizer)
         finally:
             self._stepping = False
             self._put(users)

@@ -145,7 +145,7 @@ class _Asks:
             return self._made[leaf]
         self._group.share_object(leaf, self._group.rank)
         x: Any = self._group.share_object(None, owner)
-        return x.to(self._on).requires_grad_(x.requires_grad)  # type: ignore[no-any-return]
+        return x.to(self._on).requires_grad_(x.requires_grad)
 
 
 def _answer(asking: int, group: Group, owner: Callable[[Leaf], int], made: Mapping[Leaf, Tensor]) -> _Ran:

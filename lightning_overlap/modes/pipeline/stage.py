@@ -34,7 +34,7 @@ class _Release(torch.autograd.Function):
         return x.new_empty(()).expand(x.shape)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Tensor:  # type: ignore[override]
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
         return gradient
 
 

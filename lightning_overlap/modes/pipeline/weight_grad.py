@@ -158,7 +158,9 @@ class _Forward:
 class _Linear(torch.autograd.Function):
     """``x @ weight_t + bias`` of matrices, whose backward hands on what the weight's gradient is made from.
 
-    ``trigger`` is a tensor that requires a gradient, and gets none: with it the backward runs where nothing else asks for it.
+    Forward: ``x`` ``(rows, in)``, ``weight_t`` ``(in, out)``, ``bias`` ``(out)`` or None -> ``(rows, out)``. ``trigger`` is a tensor
+    that requires a gradient, and gets none: with it the backward runs where nothing else asks for it.
+    Backward: gradients of ``x`` and ``bias``; ``defer`` gets ``x``, ``weight_t`` and the output's gradient ``(rows, out)``.
     """
 
     @staticmethod
@@ -176,7 +178,7 @@ class _Linear(torch.autograd.Function):
         return x.mm(weight_t) if bias is None else torch.addmm(bias, x, weight_t)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor | None) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, gradient: Tensor | None) -> tuple[Tensor | None, ...]:
         if gradient is None:
             return None, None, None, None, None
         x, weight_t = ctx.saved_tensors
@@ -190,7 +192,11 @@ class _Linear(torch.autograd.Function):
 
 
 class _WeightGradient(torch.autograd.Function):
-    """A root of a graph of its own, whose backward gives autograd the gradient of a weight."""
+    """A root of a graph of its own, whose backward gives autograd the gradient of a weight.
+
+    Forward: ``weight`` ``(out, in)``, ``x`` ``(rows, in)``, ``gradient`` ``(rows, out)`` -> a scalar without a value.
+    Backward: the weight's gradient ``(out, in)``, in its dtype.
+    """
 
     @staticmethod
     def forward(ctx: Any, weight: Tensor, x: Tensor, gradient: Tensor, column_major: bool) -> Tensor:
@@ -200,7 +206,7 @@ class _WeightGradient(torch.autograd.Function):
         return gradient.new_empty(())
 
     @staticmethod
-    def backward(ctx: Any, _: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, _: Tensor) -> tuple[Tensor | None, ...]:
         x, gradient = ctx.saved_tensors
         product = gradient.t().mm(x) if ctx.column_major else x.t().mm(gradient).t()
         return product.to(ctx.dtype), None, None, None

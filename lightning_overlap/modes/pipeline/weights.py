@@ -67,6 +67,6 @@ def _counted(part: Any, *, causal: bool) -> Tensor:
 
 def _find_labels(value: Any) -> Tensor | None:
     if isinstance(value, Mapping) and isinstance(value.get("labels"), Tensor):
-        return value["labels"]  # type: ignore[no-any-return]
+        return value["labels"]
     inner = items(value) if is_container(value) else []
     return next((found for _, item in inner if (found := _find_labels(item)) is not None), None)

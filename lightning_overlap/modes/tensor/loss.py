@@ -18,6 +18,13 @@ from lightning_overlap.ranks.group import Group
 
 
 class _CrossEntropy(Function):
+    """The cross entropy of logits whose entries are cut over the ranks. Each rank sends four numbers for each row.
+
+    Forward: ``logits`` ``(rows, own entries)``, any floating dtype; ``target`` ``(rows)``, integers; ``kept`` ``(rows)``: whether a
+    row counts; ``bounds``, the ranks' entries -> the loss of each row ``(rows)``, fp32 or wider, 0 where it does not count.
+    Backward: the gradient of the losses ``(rows)`` -> that of this rank's logits, in their shape and dtype.
+    """
+
     @staticmethod
     def forward(
         ctx: Any, logits: Tensor, target: Tensor, kept: Tensor, group: Group, bounds: Sequence[int], smoothing: float
@@ -88,7 +95,7 @@ def cross_entropy(
     kept = targets != ignore_index
     if not targets.is_cuda and bool((kept & ((targets < 0) | (targets >= bounds[-1]))).any()):
         raise IndexError(f"targets must be from 0 to {bounds[-1] - 1}, or {ignore_index}: got {targets[kept].tolist()[:8]} ...")
-    losses: Tensor = _CrossEntropy.apply(rows, targets, kept, group, tuple(bounds), label_smoothing)  # type: ignore[no-untyped-call]
+    losses: Tensor = _CrossEntropy.apply(rows, targets, kept, group, tuple(bounds), label_smoothing)
     dtype = dtype or logits.dtype
     if reduction == "mean":
         return (losses.sum() / kept.sum()).to(dtype)

@@ -205,7 +205,7 @@ def _roles(model: nn.Module, given: Mapping[str, str]) -> tuple[str, dict[str, s
     if isinstance(own, Mapping):
         return f"parallel_plan of {type(model).__name__}", {pattern: str(role) for pattern, role in own.items()}
     if said := {name: m.parallel_role for name, m in model.named_modules() if isinstance(getattr(m, "parallel_role", None), str)}:
-        return "layers of lightning_overlap.nn", said  # type: ignore[return-value]
+        return "layers of lightning_overlap.nn", said
     for name, module in model.named_modules():
         if hasattr(module, "tp_plan") and hasattr(module, "get_input_embeddings"):
             return f"plan of {type(module).__name__}", dict(_of_hugging_face(name, module))

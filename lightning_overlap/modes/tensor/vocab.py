@@ -44,7 +44,10 @@ class Vocabulary:
 
 
 class _Sum(Function):
-    """The sum over the ranks; what follows is the same on all of them, and so is its gradient."""
+    """Sums over the ranks; what follows is the same on all of them, and so is its gradient.
+
+    Forward: ``x``, any shape and floating dtype -> its sum, in that shape and dtype. Backward: the gradient, unchanged.
+    """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, group: Group) -> Tensor:
@@ -73,7 +76,7 @@ class _Lookup(TorchFunctionMode):
         mine = (own >= 0) & (own < len(weight))
         padding = padding_idx - self._vocabulary.first if padding_idx is not None else -1
         found = F.embedding(own.where(mine, 0), weight, padding if 0 <= padding < len(weight) else None)
-        return _Sum.apply(found * mine.unsqueeze(-1), self._vocabulary.group)  # type: ignore[no-untyped-call, no-any-return]
+        return _Sum.apply(found * mine.unsqueeze(-1), self._vocabulary.group)
 
 
 def embedding_forward(layer: nn.Module, vocabulary: Vocabulary) -> Callable[..., Tensor]:
@@ -87,12 +90,19 @@ def embedding_forward(layer: nn.Module, vocabulary: Vocabulary) -> Callable[...,
         if ids.numel() and not ids.is_cuda and (ids.min() < 0 or ids.max() >= vocabulary.size):
             raise IndexError(f"ids from {int(ids.min())} to {int(ids.max())} in an embedding of {vocabulary.size} entries")
         with _Lookup(layer.weight, vocabulary):  # type: ignore[arg-type]
-            return own(ids)  # type: ignore[no-any-return]
+            return own(ids)
 
     return forward
 
 
 class _Head(Function):
+    """The logits of this rank's part of the vocabulary. Backward sums the input's gradient over the ranks, under the weight's.
+
+    Forward: ``x`` ``(..., features)``, ``weight`` ``(own entries, features)``, ``bias`` ``(own entries)`` or None
+    -> ``(..., own entries)``.
+    Backward: gradients of the inputs' shapes.
+    """
+
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, vocabulary: Vocabulary) -> Tensor:
         ctx.save_for_backward(x, weight)
@@ -120,13 +130,16 @@ def head_forward(layer: nn.Module, vocabulary: Vocabulary) -> Callable[[Tensor],
 
     def forward(x: Tensor) -> Tensor:
         weight, bias = (None if p is None else cast(p) for p in (layer.weight, layer.bias))  # type: ignore[arg-type]
-        return CutLogits.of(_Head.apply(cast(x), weight, bias, vocabulary), vocabulary)  # type: ignore[no-untyped-call]
+        return CutLogits.of(_Head.apply(cast(x), weight, bias, vocabulary), vocabulary)
 
     return forward
 
 
 class _Whole(Function):
-    """All ranks' logits. All ranks go on with the same, so that each one's gradient is its part."""
+    """Gathers all ranks' logits. All ranks go on with the same, so that each one's gradient is its part.
+
+    Forward: ``local`` ``(..., own entries)`` -> ``(..., entries)``. Backward: the other way.
+    """
 
     @staticmethod
     def forward(ctx: Any, local: Tensor, vocabulary: Vocabulary) -> Tensor:
@@ -215,7 +228,7 @@ class CutLogits(StandIn):
                 "they are gathered, which is slow and takes memory. F.cross_entropy (and Hugging Face's loss) does not need that",
                 stacklevel=8,
             )
-        return _Whole.apply(self.local, self.vocabulary)  # type: ignore[no-untyped-call, no-any-return]
+        return _Whole.apply(self.local, self.vocabulary)
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         # Not by gathering: one rank may print alone.
