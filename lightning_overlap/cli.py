@@ -48,7 +48,7 @@ class _Trainer(Trainer):
         Args:
             model: the module.
             datamodule: not looked at.
-            schedule: print and draw the pipeline's schedule, too; a file with what is printed can be given as schedule.
+            schedule: print and draw the schedule of a step in parts, too; a file with what is printed can be given as schedule.
             times: milliseconds of a stage's forward of a microbatch, of its backward and of a transfer, such as 30,60,8: tells how
                 long the schedule takes.
         """
@@ -59,15 +59,15 @@ class _Trainer(Trainer):
             strategy.config,
             world_size=self.num_devices * self.num_nodes,
             device=strategy.root_device.type,
-            backend=strategy._get_process_group_backend(),
+            backend=strategy.backend_name,
         )
         print(resolve(strategy.config, facts).explain())
-        pipeline = strategy.config.pipeline_parallel
-        made = pipeline.plan(pipeline.count)
-        if schedule:
-            print(made.text() + draw(made))
-        if times is not None:
-            print(what_it_takes(made, times))
+        made = [mode.schedule(strategy.config.of(mode), None) for mode in strategy.config.modes]
+        for each in made:
+            if each is not None and schedule:
+                print(each.text() + draw(each))
+            if each is not None and times is not None:
+                print(what_it_takes(each, times))
 
     def bench(
         self,

@@ -1,15 +1,17 @@
-"""What the user asks for, and the arithmetic of degrees. Standard library only."""
+"""What the user asks for, and the number of ranks along each axis that follows from it."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, ClassVar, Literal
 
-from lightning_overlap.decision import ConfigError
+from lightning_overlap.decision import ConfigError, check_switch, check_word
 from lightning_overlap.model.roles import parse_role
+from lightning_overlap.modes import MODES
 from lightning_overlap.modes.context.config import ContextParallel
 from lightning_overlap.modes.data.config import DataParallel
+from lightning_overlap.modes.descriptor import ModeDescriptor
 from lightning_overlap.modes.expert.config import ExpertParallel
 from lightning_overlap.modes.pipeline.config import PipelineParallel
 from lightning_overlap.modes.tensor.config import TensorParallel
@@ -18,7 +20,18 @@ from lightning_overlap.ranks.degrees import Degrees
 
 @dataclass(frozen=True, kw_only=True)
 class OverlapConfig:
-    """The five modes' configurations, the switch over all overlaps, and the roles of the model's parts by name."""
+    """What the user asks for: the five modes' configurations, and what concerns all of them.
+
+    A mode from outside of the package takes part by a subclass that lists it in ``modes`` and has a field for its configuration.
+
+    Attributes:
+        modes: descriptors of all modes.
+        overlap: ``"off"`` keeps the layout and turns every overlap off.
+        parallel_plan: roles of the model's parts, by name.
+        verify_first_step: compare the first step with that of the unsharded model.
+    """
+
+    modes: ClassVar[tuple[ModeDescriptor, ...]] = MODES
 
     data_parallel: DataParallel = field(default_factory=DataParallel)
     tensor_parallel: TensorParallel = field(default_factory=TensorParallel)
@@ -32,10 +45,12 @@ class OverlapConfig:
     def __post_init__(self) -> None:
         for role in self.parallel_plan.values():
             parse_role(role)
-        if self.overlap not in ("auto", "off"):
-            raise ConfigError(f"overlap must be auto or off, got {self.overlap!r}")
-        if self.verify_first_step not in (True, False, "auto"):
-            raise ConfigError(f"verify_first_step must be true, false or auto, got {self.verify_first_step!r}")
+        check_word("overlap", self.overlap, ("auto", "off"))
+        check_switch("verify_first_step", self.verify_first_step)
+
+    def of(self, mode: ModeDescriptor) -> Any:
+        """The configuration of a mode, an object of the mode's class."""
+        return getattr(self, mode.section)
 
     def degrees(self, world_size: int) -> Degrees:
         """The size of each kind of parallelism, in a world of so many ranks.

@@ -1,50 +1,28 @@
-"""Environment variables that a plan wants on CUDA, set before it starts. No number depends on them. Standard library only.
+"""Environment variables that the modes want on CUDA, set before it starts. No number depends on them.
 
-What is set already stays, whoever has set it: the user, or a mode that comes before another in the order of modes.
+A value that is set already stays, whoever has set it: the user, or a mode that is applied before.
 """
 
 from __future__ import annotations
 
 import subprocess
 from collections.abc import MutableMapping, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from lightning_overlap.config import OverlapConfig
-
-BLACKWELL = 10
-"""The first compute capability (major) whose kernels on several hardware queues start in the order of their launch."""
-
-
-@dataclass(frozen=True)
-class Setting:
-    """What a mode wants a variable to be, and why."""
-
-    variable: str
-    value: str
-    why: str
+from lightning_overlap.config import OverlapConfig
+from lightning_overlap.decision import Setting
+from lightning_overlap.modes.descriptor import in_order
 
 
 def wanted(config: OverlapConfig, capability: int | None) -> list[Setting]:
-    """What the modes want, in their order.
+    """Lists what the modes want, in the order in which they are applied; nothing if overlap is off.
 
     Args:
         config: what was asked for.
-        capability: the device's, major; None if it is not known.
+        capability: the device's compute capability (major); None if it is not known.
     """
-    found = []
-    if config.pipeline_parallel.size > 1 and config.overlap != "off":
-        why = "pipeline_parallel: on a queue of its own, a receive that is posted ahead has nothing stand behind it"
-        found.append(Setting("CUDA_DEVICE_MAX_CONNECTIONS", "32", why))
-    tensor = config.tensor_parallel.size > 1 and config.overlap != "off"
-    if tensor and capability is not None and capability < BLACKWELL:
-        why = "tensor_parallel: a transfer that is launched before a product also starts before it takes the device"
-        found.append(Setting("CUDA_DEVICE_MAX_CONNECTIONS", "1", why))
-    if tensor and config.tensor_parallel.backend == "userbuffers":
-        why = "tensor_parallel: norms of Transformer Engine's leave its transfers some of the device"
-        found += [Setting(f"NVTE_{way}_LAYERNORM_SM_MARGIN", "16", why) for way in ("FWD", "BWD")]
-    return found
+    if config.overlap == "off":
+        return []
+    return [setting for mode, _ in in_order(config.modes) for setting in mode.environment(config.of(mode), capability)]
 
 
 def apply(settings: Sequence[Setting], environ: MutableMapping[str, str], *, started: bool) -> list[str]:
@@ -52,32 +30,32 @@ def apply(settings: Sequence[Setting], environ: MutableMapping[str, str], *, sta
 
     Args:
         settings: the first of a variable counts.
-        environ: where to.
-        started: whether CUDA has started, which then has read them.
+        environ: the variables, which are changed.
+        started: whether CUDA has started: it has read its variables then.
 
     Returns:
         A sentence about each.
     """
-    said = []
+    report = []
     for setting in settings:
-        here, line = environ.get(setting.variable), f"{setting.variable}={setting.value} ({setting.why})"
-        if here == setting.value:
-            said.append(f"{line}: is set")
-        elif here is not None:
-            said.append(f"{line}: it is {here} already, which stays")
+        value, line = environ.get(setting.variable), f"{setting.variable}={setting.value} ({setting.why})"
+        if value == setting.value:
+            report.append(f"{line}: is set")
+        elif value is not None:
+            report.append(f"{line}: it is {value} already, which stays")
         elif started:
-            said.append(f"{line}: too late, CUDA has started; set it in the shell")
+            report.append(f"{line}: too late, CUDA has started; set it in the shell")
         else:
             environ[setting.variable] = setting.value
-            said.append(f"{line}: set")
-    return said
+            report.append(f"{line}: set")
+    return report
 
 
 def capability() -> int | None:
     """The first device's compute capability (major), asked of the driver's own tool, since torch would start CUDA."""
     try:
-        asked = ["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"]
-        told = subprocess.run(asked, capture_output=True, text=True, timeout=20, check=True).stdout
-        return int(told.split(".")[0])
+        command = ["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"]
+        output = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True).stdout
+        return int(output.split(".")[0])
     except (OSError, subprocess.SubprocessError, ValueError):
         return None

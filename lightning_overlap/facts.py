@@ -1,18 +1,31 @@
-"""What this machine, torch, the backend and the run offer: the input of the plan, besides the configuration."""
+"""What this machine, torch, the backend, the run and the model offer: the input of the plan, besides the configuration.
+
+Standard library only: modes read facts, and know neither Lightning nor each other.
+"""
 
 from __future__ import annotations
 
 import platform
 from dataclasses import dataclass, field
 from importlib import metadata
+from typing import TypeVar
 
-import lightning
-import torch
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class OptimizerFacts:
-    """What an optimizer does, as :func:`lightning_overlap.strategy.probe.examine` found it."""
+    """What an optimizer does, as :func:`lightning_overlap.strategy.probe.examine` found it.
+
+    Attributes:
+        name: of its class.
+        independent: it updates each parameter without a look at the others.
+        elementwise: it updates each element without a look at the others.
+        separable: it may step a part of its parameters at a time.
+        reason: why, as a sentence.
+        known: False if it refuses to be tried; ``reason`` then has its error.
+        methods: its public methods, beside the step, that read its state.
+    """
 
     name: str
     independent: bool
@@ -20,14 +33,7 @@ class OptimizerFacts:
     separable: bool
     reason: str
     known: bool = True
-    """False: it refuses to be tried, and ``reason`` has its own words."""
     methods: tuple[str, ...] = ()
-    """Its own public methods, beside the step, that read its state."""
-
-
-def versions() -> dict[str, str]:
-    """The versions that decide numbers and formats."""
-    return {"python": platform.python_version(), "torch": torch.__version__, "lightning": lightning.__version__}
 
 
 def installed(package: str) -> str | None:
@@ -38,60 +44,53 @@ def installed(package: str) -> str | None:
         return None
 
 
-@dataclass(frozen=True)
-class TensorFacts:
-    """What can be cut over a tensor axis: in words, the modules in the blocks that may mix tokens, the vocabulary's entries, layers
-    whose weight is ``(in, out)``, and the parameters that the blocks share with the rest of the model."""
-
-    said: str
-    loose: tuple[str, ...]
-    entries: int
-    transposed: tuple[str, ...] = ()
-    shared: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True)
-class PipelineFacts:
-    """What the stages of a pipeline hold."""
-
-    name: str
-    """Of the list of blocks."""
-    blocks: tuple[int, ...]
-    """By stage, how many."""
-    work: tuple[int, ...]
-    """By stage, elements of the matrices that a token is multiplied by."""
-    head_work: int
-    """Of these, those of the last stage's linear layers after the blocks, whose weights' gradients can come later."""
-    split: float = 0.0
-    """The part of the blocks' trained elements whose gradients a split backward leaves for later."""
-    unsplit: tuple[str, ...] = ()
-    """Classes of the modules with matrices whose gradients it cannot leave."""
+def versions() -> dict[str, str | None]:
+    """The versions that decide numbers and formats."""
+    return {"python": platform.python_version(), "torch": installed("torch"), "lightning": installed("lightning")}
 
 
 @dataclass(frozen=True)
 class Facts:
-    """Facts about a run. ``optimizers`` and ``parameters`` are None until the model is known."""
+    """Facts about a run.
+
+    Attributes:
+        world_size: ranks in all.
+        device: type of the device, ``"cpu"`` or ``"cuda"``.
+        backend: of the process group, ``"gloo"`` or ``"nccl"``.
+        versions: of Python and packages.
+        precision: as in Lightning's Trainer.
+        gradient_clip_val: as in Lightning's Trainer.
+        automatic_optimization: as in the LightningModule.
+        gradient_readers: hooks that may read or change gradients.
+        clippers: hooks of the user's that clip gradients by a norm that they compute.
+        unfreezers: callbacks that give the optimizer parameters while training.
+        averagers: callbacks that average weights.
+        compiled: the module is compiled by ``torch.compile``.
+        deferred: the model was made on the meta device.
+        optimizers: None until the model is known.
+        parameters: trained elements of the whole model; None until it is known.
+        transformer_engine: its version; None if it is not installed.
+        of_modes: what each mode looked for in the model, an object of the mode's class; empty until the model is known.
+    """
 
     world_size: int
     device: str = "cpu"
     backend: str = "gloo"
-    versions: dict[str, str] = field(default_factory=versions)
+    versions: dict[str, str | None] = field(default_factory=versions)
     precision: str = "32-true"
     gradient_clip_val: float | None = None
     automatic_optimization: bool = True
     gradient_readers: tuple[str, ...] = ()
     clippers: tuple[str, ...] = ()
-    """Hooks of the user's that clip gradients by a norm of their own."""
     unfreezers: tuple[str, ...] = ()
     averagers: tuple[str, ...] = ()
     compiled: bool = False
     deferred: bool = False
-    """The model was made on the meta device."""
     optimizers: tuple[OptimizerFacts, ...] | None = None
     parameters: int | None = None
-    pipeline: PipelineFacts | None = None
-    """None: the model is not known, or there is no pipeline."""
-    tensor: TensorFacts | None = None
-    """None: the model is not known, or not to be cut over a tensor axis."""
     transformer_engine: str | None = field(default_factory=lambda: installed("transformer-engine"))
-    """Its version; None if it is not installed."""
+    of_modes: tuple[object, ...] = ()
+
+    def of(self, kind: type[T]) -> T | None:
+        """A mode's facts about the model, by their class; None if the model is not known, or the mode has nothing to do."""
+        return next((facts for facts in self.of_modes if isinstance(facts, kind)), None)

@@ -12,6 +12,7 @@ torch.set_num_threads(1)
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--long", action="store_true", help="look for leaks over 300 steps and 20 fits")
+    parser.addoption("--device", default="cuda", choices=["cuda", "cpu"], help="of tests/gpu; cpu tries these tests themselves")
 
 
 @pytest.fixture(scope="session")

@@ -46,7 +46,7 @@ def test_methods_in_a_file(monkeypatch, capsys, tmp_path):
         file.write_text(head + "{size: 2, methods: {" + methods + "}}}}}")
         return plan(monkeypatch, capsys, "-c", "configs/base.yaml", "-c", str(file), "--devices", "2")
 
-    assert "tensor_parallel.methods.row_fprop    plain  plain " in told("row_fprop: plain")
+    assert "  methods.row_fprop    plain  plain " in told("row_fprop: plain")
     with pytest.raises(ValueError, match=r"methods\.row_fprop must be pipeline or plain, got 'fast'"):
         told("row_fprop: fast")
 

@@ -15,12 +15,17 @@ from lightning_overlap import (
     PipelineParallel,
     TensorParallel,
 )
-from lightning_overlap.facts import Facts, OptimizerFacts, PipelineFacts, TensorFacts
+from lightning_overlap.facts import Facts, OptimizerFacts
+from lightning_overlap.modes.pipeline.config import PipelineFacts
+from lightning_overlap.modes.tensor.config import TensorFacts
 from lightning_overlap.plan import resolve
 
 PACKAGE = Path(lightning_overlap.__file__).parent
-STDLIB_ONLY = ["config.py", "decision.py", "plan.py", "modes/data/layout.py", *sorted(
+STDLIB_ONLY = ["config.py", "decision.py", "facts.py", "plan.py", "modes/data/layout.py", *sorted(
     str(p.relative_to(PACKAGE)) for p in PACKAGE.glob("modes/*/config.py"))]  # fmt: skip
+
+
+SHARED = "lightning_overlap.modes.base", "lightning_overlap.modes.descriptor"
 
 
 def imports(path):
@@ -41,12 +46,12 @@ def test_modes_know_neither_each_other_nor_lightning():
         own = f"lightning_overlap.modes.{path.parent.name}"
         for name in imports(path.relative_to(PACKAGE)):
             assert not name.startswith("lightning."), f"{path} imports {name}"
-            assert not name.startswith("lightning_overlap.modes.") or name.startswith((own, "lightning_overlap.modes.base"))
+            assert not name.startswith("lightning_overlap.modes.") or name.startswith((own, *SHARED))
 
 
 def choices(config=None, **facts):
     plan = resolve(config or OverlapConfig(), Facts(world_size=facts.pop("world_size", 2), **facts))
-    return {d.feature.removeprefix("data_parallel."): d.choice for d in plan.decisions}
+    return {name.removeprefix("data_parallel."): choice.value for name, choice in plan.features().items()}
 
 
 ADAM = OptimizerFacts("AdamW", True, True, True, "AdamW updates each element on its own")
@@ -60,12 +65,13 @@ def test_everything_overlaps_by_default():
     found = choices(optimizers=(ADAM,), parameters=14_700_000)
     assert found["distributed_optimizer"] == "elementwise shards"
     assert found["gradients"] == "reduce-scatter"
-    assert found["overlap_grad_reduce"] == found["overlap_optimizer_step"] == "in backward"
+    assert found["overlap_grad_reduce"] is True
+    assert found["overlap_optimizer_step"] == "in backward"
     assert found["overlap_param_gather"] == "under next forward"
-    assert found["bucket_size"] == str(14_700_000 // 32)
+    assert found["bucket_size"] == 14_700_000 // 32
 
 
-@pytest.mark.parametrize(("world_size", "size"), [(8, "40000000"), (64, "64000000")])
+@pytest.mark.parametrize(("world_size", "size"), [(8, 40_000_000), (64, 64_000_000)])
 def test_large_models_get_the_reference_bucket_size(world_size, size):
     assert choices(world_size=world_size, parameters=10**11)["bucket_size"] == size
 
@@ -73,9 +79,9 @@ def test_large_models_get_the_reference_bucket_size(world_size, size):
 @pytest.mark.parametrize(
     ("facts", "feature", "choice"),
     [
-        ({"gradient_clip_val": 1.0}, "overlap_optimizer_step", "by bucket after backward"),
+        ({"gradient_clip_val": 1.0}, "overlap_optimizer_step", "after backward"),
         ({"gradient_readers": ("Net.on_after_backward",)}, "gradients", "all-reduce"),
-        ({"gradient_readers": ("Net.on_after_backward",)}, "overlap_optimizer_step", "by bucket after backward"),
+        ({"gradient_readers": ("Net.on_after_backward",)}, "overlap_optimizer_step", "after backward"),
         ({"automatic_optimization": False}, "distributed_optimizer", "off"),
         ({"automatic_optimization": False}, "overlap_param_gather", "off"),
         ({"optimizers": (MUON,)}, "distributed_optimizer", "whole parameters"),
@@ -91,24 +97,24 @@ def test_auto_declines(facts, feature, choice):
 @pytest.mark.parametrize(
     ("data", "pipeline", "facts", "choice", "why"),
     [
-        ({"align_param_gather": True}, 2, {}, "after the step", "once the step is over"),
-        ({}, 2, {}, "off", "a stage that is through gathers while those before it are not"),
-        ({}, 2, {"gradient_clip_val": 1.0}, "off", "after backward as it is"),
-        ({}, 1, {}, "off", "one rank has all stages"),
+        ({"align_param_gather": True}, 2, {}, True, "once the step is over"),
+        ({}, 2, {}, False, "a stage whose backward is over gathers while earlier stages still compute"),
+        ({}, 2, {"gradient_clip_val": 1.0}, False, "after backward as it is"),
+        ({}, 1, {}, False, "one rank has all stages"),
     ],
 )
 def test_gathers_of_several_stages_are_aligned_when_asked_to(data, pipeline, facts, choice, why):
     config = OverlapConfig(data_parallel=DataParallel(**data), pipeline_parallel=PipelineParallel(size=pipeline))
     plan = resolve(config, Facts(world_size=4, **facts))
-    decision = next(d for d in plan.decisions if d.feature == "data_parallel.align_param_gather")
-    assert decision.choice == choice
+    decision = plan.features()["data_parallel.align_param_gather"]
+    assert decision.value is choice
     assert why in decision.why
 
 
 def test_overlap_off_keeps_the_layout():
     found = choices(OverlapConfig(overlap="off"))
     assert found["distributed_optimizer"] == "elementwise shards"
-    assert {found[k] for k in ("overlap_grad_reduce", "overlap_param_gather", "overlap_optimizer_step")} == {"off"}
+    assert [found[k] for k in ("overlap_grad_reduce", "overlap_param_gather", "overlap_optimizer_step")] == [False, "off", "off"]
 
 
 @pytest.mark.parametrize(
@@ -146,50 +152,51 @@ def test_what_a_pipeline_cannot_run_with():
 
 
 DEFER = "pipeline_parallel.defer_embedding_wgrad"
-EVEN = {"pipeline": PipelineFacts("blocks", (2, 2), (12, 12), 4, 0.9, ("Conv1D",))}
+EVEN = {"of_modes": (PipelineFacts("blocks", (2, 2), (12, 12), 4, 0.9, ("Conv1D",)),)}
 
 
 @pytest.mark.parametrize(
     ("pipeline", "facts", "choice", "why"),
     [
-        ({}, EVEN, "in the bubble", r"waits, of at most 2 microbatches at once: on paper 3\.7% of a step"),
-        ({"wgrad_deferral_limit": 1}, EVEN, "in the bubble", r"at most 1 microbatches at once: on paper 2\.5%"),
-        ({"defer_embedding_wgrad": True}, EVEN, "in the bubble", r"at most 8 microbatches at once: on paper 7\.4%"),
-        ({"schedule": "zb_h1"}, EVEN, "in the bubble", "where its rank waits: on paper"),
-        ({}, {"pipeline": PipelineFacts("blocks", (2, 2), (12, 12), 0)}, "off", "no linear layer that is trained"),
-        ({}, {"pipeline": PipelineFacts("blocks", (2, 2), (120, 120), 1)}, "off", "on paper it wins 0"),
-        ({}, {}, "off", "the model is not known yet"),
-        ({"defer_embedding_wgrad": False}, EVEN, "off", "asked for"),
-        ({"size": 1, "microbatches": 4}, {}, "off", "one rank"),
+        ({}, EVEN, True, r"waits, of at most 2 microbatches at once: on paper 3\.7% of a step"),
+        ({"wgrad_deferral_limit": 1}, EVEN, True, r"at most 1 microbatches at once: on paper 2\.5%"),
+        ({"defer_embedding_wgrad": True}, EVEN, True, r"at most 8 microbatches at once: on paper 7\.4%"),
+        ({"schedule": "zb_h1"}, EVEN, True, "where its rank waits: on paper"),
+        ({}, {"of_modes": (PipelineFacts("blocks", (2, 2), (12, 12), 0),)}, False, "no linear layer that is trained"),
+        ({}, {"of_modes": (PipelineFacts("blocks", (2, 2), (120, 120), 1),)}, False, "on paper it wins 0"),
+        ({}, {}, False, "the model is not known yet"),
+        ({"defer_embedding_wgrad": False}, EVEN, False, "as configured"),
+        ({"size": 1, "microbatches": 4}, {}, False, "one rank"),
     ],
 )
 def test_the_heads_gradients_are_deferred_where_that_wins(pipeline, facts, choice, why):
     config = OverlapConfig(pipeline_parallel=PipelineParallel(**{"size": 2, **pipeline}))
-    decision = next(d for d in resolve(config, Facts(world_size=2, **facts)).decisions if d.feature == DEFER)
-    assert decision.choice == choice
+    decision = resolve(config, Facts(world_size=2, **facts)).features()[DEFER]
+    assert decision.value is choice
     assert re.search(why, decision.why)
 
 
 def test_the_plan_tells_stages_and_what_a_split_backward_leaves():
     config = OverlapConfig(pipeline_parallel=PipelineParallel(size=2, schedule="zb_h1"))
-    told = resolve(config, Facts(world_size=2, **EVEN)).explain()
-    assert "2 stages, 1 a rank; blocks by stage: 2, 2" in told
-    assert "of 90% of what the blocks train the gradients come later; at once, as before: Conv1D" in told
+    features = resolve(config, Facts(world_size=2, **EVEN)).features()
+    assert features["pipeline_parallel.size"].why == "2 stages, one a rank; blocks by stage: 2, 2 (blocks)"
+    expected = "in linear layers, which have 90% of the parameters that the blocks train; not in Conv1D"
+    assert features["pipeline_parallel.split_backward"].why == expected
 
 
 def test_a_schedules_file_is_run_as_it_stands(tmp_path):
     file = tmp_path / "mine.txt"
     file.write_text("F0.0 B0.0\nF1.0 B1.0\n")
     own = PipelineParallel(size=2, microbatches=1, schedule=str(file))
-    assert choices(OverlapConfig(pipeline_parallel=own), **EVEN)[DEFER] == "off"
+    assert choices(OverlapConfig(pipeline_parallel=own), **EVEN)[DEFER] is False
     asked = replace(own, defer_embedding_wgrad=True)
-    assert choices(OverlapConfig(pipeline_parallel=asked), **EVEN)[DEFER] == "in the bubble"
+    assert choices(OverlapConfig(pipeline_parallel=asked), **EVEN)[DEFER] is True
 
 
 @pytest.mark.parametrize(
     ("pipeline", "facts", "words"),
     [
-        ({}, {"pipeline": PipelineFacts("blocks", (2, 2), (12, 12), 0)}, "no linear layer that is trained comes after the blocks"),
+        ({}, {"of_modes": (PipelineFacts("blocks", (2, 2), (12, 12), 0),)}, "no linear layer that is trained comes after the blocks"),
         ({"size": 1, "microbatches": 4}, {}, "one rank, which waits for nobody"),
         ({"schedule": "zb_h1", "wgrad_deferral_limit": 2}, EVEN, "leave out wgrad_deferral_limit"),
     ],
@@ -231,26 +238,29 @@ def test_strategy_refuses_before_anything_starts():
 
 def tensor_plan(*, found=("plan of Llama: 4 column", (), 32000), overall="auto", pipeline=None, facts=None, **given):
     own = TensorParallel(**{"size": 2, **given})
+    facts = dict(facts or {})
+    more = facts.pop("of_modes", ())
     config = OverlapConfig(tensor_parallel=own, overlap=overall, pipeline_parallel=pipeline or PipelineParallel())
-    return resolve(config, Facts(world_size=4, tensor=found and TensorFacts(*found), **(facts or {})))
+    return resolve(config, Facts(world_size=4, of_modes=(*((TensorFacts(*found),) if found else ()), *more), **facts))
 
 
 def test_tensor_parallelism_says_what_it_does():
     plan = tensor_plan()
-    assert [plan.choice(f"tensor_parallel.{name}") for name in ("sequence_parallel", "overlap", "vocab_parallel")] == [
-        "on",
-        "beside products",
-        "on",
-    ]
-    assert "plan of Llama: 4 column" in plan.explain()
-    assert tensor_plan(found=None).choice("tensor_parallel") == "2", "before the model is known"
-    assert tensor_plan(overall="off").choice("tensor_parallel.overlap") == "off"
-    assert tensor_plan(found=("", (), 256)).choice("tensor_parallel.vocab_parallel") == "off"
-    assert tensor_plan(found=("", (), 256), vocab_parallel=True).choice("tensor_parallel.vocab_parallel") == "on"
-    loose = tensor_plan(found=("", ("blocks.0.conv", "b", "c", "d"), 32000))
-    assert loose.choice("tensor_parallel.sequence_parallel") == "off"
-    assert "blocks.0.conv, b, c and 1 more may mix tokens" in loose.explain()
-    assert loose.choice("tensor_parallel.overlap") == "gradients beside products"
+    choices = plan.choices["tensor"]
+    assert choices.sequence_parallel.value
+    assert choices.overlap.value
+    assert "parts of the tokens are multiplied as they arrive" in choices.overlap.why
+    assert choices.vocab_parallel.value
+    assert choices.size.why == "plan of Llama: 4 column"
+    assert tensor_plan(found=None).choices["tensor"].size.value == 2, "before the model is known"
+    assert not tensor_plan(overall="off").choices["tensor"].overlap.value
+    assert not tensor_plan(found=("", (), 256)).choices["tensor"].vocab_parallel.value
+    assert tensor_plan(found=("", (), 256), vocab_parallel=True).choices["tensor"].vocab_parallel.value
+    loose = tensor_plan(found=("", ("blocks.0.conv", "b", "c", "d"), 32000)).choices["tensor"]
+    assert not loose.sequence_parallel.value
+    assert "blocks.0.conv, b, c and 1 more may mix tokens" in loose.sequence_parallel.why
+    assert loose.overlap.value
+    assert "sums of inputs' gradients travel while weights' gradients are computed" in loose.overlap.why
 
 
 @pytest.mark.parametrize(
@@ -279,7 +289,7 @@ def test_tensor_parallelism_says_what_it_does():
         (
             {
                 "pipeline": PipelineParallel(size=2, microbatches=4, defer_embedding_wgrad=True),
-                "facts": {"pipeline": PipelineFacts("blocks", (2, 2), (9, 9), 5)},
+                "facts": {"of_modes": (PipelineFacts("blocks", (2, 2), (9, 9), 5),)},
             },
             "in an order of its own",
         ),
@@ -292,12 +302,12 @@ def test_tensor_parallelism_refuses(given, words):
 
 def test_methods_that_are_not_the_default_are_in_the_plan():
     plan = tensor_plan(methods={"column_dgrad": "bulk", "row_dgrad": "plain", "row_fprop": "pipeline"})
-    assert plan.choice("tensor_parallel.methods.column_dgrad") == "bulk"
-    assert plan.choice("tensor_parallel.methods.row_dgrad") == "plain"
-    assert plan.explain().count("tensor_parallel.methods.") == 2
+    methods = {product: choice.value for product, choice in plan.choices["tensor"].methods.items()}
+    assert methods == {"column_dgrad": "bulk", "row_dgrad": "plain"}
+    assert plan.explain().count("  methods.") == 2
     assert "methods" not in tensor_plan().explain()
     twin = tensor_plan(methods={"column_dgrad": "bulk"}, overall="off")  # the reference keeps the rest of the configuration
-    assert twin.choice("tensor_parallel.methods.column_dgrad") == "plain"
+    assert twin.choices["tensor"].methods["column_dgrad"].value == "plain"
     assert hash(TensorParallel(methods={"row_fprop": "plain"})) == hash(TensorParallel())
     assert TensorParallel(methods={"row_fprop": "plain"}) != TensorParallel()
 

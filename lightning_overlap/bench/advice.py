@@ -28,8 +28,9 @@ def advise(rows: Mapping[str, Row], config: OverlapConfig) -> str:
     kind = max(waits, key=lambda k: waits[k], default=None)
     if kind is None or exposed < LITTLE * ours:
         return f"advice: nothing to gain from a setting, {exposed * 1e3:.0f} of {ours * 1e3:.0f} ms are exposed"
-    mode, _, what = kind.partition(".")
+    name, _, transfer = kind.partition(".")
+    mode = next(mode for mode in config.modes if mode.name == name)
     slow = communication > compute
-    hint = getattr(config, f"{mode}_parallel").advice("bytes" if slow else what)
+    hint = mode.advise("bytes" if slow else transfer)
     why = ", and the link is the limit" if slow else ""
     return f"advice: {kind} is exposed most, {waits[kind] * 1e3:.0f} of {ours * 1e3:.0f} ms{why}; try {hint}"

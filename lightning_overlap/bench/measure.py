@@ -23,8 +23,8 @@ from lightning.pytorch import Callback, LightningDataModule, LightningModule, Tr
 from lightning.pytorch.strategies import Strategy
 
 from lightning_overlap.bench.advice import advise
-from lightning_overlap.bench.on_paper import OnPaper, pipeline_on_paper
-from lightning_overlap.bench.peers import peers as all_peers
+from lightning_overlap.bench.on_paper import OnPaper, on_paper
+from lightning_overlap.bench.peers import Peer, find_peers
 from lightning_overlap.bench.runs import Runs
 from lightning_overlap.bench.skip import Skipped, skip_transfers
 from lightning_overlap.decision import ConfigError
@@ -79,7 +79,7 @@ class Measured:
     plan: str = ""
     """Of the overlapped runs, as text."""
     on_paper: OnPaper | None = None
-    """What a pipeline's schedule would take."""
+    """What the schedule takes on paper, if steps are run in parts on several ranks."""
 
     def row(self, name: str) -> Row:
         return next(row for row in self.rows if row.name == name)
@@ -245,37 +245,47 @@ def measure(
         runs.fit(made, warmup + steps + 1, clock, module)
         return clock
 
-    # Without transfers no number is right.
-    unchecked = {
-        "verify_first_step": False,
-        "tensor_parallel": replace(strategy.config.tensor_parallel, verify_blocks=False),
-    }
+    config = strategy.config
+    # Without transfers no number is right, so nothing is checked.
+    unchecked = {mode.section: replace(config.of(mode), **mode.unchecked) for mode in config.modes if mode.unchecked}
     rows = {name: Row(name) for name in ("overlapped", "plain", "compute", "communication")}
-    others = all_peers(strategy._get_process_group_backend(), strategy.world_size, strategy.config) if with_peers else {}
+    peers: dict[str, Peer] = {}
     refused: dict[str, str] = {}
     alone: dict[str, list[float]] = defaultdict(list)
-    rows |= {name: Row(name) for name in others}
-    for _ in range(repeats):
+    for repeat in range(repeats):
         overlapped = runs.ours()
         rows["overlapped"].add(run(overlapped))
         rows["plain"].add(run(runs.ours(overlap="off")))
-        clock = run(runs.ours(**unchecked), skip=True)
+        clock = run(runs.ours(verify_first_step=False, **unchecked), skip=True)
         rows["compute"].add(clock)
-        for mode, seconds in clock.communication.items():
-            (alone[mode] if mode else rows["communication"].seconds).append(seconds)
-        for name, (make, prepare) in others.items():
+        for name, seconds in clock.communication.items():
+            (alone[name] if name else rows["communication"].seconds).append(seconds)
+        if with_peers and repeat == 0:
+            peers = find_peers(overlapped.plan, config, strategy.backend_name)
+        for name, (make, prepare) in peers.items():
             if name in refused:
                 continue
             try:
-                rows[name].add(run(make(), prepare(copy.deepcopy(model))))
+                rows.setdefault(name, Row(name)).add(run(make(), prepare(copy.deepcopy(model))))
             except Exception as error:  # a peer that cannot train this module costs no figures
                 refused[name] = f"{name} is left out: {error}"
     measured = [row for row in rows.values() if row.name not in refused]
     doubts = [*refused.values(), *_doubts(measured, strategy.num_processes)]
-    advice = advise(rows, strategy.config)
-    paper = pipeline_on_paper(strategy.config.pipeline_parallel, overlapped.plan, clock.work, rows["compute"].median, alone, steps)
+    paper = _simulated(overlapped, clock.work, rows["compute"].median, alone, steps)
     plan = overlapped.plan.explain()
-    return Measured(measured, strategy.world_size, steps, doubts, advice, dict(alone), plan, paper)
+    return Measured(measured, strategy.world_size, steps, doubts, advise(rows, config), dict(alone), plan, paper)
+
+
+def _simulated(
+    strategy: OverlapStrategy, work: Sequence[tuple[str, float, float]], step: float, alone: dict[str, list[float]], steps: int
+) -> OnPaper | None:
+    """What the schedule takes on paper, if a mode runs steps in parts on several ranks; for the arguments see :func:`on_paper`."""
+    for mode in strategy.config.modes:
+        choices = strategy.plan.choices.get(mode.name)
+        schedule = None if choices is None else mode.schedule(strategy.config.of(mode), choices)
+        if schedule is not None and schedule.ranks > 1:
+            return on_paper(schedule, work, step, alone[mode.name], steps)
+    return None
 
 
 def sweep(runs: Runs, setting: str, *, steps: int, warmup: int, repeats: int) -> list[Row]:

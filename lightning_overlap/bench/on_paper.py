@@ -1,16 +1,14 @@
-"""What a pipeline's schedule takes on paper, from what its actions and transfers were measured to take."""
+"""What a schedule of a step in parts takes on paper, from what its actions and transfers were measured to take."""
 
 from __future__ import annotations
 
 import statistics
 from collections import Counter, defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
 from lightning_overlap.decision import ConfigError
-from lightning_overlap.modes.pipeline.config import PipelineParallel, scheduled
-from lightning_overlap.plan import Plan
 from lightning_overlap.ranks.world import all_gather_objects
 from lightning_overlap.steps.schedule import Schedule
 from lightning_overlap.steps.simulate import simulate
@@ -47,27 +45,16 @@ class OnPaper:
         )
 
 
-def pipeline_on_paper(
-    config: PipelineParallel,
-    plan: Plan,
-    work: Sequence[tuple[str, float, float]],
-    step: float,
-    alone: Mapping[str, Sequence[float]],
-    steps: int,
-) -> OnPaper | None:
-    """Simulates the schedule that was measured; None without a pipeline of several ranks. Collective over the world.
+def on_paper(schedule: Schedule, work: Sequence[tuple[str, float, float]], step: float, alone: Sequence[float], steps: int) -> OnPaper:
+    """Simulates the schedule that was measured. Collective over the world.
 
     Args:
-        config: the pipeline's.
-        plan: of the run that was measured.
+        schedule: of the run that was measured.
         work: of this rank, its actions of all steps without transfers: name, start and end.
         step: seconds of such a step.
-        alone: by mode, seconds of its transfers alone.
+        alone: seconds of a step's transfers by themselves, of each repeat.
         steps: how many there were.
     """
-    if config.size == 1:
-        return None
-    schedule = scheduled(config, plan, config.count)
     spans: dict[tuple[str, int], list[float]] = defaultdict(list)
     longest = rest = 0.0
     for of_rank, seconds in all_gather_objects((list(work), step)):
@@ -81,7 +68,7 @@ def pipeline_on_paper(
     weight = [cost.get(("W", s), 0.0) for s in stages]
     backward = [cost[("B", s)] if ("B", s) in cost else cost[("I", s)] + weight[s] for s in stages]
     forward = [cost["F", s] for s in stages]
-    transfer = statistics.median(alone["pipeline"]) / busiest(schedule)
+    transfer = statistics.median(alone) / busiest(schedule)
     free = simulate(schedule, forward=forward, backward=backward, weight=weight)
     run = simulate(schedule, forward=forward, backward=backward, weight=weight, transfer=transfer)
     return OnPaper(free.seconds + rest, run.seconds + rest, rest, statistics.mean(forward), statistics.mean(backward), transfer)

@@ -6,14 +6,13 @@ import copy
 import gc
 import os
 from collections.abc import Sequence
-from dataclasses import fields
+from dataclasses import replace
 from typing import Any
 
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer, seed_everything
 from lightning.pytorch.callbacks import BaseFinetuning, GradientAccumulationScheduler, StochasticWeightAveraging, WeightAveraging
 from lightning.pytorch.strategies import Strategy
 
-from lightning_overlap.config import OverlapConfig
 from lightning_overlap.strategy.strategy import OverlapStrategy
 
 TRAINING = (BaseFinetuning, GradientAccumulationScheduler, StochasticWeightAveraging, WeightAveraging)
@@ -40,9 +39,10 @@ class Runs:
         self._seed = int(os.environ.get("PL_GLOBAL_SEED", 0))
 
     def ours(self, **changes: Any) -> OverlapStrategy:
-        """The user's configuration, with some fields of :class:`OverlapConfig` changed."""
-        own = {f.name: getattr(self.strategy.config, f.name) for f in fields(OverlapConfig)}
-        return OverlapStrategy(**{**own, **changes}, process_group_backend=self.strategy._process_group_backend)
+        """The user's configuration, with some fields of its ``OverlapConfig`` changed."""
+        made = OverlapStrategy(process_group_backend=self.strategy.process_group_backend)
+        made.config = replace(self.strategy.config, **changes)
+        return made
 
     def fit(self, strategy: Strategy, steps: int, callback: Callback, module: LightningModule | None = None, **trainer: Any) -> None:
         """Trains a copy of the module, or the module given, for so many steps."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -11,21 +11,23 @@ from torch import Tensor
 from lightning_overlap.modes.base import OverlapMode
 from lightning_overlap.ranks.group import Group, Pending
 
-ANNOUNCES = ("pipeline.form",)
-"""Labels of transfers that tell a receiver what is coming: without them there is no step."""
-
 
 class Skipped:
     """Takes the place of a group's verbs, on the group itself, which modes hand to their parts.
 
     Transfers complete at once, with this rank's own numbers, and are kept for a replay.
 
+    Args:
+        group: what has to do without transfers.
+        announcements: labels of transfers that are made all the same, since they tell a receiver what comes next.
+
     Attributes:
         calls: the transfers that were asked for, in order. Calling one makes it, and gives its pending.
     """
 
-    def __init__(self, group: Group) -> None:
+    def __init__(self, group: Group, announcements: Sequence[str] = ()) -> None:
         self._group = group
+        self._announcements = announcements
         self.calls: list[Callable[[], Pending | None]] = []
         self._kept: list[Callable[[], Pending | None]] = []
         for verb in ("start_step", "all_reduce", "reduce_scatter", "all_gather", "all_to_all", "send", "receive"):
@@ -59,13 +61,13 @@ class Skipped:
         return self._group.completed(x.new_zeros(sum(receive_sizes), *x.shape[1:]), label=how["label"])
 
     def _send(self, make: Callable[..., Pending], x: Tensor, to: int, **how: Any) -> Pending:
-        if how["label"] in ANNOUNCES:
+        if how["label"] in self._announcements:
             return make(x, to, **how)  # what it announces decides buffers
         self.calls.append(partial(make, x, to, **how))
         return self._group.completed(x, label=how["label"])
 
     def _receive(self, make: Callable[..., Pending], x: Tensor, source: int, **how: Any) -> Pending:
-        if how["label"] in ANNOUNCES:
+        if how["label"] in self._announcements:
             return make(x, source, **how)
         self.calls.append(partial(make, x, source, **how))
         return self._group.completed(x.zero_(), label=how["label"])
@@ -73,4 +75,4 @@ class Skipped:
 
 def skip_transfers(mode: OverlapMode) -> list[Skipped]:
     """Every group of a mode does without its transfers from now on."""
-    return [Skipped(group) for group in mode.groups]
+    return [Skipped(group, mode.announcements) for group in mode.groups]

@@ -144,10 +144,10 @@ def verify(
 ) -> list[Verdict]:
     """Trains with overlap on and off, and with ``against="single"`` on one process too, and compares.
 
-    Collective: every rank calls it. On and off must be equal in every bit: losses, the norms of gradients, weights; under tensor
-    parallelism losses and weights must be close, since products in pieces round otherwise. One process
-    gets the batches of all ranks, in accumulation; losses and weights must be close in fp32 (another order of the same sums;
-    random numbers, dropout's say, are drawn otherwise).
+    Collective: every rank calls it. On and off must be equal in every bit: losses, the norms of gradients, weights. Under modes that
+    do not keep bits, whose products in pieces round otherwise, losses and weights must be close. One process gets the batches of all
+    ranks, in accumulation; losses and weights must be close in fp32 (another order of the same sums; random numbers, dropout's say,
+    are drawn otherwise).
 
     Args:
         model: as in :class:`Runs`.
@@ -183,7 +183,8 @@ def verify(
     close = CLOSE if "16" not in str(trainer.get("precision")) else CLOSE_HALF
     verdicts = []
     if _overlaps(plans[0], strategy.config):
-        verdicts.append(_on_and_off(on, run, strategy.config, close))
+        exact = all(mode.mode_type is None or mode.mode_type.keeps_bits for mode in plans[0].modes if mode.name in plans[0].choices)
+        verdicts.append(_on_and_off(on, run, strategy.config.overlap, close, exact=exact))
     elif against != "single":
         raise ConfigError(
             "nothing overlaps in this plan, so that overlap on and off are the same run, and comparing them proves nothing: ask for "
@@ -199,27 +200,26 @@ def verify(
 def _overlaps(plan: Plan, config: OverlapConfig) -> bool:
     """Whether overlap="off" would change anything of a plan."""
     off = resolve(replace(config, overlap="off"), plan.facts)
-    return [(d.feature, d.choice) for d in plan.decisions] != [(d.feature, d.choice) for d in off.decisions]
+    return {name: each.value for name, each in plan.features().items()} != {name: each.value for name, each in off.features().items()}
 
 
-def _on_and_off(on: Seen, run: Callable[..., Seen], config: OverlapConfig, close: float) -> Verdict:
+def _on_and_off(on: Seen, run: Callable[..., Seen], overlap: str, close: float, *, exact: bool) -> Verdict:
     """Compares a run with its twin without overlap, which is trained here.
 
     Args:
         on: the run.
         run: trains, given what ``overlap`` is.
-        config: of the run.
+        overlap: of the run, as configured.
         close: the relative difference that rounding explains.
+        exact: rounding explains nothing, since all modes keep bits.
     """
     off = run("off")
-    # Products in pieces round otherwise than whole ones.
-    exact = config.tensor_parallel.size == 1
     differences = _shared(
         _differences(on, off, "with overlap", "without") if exact else _far(on, off, off.losses, close, "without overlap")
     )
     if differences and exact:
         # Only now, because it takes time in which a transfer that is late may arrive.
-        looked = _shared(_weights_read(run(config.overlap, weights=True), run("off", weights=True)))
+        looked = _shared(_weights_read(run(overlap, weights=True), run("off", weights=True)))
         differences += looked[:1] or ["while they are looked at, the weights that forward reads do not differ: a matter of timing"]
     counted = f"{len(on.losses)} losses, {len(on.norms)} norms of gradients and {len(on.weights)} parameters"
     how = "bit by bit" if exact else f"to {close:g}"

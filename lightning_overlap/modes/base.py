@@ -12,22 +12,20 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass
 from datetime import timedelta
 from enum import IntEnum
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from lightning_overlap.decision import Choices
 from lightning_overlap.ranks.clock import Timeline
 from lightning_overlap.ranks.group import Group
+from lightning_overlap.ranks.mesh import ParallelMesh
 from lightning_overlap.state.shards import Place
 from lightning_overlap.steps.step import Step
-
-if TYPE_CHECKING:
-    from lightning_overlap.config import OverlapConfig
-    from lightning_overlap.plan import Plan
-    from lightning_overlap.ranks.mesh import ParallelMesh
 
 
 class Nesting(IntEnum):
@@ -43,14 +41,30 @@ class Nesting(IntEnum):
     """The parameters that are left, flattened."""
 
 
+@dataclass(frozen=True)
+class Setup:
+    """What every mode is made with, beside its own configuration and choices.
+
+    Attributes:
+        mesh: the ranks.
+        timeout: how long a transfer may take.
+        roles: of the model's parts, by name, as the user gave them (``parallel_plan``).
+        first_step_is_verified: the whole first step is compared with that of the unsharded model, so a mode need not check its part.
+    """
+
+    mesh: ParallelMesh
+    timeout: timedelta
+    roles: Mapping[str, str]
+    first_step_is_verified: bool
+
+
 class OverlapMode:
     """One way to shard work and to hide the communication that it costs. A mode overrides what it needs.
 
     Args:
-        plan: the resolved plan.
-        config: the user's request.
-        mesh: the ranks.
-        timeout: the longest that a transfer may take.
+        config: the mode's: what was asked for.
+        choices: the mode's: what was decided.
+        setup: ranks, timeout, roles.
 
     Attributes:
         name: prefix of the labels of the mode's transfers.
@@ -60,28 +74,21 @@ class OverlapMode:
 
     name: str
     nesting: ClassVar[Nesting]
+    keeps_bits: ClassVar[bool] = True
+    """Whether a step has the same bits as one of the unsharded model, and as one without overlap."""
+    announcements: ClassVar[tuple[str, ...]] = ()
+    """Labels of transfers that tell a receiver what comes next: a benchmark without transfers still makes them."""
+    remark: ClassVar[str] = ""
+    """A sentence about its transfers for the profiler's table."""
 
-    def __init__(self, plan: Plan, config: OverlapConfig, mesh: ParallelMesh, timeout: timedelta) -> None:
-        self.plan = plan
+    def __init__(self, config: Any, choices: Choices, setup: Setup) -> None:
         self.config = config
-        self.mesh = mesh
-        self.timeout = timeout
+        self.choices = choices
+        self.setup = setup
+        self.mesh = setup.mesh
+        self.timeout = setup.timeout
         self.timeline: Timeline | None = None
         self._held = False
-
-    @classmethod
-    def runs(cls, plan: Plan) -> bool:
-        """Whether the plan uses this mode."""
-        return True
-
-    @classmethod
-    def look(cls, model: nn.Module, config: OverlapConfig) -> dict[str, Any]:
-        """Finds what the mode's part of the plan depends on in the whole model: fields of :class:`lightning_overlap.facts.Facts`.
-
-        Raises:
-            ConfigError: the mode cannot cut such a model.
-        """
-        return {}
 
     @property
     def groups(self) -> tuple[Group, ...]:
@@ -212,25 +219,20 @@ class Driver(OverlapMode):
 
 
 class Holder(OverlapMode):
-    """A mode under which a rank holds a part of the model.
-
-    Attributes:
-        keeps_bits: whether the cut model computes the same bits as the whole one.
-    """
-
-    keeps_bits: ClassVar[bool] = True
+    """A mode under which a rank holds a part of the model."""
 
     @classmethod
-    def holds(cls, model: nn.Module, config: OverlapConfig, mesh: ParallelMesh) -> Callable[[str], bool]:
+    def holds(cls, model: nn.Module, config: Any, roles: Mapping[str, str], mesh: ParallelMesh) -> Callable[[str], bool]:
         """Tells which parameters and buffers, by name, this rank will hold any part of.
 
         Args:
             model: without memory (on the meta device).
-            config: the user's request.
+            config: the mode's.
+            roles: of the model's parts, by name, as the user gave them.
             mesh: the ranks.
 
         Raises:
-            ConfigError: as :meth:`look`.
+            ConfigError: the mode cannot cut such a model.
         """
         return lambda name: True
 

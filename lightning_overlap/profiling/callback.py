@@ -202,9 +202,10 @@ class OverlapProfiler(Callback):
         if not self.summary.steps:
             rank_zero_info(f"OverlapProfiler: no step was measured (warmup={self._warmup}, every_n_steps={self._every})")
             return
-        rank_zero_info(self.summary.table())
+        table = self.summary.table({mode.name: mode.remark for mode in self._modes})
+        rank_zero_info(table)
         if self._trace is not None:
             self._trace.parent.mkdir(parents=True, exist_ok=True)
             write_chrome_trace(list(self._drawn), self._trace)
         if self._report is not None:
-            write_report(self.summary, list(self._drawn), trainer.strategy.plan.explain(), self._report)  # type: ignore[attr-defined]
+            write_report(table, list(self._drawn), trainer.strategy.plan.explain(), self._report)  # type: ignore[attr-defined]

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning_overlap.decision import ConfigError
-from lightning_overlap.profiling.trace import Spent, Step, Summary, compare, spans, spent
+from lightning_overlap.profiling.trace import Spent, Step, compare, spans, spent
 
 COLOURS = {
     "compute": "#4c72b0",
@@ -28,7 +28,7 @@ COLOURS = {
 }
 """Of what is drawn; transfers take plotly's own."""
 ACTIONS = {"F": "forwards", "B": "backwards", "I": "gradients of inputs", "W": "gradients of weights"}
-"""What the letters of a pipeline's actions mean."""
+"""What the letters of a schedule's actions mean."""
 
 
 def import_plotly() -> Any:
@@ -42,16 +42,16 @@ def import_plotly() -> Any:
     return plotly.graph_objects
 
 
-def write_report(summary: Summary, steps: Sequence[Sequence[Step]], plan: str, path: Path) -> None:
+def write_report(table: str, steps: Sequence[Sequence[Step]], plan: str, path: Path) -> None:
     """Writes the plan, the table, bars for each step, and the timeline of every rank.
 
     Args:
-        summary: of all measured steps.
+        table: of all measured steps, as text.
         steps: those to draw, at least one, each as all ranks saw it, on one clock.
         plan: as text.
         path: the file.
     """
-    _write(path, "What was hidden, and what was not", summary.table(), [_bars(steps), _timeline(steps)], plan)
+    _write(path, "What was hidden, and what was not", table, [_bars(steps), _timeline(steps)], plan)
 
 
 def write_figures(table: str, medians: dict[str, float], limit: float, plan: str, path: Path) -> None:

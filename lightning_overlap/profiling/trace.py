@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
@@ -274,8 +274,12 @@ class Summary:
         seconds /= max(1, self.steps)
         return (rank, seconds) if seconds > 0.01 * self.step else None
 
-    def table(self) -> str:
-        """As text; times in milliseconds."""
+    def table(self, remarks: Mapping[str, str] | None = None) -> str:
+        """As text; times in milliseconds.
+
+        Args:
+            remarks: by mode, a sentence about its transfers, which is added if it has communicated.
+        """
         head = f"{'ms a step':12}{'communication':>15}{'hidden':>9}{'exposed':>9}{'late peers':>12}{'MB sent':>9}{'Mbit/s':>8}"
         lines = [f"lightning_overlap: {self.steps} steps measured, means over {self.ranks} ranks", head]
         for name in [*self.names, *([""] if len(self.names) > 1 else [])]:
@@ -287,8 +291,7 @@ class Summary:
         parts += f" + core taken {self.core_taken * 1e3:.1f}"
         lines.append(f"a step of {self.step * 1e3:.1f} ms = {parts}; {all_of.hidden_percent:.0f}% of the communication is hidden")
         longest = [f"{label} {seconds * 1e3:.1f}" for label, seconds in self.waited_for()[:5]]
-        if "pipeline" in self.names:
-            lines.append("late peers of a pipeline are its bubble, and stages that take longer than others")
+        lines += [remark for name, remark in (remarks or {}).items() if remark and name in self.names]
         if longest:
             lines.append(f"waited for longest: {', '.join(longest)}")
         if (slow := self.straggler()) is not None:

@@ -31,12 +31,14 @@ class World:
         announcements: errors of all ranks.
         meeting_timeout: how long ranks wait for each other to make a group.
         groups: of this process, those of several ranks.
+        trainer_lock: held by the thread that runs a Trainer: two threads' collectives would meet each other's on the other ranks.
     """
 
     def __init__(self) -> None:
         self.announcements = Announcements()
         self.meeting_timeout = timedelta(minutes=5)
         self.groups: weakref.WeakSet[Group] = weakref.WeakSet()
+        self.trainer_lock = threading.RLock()
         self._everyone: Group | None = None
         self._process_group: Any = None  # of torch's, for which `_everyone` was made
 

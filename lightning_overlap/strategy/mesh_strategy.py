@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.strategies import DDPStrategy
+from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
 from lightning_overlap.config import OverlapConfig
@@ -18,18 +19,12 @@ from lightning_overlap.decision import ConfigError
 from lightning_overlap.facts import Facts
 from lightning_overlap.ranks.degrees import Degrees
 from lightning_overlap.ranks.group import Group
+from lightning_overlap.ranks.meeting import keep_store_alive, start_world
 from lightning_overlap.ranks.mesh import ParallelMesh
 from lightning_overlap.ranks.world import WORLD, agree, backend, broadcast_object, end_world, everyone, is_everyone, world_size
 from lightning_overlap.strategy.agreement import model_in_words, refuse_differences, trainer_in_words
 from lightning_overlap.strategy.batches import refuse_empty, seed_workers
-from lightning_overlap.strategy.launching import (
-    ProcessLauncher,
-    ScriptLauncher,
-    check_limit,
-    keep_store_alive,
-    saving_in_step_only,
-    start_world,
-)
+from lightning_overlap.strategy.launching import ProcessLauncher, ScriptLauncher, check_limit, saving_in_step_only
 from lightning_overlap.strategy.setup import SharedRun, prepare_launch
 
 
@@ -68,12 +63,17 @@ class MeshStrategy(DDPStrategy):
         """How long a transfer may take."""
         return self._timeout or timedelta(minutes=30)  # Lightning's type admits None
 
+    @property
+    def backend_name(self) -> str:
+        """The backend of the process groups: what was asked for, or the device's."""
+        return self._get_process_group_backend()
+
     # -- start ---------------------------------------------------------------------------------------------------------
 
     def _configure_launcher(self) -> None:
         # The first place where the number of ranks is known, and before any process is started.
         ranks, precision = self.num_nodes * self.num_processes, str(self.precision_plugin.precision)
-        prepare_launch(self.config, ranks, self.root_device, precision, self._process_group_backend)
+        prepare_launch(self.config, ranks, self.root_device, precision, self.process_group_backend)
         if self._start_method == "popen":
             assert self.cluster_environment is not None, "Lightning sets it"
             self._launcher = ScriptLauncher(self.cluster_environment, self.num_processes, self.num_nodes, self)
@@ -84,8 +84,8 @@ class MeshStrategy(DDPStrategy):
         self.set_world_ranks()
         if backend() == "none":
             assert self.cluster_environment is not None, "Lightning sets it"
-            kind = self._get_process_group_backend()
-            start_world(self.cluster_environment, kind, self._meeting_timeout, self.time_limit, self.root_device)
+            start_world(self.cluster_environment, self.backend_name, self._meeting_timeout, self.time_limit, self.root_device)
+            rank_zero_info(f"lightning_overlap: {world_size()} ranks have met, {self.backend_name}")
         super().setup_distributed()
         WORLD.assemble(self.time_limit, self._meeting_timeout)
         keep_store_alive()  # the connection that announcements have made for themselves included

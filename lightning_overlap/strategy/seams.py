@@ -1,21 +1,18 @@
-"""Where the strategy meets Lightning's loops. The file that touches most of Lightning's private names."""
+"""Where the strategy meets Lightning's loops: the only file that uses private names of Lightning and torchmetrics."""
 
 from __future__ import annotations
 
 import contextlib
 import inspect
 import signal
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import BaseFinetuning, StochasticWeightAveraging, WeightAveraging
-from lightning.pytorch.loops.optimization.automatic import Closure, _AutomaticOptimization
-from lightning.pytorch.loops.training_epoch_loop import _TrainingEpochLoop
 from lightning.pytorch.plugins.precision import Precision
-from lightning.pytorch.trainer.connectors.logger_connector.result import _ResultCollection
-from lightning.pytorch.trainer.connectors.signal_connector import _SignalConnector
+from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch._dynamo import OptimizedModule
@@ -24,28 +21,83 @@ from torchmetrics import Metric
 
 from lightning_overlap.config import OverlapConfig
 from lightning_overlap.facts import Facts
-from lightning_overlap.modes import MODES
 from lightning_overlap.ranks.group import Group, Pending
 from lightning_overlap.strategy.probe import names_in
 
-PRIVATE_NAMES: tuple[tuple[type, str, str], ...] = (
-    (_TrainingEpochLoop, "_broadcast_sigterm_tensor", "a blocking broadcast before every batch, replaced"),
-    (_SignalConnector, "_sigterm_notifier_fn", "a broadcast inside the signal handler, replaced"),
-    (_SignalConnector, "_slurm_sigusr_handler_fn", "a checkpoint inside the signal handler, put off to the next batch"),
-    (Precision, "_after_closure", "on_before_optimizer_step and clipping, called between backward and step"),
-    (_AutomaticOptimization, "_make_closure", "zeroes gradients after training_step, which here runs backward"),
-    (_AutomaticOptimization, "_make_zero_grad_fn", "called before training_step instead"),
-    (_AutomaticOptimization, "_training_step", "calls the strategy's"),
-    (_AutomaticOptimization, "_make_backward_fn", "calls the strategy's"),
-    (Trainer, "_results", "what self.log writes to"),
-    (_ResultCollection, "log", "kept apart for each microbatch"),
+SUPPORTED = "lightning_overlap supports lightning>=2.6,<2.7 and torchmetrics>=1.9: install one of these."
+try:
+    from lightning.pytorch.loops.optimization.automatic import Closure, _AutomaticOptimization
+    from lightning.pytorch.loops.training_epoch_loop import _TrainingEpochLoop
+    from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher as MultiProcessingLauncher
+    from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher as SubprocessScriptLauncher
+    from lightning.pytorch.trainer.connectors.logger_connector.logger_connector import _LoggerConnector
+    from lightning.pytorch.trainer.connectors.logger_connector.result import _ResultCollection
+    from lightning.pytorch.trainer.connectors.signal_connector import _SignalConnector
+    from lightning.pytorch.utilities.exceptions import _TunerExitException as TunerExit
+except ImportError as error:
+    raise ImportError(f"this version of lightning lacks a part that is needed ({error}). {SUPPORTED}") from error
+
+__all__ = ["MultiProcessingLauncher", "SubprocessScriptLauncher", "TunerExit"]
+
+
+class PrivateName(NamedTuple):
+    """A private attribute of a library's class.
+
+    Attributes:
+        owner: the class.
+        name: of the attribute; one that instances have is set by ``owner.__init__``.
+        use: what it is here for.
+    """
+
+    owner: type
+    name: str
+    use: str
+
+
+PRIVATE_NAMES = (
+    PrivateName(_TrainingEpochLoop, "_broadcast_sigterm_tensor", "a blocking broadcast before every batch, replaced"),
+    PrivateName(_SignalConnector, "_sigterm_notifier_fn", "a broadcast inside the signal handler, replaced"),
+    PrivateName(_SignalConnector, "_slurm_sigusr_handler_fn", "a checkpoint inside the signal handler, put off to the next batch"),
+    PrivateName(Precision, "_after_closure", "on_before_optimizer_step and clipping, called between backward and step"),
+    PrivateName(_AutomaticOptimization, "_make_closure", "zeroes gradients after training_step, which here runs backward"),
+    PrivateName(_AutomaticOptimization, "_make_zero_grad_fn", "called before training_step instead"),
+    PrivateName(_AutomaticOptimization, "_training_step", "calls the strategy's"),
+    PrivateName(_AutomaticOptimization, "_make_backward_fn", "calls the strategy's"),
+    PrivateName(Trainer, "_results", "what self.log writes to"),
+    PrivateName(Trainer, "_logger_connector", "knows in which hook self.log is called"),
+    PrivateName(Trainer, "_signal_connector", "whose handlers are replaced"),
+    PrivateName(_LoggerConnector, "should_reset_tensors", "asked before a value is logged"),
+    PrivateName(_LoggerConnector, "_current_fx", "the hook in which self.log is called, set for values of other ranks"),
+    PrivateName(_ResultCollection, "log", "kept apart for each microbatch"),
+    PrivateName(LightningModule, "_compiler_ctx", "says that a module was compiled"),
+    PrivateName(Metric, "_forward_cache", "a metric's value for the last batch, which self.log logs"),
+    PrivateName(DDPStrategy, "_configure_launcher", "overridden: launchers tell the other ranks of an error"),
+    PrivateName(DDPStrategy, "_launcher", "set"),
+    PrivateName(DDPStrategy, "_start_method", "which launcher"),
+    PrivateName(DDPStrategy, "_timeout", "how long a transfer may take"),
+    PrivateName(DDPStrategy, "_layer_sync", "how batch norms are converted"),
+    PrivateName(DDPStrategy, "_precision_plugin", "set, with clipping over all ranks"),
+    PrivateName(DDPStrategy, "_checkpoint_io", "set, with one that a crash leaves a good checkpoint of"),
+    PrivateName(DDPStrategy, "_get_process_group_backend", "gloo or nccl, by the device"),
 )
-for _owner, _name, _use in PRIVATE_NAMES:
-    if not hasattr(_owner, _name):
-        raise ImportError(
-            f"this version of lightning has no {_owner.__name__}.{_name} ({_use}). "
-            "lightning_overlap supports lightning>=2.6,<2.7: install one of these."
-        )
+"""Every private name of Lightning and torchmetrics that this package uses. Strategies use theirs by inheritance; all others are used
+in this file only."""
+
+
+def refuse_missing(names: Sequence[PrivateName]) -> None:
+    """Checks that the installed libraries have these names.
+
+    Raises:
+        ImportError: one is missing.
+    """
+    for owner, name, use in names:
+        makers = [inspect.unwrap(maker) for kind in owner.__mro__ if inspect.isfunction(maker := vars(kind).get("__init__"))]
+        if not hasattr(owner, name) and not any(name in names_in(maker.__code__) for maker in makers):
+            library = owner.__module__.partition(".")[0]
+            raise ImportError(f"this version of {library} has no {owner.__name__}.{name} ({use}). {SUPPORTED}")
+
+
+refuse_missing(PRIVATE_NAMES)
 
 GRADIENT_HOOKS = (
     "on_after_backward",
@@ -150,9 +202,9 @@ def after_closure(plugin: Precision, model: LightningModule, optimizer: Any) -> 
 
 def facts_of(trainer: Trainer, module: LightningModule, config: OverlapConfig, **known: Any) -> Facts:
     """The facts of a run; ``known`` are those that the caller has (ranks, device, backend, optimizers)."""
-    for mode in MODES:
-        known |= mode.look(module, config)
+    found = [mode.look(module, config.of(mode), config.parallel_plan) for mode in config.modes]
     return Facts(
+        of_modes=tuple(facts for facts in found if facts is not None),
         precision=str(trainer.precision),
         gradient_clip_val=trainer.gradient_clip_val,  # type: ignore[arg-type]
         automatic_optimization=module.automatic_optimization,

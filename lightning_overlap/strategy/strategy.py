@@ -24,10 +24,10 @@ from lightning_overlap.config import OverlapConfig
 from lightning_overlap.decision import ConfigError
 from lightning_overlap.model.block_stack import without_nested_tensors
 from lightning_overlap.model.materialize import forget, is_deferred
-from lightning_overlap.modes import MODES
-from lightning_overlap.modes.base import Driver, Holder, OverlapMode, hold_gradient_syncs
+from lightning_overlap.modes.base import Driver, Holder, OverlapMode, Setup, hold_gradient_syncs
 from lightning_overlap.modes.context.config import ContextParallel
 from lightning_overlap.modes.data.config import DataParallel
+from lightning_overlap.modes.descriptor import in_order
 from lightning_overlap.modes.expert.config import ExpertParallel
 from lightning_overlap.modes.pipeline.config import PipelineParallel
 from lightning_overlap.modes.tensor.config import TensorParallel
@@ -81,8 +81,6 @@ class OverlapStrategy(MeshStrategy):
     Raises:
         ConfigError: a request that cannot be met; when the strategy is made, or before the first step.
     """
-
-    mode_types: tuple[type[OverlapMode], ...] = MODES
 
     def __init__(
         self,
@@ -207,8 +205,8 @@ class OverlapStrategy(MeshStrategy):
     def _materialize(self, fitting: bool) -> None:
         """Gives memory to what this rank will hold of a model on the meta device; all of it, if there is nothing to fit."""
         module = self._module
-        kinds = [kind for kind in self.mode_types if issubclass(kind, Holder)] if fitting else []
-        held = [kind.holds(module, self.config, self.mesh) for kind in kinds]
+        roles, modes = self.config.parallel_plan, in_order(self.config.modes) if fitting else ()
+        held = [kind.holds(module, self.config.of(mode), roles, self.mesh) for mode, kind in modes if issubclass(kind, Holder)]
 
         def holds(name: str) -> bool:
             return all(has(name) for has in held)
@@ -239,10 +237,14 @@ class OverlapStrategy(MeshStrategy):
         if self.mesh.size("batch") > 1:
             self._until_teardown.enter_context(without_nested_tensors(model))
             warn_of_parts(facts)
-        self._unproven = self._plan.choice("verify_first_step") != "off"
+        self._unproven = self._plan.verify_first_step.value
         earlier = self.modes
-        chosen = sorted((m for m in self.mode_types if m.runs(self._plan)), key=lambda m: m.nesting)
-        self.modes = [m(self._plan, self.config, self.mesh, self.time_limit) for m in chosen]
+        setup = Setup(self.mesh, self.time_limit, self.config.parallel_plan, first_step_is_verified=self._unproven)
+        self.modes = [
+            kind(self.config.of(mode), self._plan.choices[mode.name], setup)
+            for mode, kind in in_order(self.config.modes)
+            if mode.name in self._plan.choices
+        ]
         self.checkpoints.use(self.modes, self.mesh)
         for mode in self.modes:
             mode.refuse(model)

@@ -1,16 +1,10 @@
 import pytest
 import torch.distributed as dist
 
-from lightning_overlap import ConfigError, OverlapConfig, PipelineParallel
+from lightning_overlap import ConfigError, PipelineParallel
 from lightning_overlap.bench.measure import Measured, Row
-from lightning_overlap.bench.on_paper import busiest, pipeline_on_paper, what_it_takes
-from lightning_overlap.facts import Facts
-from lightning_overlap.plan import resolve
+from lightning_overlap.bench.on_paper import busiest, on_paper, what_it_takes
 from lightning_overlap.steps.schedule import build
-
-
-def planned(config):
-    return resolve(OverlapConfig(pipeline_parallel=config), Facts(world_size=config.size))
 
 
 def told(config, forward, backward):
@@ -23,7 +17,7 @@ def told(config, forward, backward):
         work.append((str(action), now, now + seconds))
         now += seconds
     waits = 7.0 if rank == 0 else 0.0  # for the other, which computes longer
-    return pipeline_on_paper(config, planned(config), work, now + 5.0 + waits, {"pipeline": [8.0]}, steps=1)
+    return on_paper(config.plan(config.count), work, now + 5.0 + waits, [8.0], steps=1)
 
 
 def test_a_schedule_is_simulated_from_what_was_measured(world):
@@ -36,10 +30,6 @@ def test_a_schedule_is_simulated_from_what_was_measured(world):
     assert first.ideal == 1 + 4 * 6 + 2 + 5.0
     assert first.simulated > first.ideal
     assert "measured: 2.00 x" in first.told(2 * first.simulated)
-
-
-def test_without_a_pipeline_there_is_nothing_to_simulate():
-    assert pipeline_on_paper(PipelineParallel(), planned(PipelineParallel()), [], 1.0, {}, 1) is None
 
 
 @pytest.mark.parametrize(

@@ -10,8 +10,7 @@ from lightning.pytorch import Callback, seed_everything
 from lightning.pytorch.plugins.environments import TorchElasticEnvironment
 
 from lightning_overlap import OverlapStrategy, PipelineParallel
-from lightning_overlap.bench.peers import peers
-from lightning_overlap.bench.pipelining import SCHEDULES, TorchPipelining
+from lightning_overlap.bench.peers.pipeline import SCHEDULES, TorchPipelining, peers
 from lightning_overlap.bench.runs import Runs
 from tests.trainer.test_pipeline import Net, loader
 
@@ -32,11 +31,11 @@ def trained_by_both(schedule, virtual):
     strategy.parallel_devices = [torch.device("cpu")] * ranks
     seed_everything(1, verbose=False)
     runs = Runs(Piped(), None, strategy, {"accelerator": "cpu", "devices": ranks, "plugins": [TorchElasticEnvironment()]})
-    (name, (make, _)), *none = peers("gloo", ranks, strategy.config).items()
+    (name, (make, _)), *none = peers(strategy.config, ranks, "gloo").items()
     assert name == "torch.distributed.pipelining"
     assert not none
     made = make()
-    assert isinstance(made, TorchPipelining)
+    assert isinstance(made.config, TorchPipelining)
     found = []
     for each in (runs.ours(), made):
         module = copy.deepcopy(runs.model)
@@ -55,4 +54,4 @@ def test_the_same_weights(world, schedule, virtual):
 
 def test_no_row_where_torch_has_no_such_schedule():
     config = OverlapStrategy(pipeline_parallel=PipelineParallel(size=2, schedule="zb_h1")).config
-    assert peers("gloo", 2, config) == {}
+    assert peers(config, 2, "gloo") == {}

@@ -6,7 +6,7 @@ import torch
 import torch.distributed as dist
 from torch.nn import functional as F
 
-from lightning_overlap.bench.products import MLP, PEER, PRODUCTS, Numbers, measure, table, ways
+from lightning_overlap.bench.peers.tensor_products import MLP, PEER, PRODUCTS, Numbers, measure, table, ways
 from lightning_overlap.ranks.world import make_group
 
 SHAPES = (8, 6, 16)

@@ -77,9 +77,9 @@ def verified(fault=None, against="off", optimizer="sgd", overlap="auto", **train
     warnings.simplefilter("ignore")
     faults, real = Faults(), DataMode.__init__
 
-    def made(mode, plan, config, *rest):
-        faults.on = config.overlap != "off"
-        real(mode, plan, config, *rest)
+    def made(mode, config, choices, setup):
+        faults.on = choices.overlap_grad_reduce.value
+        real(mode, config, choices, setup)
 
     size = dist.get_world_size()
     given = {"accelerator": "cpu", "devices": size, "plugins": [TorchElasticEnvironment()], **trainer}

@@ -8,6 +8,7 @@ from torch import nn
 
 from lightning_overlap.config import OverlapConfig
 from lightning_overlap.facts import Facts
+from lightning_overlap.modes.base import Setup
 from lightning_overlap.modes.data.config import DataParallel
 from lightning_overlap.modes.data.mode import DataMode
 from lightning_overlap.modes.pipeline.config import PipelineParallel
@@ -82,7 +83,8 @@ def make(monkeypatch):
         own = DataParallel(bucket_size=64, **(data or {}))
         config = OverlapConfig(data_parallel=own, pipeline_parallel=PipelineParallel(size=pipeline), overlap=overlap)
         plan = resolve(config, Facts(world_size=2 * pipeline, optimizers=(examine(optimizer),), parameters=256, **trainer))
-        mode = DataMode(plan, config, ParallelMesh(plan.degrees, 0), timedelta(seconds=1))
+        setup = Setup(ParallelMesh(plan.degrees, 0), timedelta(seconds=1), roles={}, first_step_is_verified=False)
+        mode = DataMode(own, plan.choices["data"], setup)
         mode.parallelize(model)
         mode.prepare_optimizers([optimizer])
 

@@ -119,7 +119,7 @@ def train(
         "hash": hashlib.sha256(weights.numpy().tobytes()).hexdigest(),
         "metrics": {key: float(value) for key, value in run.callback_metrics.items()},
         "keys": list(model.state_dict()),
-        "plan": run.strategy.plan.explain() if name == "overlap" else "",
+        "plan": " ".join(run.strategy.plan.explain().split()) if name == "overlap" else "",
         "step": run.global_step,
         "types": sorted({type(module._parameters).__name__ for module in model.modules()}),
     }

@@ -3,6 +3,7 @@
 import gc
 import multiprocessing
 import os
+import socket
 import tempfile
 import time
 import traceback
@@ -11,13 +12,15 @@ from multiprocessing.connection import wait
 from typing import Any
 
 
-def _serve(rank: int, size: int, store: str, pipe: Any) -> None:
+def _serve(rank: int, size: int, store: str, environment: dict[str, str], pipe: Any) -> None:
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(size), MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
+    os.environ.update(environment)
     import torch
     import torch.distributed as dist
 
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=size)
+    if not environment:
+        dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=size)
     while (call := pipe.recv()) is not None:
         function, arguments = call
         try:
@@ -28,21 +31,38 @@ def _serve(rank: int, size: int, store: str, pipe: Any) -> None:
         gc.freeze()  # not torch again each time
 
 
+def _free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port: int = free.getsockname()[1]
+        return port
+
+
 class World:
-    """``size`` ranks. ``run(function, *arguments)`` calls a top-level function on each and returns the results by rank."""
+    """``size`` ranks. ``run(function, *arguments)`` calls a top-level function on each and returns the results by rank.
+
+    Args:
+        size: ranks.
+        one_device: each rank is a node of its own, all of them with the first device. They are not connected yet: the first fit
+            does that, as in a run of users'.
+    """
 
     timeout = 120.0
     context: Any = multiprocessing.get_context("forkserver")
     """Workers are forked from a process that has imported everything, so that a new one costs nothing."""
     context.set_forkserver_preload(["tests.helpers.warm"])
 
-    def __init__(self, size: int) -> None:
+    def __init__(self, size: int, *, one_device: bool = False) -> None:
         context = self.context
         store = os.path.join(tempfile.mkdtemp(), "store")
+        port = str(_free_port()) if one_device else ""
         self.pipes, self.workers = [], []
         for rank in range(size):
             here, there = context.Pipe()
-            worker = context.Process(target=_serve, args=(rank, size, store, there), daemon=True)
+            # NCCL refuses two ranks on one device of a host, and takes hosts with other names for others.
+            node = {"LOCAL_RANK": "0", "GROUP_RANK": str(rank), "LOCAL_WORLD_SIZE": "1", "NCCL_HOSTID": f"host{rank}"}
+            environment = {**node, "MASTER_PORT": port} if one_device else {}
+            worker = context.Process(target=_serve, args=(rank, size, store, environment, there), daemon=True)
             worker.start()
             there.close()
             self.pipes.append(here)

@@ -5,11 +5,9 @@ import torch
 from torch import nn
 
 from lightning_overlap import ConfigError
-from lightning_overlap.config import OverlapConfig
-from lightning_overlap.facts import PipelineFacts
 from lightning_overlap.model.blocks import find_blocks
-from lightning_overlap.modes.pipeline.config import PipelineParallel
-from lightning_overlap.modes.pipeline.mode import PipelineMode
+from lightning_overlap.modes.pipeline.config import PipelineFacts, PipelineParallel
+from lightning_overlap.modes.pipeline.mode import look
 from lightning_overlap.modes.pipeline.partition import Partition, heads
 
 
@@ -39,9 +37,9 @@ def test_the_head_is_what_is_linear_after_the_blocks(after, names):
     model = Model(after)
     name, blocks = find_blocks(model, None, 2)
     assert heads(model, name, blocks) == [after.get_submodule(name) for name in names]
-    seen = PipelineMode.look(model, OverlapConfig(pipeline_parallel=PipelineParallel(size=2, layers_per_stage=(3, 1))))
+    seen = look(model, PipelineParallel(size=2, layers_per_stage=(3, 1)), {})
     head = 36 * len(names)
-    assert seen == {"pipeline": PipelineFacts(name, (3, 1), (3 * 16, 16 + head), head, 0.8)}
+    assert seen == PipelineFacts(name, (3, 1), (3 * 16, 16 + head), head, 0.8)
 
 
 def test_blocks_that_are_the_model_have_no_head():

@@ -22,7 +22,7 @@ def page(folder):
     for step in steps:
         summary.add(step)
     path = folder / "report.html"
-    write_report(summary, steps, "a plan with <brackets> & such", path)
+    write_report(summary.table(), steps, "a plan with <brackets> & such", path)
     return path
 
 

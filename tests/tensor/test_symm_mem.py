@@ -12,7 +12,7 @@ from torch.distributed import _symmetric_memory as fallbacks
 
 from lightning_overlap import ConfigError, OverlapStrategy, TensorParallel
 from lightning_overlap.config import OverlapConfig
-from lightning_overlap.decision import Decision
+from lightning_overlap.decision import Choice
 from lightning_overlap.facts import Facts
 from lightning_overlap.modes.tensor import config, symm_mem
 from lightning_overlap.modes.tensor.gemm import Exchange, shares
@@ -75,8 +75,8 @@ def trained(tokens: int) -> Any:
     def operators(group: Group) -> symm_mem.Operators:
         return symm_mem.Operators(count, slow_operators(group).matmul_reduce_scatter, group.process_group.group_name)
 
-    runs = Decision("tensor_parallel.backend", "symm_mem", "symm_mem", "")
-    with mock.patch.object(symm_mem, "operators", operators), mock.patch.object(config, "_backend", return_value=[runs]):
+    runs = Choice("symm_mem", "symm_mem", "")
+    with mock.patch.object(symm_mem, "operators", operators), mock.patch.object(config, "_backend", return_value=runs):
         strategy = {"tensor_parallel": TensorParallel(size=2, vocab_parallel=True, backend="symm_mem")}
         found = train(strategy, {"tokens": tokens}, accumulate_grad_batches=2, gradient_clip_val=0.1)
     return {**found, "used": len(used)}
@@ -97,7 +97,7 @@ def test_it_is_refused_where_it_cannot_run() -> None:
     own = OverlapConfig(tensor_parallel=TensorParallel(size=2, backend="symm_mem"))
     assert "symm_mem" in resolve(own, Facts(world_size=2, device="cuda")).explain()
     off = resolve(OverlapConfig(tensor_parallel=own.tensor_parallel, overlap="off"), Facts(world_size=2))
-    assert off.choice("tensor_parallel.backend") == "p2p", "its plain twin, of every comparison"
+    assert off.choices["tensor"].backend.value == "p2p", "its plain twin, of every comparison"
     with pytest.raises(ConfigError, match="must be p2p, symm_mem or userbuffers"):
         TensorParallel(size=2, backend="nvlink")  # type: ignore[arg-type]
 

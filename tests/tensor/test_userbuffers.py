@@ -18,9 +18,10 @@ from torch.utils.data import DataLoader
 
 from lightning_overlap import ConfigError, PipelineParallel, TensorParallel
 from lightning_overlap.config import OverlapConfig
-from lightning_overlap.decision import Decision
-from lightning_overlap.facts import Facts, TensorFacts
+from lightning_overlap.decision import Choice
+from lightning_overlap.facts import Facts
 from lightning_overlap.modes.tensor import config, userbuffers
+from lightning_overlap.modes.tensor.config import TensorFacts
 from lightning_overlap.modes.tensor.gemm import Exchange, shares
 from lightning_overlap.plan import resolve
 from tests.tensor.group import tensor_group
@@ -196,7 +197,7 @@ def test_the_input_is_read_by_something_else(world: Any) -> None:
     assert max(world(2).run(only_beside)) < 1e-12
 
 
-RUNS = Decision("tensor_parallel.backend", "userbuffers", "userbuffers", "")
+RUNS = Choice("userbuffers", "userbuffers", "")
 
 
 def smaller_batches(net: Net) -> DataLoader:
@@ -216,7 +217,7 @@ def trained(lengths: tuple[int, ...], model: dict[str, Any], trainer: dict[str, 
         fake.calls.clear()
         fake.names.clear()
         library = mock.patch.object(userbuffers, "library", return_value=fake.library)
-        with library, mock.patch.object(config, "_backend", return_value=[RUNS]):
+        with library, mock.patch.object(config, "_backend", return_value=RUNS):
             told = train_and_validate(strategy, {**model, "tokens": tokens}, **trainer)
         assert fake.buffers is None, "given back at the end"
         called = [what for what, _, _ in fake.calls]
@@ -284,7 +285,7 @@ def planned(tensor: dict[str, Any] | None = None, facts: dict[str, Any] | None =
         ({"facts": {"device": "cpu"}}, "its operators are CUDA's, and this is cpu"),
         ({"facts": {"transformer_engine": None}}, r"not installed: pip install 'lightning-overlap\[te\]'"),
         ({"facts": {"precision": "32-true"}}, "precision is 32-true: set precision: bf16-mixed or bf16-true"),
-        ({"facts": {"tensor": TensorFacts("", (), 0, ("h.0.attn.c_attn",))}}, r"weights are \(in, out\) in h.0.attn.c_attn"),
+        ({"facts": {"of_modes": (TensorFacts("", (), 0, ("h.0.attn.c_attn",)),)}}, r"weights are \(in, out\) in h.0.attn.c_attn"),
         ({"tensor": {"sequence_parallel": False}}, "it needs sequence_parallel"),
         ({"tensor": {"overlap": False}}, "it has no plain twin: overlap is off"),
         ({"tensor": {"keep_gathered_input": True}}, "set keep_gathered_input: false"),
@@ -299,6 +300,8 @@ def test_it_is_refused_where_it_cannot_run(given: dict[str, Any], words: str) ->
 
 
 def test_the_plan_says_whose_layers_run() -> None:
-    assert "linear layers of Transformer Engine 2.20, with its own transfers" in planned().explain()
+    backend = planned().choices["tensor"].backend
+    assert backend.value == "userbuffers"
+    assert "linear layers of Transformer Engine 2.20, with its own transfers" in backend.why
     off = planned(overlap="off", facts={"device": "cpu"})
-    assert off.choice("tensor_parallel.backend") == "p2p", "its plain twin, of every comparison"
+    assert off.choices["tensor"].backend.value == "p2p", "its plain twin, of every comparison"

@@ -148,7 +148,7 @@ def pipelined(
     run.fit(module, data, data, ckpt_path=resume)
     if save:
         run.save_checkpoint(save)
-    return {**told(run, module), "plan": strategy.plan.explain()}
+    return {**told(run, module), "plan": " ".join(strategy.plan.explain().split())}
 
 
 def single(model: dict[str, Any] | None = None, resume: str | None = None, **trainer: Any) -> dict[str, Any]:
@@ -238,7 +238,7 @@ def test_the_heads_gradients_come_later_and_are_the_same(world, schedule, virtua
     how = {"schedule": schedule, "virtual_stages": virtual, "wgrad_deferral_limit": limit}
     for rank in world(2).run(pipelined, {"size": 2, "microbatches": 4, "defer_embedding_wgrad": True, **how}):
         assert torch.equal(rank["weights"], by_hand(4, {}))
-        assert "in the bubble" in rank["plan"]
+        assert "where its rank waits" in rank["plan"]
 
 
 class Shares(Net):
@@ -768,7 +768,7 @@ def test_a_schedule_of_the_users_own(world, tmp_path):
     file.write_text("F0.0 F0.1 B0.0 B0.1\nF1.0 I1.0 F1.1 I1.1 W1.0 W1.1\n")
     for rank in world(2).run(pipelined, {"size": 2, "microbatches": 2, "schedule": str(file)}):
         assert torch.equal(rank["weights"], by_hand(2, {}))
-        assert "mine.txt" in rank["plan"]
+        assert "mine.txt" in rank["plan"].replace(" ", "")  # a long path is folded
 
 
 def memory(pipeline):

@@ -180,7 +180,7 @@ def run(name: str, data: str, layout: str, references: Iterable[str]) -> Report:
         try:
             strategy = OverlapStrategy(**LAYOUTS[layout], parallel_plan=dict(model.plan or {}), **settings)  # type: ignore[arg-type]
             found = fit(model, data, strategy, recorder, devices=2, replicas=replicas)
-            plan = strategy.plan.explain()
+            plan = " ".join(strategy.plan.explain().split())  # as sentences, not as a table
         except ConfigError as error:
             report.error = str(error)
         except BaseException as error:

@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
-from lightning_overlap.decision import ConfigError, Decision, check_count, settle
-
-if TYPE_CHECKING:
-    from lightning_overlap.config import OverlapConfig
-    from lightning_overlap.facts import Facts
+from lightning_overlap.decision import Choice, Choices, ConfigError, check_count, check_switch, check_word, settle
+from lightning_overlap.facts import Facts
+from lightning_overlap.ranks.degrees import Degrees
 
 Switch = bool | Literal["auto"]
 
-ALIGNING = "a stage that is through gathers while those before it are not; later, less of that is hidden"
+ADVICE = {
+    "": "reduce_scatter_with_fp32_accumulation: true (half the bytes of gradients), or more batches a step",
+    "grads": "a smaller bucket_size, which starts earlier and leaves less at the end",
+    "params": "a smaller bucket_size: forward waits for its first bucket",
+    "norm": "clipping by value, which waits for no norm",
+}
+"""By kind of transfer, what may help where it is exposed."""
+UNALIGNED = "a stage whose backward is over gathers while earlier stages still compute; a later start would hide less"
 """Why ``auto`` does not align the gathers of stages that update in backward."""
 
 
@@ -51,16 +56,6 @@ class DataParallel:
     pad_buckets_for_high_nccl_busbw: bool = False
     """Pad buckets to multiples of 2**16 elements."""
 
-    def advice(self, kind: str) -> str:
-        """What may help where a kind of transfer is exposed: ``grads``, ``params``, ``norm``; ``bytes``: the link is too slow."""
-        known = {
-            "bytes": "reduce_scatter_with_fp32_accumulation: true (half the bytes of gradients), or more batches a step",
-            "grads": "a smaller bucket_size, which starts earlier and leaves less at the end",
-            "params": "a smaller bucket_size: forward waits for its first bucket",
-            "norm": "clipping by value, which waits for no norm",
-        }
-        return f"data_parallel: {known.get(kind, known['bytes'])}"
-
     def __post_init__(self) -> None:
         for name in ("size", "bucket_size", "param_gather_prefetch", "num_optimizer_instances"):
             value, word = getattr(self, name), "all" if name == "param_gather_prefetch" else "auto"
@@ -74,101 +69,179 @@ class DataParallel:
             "overlap_optimizer_step",
             "align_param_gather",
         ):
-            if getattr(self, name) not in (True, False, "auto"):
-                raise ConfigError(f"data_parallel.{name} must be true, false or auto, got {getattr(self, name)!r}")
-        if self.grad_reduce_dtype not in ("fp32", "param"):
-            raise ConfigError(f"data_parallel.grad_reduce_dtype must be fp32 or param, got {self.grad_reduce_dtype!r}")
+            check_switch(f"data_parallel.{name}", getattr(self, name))
+        check_word("data_parallel.grad_reduce_dtype", self.grad_reduce_dtype, ("fp32", "param"))
 
 
-def decide(own: DataParallel, whole: OverlapConfig, facts: Facts) -> list[Decision]:
-    """The home of this mode's gates."""
-    data_ranks = whole.degrees(facts.world_size).data
-    if data_ranks == 1:
-        return [Decision("data_parallel", str(own.size), "off", "the data axis has one rank")]
+@dataclass(frozen=True, kw_only=True)
+class DataChoices(Choices):
+    """What was decided for data parallelism; for its settings see :class:`DataParallel`.
+
+    Attributes:
+        distributed_optimizer: what a rank updates: a flat shard of the elements, some whole parameters, or (``off``) everything.
+        gradients: the collective that reduces them.
+        overlap_grad_reduce: each bucket is reduced in backward.
+        overlap_param_gather: parameters are gathered under the next forward, before it, or (``off``) in the step.
+        overlap_optimizer_step: when buckets are updated; ``off``: all of them in the user's ``step()``.
+        align_param_gather: gathers start after the step, on all ranks in the order of forward.
+        bucket_size: elements at which a bucket closes.
+        grad_reduce_dtype: in which gradients are kept and reduced.
+        num_optimizer_instances: groups of ranks inside each of which the optimizer is sharded.
+        later_parameters: parameters that are frozen now may be trained later.
+    """
+
+    distributed_optimizer: Choice[Literal["off", "elementwise shards", "whole parameters"]]
+    gradients: Choice[Literal["all-reduce", "reduce-scatter"]]
+    overlap_grad_reduce: Choice[bool]
+    overlap_param_gather: Choice[Literal["off", "under next forward", "before next forward"]]
+    overlap_optimizer_step: Choice[Literal["off", "in backward", "after backward"]]
+    align_param_gather: Choice[bool]
+    bucket_size: Choice[int]
+    grad_reduce_dtype: Choice[str]
+    num_optimizer_instances: Choice[int]
+    later_parameters: bool
+
+    @property
+    def is_sharded(self) -> bool:
+        """Whether a rank updates a part of the parameters only."""
+        return self.distributed_optimizer.value != "off"
+
+
+def decide(config: DataParallel, degrees: Degrees, facts: Facts, *, overlap: bool) -> DataChoices | None:
+    """The home of this mode's gates; see :class:`lightning_overlap.modes.descriptor.Decide`."""
+    if degrees.data == 1:
+        return None
     if facts.precision == "16-mixed":
         raise ConfigError("precision 16-mixed scales the loss, which is not in this version; use bf16-mixed")
-    optimizer = _optimizer(own, facts)
-    sharded = optimizer.choice != "off"
+    optimizer = _optimizer(config, facts)
+    sharded = optimizer.value != "off"
     gradients = _gradients(sharded, facts)
-    quiet = whole.overlap == "off"
+    _refuse_settings(config, degrees.data, sharded=sharded, scattered=gradients.value == "reduce-scatter")
+    reduce = settle(
+        "data_parallel.overlap_grad_reduce",
+        config.overlap_grad_reduce,
+        best=True,
+        otherwise=False,
+        because="a bucket is reduced as soon as backward has made its gradients",
+        overlap=overlap,
+    )
+    gather = _gather(config, facts, sharded=sharded, overlap=overlap)
+    step = _step(config, facts, sharded=sharded, reduced=reduce.value, gathered=gather.value != "off", overlap=overlap)
+    wire = "sent in bf16, summed in fp32" if config.reduce_scatter_with_fp32_accumulation else "gradients are sent as they are kept"
+    instances = config.num_optimizer_instances
+    return DataChoices(
+        size=Choice(degrees.data, config.size, f"of {facts.world_size} ranks"),
+        distributed_optimizer=optimizer,
+        gradients=gradients,
+        overlap_grad_reduce=reduce,
+        overlap_param_gather=gather,
+        overlap_optimizer_step=step,
+        align_param_gather=_alignment(config, degrees, facts, sharded=sharded, gather=gather, step=step, overlap=overlap),
+        bucket_size=_bucket_size(config, degrees, facts),
+        grad_reduce_dtype=Choice(config.grad_reduce_dtype, config.grad_reduce_dtype, wire),
+        num_optimizer_instances=Choice(instances, instances, f"the optimizer is sharded over {degrees.data // instances} ranks"),
+        later_parameters=bool(facts.unfreezers),
+    )
 
-    def overlap(feature: str, asked: Switch, best: str, because: str, blockers: list[tuple[bool, str]]) -> Decision:
-        if quiet:
-            return Decision(f"data_parallel.{feature}", str(asked), "off", 'overlap="off" turns every overlap off')
-        return settle(f"data_parallel.{feature}", asked, best=best, because=because, blockers=blockers)
 
-    needs_optimizer = (not sharded, "it needs the distributed optimizer; set data_parallel.distributed_optimizer: true")
-    reduce = overlap("overlap_grad_reduce", own.overlap_grad_reduce, "in backward", f"{data_ranks} ranks", [])
-    gather = overlap("overlap_param_gather", own.overlap_param_gather, "under next forward", "updated in shards", [needs_optimizer])
-    if facts.compiled and gather.choice != "off":
-        why = "compiled code reads weights where nothing can wait for them, so all are waited for before it"
-        gather = Decision(gather.feature, gather.asked, "until next forward", why)
+def _needs_optimizer(sharded: bool) -> tuple[bool, str]:
+    return not sharded, "it needs the distributed optimizer; set data_parallel.distributed_optimizer: true"
+
+
+def _gather(
+    config: DataParallel, facts: Facts, *, sharded: bool, overlap: bool
+) -> Choice[Literal["off", "under next forward", "before next forward"]]:
+    best: Literal["under next forward", "before next forward"] = "before next forward" if facts.compiled else "under next forward"
+    compiled = "compiled code cannot wait for single weights, so all of them are waited for before it"
+    return settle(
+        "data_parallel.overlap_param_gather",
+        config.overlap_param_gather,
+        best=best,
+        otherwise="off",
+        because=compiled if facts.compiled else "each rank updates a shard; forward waits where it reads a weight",
+        blockers=[_needs_optimizer(sharded)],
+        overlap=overlap,
+    )
+
+
+def _step(
+    config: DataParallel, facts: Facts, *, sharded: bool, reduced: bool, gathered: bool, overlap: bool
+) -> Choice[Literal["off", "in backward", "after backward"]]:
     inseparable = [f.reason for f in facts.optimizers or () if not f.separable]
     readers = ", ".join(facts.gradient_readers)
-    step = overlap(
-        "overlap_optimizer_step",
-        own.overlap_optimizer_step,
-        "in backward",
-        "nothing looks at all the gradients before the step",
-        [
-            needs_optimizer,
-            (reduce.choice == "off", "gradients are not reduced in backward; set data_parallel.overlap_grad_reduce: true"),
+    # A step that looks at all the gradients comes after backward, and can still go bucket by bucket, each followed by its gather.
+    by_bucket = overlap and config.overlap_optimizer_step == "auto" and gathered and not inseparable
+    otherwise: Literal["off", "after backward"] = "after backward" if by_bucket else "off"
+    return settle(
+        "data_parallel.overlap_optimizer_step",
+        config.overlap_optimizer_step,
+        best="in backward",
+        otherwise=otherwise,
+        because="nothing looks at all the gradients before the step",
+        blockers=[
+            _needs_optimizer(sharded),
+            (not reduced, "gradients are not reduced in backward; set data_parallel.overlap_grad_reduce: true"),
             (bool(facts.gradient_clip_val), "gradient_clip_val looks at all the gradients; train without it"),
             (bool(readers), f"{readers} may read or change gradients; remove it"),
-            (own.check_for_nan_in_grad, "check_for_nan_in_grad must pass before any update; turn it off"),
+            (config.check_for_nan_in_grad, "check_for_nan_in_grad must pass before any update; turn it off"),
             (bool(inseparable), "; ".join(inseparable) + "; use an optimizer such as AdamW"),
         ],
+        overlap=overlap,
     )
-    if step.choice == "off" and step.asked == "auto" and not quiet and gather.choice != "off" and not inseparable:
-        step = Decision(step.feature, step.asked, "by bucket after backward", step.why)
+
+
+def _alignment(
+    config: DataParallel,
+    degrees: Degrees,
+    facts: Facts,
+    *,
+    sharded: bool,
+    gather: Choice[Literal["off", "under next forward", "before next forward"]],
+    step: Choice[Literal["off", "in backward", "after backward"]],
+    overlap: bool,
+) -> Choice[bool]:
     ordered = facts.backend == "nccl"
-    alone = whole.pipeline_parallel.size == 1 and not ordered
-    earlier = step.choice == "in backward"
-    if ordered and earlier and own.align_param_gather is False:
+    alone = degrees.pipeline == 1 and not ordered
+    earlier = step.value == "in backward"
+    if ordered and earlier and config.align_param_gather is False:
         raise ConfigError(
             "data_parallel.align_param_gather: false cannot run on NCCL: a gather that is posted when a rank sees that a reduce has "
             "arrived stands before reduces that another rank has posted first, and may wait for them. Leave it out"
         )
-    align = overlap(
-        "align_param_gather",
-        own.align_param_gather,
-        "after the step",
-        "all ranks post in one order on NCCL" if ordered else "all stages gather in the order of forward once the step is over",
-        [
+    return settle(
+        "data_parallel.align_param_gather",
+        config.align_param_gather,
+        best=True,
+        otherwise=False,
+        because="all ranks post in one order on NCCL"
+        if ordered
+        else "all stages gather in the order of forward once the step is over",
+        blockers=[
             (alone, "one rank has all stages; leave it out, or set pipeline_parallel.size"),
-            needs_optimizer,
-            (gather.choice == "off", "parameters are gathered in the step; set data_parallel.overlap_param_gather: true"),
-            (own.param_gather_prefetch != "all", "forward posts what param_gather_prefetch bounds; set it to all"),
+            _needs_optimizer(sharded),
+            (gather.value == "off", "parameters are gathered in the step; set data_parallel.overlap_param_gather: true"),
+            (config.param_gather_prefetch != "all", "forward posts what param_gather_prefetch bounds; set it to all"),
             (
-                own.align_param_gather == "auto" and not alone and not ordered,
-                ALIGNING if earlier else "all stages gather after backward as it is",
+                config.align_param_gather == "auto" and not alone and not ordered,
+                UNALIGNED if earlier else "all stages gather after backward as it is",
             ),
         ],
+        overlap=overlap,
     )
-    return [
-        Decision("data_parallel", str(own.size), str(data_ranks), f"{facts.world_size} ranks"),
-        optimizer,
-        gradients,
-        reduce,
-        gather,
-        step,
-        align,
-        _bucket_size(own, whole, facts),
-        *_settings(own, data_ranks, sharded, gradients.choice),
-    ]
 
 
-def _optimizer(own: DataParallel, facts: Facts) -> Decision:
-    feature = "data_parallel.distributed_optimizer"
+def _optimizer(config: DataParallel, facts: Facts) -> Choice[Literal["off", "elementwise shards", "whole parameters"]]:
     if any(f.name == "LBFGS" for f in facts.optimizers or ()) and facts.automatic_optimization:
         raise ConfigError("L-BFGS evaluates the loss inside its step, where nothing overlaps; use AdamW, or manual optimization")
     whole = [f.reason for f in facts.optimizers or () if not f.elementwise]
     coupled = [f.reason for f in facts.optimizers or () if not f.independent]
     readers = [f"{f.name}.{method}" for f in facts.optimizers or () for method in f.methods]
+    best: Literal["elementwise shards", "whole parameters"] = "whole parameters" if whole else "elementwise shards"
     return settle(
-        feature,
-        own.distributed_optimizer,
-        best="whole parameters" if whole else "elementwise shards",
+        "data_parallel.distributed_optimizer",
+        config.distributed_optimizer,
+        best=best,
+        otherwise="off",
         because="; ".join(whole) or "; ".join(f.reason for f in facts.optimizers or ()) or "the optimizer is not known yet",
         blockers=[
             (
@@ -186,48 +259,37 @@ def _optimizer(own: DataParallel, facts: Facts) -> Decision:
     )
 
 
-def _gradients(sharded: bool, facts: Facts) -> Decision:
-    feature = "data_parallel.gradients"
+def _gradients(sharded: bool, facts: Facts) -> Choice[Literal["all-reduce", "reduce-scatter"]]:
     if not sharded:
-        return Decision(feature, "", "all-reduce", "every rank updates every parameter")
+        return Choice("all-reduce", None, "every rank updates every parameter")
     if facts.gradient_readers:
-        return Decision(
-            feature, "", "all-reduce", f"{', '.join(facts.gradient_readers)} may read gradients, so every rank gets all of them"
-        )
-    return Decision(feature, "", "reduce-scatter", "each rank needs the gradients of its shard only")
+        return Choice("all-reduce", None, f"{', '.join(facts.gradient_readers)} may read gradients, so every rank gets all of them")
+    return Choice("reduce-scatter", None, "each rank needs the gradients of its shard only")
 
 
-def _bucket_size(own: DataParallel, whole: OverlapConfig, facts: Facts) -> Decision:
-    feature = "data_parallel.bucket_size"
-    if own.bucket_size != "auto":
-        return Decision(feature, str(own.bucket_size), str(own.bucket_size), "elements, asked for")
-    large = max(40_000_000, 1_000_000 * whole.degrees(facts.world_size).data)
+def _bucket_size(config: DataParallel, degrees: Degrees, facts: Facts) -> Choice[int]:
+    if config.bucket_size != "auto":
+        return Choice(config.bucket_size, config.bucket_size, "elements")
+    large = max(40_000_000, 1_000_000 * degrees.data)
     if facts.parameters is None:
-        return Decision(feature, "auto", str(large), "elements; a smaller model gets 32 buckets")
-    degrees = whole.degrees(facts.world_size)
-    here = facts.parameters // (degrees.pipeline * degrees.tensor)
-    size = min(large, max(here // 32, 65_536))
-    return Decision(feature, "auto", str(size), f"elements; {here:,} in all on a rank, 32 buckets leave a short tail")
+        return Choice(large, "auto", "elements; a smaller model gets 32 buckets")
+    of_rank = facts.parameters // (degrees.pipeline * degrees.tensor)
+    size = min(large, max(of_rank // 32, 65_536))
+    return Choice(size, "auto", f"elements: {of_rank:,} parameters a rank / 32, at least 65,536 and at most {large:,}")
 
 
-def _settings(own: DataParallel, data_ranks: int, sharded: bool, gradients: str) -> list[Decision]:
-    problems = []
-    if own.num_optimizer_instances > 1:
-        if not sharded:
-            problems.append("num_optimizer_instances > 1 needs the distributed optimizer")
-        if data_ranks % own.num_optimizer_instances:
-            problems.append(f"num_optimizer_instances={own.num_optimizer_instances} must divide the {data_ranks} data ranks")
-    if own.reduce_scatter_with_fp32_accumulation and gradients != "reduce-scatter":
-        problems.append("reduce_scatter_with_fp32_accumulation needs gradients to be reduce-scattered; set it to false")
-    if problems:
-        raise ConfigError("data_parallel: " + "; ".join(problems))
-    wire = "bf16 on the wire, fp32 sums" if own.reduce_scatter_with_fp32_accumulation else "on the wire as kept"
-    return [
-        Decision("data_parallel.grad_reduce_dtype", own.grad_reduce_dtype, own.grad_reduce_dtype, wire),
-        Decision(
-            "data_parallel.num_optimizer_instances",
-            str(own.num_optimizer_instances),
-            str(own.num_optimizer_instances),
-            f"shards over {data_ranks // own.num_optimizer_instances} ranks",
+def _refuse_settings(config: DataParallel, size: int, *, sharded: bool, scattered: bool) -> None:
+    """Raises:
+    ConfigError: with every reason against settings that decide nothing.
+    """
+    instances = config.num_optimizer_instances
+    reasons = [
+        (instances > 1 and not sharded, "num_optimizer_instances > 1 needs the distributed optimizer"),
+        (size % instances > 0, f"num_optimizer_instances={instances} must divide the {size} data ranks"),
+        (
+            config.reduce_scatter_with_fp32_accumulation and not scattered,
+            "reduce_scatter_with_fp32_accumulation needs gradients to be reduce-scattered; set it to false",
         ),
     ]
+    if problems := [reason for applies, reason in reasons if applies]:
+        raise ConfigError("data_parallel: " + "; ".join(problems))

@@ -16,8 +16,7 @@ import warnings
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from datetime import timedelta
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -26,20 +25,15 @@ from torch.optim import Optimizer
 
 from lightning_overlap.decision import ConfigError
 from lightning_overlap.model.markers import has_late_gradient, is_counted_elsewhere, stage_of
-from lightning_overlap.modes.base import Nesting, OptimizerHolder
+from lightning_overlap.modes.base import Nesting, OptimizerHolder, Setup
 from lightning_overlap.modes.data.buffers import HALF, LiveBucket, flatten, unflatten
+from lightning_overlap.modes.data.config import DataChoices, DataParallel
 from lightning_overlap.modes.data.gathers import Gathers
 from lightning_overlap.modes.data.guard import CompleteBefore, GuardedParameters, ReferenceGuard
 from lightning_overlap.modes.data.layout import Bucket, lateness, lay_out
 from lightning_overlap.modes.data.optimizer import ShardedOptimizer
 from lightning_overlap.ranks.group import Group, Pending
 from lightning_overlap.ranks.world import make_group
-
-if TYPE_CHECKING:
-    from lightning_overlap.config import OverlapConfig
-    from lightning_overlap.plan import Plan
-    from lightning_overlap.ranks.mesh import ParallelMesh
-
 
 WORTH_IT = 0.1
 """Buckets are laid out again if they can then be sent, on average, so much of a backward earlier."""
@@ -50,9 +44,11 @@ class DataMode(OptimizerHolder):
 
     name = "data"
     nesting = Nesting.PARAMETERS
+    config: DataParallel
+    choices: DataChoices
 
-    def __init__(self, plan: Plan, config: OverlapConfig, mesh: ParallelMesh, timeout: timedelta) -> None:
-        super().__init__(plan, config, mesh, timeout)
+    def __init__(self, config: DataParallel, choices: DataChoices, setup: Setup) -> None:
+        super().__init__(config, choices, setup)
         self._buckets: list[LiveBucket] = []
         self._home: dict[int, tuple[LiveBucket, Tensor]] = {}  # id of a parameter -> its bucket and its gradient's view
         self._reducing: deque[tuple[LiveBucket, Pending]] = deque()
@@ -68,26 +64,21 @@ class DataMode(OptimizerHolder):
         self._fired: dict[int, None] | None = {}  # ids of parameters in the order of their first gradients
         self._announced = self._backward_open = False
         self._said_unused = self._seen_backward = self._on_trial = False
-        own = config.data_parallel
-        self._sharded = plan.choice("data_parallel.distributed_optimizer") != "off"
-        self._whole = plan.choice("data_parallel.distributed_optimizer") == "whole parameters"
-        self._scatter = plan.choice("data_parallel.gradients") == "reduce-scatter"
-        self._in_backward = plan.choice("data_parallel.overlap_grad_reduce") == "in backward"
-        self._gathering = plan.choice("data_parallel.overlap_param_gather")
-        self._step_in_backward = plan.choice("data_parallel.overlap_optimizer_step") == "in backward"
-        self._step_by_bucket = plan.choice("data_parallel.overlap_optimizer_step") != "off"
-        self._wire = torch.bfloat16 if own.reduce_scatter_with_fp32_accumulation else None
-        self._make_groups(own.num_optimizer_instances)
-        prefetch = None if own.param_gather_prefetch == "all" else int(own.param_gather_prefetch)
+        self._sharded = choices.is_sharded
+        self._whole = choices.distributed_optimizer.value == "whole parameters"
+        self._scatter = choices.gradients.value == "reduce-scatter"
+        self._in_backward = choices.overlap_grad_reduce.value
+        self._gathering = choices.overlap_param_gather.value
+        self._step_in_backward = choices.overlap_optimizer_step.value == "in backward"
+        self._step_by_bucket = choices.overlap_optimizer_step.value != "off"
+        self._wire = torch.bfloat16 if config.reduce_scatter_with_fp32_accumulation else None
+        self._make_groups(config.num_optimizer_instances)
+        prefetch = None if config.param_gather_prefetch == "all" else int(config.param_gather_prefetch)
         # Ranks see at different times that something has arrived. Where they must post in one order, nothing is posted for that.
-        aligned = plan.choice("data_parallel.align_param_gather") == "after the step" or (self.group.in_one_order and prefetch is None)
+        aligned = choices.align_param_gather.value or (self.group.in_one_order and prefetch is None)
         self._gathers = Gathers(self._buckets, prefetch, aligned=aligned, guard=ReferenceGuard(self._complete))
         # Ranks may see gradients in different orders. What is matched by the order of posting is posted by bucket number.
         self._any_order = self.group.keyed and self._scatter and self._instances is None
-
-    @classmethod
-    def runs(cls, plan: Plan) -> bool:
-        return plan.degrees.data > 1
 
     @property
     def groups(self) -> tuple[Group, ...]:
@@ -114,7 +105,7 @@ class DataMode(OptimizerHolder):
         for name, parameter in model.named_parameters():
             if id(parameter) in sparse and not has_late_gradient(parameter):
                 self._sparse.append((name, parameter))
-            elif parameter.requires_grad or self.plan.facts.unfreezers:
+            elif parameter.requires_grad or self.choices.later_parameters:
                 late, elsewhere = has_late_gradient(parameter), is_counted_elsewhere(parameter)
                 kind = late, -stage_of(parameter), elsewhere, str(parameter.dtype), str(parameter.device)
                 kinds.setdefault(kind, []).append((name, parameter))
@@ -143,15 +134,15 @@ class DataMode(OptimizerHolder):
     def _lay_out(self, named: Sequence[tuple[str, nn.Parameter]]) -> tuple[Bucket, ...]:
         return lay_out(
             [p.numel() for _, p in named],
-            bucket_size=int(self.plan.choice("data_parallel.bucket_size")),
+            bucket_size=self.choices.bucket_size.value,
             shards=self.group.size,
             sharded=self._sharded,
-            high_busbw=self.config.data_parallel.pad_buckets_for_high_nccl_busbw,
+            high_busbw=self.config.pad_buckets_for_high_nccl_busbw,
         )
 
     def _build(self) -> None:
         """Buckets for the parameters, each kind in the order of its list, from the last to the first."""
-        fp32 = self._sharded and self.config.data_parallel.grad_reduce_dtype == "fp32"
+        fp32 = self._sharded and self.config.grad_reduce_dtype == "fp32"
         for named in self._kinds:
             dtype = named[0][1].dtype
             self._buckets += flatten(
@@ -339,12 +330,11 @@ class DataMode(OptimizerHolder):
 
     def _launch(self, bucket: LiveBucket) -> None:
         bucket.launched = True
-        own = self.config.data_parallel
-        if own.check_for_nan_in_grad:
+        if self.config.check_for_nan_in_grad:
             self._check_finite(bucket)
         label = f"data.grads{bucket.label}"
         divisor: float | None = None
-        if own.average_in_collective:
+        if self.config.average_in_collective:
             divisor = bucket.divisor if self._instances is None else bucket.divisor / self._instances.size
         else:
             bucket.grads.div_(bucket.divisor)
@@ -386,7 +376,7 @@ class DataMode(OptimizerHolder):
                 across = self._instances.all_reduce(
                     reduced,
                     label=f"data.grads{bucket.label}.instances",
-                    divisor=self._instances.size if self.config.data_parallel.average_in_collective else None,
+                    divisor=self._instances.size if self.config.average_in_collective else None,
                 )
                 self._crossing.append((bucket, across))
         while self._crossing and (block or self._crossing[0][1].arrived()):
@@ -422,7 +412,7 @@ class DataMode(OptimizerHolder):
             self._progress(block=False)
         self._progress(block=True)
         self._reduce_sparse()
-        if self.config.data_parallel.check_for_nan_in_grad:
+        if self.config.check_for_nan_in_grad:
             self._refuse_not_finite()
         if unused and not self._said_unused:
             self._said_unused = True

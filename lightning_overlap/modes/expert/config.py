@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
-from lightning_overlap.decision import ConfigError, Decision, check_count
-
-if TYPE_CHECKING:
-    from lightning_overlap.config import OverlapConfig
-    from lightning_overlap.facts import Facts
+from lightning_overlap.decision import ConfigError, check_count
+from lightning_overlap.facts import Facts
+from lightning_overlap.ranks.degrees import Degrees
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,8 +20,11 @@ class ExpertParallel:
         check_count("expert_parallel.size", self.size)
 
 
-def decide(own: ExpertParallel, whole: OverlapConfig, facts: Facts) -> list[Decision]:
-    """The home of this mode's gates."""
-    if own.size > 1:
-        raise ConfigError(f"expert_parallel.size={own.size}: expert parallelism is not in this version; set expert_parallel: 1")
-    return [Decision("expert_parallel", "1", "off", "its size is 1")]
+def decide(config: ExpertParallel, degrees: Degrees, facts: Facts, *, overlap: bool) -> None:
+    """Refuses more than one rank.
+
+    Raises:
+        ConfigError: the size is more than 1.
+    """
+    if config.size > 1:
+        raise ConfigError(f"expert_parallel.size={config.size}: expert parallelism is not in this version; set expert_parallel: 1")

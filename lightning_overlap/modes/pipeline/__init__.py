@@ -1,1 +1,16 @@
-"""Pipeline parallelism: ranks hold consecutive blocks, and a batch passes them in microbatches."""
+"""Pipeline parallelism: ranks hold consecutive blocks, and send hidden states and their gradients beside compute."""
+
+from lightning_overlap.modes.descriptor import ModeDescriptor
+from lightning_overlap.modes.pipeline.config import ADVICE, decide, environment, schedule_of
+from lightning_overlap.modes.pipeline.mode import PipelineMode, look
+
+PIPELINE = ModeDescriptor(
+    name="pipeline",
+    section="pipeline_parallel",
+    decide=decide,
+    mode_type=PipelineMode,
+    look=look,
+    environment=environment,
+    advice=ADVICE,
+    schedule=schedule_of,
+)

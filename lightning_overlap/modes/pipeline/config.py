@@ -4,18 +4,33 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
-from lightning_overlap.decision import MOST, ConfigError, Decision, check_count, settle
+from lightning_overlap.decision import (
+    MOST,
+    Choice,
+    Choices,
+    ConfigError,
+    Setting,
+    check_count,
+    check_switch,
+    check_word,
+    refuse,
+    settle,
+)
+from lightning_overlap.facts import Facts
+from lightning_overlap.ranks.degrees import Degrees
 from lightning_overlap.steps.defer import defer
 from lightning_overlap.steps.schedule import SCHEDULES, Schedule, build, parse, validate
 from lightning_overlap.steps.simulate import simulate
 
-if TYPE_CHECKING:
-    from lightning_overlap.config import OverlapConfig
-    from lightning_overlap.facts import Facts, PipelineFacts
-    from lightning_overlap.plan import Plan
-
+ADVICE = {
+    "bytes": "fewer virtual_stages, which send less",
+    "tied": "a head of its own instead of a tied one",
+    "norm": "clipping by value, which waits for no norm",
+    "": "a larger p2p_prefetch, or more microbatches",
+}
+"""By kind of transfer, what may help where it is exposed."""
 WEIGHTS = ("samples", "labels", "causal_labels", "sum")
 """What a microbatch counts for in the batch's loss."""
 WORTH_IT = 0.01
@@ -75,15 +90,6 @@ class PipelineParallel:
     sends less, and no rank holds the weights of another; what ``validation_step`` collects on ``self`` is then on the last
     stage only."""
 
-    def advice(self, kind: str) -> str:
-        """What may help where a kind of transfer is exposed: ``forward``, ``backward``, ``tied``; ``bytes``: the link is too slow."""
-        known = {
-            "bytes": "fewer virtual_stages, which send less",
-            "tied": "a head of its own instead of a tied one",
-            "norm": "clipping by value, which waits for no norm",
-        }
-        return f"pipeline_parallel: {known.get(kind, 'a larger p2p_prefetch, or more microbatches')}"
-
     def __post_init__(self) -> None:
         unset = {"microbatches": "auto", "microbatch_group": None}
         for name in ("size", "virtual_stages", "microbatches", "microbatch_group", "p2p_prefetch"):
@@ -102,12 +108,9 @@ class PipelineParallel:
                 f"microbatches to come round; set {self.size} or more, or leave it out"
             )
         for name in ("overlap_p2p", "defer_embedding_wgrad"):
-            if getattr(self, name) not in (True, False, "auto"):
-                raise ConfigError(f"pipeline_parallel.{name} must be true, false or auto, got {getattr(self, name)!r}")
-        if self.evaluation not in ("replicate", "mirror"):
-            raise ConfigError(f"pipeline_parallel.evaluation must be replicate or mirror, got {self.evaluation!r}")
-        if self.microbatch_weight not in WEIGHTS:
-            raise ConfigError(f"pipeline_parallel.microbatch_weight must be {', '.join(WEIGHTS)}, got {self.microbatch_weight!r}")
+            check_switch(f"pipeline_parallel.{name}", getattr(self, name))
+        check_word("pipeline_parallel.evaluation", self.evaluation, tuple(EVALUATION))
+        check_word("pipeline_parallel.microbatch_weight", self.microbatch_weight, WEIGHTS)
         if odd := [dim for dim in self.batch_dims.values() if not (dim is None or (isinstance(dim, int) and dim >= 0))]:
             raise ConfigError(f"pipeline_parallel.batch_dims has a dim of 0 or more, or null, for each place, got {odd[0]!r}")
         if self.layout is not None and self.layers_per_stage is not None:
@@ -174,109 +177,159 @@ class PipelineParallel:
         return made
 
 
-def decide(own: PipelineParallel, whole: OverlapConfig, facts: Facts) -> list[Decision]:
-    """The home of this mode's gates."""
-    if not own.runs:
-        return [Decision("pipeline_parallel", "1", "off", "its size is 1")]
-    schedule = own.plan(own.count)
-    _refuse_what_cannot_run(own, facts, cut=whole.tensor_parallel.size > 1 and schedule.splits_backward)
-    free = simulate(schedule)
-    held = ", ".join(str(n) for n in free.peak)
-    found = facts.pipeline
-    blocks = "" if found is None else f"; {found.name or 'blocks'} by stage: {', '.join(map(str, found.blocks))}"
-    return [
-        Decision("pipeline_parallel", str(own.size), str(own.size), f"{own.stages} stages, {own.virtual_stages} a rank{blocks}"),
-        Decision(
-            "pipeline_parallel.schedule",
-            own.schedule,
-            own.chosen,
-            f"bubble {free.bubble:.0%} with {own.count} microbatches if transfers are hidden; {held} activations held by rank",
+@dataclass(frozen=True)
+class PipelineFacts:
+    """What the stages of a pipeline hold.
+
+    Attributes:
+        name: of the list of blocks.
+        blocks: number of blocks, by stage.
+        work: elements of the matrices that a token is multiplied by, by stage.
+        head_work: those of the last stage's linear layers after the blocks, whose weights' gradients can come later.
+        split: the fraction of the blocks' trained elements whose gradients a split backward leaves for later.
+        unsplit: classes of the modules with matrices whose gradients it cannot leave.
+    """
+
+    name: str
+    blocks: tuple[int, ...]
+    work: tuple[int, ...]
+    head_work: int
+    split: float = 0.0
+    unsplit: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class PipelineChoices(Choices):
+    """What was decided for pipeline parallelism; for its settings see :class:`PipelineParallel`.
+
+    Attributes:
+        schedule: its name, or its file's.
+        microbatches: of a batch that has at least as many samples.
+        overlap_p2p: receives are posted ahead, and nobody waits for a send.
+        split_backward: gradients of weights are computed apart from those of inputs; None where the schedule does not.
+        defer_embedding_wgrad: the gradients of the head's weight are computed where its rank waits.
+        evaluation: how a validation inside fit reaches the loss.
+        work: as in :class:`PipelineFacts`; empty if the model is not known.
+        head_work: as in :class:`PipelineFacts`; 0 if the model is not known.
+    """
+
+    schedule: Choice[str]
+    microbatches: Choice[int]
+    overlap_p2p: Choice[bool]
+    split_backward: Choice[bool] | None
+    defer_embedding_wgrad: Choice[bool]
+    evaluation: Choice[str]
+    work: tuple[int, ...]
+    head_work: int
+
+
+def decide(config: PipelineParallel, degrees: Degrees, facts: Facts, *, overlap: bool) -> PipelineChoices | None:
+    """The home of this mode's gates; see :class:`lightning_overlap.modes.descriptor.Decide`."""
+    if not config.runs:
+        return None
+    schedule = config.plan(config.count)
+    _refuse_what_cannot_run(config, facts, cut=degrees.tensor > 1 and schedule.splits_backward)
+    timing = simulate(schedule)
+    activations = ", ".join(map(str, timing.peak))
+    model = facts.of(PipelineFacts)
+    blocks = "" if model is None else f"; blocks by stage: {', '.join(map(str, model.blocks))} ({model.name or 'the model'})"
+    a_rank = "one a rank" if config.virtual_stages == 1 else f"{config.virtual_stages} a rank"
+    return PipelineChoices(
+        size=Choice(config.size, config.size, f"{config.stages} stages, {a_rank}{blocks}"),
+        schedule=Choice(
+            config.chosen,
+            config.schedule,
+            f"bubble {timing.bubble:.0%} with {config.count} microbatches if transfers are hidden; "
+            f"activations of at most {activations} microbatches are held, by rank",
         ),
-        Decision("pipeline_parallel.microbatches", str(own.microbatches), str(own.count), "of one batch, cut along its first dim"),
-        settle(
+        microbatches=Choice(config.count, config.microbatches, "a batch is cut along its first dim"),
+        overlap_p2p=settle(
             "pipeline_parallel.overlap_p2p",
-            False if whole.overlap == "off" else own.overlap_p2p,
-            best="beside compute",
-            because=f"{own.p2p_prefetch} receives are posted ahead in each direction, sends are never waited for",
-            blockers=[(own.size == 1, "there is one rank, which sends nothing")],
+            config.overlap_p2p,
+            best=True,
+            otherwise=False,
+            because=f"{config.p2p_prefetch} receives are posted ahead in each direction, and nobody waits for a send",
+            blockers=[(config.size == 1, "there is one rank, which sends nothing")],
+            overlap=overlap,
         ),
-        *([_split(found)] if schedule.splits_backward else []),
-        _deferral(own, whole, facts, schedule),
-        Decision("pipeline_parallel.evaluation", own.evaluation, own.evaluation, EVALUATION[own.evaluation]),
-    ]
-
-
-def scheduled(own: PipelineParallel, plan: Plan, microbatches: int) -> Schedule:
-    """The schedule that is run, of so many microbatches."""
-    schedule = own.plan(microbatches)
-    if plan.choice("pipeline_parallel.defer_embedding_wgrad") == "off":
-        return schedule
-    return _deferred(own, plan.facts, schedule)
-
-
-def _deferred(own: PipelineParallel, facts: Facts, schedule: Schedule) -> Schedule:
-    """On paper a token costs what it is multiplied by, and backward twice that. Where backward is split the head's are in its W."""
-    if schedule.splits_backward:
-        return schedule
-    work, head = _work(facts)
-    return defer(schedule, work, [2 * each for each in work], head, own.kept)
-
-
-def _work(facts: Facts) -> tuple[tuple[int, ...], int]:
-    """Of the stages and of the head; none, if the model is not known."""
-    return ((), 0) if facts.pipeline is None else (facts.pipeline.work, facts.pipeline.head_work)
-
-
-def _split(found: PipelineFacts | None) -> Decision:
-    """What a schedule that splits backward finds to split."""
-    feature = "pipeline_parallel.split_backward"
-    if found is None:
-        return Decision(feature, "", "linear layers", "the model is not known yet")
-    rest = f"; at once, as before: {', '.join(found.unsplit)}" if found.unsplit else ""
-    return Decision(feature, "", "linear layers", f"of {found.split:.0%} of what the blocks train the gradients come later{rest}")
-
-
-def _deferral(own: PipelineParallel, whole: OverlapConfig, facts: Facts, schedule: Schedule) -> Decision:
-    feature, asked = "pipeline_parallel.defer_embedding_wgrad", own.defer_embedding_wgrad
-    quiet = whole.overlap == "off" or asked is False
-    if own.size > 1 and facts.pipeline is None and not quiet:
-        return Decision(feature, "on" if asked is True else "auto", "off", "the model is not known yet")
-    found = own.size > 1 and _work(facts)[1] > 0
-    gain = _gain(own, facts, schedule) if found and not quiet else 0.0
-    of = "" if schedule.splits_backward else f", of at most {own.kept or own.count} microbatches at once"
-    return settle(
-        feature,
-        False if quiet else asked,
-        best="in the bubble",
-        because=f"the gradients of the head's weight are computed where its rank waits{of}: on paper {gain:.1%} of a step",
-        blockers=[
-            (own.size == 1, "there is one rank, which waits for nobody"),
-            (whole.tensor_parallel.size > 1, "tensor_parallel has the layers' gradients computed in an order of its own"),
-            (own.size > 1 and not found, "no linear layer that is trained comes after the blocks: nn.Linear, and no other class"),
-            (
-                schedule.splits_backward and own.wgrad_deferral_limit > 0,
-                f"{own.chosen} splits backward and says itself where weights' gradients are computed: leave out wgrad_deferral_limit",
-            ),
-            (asked == "auto" and found and own.chosen not in SCHEDULES, "the schedule is a file's, and run as it stands"),
-            (asked == "auto" and found and gain < WORTH_IT, f"on paper it wins {gain:.1%} of a step"),
-        ],
+        split_backward=_split(model) if schedule.splits_backward else None,
+        defer_embedding_wgrad=_deferral(config, degrees, model, schedule, overlap=overlap),
+        evaluation=Choice(config.evaluation, config.evaluation, EVALUATION[config.evaluation]),
+        work=() if model is None else model.work,
+        head_work=0 if model is None else model.head_work,
     )
 
 
-def _gain(own: PipelineParallel, facts: Facts, schedule: Schedule) -> float:
+def scheduled(config: PipelineParallel, choices: PipelineChoices, microbatches: int) -> Schedule:
+    """The schedule that is run, of so many microbatches."""
+    schedule = config.plan(microbatches)
+    if not choices.defer_embedding_wgrad.value:
+        return schedule
+    return _deferred(config, choices.work, choices.head_work, schedule)
+
+
+def _deferred(config: PipelineParallel, work: tuple[int, ...], head_work: int, schedule: Schedule) -> Schedule:
+    """On paper a token costs what it is multiplied by, and backward twice that. Where backward is split the head's are in its W."""
+    if schedule.splits_backward:
+        return schedule
+    return defer(schedule, work, [2 * each for each in work], head_work, config.kept)
+
+
+def _split(model: PipelineFacts | None) -> Choice[bool]:
+    """What a schedule that splits backward finds to split."""
+    if model is None:
+        return Choice(True, None, "in linear layers; the model is not known yet")
+    rest = f"; not in {', '.join(model.unsplit)}" if model.unsplit else ""
+    return Choice(True, None, f"in linear layers, which have {model.split:.0%} of the parameters that the blocks train{rest}")
+
+
+def _deferral(
+    config: PipelineParallel, degrees: Degrees, model: PipelineFacts | None, schedule: Schedule, *, overlap: bool
+) -> Choice[bool]:
+    asked = config.defer_embedding_wgrad
+    wanted = overlap and asked is not False
+    if config.size > 1 and model is None and wanted:
+        return Choice(False, asked, "the model is not known yet")
+    has_head = config.size > 1 and model is not None and model.head_work > 0
+    gain = _gain(config, model, schedule) if model is not None and has_head and wanted else 0.0
+    limit = "" if schedule.splits_backward else f", of at most {config.kept or config.count} microbatches at once"
+    return settle(
+        "pipeline_parallel.defer_embedding_wgrad",
+        asked,
+        best=True,
+        otherwise=False,
+        because=f"the gradients of the head's weight are computed where its rank waits{limit}: on paper {gain:.1%} of a step",
+        blockers=[
+            (config.size == 1, "there is one rank, which waits for nobody"),
+            (degrees.tensor > 1, "tensor_parallel has the layers' gradients computed in an order of its own"),
+            (config.size > 1 and not has_head, "no linear layer that is trained comes after the blocks (nn.Linear only)"),
+            (
+                schedule.splits_backward and config.wgrad_deferral_limit > 0,
+                f"{config.chosen} splits backward and says itself where weights' gradients are computed: leave out "
+                "wgrad_deferral_limit",
+            ),
+            (asked == "auto" and has_head and config.chosen not in SCHEDULES, "a schedule's file is run as it stands"),
+            (asked == "auto" and has_head and gain < WORTH_IT, f"on paper it wins {gain:.1%} of a step"),
+        ],
+        overlap=overlap,
+    )
+
+
+def _gain(config: PipelineParallel, model: PipelineFacts, schedule: Schedule) -> float:
     """The part of a step that it wins on paper."""
-    forward, head = _work(facts)
+    forward, head = model.work, model.head_work
     backward = [2 * work for work in forward]
     at_once, later = ([*forward[:-1], forward[-1] - head], forward) if schedule.splits_backward else (forward, [*forward[:-1], head])
     before = simulate(schedule, forward=forward, backward=backward, weight=at_once).seconds
-    return 1 - simulate(_deferred(own, facts, schedule), forward=forward, backward=backward, weight=later).seconds / before
+    after = simulate(_deferred(config, forward, head, schedule), forward=forward, backward=backward, weight=later).seconds
+    return 1 - after / before
 
 
-def _refuse_what_cannot_run(own: PipelineParallel, facts: Facts, *, cut: bool) -> None:
+def _refuse_what_cannot_run(config: PipelineParallel, facts: Facts, *, cut: bool) -> None:
     """Refuses, with every reason.
 
     Args:
-        own: what was asked for.
+        config: what was asked for.
         facts: about the run.
         cut: the schedule splits backward, and layers are cut.
 
@@ -286,23 +339,45 @@ def _refuse_what_cannot_run(own: PipelineParallel, facts: Facts, *, cut: bool) -
     optimizers = facts.optimizers or ()
     coupled = [o.name for o in optimizers if not o.independent and o.known]
     unknown = [o.reason for o in optimizers if not o.known]
-    reasons = [
-        (not facts.automatic_optimization, "manual optimization runs backward itself, in the middle of training_step: use automatic"),
-        (facts.precision == "16-mixed", "precision 16-mixed scales the loss, which is not in this version: use bf16-mixed"),
-        (facts.compiled, "torch.compile has not been tried with stages, which run blocks through stand-ins: train without it"),
-        (bool(facts.unfreezers), f"{', '.join(facts.unfreezers)} gives the optimizer parameters later: freeze in configure_model"),
-        (
-            bool(facts.averagers),
-            f"{', '.join(facts.averagers)} averages all weights, and a rank has its stages' only: save checkpoints and average those",
-        ),
-        (cut, f"{own.chosen} splits backward, and tensor_parallel computes gradients in an order of its own: use interleaved or 1f1b"),
-        (bool(coupled), f"{', '.join(coupled)} looks at all parameters at once, and a rank has its stages' only"),
-        (
-            bool(facts.clippers),
-            f"{', '.join(facts.clippers)} clips by a norm over the gradients that a rank has, its stages' only: use "
-            "gradient_clip_val, or call self.clip_gradients(...) in configure_gradient_clipping",
-        ),
-        (bool(unknown), f"{'; '.join(unknown)}, and a rank has its stages' parameters only: use an optimizer such as AdamW"),
-    ]
-    if said := [reason for applies, reason in reasons if applies]:
-        raise ConfigError(f"pipeline_parallel.size={own.size} cannot run here: {'; '.join(said)}")
+    refuse(
+        f"pipeline_parallel.size={config.size}",
+        [
+            (
+                not facts.automatic_optimization,
+                "manual optimization runs backward itself, in the middle of training_step: use automatic",
+            ),
+            (facts.precision == "16-mixed", "precision 16-mixed scales the loss, which is not in this version: use bf16-mixed"),
+            (facts.compiled, "torch.compile has not been tried with stages, which run blocks through stand-ins: train without it"),
+            (bool(facts.unfreezers), f"{', '.join(facts.unfreezers)} gives the optimizer parameters later: freeze in configure_model"),
+            (
+                bool(facts.averagers),
+                f"{', '.join(facts.averagers)} averages all weights, and a rank has its stages' only: save checkpoints and average "
+                "those",
+            ),
+            (
+                cut,
+                f"{config.chosen} splits backward, and tensor_parallel computes gradients in an order of its own: use interleaved or "
+                "1f1b",
+            ),
+            (bool(coupled), f"{', '.join(coupled)} looks at all parameters at once, and a rank has its stages' only"),
+            (
+                bool(facts.clippers),
+                f"{', '.join(facts.clippers)} clips by a norm over the gradients that a rank has, its stages' only: use "
+                "gradient_clip_val, or call self.clip_gradients(...) in configure_gradient_clipping",
+            ),
+            (bool(unknown), f"{'; '.join(unknown)}, and a rank has its stages' parameters only: use an optimizer such as AdamW"),
+        ],
+    )
+
+
+def schedule_of(config: PipelineParallel, choices: PipelineChoices | None) -> Schedule:
+    """See :class:`lightning_overlap.modes.descriptor.Scheduled`."""
+    return config.plan(config.count) if choices is None else scheduled(config, choices, config.count)
+
+
+def environment(config: PipelineParallel, capability: int | None) -> list[Setting]:
+    """See :class:`lightning_overlap.modes.descriptor.Environment`."""
+    if config.size == 1:
+        return []
+    why = "pipeline_parallel: a receive that is posted ahead has a queue to itself, where no kernel waits behind it"
+    return [Setting("CUDA_DEVICE_MAX_CONNECTIONS", "32", why)]

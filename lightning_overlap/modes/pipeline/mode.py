@@ -3,24 +3,22 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from datetime import timedelta
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_overlap.decision import ConfigError
-from lightning_overlap.facts import PipelineFacts
 from lightning_overlap.model.block_stack import BlockStack, Pass
 from lightning_overlap.model.blocks import Blocks, find_blocks
 from lightning_overlap.model.markers import LATE_GRADIENT, STAGE, clear_markers
 from lightning_overlap.model.trees import copied
-from lightning_overlap.modes.base import Driver, Holder, Nesting
+from lightning_overlap.modes.base import Driver, Holder, Nesting, Setup
 from lightning_overlap.modes.pipeline import layout
-from lightning_overlap.modes.pipeline.config import PipelineParallel, scheduled
+from lightning_overlap.modes.pipeline.config import PipelineChoices, PipelineFacts, PipelineParallel, scheduled
 from lightning_overlap.modes.pipeline.evaluation import Evaluation
 from lightning_overlap.modes.pipeline.flow import Flow, rehearse
 from lightning_overlap.modes.pipeline.misplaced import Misplaced
@@ -32,6 +30,7 @@ from lightning_overlap.modes.pipeline.weight_grad import WeightGradients, what_s
 from lightning_overlap.modes.pipeline.weights import Weights, weigh
 from lightning_overlap.ranks.announcements import in_words, raise_from_words
 from lightning_overlap.ranks.group import Group
+from lightning_overlap.ranks.mesh import ParallelMesh
 from lightning_overlap.ranks.shared_state import share
 from lightning_overlap.ranks.world import backend
 from lightning_overlap.steps import microbatches
@@ -39,12 +38,6 @@ from lightning_overlap.steps.microbatches import Microbatches, shapes_of
 from lightning_overlap.steps.random_state import block_seeder, preserve_random_state, seed_all
 from lightning_overlap.steps.runner import Runner
 from lightning_overlap.steps.step import Step
-
-if TYPE_CHECKING:
-    from lightning_overlap.config import OverlapConfig
-    from lightning_overlap.plan import Plan
-    from lightning_overlap.ranks.mesh import ParallelMesh
-
 
 CHECKED_BATCHES = 3
 """Batches at the start of a fit whose losses are looked at."""
@@ -55,20 +48,24 @@ class PipelineMode(Driver, Holder):
 
     name = "pipeline"
     nesting = Nesting.STAGES
+    announcements = ("pipeline.form",)
+    remark = "late peers of a pipeline are its bubble, and stages that take longer than others"
 
-    def __init__(self, plan: Plan, config: OverlapConfig, mesh: ParallelMesh, timeout: timedelta) -> None:
-        super().__init__(plan, config, mesh, timeout)
-        self._own = config.pipeline_parallel
+    config: PipelineParallel
+    choices: PipelineChoices
+
+    def __init__(self, config: PipelineParallel, choices: PipelineChoices, setup: Setup) -> None:
+        super().__init__(config, choices, setup)
+        mesh, timeout = setup.mesh, setup.timeout
         self._rank = mesh.index("pipeline")
-        self._placement = self._own.plan(self._own.count).placement
+        self._placement = config.plan(config.count).placement
         self.group: Group = mesh.group("pipeline", timeout)
         lanes = {kind: lane(kind, backend()) for kind in channel_kinds(self._placement)}
         made = {name: mesh.group("pipeline", timeout, f"pipeline.{name}", gathers=False) for name in sorted(set(lanes.values()))}
         self.channels = {kind: made[name] for kind, name in lanes.items()}
         for way in sorted(self.channels):
             self.channels[way].connect(hops(self._placement, way))
-        overlapped = plan.choice("pipeline_parallel.overlap_p2p") == "beside compute"
-        self._prefetch = self._own.p2p_prefetch if overlapped else None
+        self._prefetch = config.p2p_prefetch if choices.overlap_p2p.value else None
         self._known = KnownForms()
         self._tied: TiedGradients | None = None
         self._stack: BlockStack | None = None
@@ -80,30 +77,15 @@ class PipelineMode(Driver, Holder):
         self._checked = 0
         self._lent: list[str] = []
 
-    @classmethod
-    def runs(cls, plan: Plan) -> bool:
-        return plan.choice("pipeline_parallel") != "off"
-
     @property
     def groups(self) -> tuple[Group, ...]:
         return self.group, *dict.fromkeys(self.channels.values()), *(self._tied.groups.values() if self._tied is not None else ())
 
-    @classmethod
-    def look(cls, model: nn.Module, config: OverlapConfig) -> dict[str, Any]:
-        if config.pipeline_parallel.size == 1:
-            return {}
-        name, blocks, stages = cls._cut(model, config)
-        costs = [work(block) for block in blocks]
-        head = sum(layer.weight.numel() for layer in heads(model, name, blocks))
-        by_stage = [sum(costs[number] for number in numbers) for numbers in stages]
-        counts = tuple(map(len, stages))
-        return {"pipeline": PipelineFacts(name, counts, (*by_stage[:-1], by_stage[-1] + head), head, *what_splits(blocks))}
-
     # -- set-up ------------------------------------------------------------------------------------------------------
 
     def parallelize(self, model: nn.Module) -> None:
-        own = self._own
-        name, blocks, self._stages = self._cut(model, self.config)
+        own = self.config
+        name, blocks, self._stages = _cut(model, own, self.setup.roles)
         self.partition = Partition(model, name, blocks, self._stages, self._placement, own.held_by_all)
         self._whole = all(self.group.all_gather_objects(self.partition.is_whole))
         self._tied = TiedGradients(self.partition, self.mesh.sets("pipeline"), self._rank, self.timeout)
@@ -115,7 +97,7 @@ class PipelineMode(Driver, Holder):
         self._device = next(model.parameters()).device
         self._before = self.partition.before(model)
         self._stack = BlockStack(blocks, name)
-        deferring = self.plan.choice("pipeline_parallel.defer_embedding_wgrad") != "off"
+        deferring = self.choices.defer_embedding_wgrad.value
         if own.plan(own.count).splits_backward or deferring:
             mine = own.plan(own.count).stages_of(self._rank)
             modules: list[nn.Module] = []
@@ -126,38 +108,12 @@ class PipelineMode(Driver, Holder):
             self._weight_gradients = WeightGradients(modules)
 
     @classmethod
-    def holds(cls, model: nn.Module, config: OverlapConfig, mesh: ParallelMesh) -> Callable[[str], bool]:
-        own = config.pipeline_parallel
-        if own.size == 1:
-            return super().holds(model, config, mesh)
-        name, blocks, stages = cls._cut(model, config)
-        partition = Partition(model, name, blocks, stages, own.plan(own.count).placement, own.held_by_all)
+    def holds(cls, model: nn.Module, config: PipelineParallel, roles: Mapping[str, str], mesh: ParallelMesh) -> Callable[[str], bool]:
+        if config.size == 1:
+            return super().holds(model, config, roles, mesh)
+        name, blocks, stages = _cut(model, config, roles)
+        partition = Partition(model, name, blocks, stages, config.plan(config.count).placement, config.held_by_all)
         return lambda name: mesh.index("pipeline") in partition.holders(name)
-
-    @classmethod
-    def _cut(cls, model: nn.Module, config: OverlapConfig) -> tuple[str, Blocks, layout.Layout]:
-        """The list of blocks, its name, and by stage the numbers of its blocks."""
-        own = config.pipeline_parallel
-        roles = {role: name for name, role in config.parallel_plan.items()}
-        given = own.layout is not None or own.layers_per_stage is not None  # which may leave stages without blocks
-        name, blocks = find_blocks(model, roles.get("blocks"), 1 if given else own.stages)
-        return name, blocks, cls._lay_out(own, model, name, list(blocks))
-
-    @staticmethod
-    def _lay_out(own: PipelineParallel, model: nn.Module, name: str, blocks: Sequence[nn.Module]) -> layout.Layout:
-        if own.layout is not None:
-            return layout.parse(own.layout, len(blocks), own.stages)
-        if own.layers_per_stage is not None:
-            return layout.counted(own.layers_per_stage, len(blocks), own.stages)
-        costs = [sum(p.numel() for p in block.parameters()) for block in blocks]
-        outside = {True: 0, False: 0}  # whether before the blocks
-        before = True
-        for path, module in model.named_modules():
-            inside = path == name or path.startswith(f"{name}.")
-            before = before and not inside
-            if not inside:
-                outside[before] += sum(p.numel() for p in module._parameters.values() if p is not None)
-        return layout.balanced(costs, own.stages, first=outside[True], last=outside[False])
 
     def _mark(self) -> None:
         """Tells the other modes the stage of each parameter, and which parameters are complete at the end of backward only."""
@@ -188,7 +144,7 @@ class PipelineMode(Driver, Holder):
 
     def run_step(self, step: Step) -> None:
         # Where the first step is compared with that of the model whole, a loss that is no number is the user's.
-        checking = self._checked < CHECKED_BATCHES and self.plan.choice("verify_first_step") == "off"
+        checking = self._checked < CHECKED_BATCHES and not self.setup.first_step_is_verified
         self._checked += 1
         parts, weights = self._parts(step)
         if self._checked == 1:
@@ -207,7 +163,7 @@ class PipelineMode(Driver, Holder):
     def _run_of(self, count: int, flow: Flow) -> tuple[Runner, PipelineTransfers]:
         """The schedule of a batch of ``count`` microbatches, ready to run."""
         if count not in self._runs:
-            schedule = scheduled(self._own, self.plan, count)
+            schedule = scheduled(self.config, self.choices, count)
             counts = [len(flow.after(stage)) for stage in range(len(self._stages))]
             transfers = PipelineTransfers(schedule, self._rank, self.channels, self._known, self._device, self._prefetch, counts)
             self._runs[count] = Runner(schedule, self._rank, transfers), transfers
@@ -222,17 +178,17 @@ class PipelineMode(Driver, Holder):
     def _tell_how_it_is_cut(self, batch: Any, count: int) -> None:
         if self._rank > 0 or self.group.ranks[0] > 0:
             return
-        size = microbatches.samples(batch, self._own.batch_dims)
-        if whole := microbatches.in_every_part(batch, self._own.batch_dims):
+        size = microbatches.samples(batch, self.config.batch_dims)
+        if whole := microbatches.in_every_part(batch, self.config.batch_dims):
             said = ", ".join(f"{path} {shape}" for path, shape in whole.items())
             warnings.warn(
                 f"the batch has {size} samples, and each microbatch has all of {said}. If that is no table or mask of the whole "
                 "batch, say what is cut along which dim: pipeline_parallel.batch_dims (said once)",
                 stacklevel=2,
             )
-        if count < self._own.count:
+        if count < self.config.count:
             warnings.warn(
-                f"a batch of {size} samples is cut into {count} microbatches, and the plan says {self._own.count} (said once)",
+                f"a batch of {size} samples is cut into {count} microbatches, and the plan says {self.config.count} (said once)",
                 stacklevel=2,
             )
 
@@ -280,12 +236,12 @@ class PipelineMode(Driver, Holder):
 
     def _parts(self, step: Step) -> tuple[list[Any], Weights]:
         """The microbatches of a step, and what each one counts."""
-        dims = self._own.batch_dims
+        dims = self.config.batch_dims
         size = microbatches.samples(step.batch, dims)
-        count = min(self._own.count, size)
+        count = min(self.config.count, size)
         parts = microbatches.cut(step.batch, count, dims)
         sizes = [size // count + (number < size % count) for number in range(count)]
-        return parts, weigh(parts, sizes, self._own.microbatch_weight, step.weight)
+        return parts, weigh(parts, sizes, self.config.microbatch_weight, step.weight)
 
     def _gather(self, *, buffers: bool) -> list[str]:
         """Every rank gets the whole model; the names of the parameters that it had not."""
@@ -333,7 +289,7 @@ class PipelineMode(Driver, Holder):
 
     @property
     def mirrors_evaluation(self) -> bool:
-        return self._stack is not None and self._own.evaluation == "mirror" and self.group.size > 1
+        return self._stack is not None and self.config.evaluation == "mirror" and self.group.size > 1
 
     @property
     def _hops(self) -> Group:
@@ -432,3 +388,39 @@ class PipelineMode(Driver, Holder):
         if complete:
             for group in set(self.channels.values()):
                 group.rest()
+
+
+def look(model: nn.Module, config: PipelineParallel, roles: Mapping[str, str]) -> PipelineFacts | None:
+    """See :class:`lightning_overlap.modes.descriptor.Look`."""
+    if config.size == 1:
+        return None
+    name, blocks, stages = _cut(model, config, roles)
+    costs = [work(block) for block in blocks]
+    head = sum(layer.weight.numel() for layer in heads(model, name, blocks))
+    by_stage = [sum(costs[number] for number in numbers) for numbers in stages]
+    counts = tuple(map(len, stages))
+    return PipelineFacts(name, counts, (*by_stage[:-1], by_stage[-1] + head), head, *what_splits(blocks))
+
+
+def _cut(model: nn.Module, config: PipelineParallel, roles: Mapping[str, str]) -> tuple[str, Blocks, layout.Layout]:
+    """Gives the name of the list of blocks, the blocks, and the numbers of each stage's blocks."""
+    named = {role: name for name, role in roles.items()}
+    given = config.layout is not None or config.layers_per_stage is not None  # which may leave stages without blocks
+    name, blocks = find_blocks(model, named.get("blocks"), 1 if given else config.stages)
+    return name, blocks, _lay_out(config, model, name, list(blocks))
+
+
+def _lay_out(config: PipelineParallel, model: nn.Module, name: str, blocks: Sequence[nn.Module]) -> layout.Layout:
+    if config.layout is not None:
+        return layout.parse(config.layout, len(blocks), config.stages)
+    if config.layers_per_stage is not None:
+        return layout.counted(config.layers_per_stage, len(blocks), config.stages)
+    costs = [sum(p.numel() for p in block.parameters()) for block in blocks]
+    outside = {True: 0, False: 0}  # whether before the blocks
+    before = True
+    for path, module in model.named_modules():
+        inside = path == name or path.startswith(f"{name}.")
+        before = before and not inside
+        if not inside:
+            outside[before] += sum(p.numel() for p in module._parameters.values() if p is not None)
+    return layout.balanced(costs, config.stages, first=outside[True], last=outside[False])

@@ -2,16 +2,35 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
-from lightning_overlap.decision import ConfigError, Decision, check_count, settle
+from lightning_overlap.decision import (
+    Choice,
+    Choices,
+    ConfigError,
+    Setting,
+    check_count,
+    check_switch,
+    check_word,
+    refuse,
+    settle,
+)
+from lightning_overlap.facts import Facts
+from lightning_overlap.ranks.degrees import Degrees
 
-if TYPE_CHECKING:
-    from lightning_overlap.config import OverlapConfig
-    from lightning_overlap.facts import Facts
-
-
+ADVICE = {
+    "bytes": "keep_gathered_input: true, which gathers once where twice is the default; or fewer ranks on this axis",
+    "input": "keep_gathered_input: true, or other splits",
+    "input_grad": "methods: {column_dgrad: bulk}, which sends it in one piece, or other splits",
+    "replicated": "longer sequences, against which the sum of the norms' gradients is short",
+    "": "other splits",
+}
+"""By kind of transfer, what may help where it is exposed."""
+BLACKWELL = 10
+"""The first compute capability (major) whose kernels on several hardware queues start in the order of their launch."""
+BACKENDS = ("p2p", "symm_mem", "userbuffers")
 WORTH_CUTTING = 8192
 """Entries of a vocabulary below which a rank has less work with all of it than with two sums over the ranks of whole activations."""
 
@@ -57,49 +76,111 @@ class TensorParallel:
     verify_blocks: bool = True
     """In the first training step, the first block of each kind is compared, output and gradients, with a whole copy of itself."""
 
-    def advice(self, kind: str) -> str:
-        """What may help where a kind of transfer is exposed: ``input``, ``output``, ...; ``bytes``: the link is too slow."""
-        known = {
-            "bytes": "keep_gathered_input: true, which gathers once where twice is the default; or fewer ranks on this axis",
-            "input": "keep_gathered_input: true, or other splits",
-            "input_grad": "methods: {column_dgrad: bulk}, which sends it in one piece, or other splits",
-            "replicated": "longer sequences, against which the sum of the norms' gradients is short",
-        }
-        return f"tensor_parallel: {known.get(kind, 'other splits')}"
-
     def __post_init__(self) -> None:
         check_count("tensor_parallel.size", self.size)
         if self.splits != "auto":
             check_count("tensor_parallel.splits", self.splits)
-        if self.backend not in ("p2p", "symm_mem", "userbuffers"):
-            raise ConfigError(f"tensor_parallel.backend must be p2p, symm_mem or userbuffers, got {self.backend!r}")
+        check_word("tensor_parallel.backend", self.backend, BACKENDS)
         for product, method in self.methods.items():
             if product not in METHODS:
                 raise ConfigError(f"tensor_parallel.methods has no product {product!r}; it has {', '.join(METHODS)}")
-            if method not in METHODS[product]:
-                raise ConfigError(f"tensor_parallel.methods.{product} must be {' or '.join(METHODS[product])}, got {method!r}")
+            check_word(f"tensor_parallel.methods.{product}", method, tuple(METHODS[product]))
         for name in ("sequence_parallel", "overlap", "vocab_parallel"):
-            if getattr(self, name) not in (True, False, "auto"):
-                raise ConfigError(f"tensor_parallel.{name} must be true, false or auto, got {getattr(self, name)!r}")
+            check_switch(f"tensor_parallel.{name}", getattr(self, name))
 
 
-def decide(own: TensorParallel, whole: OverlapConfig, facts: Facts) -> list[Decision]:
-    """The home of this mode's gates."""
-    if own.size == 1:
-        if own.sequence_parallel is True:
+@dataclass(frozen=True)
+class TensorFacts:
+    """What tensor parallelism can cut in a model.
+
+    Attributes:
+        summary: the source of the roles, and the number of modules with each.
+        loose: modules in the blocks, outside attention and mlp, that may mix tokens.
+        entries: of the vocabulary; 0 if neither embedding nor head has a role.
+        transposed: layers whose weight is ``(in, out)``.
+        shared: parameters that the blocks share with the rest of the model.
+    """
+
+    summary: str
+    loose: tuple[str, ...]
+    entries: int
+    transposed: tuple[str, ...] = ()
+    shared: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class TensorChoices(Choices):
+    """What was decided for tensor parallelism; for its settings see :class:`TensorParallel`.
+
+    Attributes:
+        sequence_parallel: between attention and mlp a rank has its part of the tokens only.
+        overlap: transfers run beside the products that need them or make them.
+        vocab_parallel: embedding and head are cut along the vocabulary.
+        methods: by product, those that are not the default.
+        keep_gathered_input: backward uses the input that forward has gathered; None where nothing is gathered.
+        backend: what multiplies beside transfers.
+    """
+
+    sequence_parallel: Choice[bool]
+    overlap: Choice[bool]
+    vocab_parallel: Choice[bool]
+    methods: Mapping[str, Choice[str]]
+    keep_gathered_input: Choice[bool] | None
+    backend: Choice[str]
+
+
+def decide(config: TensorParallel, degrees: Degrees, facts: Facts, *, overlap: bool) -> TensorChoices | None:
+    """The home of this mode's gates; see :class:`lightning_overlap.modes.descriptor.Decide`."""
+    if config.size == 1:
+        if config.sequence_parallel is True:
             raise ConfigError("tensor_parallel.sequence_parallel: true needs tensor_parallel.size of at least 2")
-        if own.methods:
-            raise ConfigError(f"tensor_parallel.methods: {own.methods} needs tensor_parallel.size of at least 2")
-        return [Decision("tensor_parallel", "1", "off", "its size is 1")]
-    _refuse_what_cannot_run(own, facts)
-    found = facts.tensor
-    loose = found.loose if found is not None else ()
+        if config.methods:
+            raise ConfigError(f"tensor_parallel.methods: {config.methods} needs tensor_parallel.size of at least 2")
+        return None
+    _refuse_what_cannot_run(config, facts)
+    model = facts.of(TensorFacts)
+    sequence = _sequence(config, model)
+    scattered = sequence.value
+    overlapped = settle(
+        "tensor_parallel.overlap",
+        config.overlap,
+        best=True,
+        otherwise=False,
+        because="parts of the tokens are multiplied as they arrive, and sent as they are ready"
+        if scattered
+        else "sums of inputs' gradients travel while weights' gradients are computed, outputs' while the rest of them is",
+        blockers=[
+            (
+                config.overlap is True and not scattered,
+                "it hides gathers and reduce-scatters, which only sequence_parallel has: set overlap to auto",
+            )
+        ],
+        overlap=overlap,
+    )
+    backend = _backend(config, degrees, facts, scattered=scattered, overlapped=overlapped.value, overlap=overlap)
+    fused = backend.value != "p2p"
+    return TensorChoices(
+        size=Choice(config.size, config.size, "the model is not known yet" if model is None else model.summary),
+        first_step_blocker=f"tensor_parallel.backend {backend.value} computes in bf16, and in the shapes of the first step only"
+        if fused
+        else "",
+        sequence_parallel=sequence,
+        overlap=overlapped,
+        vocab_parallel=_vocabulary(config, model),
+        methods=_methods(config, scattered=scattered, overlapped=overlapped.value),
+        keep_gathered_input=_kept_input(config) if scattered else None,
+        backend=backend,
+    )
+
+
+def _sequence(config: TensorParallel, model: TensorFacts | None) -> Choice[bool]:
+    loose, shared = (model.loose, model.shared) if model is not None else ((), ())
     more = f" and {len(loose) - 3} more" if loose[3:] else ""
-    shared = found.shared if found is not None else ()
-    sequence = settle(
+    return settle(
         "tensor_parallel.sequence_parallel",
-        own.sequence_parallel,
-        best="on",
+        config.sequence_parallel,
+        best=True,
+        otherwise=False,
         because="between attention and mlp a rank has its part of the tokens only",
         blockers=[
             (
@@ -113,118 +194,105 @@ def decide(own: TensorParallel, whole: OverlapConfig, facts: Facts) -> list[Deci
             ),
         ],
     )
-    scattered = sequence.choice == "on"
-    quiet = whole.overlap == "off"
-    explicit = own.overlap is True and not scattered
-    overlap = settle(
-        "tensor_parallel.overlap",
-        False if quiet else own.overlap,
-        best="beside products" if scattered else "gradients beside products",
-        because="parts of the tokens are multiplied as they arrive, and sent as they are ready"
-        if scattered
-        else "sums of inputs' gradients travel while weights' gradients are computed, outputs' while the rest of them is",
-        blockers=[(explicit, "it hides gathers and reduce-scatters, which only sequence_parallel has: set overlap to auto")],
-    )
-    return [
-        Decision("tensor_parallel", str(own.size), str(own.size), found.said if found is not None else "the model is not known yet"),
-        sequence,
-        overlap,
-        _vocabulary(own, facts),
-        *_methods(own, scattered=scattered, overlapped=overlap.choice != "off"),
-        *([_again(own)] if scattered else []),
-        *_backend(own, whole, facts, scattered=scattered, overlapped=overlap.choice != "off"),
-    ]
 
 
-def _vocabulary(own: TensorParallel, facts: Facts) -> Decision:
-    entries = facts.tensor.entries if facts.tensor is not None else 0
+def _vocabulary(config: TensorParallel, model: TensorFacts | None) -> Choice[bool]:
+    entries = model.entries if model is not None else 0
     return settle(
         "tensor_parallel.vocab_parallel",
-        own.vocab_parallel,
-        best="on",
-        because=f"embedding, head and loss have {entries} entries",
+        config.vocab_parallel,
+        best=True,
+        otherwise=False,
+        because="the model is not known yet" if model is None else f"embedding, head and loss have {entries:,} entries",
         blockers=[
-            (facts.tensor is not None and entries == 0, "no embedding or head has the role vocab_embedding or vocab_head"),
+            (model is not None and entries == 0, "no embedding or head has the role vocab_embedding or vocab_head"),
             (
-                own.vocab_parallel == "auto" and 0 < entries < WORTH_CUTTING,
-                f"{entries} entries: sums of what is looked up, and of the gradient of the head's input, cost more than it saves",
+                config.vocab_parallel == "auto" and 0 < entries < WORTH_CUTTING,
+                f"{entries:,} entries: summing embeddings and the gradient of the head's input over the ranks would cost more than "
+                "the smaller products save",
             ),
         ],
     )
 
 
-def _methods(own: TensorParallel, *, scattered: bool, overlapped: bool) -> list[Decision]:
-    """Of products whose method is not the default.
+def _methods(config: TensorParallel, *, scattered: bool, overlapped: bool) -> dict[str, Choice[str]]:
+    """Products whose method is not the default.
 
     Raises:
         ConfigError: with every reason against the methods that were asked for.
     """
-    reasons = [
-        (not scattered, "gathers and reduce-scatters are of sequence_parallel, which is off"),
-        (own.overlap is False, "overlap: false makes all of them plain: leave it out"),
-        (own.backend != "p2p", f"backend: {own.backend} has methods of its own: set backend: p2p"),
-        (
-            own.keep_gathered_input and "column_wgrad" in own.methods,
-            "keep_gathered_input: true gathers nothing for column_wgrad: leave one of them out",
-        ),
-    ]
-    if own.methods and (said := [reason for applies, reason in reasons if applies]):
-        raise ConfigError(f"tensor_parallel.methods: {own.methods} cannot run here: {'; '.join(said)}. Or leave methods out")
-    decisions = []
+    if config.methods:
+        refuse(
+            f"tensor_parallel.methods: {config.methods}",
+            [
+                (not scattered, "gathers and reduce-scatters are of sequence_parallel, which is off"),
+                (config.overlap is False, "overlap: false makes all of them plain: leave it out"),
+                (config.backend != "p2p", f"backend: {config.backend} has methods of its own: set backend: p2p"),
+                (
+                    config.keep_gathered_input and "column_wgrad" in config.methods,
+                    "keep_gathered_input: true gathers nothing for column_wgrad: leave one of them out",
+                ),
+            ],
+            advice=". Or leave methods out",
+        )
+    choices = {}
     for product, known in METHODS.items():
         default = next(iter(known))
-        method = own.methods.get(product, default)
-        # The plain twin keeps the rest of the configuration, so that overlap: off is no reason to refuse.
-        runs = (method, known[method]) if overlapped else ("plain", "overlap is off")
+        method = config.methods.get(product, default)
         if method != default:
-            decisions.append(Decision(f"tensor_parallel.methods.{product}", method, *runs))
-    return decisions
+            # The plain twin keeps the rest of the configuration, so that overlap: off is no reason to refuse.
+            value, why = (method, known[method]) if overlapped else ("plain", "overlap is off")
+            choices[product] = Choice(value, method, why)
+    return choices
 
 
-def _again(own: TensorParallel) -> Decision:
-    kept = own.keep_gathered_input
-    why = "backward reads what forward has gathered" if kept else "backward gathers inputs again, beside the inputs' gradients"
-    return Decision("tensor_parallel.keep_gathered_input", "on" if kept else "off", "on" if kept else "off", why)
+def _kept_input(config: TensorParallel) -> Choice[bool]:
+    kept = config.keep_gathered_input
+    return Choice(kept, kept, "backward reads the input that forward has gathered" if kept else "backward gathers the input again")
 
 
-def _backend(own: TensorParallel, whole: OverlapConfig, facts: Facts, *, scattered: bool, overlapped: bool) -> list[Decision]:
+def _backend(
+    config: TensorParallel, degrees: Degrees, facts: Facts, *, scattered: bool, overlapped: bool, overlap: bool
+) -> Choice[str]:
     """Raises:
     ConfigError: with every reason against the one that was asked for.
     """
-    if own.backend == "p2p":
-        return []
-    name = "tensor_parallel.backend"
-    if whole.overlap == "off":
-        return [Decision(name, own.backend, "p2p", "overlap is off, and the plain twin is p2p's")]
-    reasons = [
-        (facts.device != "cuda", f"its operators are CUDA's, and this is {facts.device}"),
-        (not scattered, "it needs sequence_parallel"),
-        (not overlapped, "it has no plain twin: overlap is off"),
-        (own.keep_gathered_input, "it gathers inputs again in backward: set keep_gathered_input: false"),
-        *(_against_userbuffers(own, whole, facts) if own.backend == "userbuffers" else []),
-    ]
-    if said := [reason for applies, reason in reasons if applies]:
-        raise ConfigError(f"{name}: {own.backend} cannot run here: {'; '.join(said)}. Or use backend: p2p")
+    if config.backend == "p2p":
+        return Choice("p2p", "p2p", "point-to-point transfers, on any device")
+    if not overlap:
+        return Choice("p2p", config.backend, "overlap is off, and the plain twin is p2p's")
+    refuse(
+        f"tensor_parallel.backend: {config.backend}",
+        [
+            (facts.device != "cuda", f"its operators are CUDA's, and this is {facts.device}"),
+            (not scattered, "it needs sequence_parallel"),
+            (not overlapped, "it has no plain twin: overlap is off"),
+            (config.keep_gathered_input, "it gathers inputs again in backward: set keep_gathered_input: false"),
+            *(_against_userbuffers(config, degrees, facts) if config.backend == "userbuffers" else []),
+        ],
+        advice=". Or use backend: p2p",
+    )
     why = "torch's fused operators; sequences that the ranks do not divide go by p2p"
-    if own.backend == "userbuffers":
+    if config.backend == "userbuffers":
         why = (
             f"linear layers of Transformer Engine {facts.transformer_engine}, with its own transfers; what has another shape than in "
             "the first training step goes by p2p"
         )
-    return [Decision(name, own.backend, own.backend, why)]
+    return Choice(config.backend, config.backend, why)
 
 
-def _against_userbuffers(own: TensorParallel, whole: OverlapConfig, facts: Facts) -> list[tuple[bool, str]]:
-    transposed = facts.tensor.transposed if facts.tensor is not None else ()
+def _against_userbuffers(config: TensorParallel, degrees: Degrees, facts: Facts) -> list[tuple[bool, str]]:
+    model = facts.of(TensorFacts)
+    transposed = model.transposed if model is not None else ()
     return [
         (facts.transformer_engine is None, "Transformer Engine is not installed: pip install 'lightning-overlap[te]'"),
-        (own.splits != "auto", "Transformer Engine cuts transfers as it sees fit: set splits: auto"),
+        (config.splits != "auto", "Transformer Engine cuts transfers as it sees fit: set splits: auto"),
         (
             facts.precision not in ("bf16-mixed", "bf16-true"),
             f"userbuffers are used in bf16, and precision is {facts.precision}: set precision: bf16-mixed or bf16-true",
         ),
         (
-            whole.pipeline_parallel.size > 1,
+            degrees.pipeline > 1,
             "all ranks set its buffers up together, and a pipeline's stages come to their first products one after the other: set "
             "pipeline_parallel: 1",
         ),
@@ -232,26 +300,41 @@ def _against_userbuffers(own: TensorParallel, whole: OverlapConfig, facts: Facts
     ]
 
 
-def _refuse_what_cannot_run(own: TensorParallel, facts: Facts) -> None:
+def _refuse_what_cannot_run(config: TensorParallel, facts: Facts) -> None:
     """Raises:
     ConfigError: with every reason.
     """
     whole = [o.name for o in facts.optimizers or () if not o.elementwise and o.known]
     unknown = [o.reason for o in facts.optimizers or () if not o.known]
-    reasons = [
-        (facts.precision == "16-mixed", "precision 16-mixed scales the loss, which is not in this version: use bf16-mixed"),
-        (bool(whole), f"{', '.join(whole)} looks at whole matrices, and a rank has a part of each: use an elementwise optimizer"),
-        (
-            bool(facts.clippers),
-            f"{', '.join(facts.clippers)} clips by a norm over the gradients that a rank has, its pieces only: use gradient_clip_val, "
-            "or call self.clip_gradients(...) in configure_gradient_clipping",
-        ),
-        (bool(unknown), f"{'; '.join(unknown)}, and a rank has a part of each matrix: use an elementwise optimizer such as AdamW"),
-        (
-            bool(facts.averagers),
-            f"{', '.join(facts.averagers)} averages copies of whole weights, and a rank has its part of each: save checkpoints and "
-            "average those",
-        ),
-    ]
-    if said := [reason for applies, reason in reasons if applies]:
-        raise ConfigError(f"tensor_parallel.size={own.size} cannot run here: {'; '.join(said)}")
+    refuse(
+        f"tensor_parallel.size={config.size}",
+        [
+            (facts.precision == "16-mixed", "precision 16-mixed scales the loss, which is not in this version: use bf16-mixed"),
+            (bool(whole), f"{', '.join(whole)} looks at whole matrices, and a rank has a part of each: use an elementwise optimizer"),
+            (
+                bool(facts.clippers),
+                f"{', '.join(facts.clippers)} clips by a norm over the gradients that a rank has, its pieces only: use "
+                "gradient_clip_val, or call self.clip_gradients(...) in configure_gradient_clipping",
+            ),
+            (bool(unknown), f"{'; '.join(unknown)}, and a rank has a part of each matrix: use an elementwise optimizer such as AdamW"),
+            (
+                bool(facts.averagers),
+                f"{', '.join(facts.averagers)} averages copies of whole weights, and a rank has its part of each: save checkpoints "
+                "and average those",
+            ),
+        ],
+    )
+
+
+def environment(config: TensorParallel, capability: int | None) -> list[Setting]:
+    """See :class:`lightning_overlap.modes.descriptor.Environment`."""
+    if config.size == 1:
+        return []
+    settings = []
+    if capability is not None and capability < BLACKWELL:
+        why = "tensor_parallel: with one queue, a transfer that is launched before a product starts before it"
+        settings.append(Setting("CUDA_DEVICE_MAX_CONNECTIONS", "1", why))
+    if config.backend == "userbuffers":
+        why = "tensor_parallel: Transformer Engine's norms leave some of the device to its transfers"
+        settings += [Setting(f"NVTE_{way}_LAYERNORM_SM_MARGIN", "16", why) for way in ("FWD", "BWD")]
+    return settings

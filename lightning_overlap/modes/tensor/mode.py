@@ -2,24 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from datetime import timedelta
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_overlap.decision import ConfigError
-from lightning_overlap.facts import TensorFacts
 from lightning_overlap.model.block_stack import find_hidden
 from lightning_overlap.model.markers import COUNTED_ELSEWHERE, LATE_GRADIENT
 from lightning_overlap.model.trees import leaves
-from lightning_overlap.modes.base import Holder, Nesting
+from lightning_overlap.modes.base import Holder, Nesting, Setup
 from lightning_overlap.modes.tensor import symm_mem, userbuffers
 from lightning_overlap.modes.tensor.check import BlockCheck, Cutting, structure, whole_copy
+from lightning_overlap.modes.tensor.config import TensorChoices, TensorFacts, TensorParallel
 from lightning_overlap.modes.tensor.features import gathering, splitting
 from lightning_overlap.modes.tensor.gemm import Exchange, shares
 from lightning_overlap.modes.tensor.linear import Prepared, Reading, alike, column_forward, matrix, prepare, read, row_product
@@ -32,12 +31,6 @@ from lightning_overlap.modes.tensor.vocab import Vocabulary, embedding_forward, 
 from lightning_overlap.ranks.group import Group
 from lightning_overlap.state.shards import Place, is_absent
 
-if TYPE_CHECKING:
-    from lightning_overlap.config import OverlapConfig
-    from lightning_overlap.plan import Plan
-    from lightning_overlap.ranks.mesh import ParallelMesh
-
-
 VOCABULARY = ("vocab_embedding", "vocab_head")
 
 
@@ -48,20 +41,22 @@ class TensorMode(Holder):
     nesting = Nesting.LAYERS
     keeps_bits = False
 
-    def __init__(self, plan: Plan, config: OverlapConfig, mesh: ParallelMesh, timeout: timedelta) -> None:
-        super().__init__(plan, config, mesh, timeout)
-        own = config.tensor_parallel
-        self.group: Group = mesh.group("tensor", timeout, "tensor")
-        self._scattered = plan.choice("tensor_parallel.sequence_parallel") == "on"
+    config: TensorParallel
+    choices: TensorChoices
+
+    def __init__(self, config: TensorParallel, choices: TensorChoices, setup: Setup) -> None:
+        super().__init__(config, choices, setup)
+        self.group: Group = self.mesh.group("tensor", self.timeout, "tensor")
+        self._scattered = choices.sequence_parallel.value
         self._exchange = Exchange(
             self.group,
             scattered=self._scattered,
-            overlapped=plan.choice("tensor_parallel.overlap") != "off",
-            splits=None if own.splits == "auto" else own.splits,
-            keep_gathered=own.keep_gathered_input,
-            methods=own.methods,
+            overlapped=choices.overlap.value,
+            splits=None if config.splits == "auto" else config.splits,
+            keep_gathered=config.keep_gathered_input,
+            methods=config.methods,
         )
-        backend = plan.choice("tensor_parallel.backend")
+        backend = choices.backend.value
         self._fused = symm_mem.operators(self.group) if backend == "symm_mem" else None
         self._engine = userbuffers.Engine(userbuffers.library(), self._exchange) if backend == "userbuffers" else None
         self._undo: list[Callable[[], None]] = []
@@ -76,26 +71,16 @@ class TensorMode(Holder):
         self._inside = False  # whether a forward has entered the blocks and not left them
         self._summed = False  # whether gradients that are there are sums over the ranks already
         self._apart: dict[int, Tensor] = {}  # by parameter, such a gradient, during a backward that adds to it
-        self._first_rank = mesh.index("gradients") == 0
-
-    @classmethod
-    def runs(cls, plan: Plan) -> bool:
-        return plan.choice("tensor_parallel") != "off"
+        self._first_rank = self.mesh.index("gradients") == 0
 
     @property
     def groups(self) -> tuple[Group, ...]:
         return (self.group,)
 
-    @classmethod
-    def look(cls, model: nn.Module, config: OverlapConfig) -> dict[str, Any]:
-        if config.tensor_parallel.size == 1:
-            return {}
-        return {"tensor": _facts(find(model, config.parallel_plan, config.tensor_parallel.size))}
-
     # -- set-up ------------------------------------------------------------------------------------------------------
 
     def refuse(self, model: nn.Module) -> None:
-        shared = find(model, self.config.parallel_plan, self.group.size).shared_by_regions
+        shared = find(model, self.setup.roles, self.group.size).shared_by_regions
         if shared and not self._scattered:
             raise ConfigError(
                 f"{', '.join(shared[:3])} belongs to an attention or mlp, where a rank has a part of its gradient, and to something "
@@ -103,14 +88,14 @@ class TensorMode(Holder):
             )
 
     def parallelize(self, model: nn.Module) -> None:
-        found = find(model, self.config.parallel_plan, self.group.size)
-        cuts = [cut for cut in found.cuts if cut.role not in VOCABULARY or self.plan.choice("tensor_parallel.vocab_parallel") == "on"]
+        found = find(model, self.setup.roles, self.group.size)
+        cuts = [cut for cut in found.cuts if cut.role not in VOCABULARY or self.choices.vocab_parallel.value]
         blocks = list(model.get_submodule(found.blocks).children())
         self._numbers = CommonNumbers(self.group.rank, next(model.parameters()).device)
         self._names = {name: id(parameter) for name, parameter in model.named_parameters(remove_duplicate=False)}
         self._partition = Partition(cuts, self.group)
         self._counts = found.counts
-        checked = self.config.tensor_parallel.verify_blocks and self.plan.choice("verify_first_step") == "off"
+        checked = self.config.verify_blocks and not self.setup.first_step_is_verified
         self._unchecked = self._checks(blocks, found.blocks) if checked else []
         self._partition.keep()
         self._install = partial(self._patch, model, found, cuts, blocks)
@@ -544,12 +529,16 @@ def _put(args: tuple[Any, ...], kwargs: dict[str, Any], place: int | str, x: Ten
     return (args, {**kwargs, place: x}) if isinstance(place, str) else ((x, *args[1:]), kwargs)
 
 
-def _facts(found: TensorPlan) -> TensorFacts:
+def look(model: nn.Module, config: TensorParallel, roles: Mapping[str, str]) -> TensorFacts | None:
+    """See :class:`lightning_overlap.modes.descriptor.Look`."""
+    if config.size == 1:
+        return None
+    plan = find(model, roles, config.size)
     counts: dict[str, int] = {}
-    for cut in found.cuts:
+    for cut in plan.cuts:
         counts[cut.role] = counts.get(cut.role, 0) + 1
-    said = ", ".join(f"{n} {role}" for role, n in sorted(counts.items()))
-    entries = max((cut.parts[0] for cut in found.cuts if cut.role in VOCABULARY), default=0)
-    layers = [cut for cut in found.cuts if cut.role not in VOCABULARY]
+    modules = ", ".join(f"{n} {role}" for role, n in sorted(counts.items()))
+    entries = max((cut.parts[0] for cut in plan.cuts if cut.role in VOCABULARY), default=0)
+    layers = [cut for cut in plan.cuts if cut.role not in VOCABULARY]
     transposed = tuple(cut.name for cut in layers if not isinstance(cut.module, nn.Linear))
-    return TensorFacts(f"{found.source}: {said}", found.loose, entries, transposed, found.shared_by_blocks)
+    return TensorFacts(f"{plan.source}: {modules}", plan.loose, entries, transposed, plan.shared_by_blocks)

@@ -1,18 +1,15 @@
 """Ranks meet within a limit, or say who is missing."""
 
 import socket
-import threading
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 
 import pytest
-from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch.distributed import TCPStore
 
 from lightning_overlap import ConfigError
+from lightning_overlap.ranks import meeting
 from lightning_overlap.ranks.announcements import TransferError
-from lightning_overlap.strategy import launching
-from lightning_overlap.strategy.launching import Watched
 
 SHORT = timedelta(seconds=1)
 
@@ -24,7 +21,7 @@ def meet(ranks):
     def come(rank, size):
         store = TCPStore("127.0.0.1", kept.port, is_master=False, wait_for_workers=False)
         try:
-            launching.meet_in(store, rank, size, SHORT)
+            meeting.meet_in(store, rank, size, SHORT)
         except (ConfigError, TransferError) as error:
             return f"{type(error).__name__}: {error}"
         return "met"
@@ -49,7 +46,7 @@ def test_ranks_that_disagree_about_their_number_all_hear_of_it():
 
 def test_two_processes_of_one_rank_all_hear_of_it(monkeypatch):
     processes = iter(range(100))
-    monkeypatch.setattr(launching.os, "getpid", lambda: next(processes))
+    monkeypatch.setattr(meeting.os, "getpid", lambda: next(processes))
     answers = meet([(0, 3), (1, 3), (1, 3)])
     assert all(answer.startswith("ConfigError: two processes are rank 1: ") for answer in answers)
 
@@ -59,7 +56,7 @@ def test_a_store_that_nobody_opens_is_given_up_at_the_limit():
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     with pytest.raises(TransferError, match=rf"rank 0 has not opened 127.0.0.1:{port} .* within 0:00:01"):
-        launching.open_store("127.0.0.1", port, 1, 2, SHORT)
+        meeting.open_store("127.0.0.1", port, 1, 2, SHORT)
 
 
 def test_a_port_of_another_program_is_given_up_at_the_limit():
@@ -67,37 +64,4 @@ def test_a_port_of_another_program_is_given_up_at_the_limit():
         silent.bind(("127.0.0.1", 0))
         silent.listen()
         with pytest.raises(TransferError, match=r"rank 1 finds no store at .* which may be another program's within 0:00:01"):
-            launching.open_store("127.0.0.1", silent.getsockname()[1], 1, 2, SHORT)
-
-
-class Strategy:
-    attempting = False
-
-    def has_failed(self, trainer):
-        pass
-
-
-def asked_to_stop():
-    raise SIGTERMException
-
-
-def test_a_process_that_has_to_answer_and_is_asked_to_stop_does_not_end_well():
-    with pytest.raises(SystemExit) as ended:
-        Watched(Strategy(), None, asked_to_stop, answers=True)()
-    assert ended.value.code == 143
-    with pytest.raises(SIGTERMException):
-        Watched(Strategy(), None, asked_to_stop)()
-
-
-def test_two_trainers_at_once_in_one_process_are_refused():
-    inside, over = threading.Event(), threading.Event()
-    first = threading.Thread(target=Watched(Strategy(), None, lambda: (inside.set(), over.wait(10))))
-    first.start()
-    inside.wait(10)
-    try:
-        with pytest.raises(ConfigError, match="another thread of this process runs a Trainer"):
-            Watched(Strategy(), None, lambda: None)()
-    finally:
-        over.set()
-        first.join()
-    assert Watched(Strategy(), None, lambda: "after it")() == "after it"
+            meeting.open_store("127.0.0.1", silent.getsockname()[1], 1, 2, SHORT)

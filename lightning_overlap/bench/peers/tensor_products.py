@@ -1,6 +1,6 @@
 """Times the products of tensor parallelism by themselves, each beside its transfer.
 
-    python -m lightning_overlap.bench.products --tokens 2048 --width 1024 --hidden 4096     # each rank, with torchrun's variables
+    torchrun --nproc-per-node 2 -m lightning_overlap.bench.peers.tensor_products --tokens 2048 --width 1024 --hidden 4096
 
 Overlapped is the code that trains. Its limit is the longer of the same product in one piece, whose input is there, and the same
 transfers by themselves. The peer is torch's own tensor parallelism on the same layers, tokens cut before and after them.

@@ -1,16 +1,20 @@
-"""torch.distributed.pipelining as a peer: the same stages of the same training_step, in torch's schedules and transfers."""
+"""The peer of pipeline parallelism, torch.distributed.pipelining: the same stages, in torch's schedules and transfers."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import fields, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleGPipe, ScheduleInterleaved1F1B
 
+from lightning_overlap.bench.peers import Peer
+from lightning_overlap.config import OverlapConfig
 from lightning_overlap.model.block_stack import BlockStack, Pass, Slot
 from lightning_overlap.modes import MODES
+from lightning_overlap.modes.pipeline import PIPELINE
 from lightning_overlap.modes.pipeline.mode import PipelineMode
 from lightning_overlap.steps import microbatches
 from lightning_overlap.steps.random_state import block_seeder, preserve_random_state, seed_all
@@ -63,7 +67,7 @@ class _TorchPipelining(PipelineMode):
 
     def run_step(self, step: Step) -> None:
         assert self._stack is not None, "the model is parallelized before it is trained"
-        count = self._own.count
+        count = self.config.count
         parts = microbatches.cut(step.batch, count)
         if not hasattr(self, "_torch_stages"):
             stages = len(self._stages)
@@ -75,8 +79,9 @@ class _TorchPipelining(PipelineMode):
                 PipelineStage(module, stage, stages, self._device, group=self.group.process_group)
                 for module, stage in zip(self._torch_stages, mine, strict=True)
             ]
-            several = self._own.chosen == "interleaved"
-            self._schedule = SCHEDULES[self._own.chosen](made if several else made[0], count, loss_fn=lambda out, _: out.sum() / count)
+            schedule = SCHEDULES[self.config.chosen]
+            of_rank = made if self.config.chosen == "interleaved" else made[0]
+            self._schedule = schedule(of_rank, count, loss_fn=lambda out, _: out.sum() / count)
         for stage in self._torch_stages:
             stage.step, stage.parts, stage.number = step, parts, 0
         numbers = torch.zeros(count)  # torch cuts them into microbatches; the stages have the user's
@@ -89,7 +94,20 @@ class _TorchPipelining(PipelineMode):
         step.log(self.with_the_loss(lambda: step.logged([1 / count] * count)))
 
 
-class TorchPipelining(OverlapStrategy):
-    """The strategy with that mode."""
+class TorchPipelining(OverlapConfig):
+    """The user's configuration, with that mode in the place of ours."""
 
-    mode_types = (_TorchPipelining, *(mode for mode in MODES if mode is not PipelineMode))
+    modes = tuple(replace(mode, mode_type=_TorchPipelining) if mode is PIPELINE else mode for mode in MODES)
+
+
+def peers(config: OverlapConfig, ranks: int, backend: str) -> dict[str, Peer]:
+    """See :func:`lightning_overlap.bench.peers.find_peers`; none for schedules that torch does not have."""
+    if config.pipeline_parallel.chosen not in SCHEDULES:
+        return {}
+
+    def strategy() -> OverlapStrategy:
+        made = OverlapStrategy(process_group_backend=backend)
+        made.config = TorchPipelining(**{field.name: getattr(config, field.name) for field in fields(config)})
+        return made
+
+    return {"torch.distributed.pipelining": (strategy, lambda module: module)}

@@ -1,0 +1,54 @@
+"""Peers of data parallelism: Lightning's DDP and FSDP2."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+from lightning.pytorch import LightningModule
+from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
+from torch import nn
+from torch.distributed.fsdp import fully_shard
+
+from lightning_overlap.bench.peers import Peer
+from lightning_overlap.config import OverlapConfig
+from lightning_overlap.decision import ConfigError
+
+
+def peers(config: OverlapConfig, ranks: int, backend: str) -> dict[str, Peer]:
+    """See :func:`lightning_overlap.bench.peers.find_peers`."""
+
+    def ddp(megabytes: int) -> Peer:
+        return (
+            lambda: DDPStrategy(bucket_cap_mb=megabytes, gradient_as_bucket_view=True, process_group_backend=backend),
+            lambda module: module,
+        )
+
+    def fsdp2() -> ModelParallelStrategy:
+        return ModelParallelStrategy(data_parallel_size=ranks, tensor_parallel_size=1, process_group_backend=backend)
+
+    return {
+        "Lightning DDP, 4 MB buckets": ddp(4),
+        "Lightning DDP, 25 MB buckets": ddp(25),
+        "Lightning ModelParallel (FSDP2)": (fsdp2, _shard_blocks),
+    }
+
+
+def _shard_blocks(module: LightningModule) -> LightningModule:
+    """A module whose ``configure_model`` shards each block and the rest, and keeps weights gathered until backward has used them."""
+
+    if any(True for _ in module.parameters(recurse=False)):
+        raise ConfigError("parameters of the LightningModule itself would be in no sharded part")
+
+    def configure_model(self: Any) -> None:
+        type(module).configure_model(self)
+        mesh = self.device_mesh["data_parallel"]
+        lists = [m for m in self.modules() if isinstance(m, nn.ModuleList)]
+        for block in max(lists, key=len, default=()):
+            fully_shard(block, mesh=mesh, reshard_after_forward=False)
+        for child in self.children():
+            fully_shard(child, mesh=mesh, reshard_after_forward=False)
+
+    sharded = copy.copy(module)
+    sharded.__class__ = type(type(module).__name__, (type(module),), {"configure_model": configure_model})
+    return sharded

@@ -1,0 +1,68 @@
+"""Peers of tensor parallelism: Lightning's ModelParallel with torch's DTensor."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from functools import partial
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule
+from lightning.pytorch.strategies import ModelParallelStrategy
+from torch.distributed.tensor import Replicate, Shard
+from torch.distributed.tensor.parallel import (
+    ColwiseParallel,
+    PrepareModuleInput,
+    PrepareModuleOutput,
+    RowwiseParallel,
+    SequenceParallel,
+    parallelize_module,
+)
+
+from lightning_overlap.bench.peers import Peer
+from lightning_overlap.config import OverlapConfig
+from lightning_overlap.modes.tensor.partition import Piece
+from lightning_overlap.modes.tensor.plan import find
+
+
+def peers(config: OverlapConfig, ranks: int, backend: str) -> dict[str, Peer]:
+    """See :func:`lightning_overlap.bench.peers.find_peers`."""
+
+    def strategy() -> ModelParallelStrategy:
+        return ModelParallelStrategy(data_parallel_size=1, tensor_parallel_size=ranks, process_group_backend=backend)
+
+    return {"Lightning ModelParallel (DTensor)": (strategy, partial(_cut_layers, config.parallel_plan, ranks))}
+
+
+def _cut_layers(plan: Mapping[str, str], size: int, module: LightningModule) -> LightningModule:
+    """A module whose ``configure_model`` has torch cut the layers that we cut, and the tokens; the vocabulary is left whole."""
+
+    def configure_model(self: Any) -> None:
+        type(module).configure_model(self)
+        found = find(self, plan, size)
+        blocks = self.get_submodule(found.blocks)
+        styles: dict[str, Any] = {}
+        for name, block in blocks.named_modules(prefix=found.blocks):
+            if "Norm" in type(block).__name__ and not any(name.startswith(f"{region.name}.") for region in found.regions):
+                styles[name] = SequenceParallel(use_local_output=True)
+        for region in found.regions:
+            styles[region.name] = PrepareModuleInput(input_layouts=Shard(1), desired_input_layouts=Replicate())
+        for cut in found.cuts:
+            if cut.role == "column":
+                # Torch cuts what is fused as if it were one: in this order of the rows each rank gets its part of each.
+                weight: Any = cut.module.weight
+                piece = Piece(weight.shape, cut.dim, cut.parts)
+                weight.data = torch.cat([piece.of(weight.data, rank, size) for rank in range(size)])
+                styles[cut.name] = ColwiseParallel()
+            elif cut.role == "row":
+                styles[cut.name] = RowwiseParallel(output_layouts=Shard(1))
+        mesh = self.device_mesh["tensor_parallel"]
+        parallelize_module(self, mesh, styles)
+        entry = PrepareModuleInput(input_layouts=Replicate(), desired_input_layouts=Shard(1), use_local_output=True)
+        parallelize_module(blocks[0], mesh, entry)
+        parallelize_module(blocks[-1], mesh, PrepareModuleOutput(output_layouts=Shard(1), desired_output_layouts=Replicate()))
+
+    sharded = copy.copy(module)
+    sharded.__class__ = type(type(module).__name__, (type(module),), {"configure_model": configure_model})
+    return sharded

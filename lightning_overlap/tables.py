@@ -1,0 +1,32 @@
+"""Tables as text, for terminals, log files and reports."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from io import StringIO
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+WIDTH = 100
+"""Columns of what is printed: two windows side by side on a usual screen."""
+
+
+def as_text(head: Sequence[str], rows: Iterable[Sequence[str]], *, numbers: bool = False) -> str:
+    """Lays rows out in columns, in at most :data:`WIDTH` characters a line; long cells are wrapped under their column.
+
+    Args:
+        head: a title for each column.
+        rows: a cell for each column. Spaces in front of a cell stay.
+        numbers: all columns but the first one have numbers, which are aligned on the right.
+    """
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="")
+    for number, title in enumerate(head):
+        right = numbers and number > 0
+        table.add_column(Text(title), justify="right" if right else "left", no_wrap=number == 0, overflow="fold")
+    for row in rows:
+        table.add_row(*(Text(cell) for cell in row))
+    file = StringIO()
+    Console(file=file, width=WIDTH, color_system=None, legacy_windows=False).print(table)
+    return "\n".join(line.rstrip() for line in file.getvalue().splitlines())
