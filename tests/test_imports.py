@@ -34,9 +34,6 @@ ALLOWED: dict[str, set[str]] = {
     "directions": {
         "state.parts -> modes.base",
     },
-    "circles": {
-        "bench.advice -> bench.measure -> bench.advice",
-    },
     "private names": {
         "bench.verify: _parameters",
         "model.block_stack: _modules",

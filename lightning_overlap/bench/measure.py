@@ -25,44 +25,14 @@ from lightning.pytorch.strategies import Strategy
 from lightning_overlap.bench.advice import advise
 from lightning_overlap.bench.on_paper import OnPaper, on_paper
 from lightning_overlap.bench.peers import Peer, find_peers
+from lightning_overlap.bench.rows import Row
 from lightning_overlap.bench.runs import Runs
 from lightning_overlap.bench.skip import Skipped, skip_transfers
 from lightning_overlap.decision import ConfigError
 from lightning_overlap.ranks.clock import Clock, DeviceClock, Timeline
 from lightning_overlap.ranks.group import Transfer
 from lightning_overlap.strategy.strategy import OverlapStrategy
-
-
-@dataclass
-class Row:
-    """Seconds a step under one strategy: one figure for each repeat."""
-
-    name: str
-    seconds: list[float] = field(default_factory=list)
-    exposed: list[dict[str, float]] = field(default_factory=list)
-    """Seconds a step for which this rank did nothing but wait for a transfer, by kind, ``data.grads`` say (overlapped and plain)."""
-    memory: list[int] = field(default_factory=list)
-    """Bytes in use after the last step: the process's resident ones, on CUDA the most that torch had allocated."""
-
-    def add(self, clock: _Clock) -> None:
-        """One run more."""
-        self.seconds.append(clock.seconds)
-        self.memory.append(clock.memory)
-        if clock.logs:
-            self.exposed.append(clock.waits)
-
-    def waited(self, mode: str = "") -> float:
-        """Seconds a step for which transfers of a mode were waited for, or of all modes; the median of the runs."""
-        return statistics.median(sum(s for kind, s in run.items() if kind.startswith(mode)) for run in self.exposed)
-
-    @property
-    def median(self) -> float:
-        return statistics.median(self.seconds)
-
-    @property
-    def spread(self) -> float:
-        """(slowest - fastest) / median."""
-        return (max(self.seconds) - min(self.seconds)) / self.median
+from lightning_overlap.tables import as_text
 
 
 @dataclass
@@ -102,15 +72,11 @@ class Measured:
 
     def table(self) -> str:
         """The table as text; times in milliseconds."""
-        lines = [f"{'':34}{'ms a step':>10}{'spread':>8}{'exposed':>9}{'MB':>7}{'x limit':>9}{'overlapped is':>15}"]
         ours = self.row("overlapped").median
-        for row in self.rows:
-            exposed = f"{row.waited() * 1e3:.0f}" if row.exposed else ""
-            gain = "" if row.name in ("overlapped", "compute", "communication") else f"{row.median / ours:.2f} x"
-            held = f"{statistics.median(row.memory) / 1e6:.0f}" if row.memory else ""
-            figures = f"{row.median * 1e3:10.0f}{row.spread:8.0%}{exposed:>9}{held:>7}{row.median / self.limit:9.2f}{gain:>15}"
-            lines.append(f"{row.name:34}{figures}")
-        lines.append(f"{'limit = max(compute, communication)':34}{self.limit * 1e3:9.0f}")
+        rows = [self._cells(row, ours) for row in self.rows]
+        rows.append(("limit = max(compute, communication)", f"{self.limit * 1e3:.0f}", "", "", "", "1.00", ""))
+        head = ("", "ms a step", "spread", "exposed", "MB", "x limit", "overlapped is")
+        lines = [as_text(head, rows, numbers=True)]
         runs = f"{self.ranks} ranks, medians of {len(self.rows[0].seconds)} runs of {self.steps} steps"
         lines.append(f"efficiency {self.limit / ours:.0%}; {runs}")
         for mode, seconds in self.modes.items() if len(self.modes) > 1 else ():
@@ -121,6 +87,12 @@ class Measured:
         if self.on_paper is not None:
             lines.append(self.on_paper.told(ours))
         return "\n".join([*lines, *[f"doubtful: {doubt}" for doubt in self.doubts], self.advice])
+
+    def _cells(self, row: Row, overlapped: float) -> tuple[str, ...]:
+        exposed = f"{row.waited() * 1e3:.0f}" if row.exposed else ""
+        gain = "" if row.name in ("overlapped", "compute", "communication") else f"{row.median / overlapped:.2f} x"
+        memory = f"{statistics.median(row.memory) / 1e6:.0f}" if row.memory else ""
+        return row.name, f"{row.median * 1e3:.0f}", f"{row.spread:.0%}", exposed, memory, f"{row.median / self.limit:.2f}", gain
 
 
 class _Clock(Callback):
@@ -142,6 +114,11 @@ class _Clock(Callback):
         self._log: list[Transfer] = []
         self._begun = 0.0
         self._step = -1
+
+    @property
+    def figures(self) -> tuple[float, int, dict[str, float] | None]:
+        """What :meth:`Row.add` takes."""
+        return self.seconds, self.memory, self.waits if self.logs else None
 
     def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
         self._modes = getattr(trainer.strategy, "modes", ())
@@ -254,10 +231,10 @@ def measure(
     alone: dict[str, list[float]] = defaultdict(list)
     for repeat in range(repeats):
         overlapped = runs.ours()
-        rows["overlapped"].add(run(overlapped))
-        rows["plain"].add(run(runs.ours(overlap="off")))
+        rows["overlapped"].add(*run(overlapped).figures)
+        rows["plain"].add(*run(runs.ours(overlap="off")).figures)
         clock = run(runs.ours(verify_first_step=False, **unchecked), skip=True)
-        rows["compute"].add(clock)
+        rows["compute"].add(*clock.figures)
         for name, seconds in clock.communication.items():
             (alone[name] if name else rows["communication"].seconds).append(seconds)
         if with_peers and repeat == 0:
@@ -266,7 +243,7 @@ def measure(
             if name in refused:
                 continue
             try:
-                rows.setdefault(name, Row(name)).add(run(make(), prepare(copy.deepcopy(model))))
+                rows.setdefault(name, Row(name)).add(*run(make(), prepare(copy.deepcopy(model))).figures)
             except Exception as error:  # a peer that cannot train this module costs no figures
                 refused[name] = f"{name} is left out: {error}"
     measured = [row for row in rows.values() if row.name not in refused]
@@ -322,17 +299,23 @@ def sweep(runs: Runs, setting: str, *, steps: int, warmup: int, repeats: int) ->
         for value, config in values.items():
             clock = _Clock(warmup, steps)
             runs.fit(runs.ours(**{mode: config}), warmup + steps + 1, clock)
-            rows[value].add(clock)
+            rows[value].add(*clock.figures)
     return sorted(rows.values(), key=lambda row: row.median)
 
 
 def ranking(rows: list[Row]) -> str:
     """Of a sweep, as text; times in milliseconds."""
-    lines = [f"{'':44}{'ms a step':>10}{'spread':>8}{'exposed':>9}{'MB':>7}"]
-    for row in rows:
-        exposed, held = row.waited() * 1e3, statistics.median(row.memory) / 1e6
-        lines.append(f"{row.name:44}{row.median * 1e3:10.0f}{row.spread:8.0%}{exposed:9.0f}{held:7.0f}")
-    return "\n".join(lines)
+    cells = [
+        (
+            row.name,
+            f"{row.median * 1e3:.0f}",
+            f"{row.spread:.0%}",
+            f"{row.waited() * 1e3:.0f}",
+            f"{statistics.median(row.memory) / 1e6:.0f}",
+        )
+        for row in rows
+    ]
+    return as_text(("", "ms a step", "spread", "exposed", "MB"), cells, numbers=True)
 
 
 def _parsed(value: str) -> Any:

@@ -14,8 +14,9 @@ it began.
 from __future__ import annotations
 
 import itertools
+import threading
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
+from collections.abc import Callable, Iterable, Iterator, MutableMapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -24,10 +25,9 @@ import torch
 from torch import Tensor, nn
 
 from lightning_overlap.decision import ConfigError
+from lightning_overlap.model.hidden_states import find_hidden
 from lightning_overlap.model.trees import leaves, replaced
 
-HIDDEN_ARGUMENTS = ("hidden_states", "hidden_state", "x", "hidden", "inputs", "input", "inputs_embeds")
-"""Names under which blocks take the hidden states, where they are not the first positional argument."""
 Leaf = tuple[int, int]
 """A tensor that a block returns: the block's number, and the tensor's among the tensors of what the block returns. Block -1 are the
 arguments of block 0."""
@@ -236,7 +236,7 @@ class BlockStack:
         self.blocks = blocks
         self.name = name
         self.size = len(blocks)
-        self._active: Pass | None = None
+        self._threads = threading.local()
         self._class = type(blocks)
         stack = self
 
@@ -245,16 +245,21 @@ class BlockStack:
 
         class Seen(self._class):  # type: ignore[misc, name-defined]
             def __iter__(self) -> Iterator[Any]:
-                return super().__iter__() if stack._active is None else stack._visit(everything(self))
+                return super().__iter__() if stack.active is None else stack._visit(everything(self))
 
             def __getitem__(self, index: int | slice) -> Any:
-                if stack._active is None:
+                if stack.active is None:
                     return super().__getitem__(index)
                 numbers = everything(self)[index]
                 return _Part(stack, numbers) if isinstance(numbers, range) else stack._at(numbers)
 
         Seen.__name__ = Seen.__qualname__ = self._class.__name__
         blocks.__class__ = Seen
+
+    @property
+    def active(self) -> Pass | None:
+        """The pass of this thread's forward. Stand-ins hold it, so that an activation checkpoint finds it again in backward."""
+        return getattr(self._threads, "active", None)
 
     def remove(self) -> None:
         """The list is the user's again."""
@@ -267,8 +272,8 @@ class BlockStack:
         Raises:
             ConfigError: the forward went past the stack in a way that a pass cannot follow.
         """
-        assert self._active is None, "a forward inside a forward"
-        self._active = how
+        assert self.active is None, "a forward inside a forward"
+        self._threads.active = how
         try:
             yield
         except LeaveForward:
@@ -276,7 +281,7 @@ class BlockStack:
         else:
             self._refuse_if_unfinished(how)
         finally:
-            self._active = None
+            self._threads.active = None
 
     @contextmanager
     def unsplit(self, before: Callable[[int], None]) -> Iterator[None]:
@@ -330,28 +335,11 @@ class BlockStack:
             yield self._at(number)
 
     def _at(self, number: int) -> Any:
-        how = self._active
+        how = self.active
         assert how is not None, "only a pass has stand-ins"
         if how.stop == number == how.next and number > 0:
             raise LeaveForward
         return _StandIn(self, how, number, list(self.blocks._modules.values())[number])
-
-
-def find_hidden(args: tuple[Any, ...], kwargs: Mapping[str, Any], who: str) -> tuple[int | str, Tensor]:
-    """Where the hidden states stand in a module's arguments, and what they are.
-
-    Raises:
-        ConfigError: there are none that could be told.
-    """
-    if args and isinstance(args[0], Tensor):
-        return 0, args[0]
-    for name in HIDDEN_ARGUMENTS:
-        if isinstance(kwargs.get(name), Tensor):
-            return name, kwargs[name]
-    raise ConfigError(
-        f"{who} is called without hidden states that can be found: pass them as the first argument, or as one of "
-        f"{', '.join(HIDDEN_ARGUMENTS)}"
-    )
 
 
 @contextmanager

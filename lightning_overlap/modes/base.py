@@ -12,33 +12,20 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
-from enum import IntEnum
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_overlap.decision import Choices
+from lightning_overlap.model.boundary import Boundary, Nesting
 from lightning_overlap.ranks.clock import Timeline
 from lightning_overlap.ranks.group import Group
 from lightning_overlap.ranks.mesh import ParallelMesh
 from lightning_overlap.state.shards import Place
 from lightning_overlap.steps.step import Step
-
-
-class Nesting(IntEnum):
-    """What a mode cuts, from the outside to the inside. Modes are applied in this order, and undone in the reverse order."""
-
-    STAGES = 1
-    """The list of blocks: other modes see the blocks of this rank only."""
-    TOKENS = 2
-    """The tokens of a sequence."""
-    LAYERS = 3
-    """The layers inside a block, and the tokens between these layers."""
-    PARAMETERS = 4
-    """The parameters that are left, flattened."""
 
 
 @dataclass(frozen=True)
@@ -50,12 +37,14 @@ class Setup:
         timeout: how long a transfer may take.
         roles: of the model's parts, by name, as the user gave them (``parallel_plan``).
         first_step_is_verified: the whole first step is compared with that of the unsharded model, so a mode need not check its part.
+        boundary: of the model's block stack, where modes register how they cut hidden states.
     """
 
     mesh: ParallelMesh
     timeout: timedelta
     roles: Mapping[str, str]
     first_step_is_verified: bool
+    boundary: Boundary = field(default_factory=Boundary)
 
 
 class OverlapMode:

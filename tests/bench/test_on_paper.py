@@ -2,8 +2,9 @@ import pytest
 import torch.distributed as dist
 
 from lightning_overlap import ConfigError, PipelineParallel
-from lightning_overlap.bench.measure import Measured, Row
+from lightning_overlap.bench.measure import Measured
 from lightning_overlap.bench.on_paper import busiest, on_paper, what_it_takes
+from lightning_overlap.bench.rows import Row
 from lightning_overlap.steps.schedule import build
 
 

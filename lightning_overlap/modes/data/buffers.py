@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from enum import Enum
 
 import torch
 from torch import Tensor, nn
@@ -32,6 +33,26 @@ class Segment:
     end: int
 
 
+class Phase(Enum):
+    """Where the gradients of a bucket stand in a step.
+
+        IDLE -> COLLECTING -> REDUCING -> REDUCED -> TAKEN -> IDLE
+
+    Without a distributed optimizer a bucket is IDLE again once it is reduced: its gradients are the user's.
+    """
+
+    IDLE = "idle"
+    """There is nothing to do: the step has used the gradients, or nothing in the bucket is trained. Entered by the optimizer."""
+    COLLECTING = "collecting"
+    """A backward is open, and gradients arrive. Entered when it opens."""
+    REDUCING = "reducing"
+    """The reduction is posted: a further gradient in this backward would be lost. Entered when the last gradient is there."""
+    REDUCED = "reduced"
+    """This rank has its piece of the sum, and the optimizer has not used it. Entered when the reduction is over."""
+    TAKEN = "taken"
+    """The segments have their part of the sum: hooks and clipping may have changed it. Entered when the step or clipping asks."""
+
+
 @dataclass(eq=False)
 class LiveBucket:
     """A bucket with its tensors and where it stands in the step."""
@@ -55,17 +76,18 @@ class LiveBucket:
     main: Tensor | None = None
     """fp32 main parameters of this rank's piece, where the parameters are not fp32."""
     missing: set[int] = field(default_factory=set)
-    """ids of the parameters without a gradient in this backward."""
+    """While collecting: ids of the parameters without a gradient in this backward."""
     places: list[int] = field(default_factory=list)
     """Addresses of the parameters."""
     versions: list[int] = field(default_factory=list)
     """Of the parameters, when their update was sent."""
-    launched: bool = False
-    reduced: bool = False
-    """Gradients are reduced and not used yet."""
-    taken: bool = False
-    """The segments have their gradients."""
+    phase: Phase = Phase.IDLE
     gather: Pending | None = None
+
+    @property
+    def has_new_gradients(self) -> bool:
+        """Whether its gradients are reduced, and no step has used them."""
+        return self.phase in (Phase.REDUCED, Phase.TAKEN)
 
     @property
     def own(self) -> slice:

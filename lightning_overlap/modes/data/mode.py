@@ -24,9 +24,10 @@ from torch.autograd import Variable
 from torch.optim import Optimizer
 
 from lightning_overlap.decision import ConfigError
+from lightning_overlap.model.boundary import Nesting
 from lightning_overlap.model.markers import has_late_gradient, is_counted_elsewhere, stage_of
-from lightning_overlap.modes.base import Nesting, OptimizerHolder, Setup
-from lightning_overlap.modes.data.buffers import HALF, LiveBucket, flatten, unflatten
+from lightning_overlap.modes.base import OptimizerHolder, Setup
+from lightning_overlap.modes.data.buffers import HALF, LiveBucket, Phase, flatten, unflatten
 from lightning_overlap.modes.data.config import DataChoices, DataParallel
 from lightning_overlap.modes.data.gathers import Gathers
 from lightning_overlap.modes.data.guard import CompleteBefore, GuardedParameters, ReferenceGuard
@@ -257,8 +258,9 @@ class DataMode(OptimizerHolder):
         self._backward_open = True
         self.group.start_step()
         for bucket in self._buckets:
-            bucket.launched = not self._sharded and not any(p.requires_grad for p in bucket.parameters)
-            bucket.missing = set() if bucket.launched else {id(p) for p in bucket.parameters}
+            collects = self._sharded or any(p.requires_grad for p in bucket.parameters)
+            bucket.phase = Phase.COLLECTING if collects else Phase.IDLE
+            bucket.missing = {id(p) for p in bucket.parameters} if collects else set()
         self._gathers.follow_order_seen()
 
     def _refuse_changes(self) -> None:
@@ -303,7 +305,7 @@ class DataMode(OptimizerHolder):
             Variable._execution_engine.queue_callback(self.finish_backward)  # type: ignore[attr-defined]
         if self._fired is not None:
             self._fired.setdefault(id(parameter))
-        if bucket.launched and not self._held:
+        if bucket.phase is not Phase.COLLECTING and not self._held:
             raise self._used_twice(bucket, parameter)
         if grad is not view:
             view.copy_(grad.to_dense() if grad.is_sparse else grad)
@@ -316,7 +318,7 @@ class DataMode(OptimizerHolder):
             for ready in [bucket] if self._any_order else self._buckets:
                 if ready.missing:
                     break
-                if not ready.launched:
+                if ready.phase is Phase.COLLECTING:
                     self._launch(ready)
             self._progress(block=False)
 
@@ -329,7 +331,7 @@ class DataMode(OptimizerHolder):
         )
 
     def _launch(self, bucket: LiveBucket) -> None:
-        bucket.launched = True
+        bucket.phase = Phase.REDUCING
         if self.config.check_for_nan_in_grad:
             self._check_finite(bucket)
         label = f"data.grads{bucket.label}"
@@ -385,7 +387,7 @@ class DataMode(OptimizerHolder):
             self._reduced(bucket)
 
     def _reduced(self, bucket: LiveBucket) -> None:
-        bucket.reduced, bucket.taken = self._sharded, False
+        bucket.phase = Phase.REDUCED if self._sharded else Phase.IDLE
         if self._step_in_backward and self._optimizer is not None:
             self._optimizer.update(bucket)
 
@@ -398,7 +400,7 @@ class DataMode(OptimizerHolder):
         self._backward_open, self._seen_backward = False, True
         unused = []
         for bucket in self._buckets:
-            if bucket.launched:
+            if bucket.phase is not Phase.COLLECTING:
                 continue
             for name, parameter, view in zip(bucket.names, bucket.parameters, bucket.views(bucket.grads), strict=True):
                 if parameter.grad is None:
@@ -445,7 +447,7 @@ class DataMode(OptimizerHolder):
         bucket, _ = self._home.get(id(parameter), (None, None))
         if bucket is None:
             return
-        if self._backward_open and bucket.launched and bucket.key in self._gathers.incomplete:
+        if self._backward_open and bucket.phase is not Phase.COLLECTING and bucket.key in self._gathers.incomplete:
             # Updated in this backward: it would be the wrong weight, and peers may send it only after this backward.
             raise self._used_twice(bucket, parameter)
         self._gathers.complete(bucket)

@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 from lightning_overlap.decision import ConfigError
 from lightning_overlap.model.markers import COUNTED_ELSEWHERE, is_counted_elsewhere
 from lightning_overlap.modes.data import state
-from lightning_overlap.modes.data.buffers import HALF, LiveBucket, Segment, groups_of
+from lightning_overlap.modes.data.buffers import HALF, LiveBucket, Phase, Segment, groups_of
 from lightning_overlap.modes.data.gathers import Gathers
 
 OWNER = "_lightning_overlap_owner"
@@ -150,7 +150,7 @@ class ShardedOptimizer:
             result = (args[0], lambda: loss), {key: value for key, value in kwargs.items() if key != "closure"}
         for bucket in self._reduced():
             self._take_gradients(bucket)
-            if self._by_bucket and bucket.reduced:
+            if self._by_bucket and bucket.has_new_gradients:
                 self.update(bucket)
         for bucket in self._reduced():
             self._gathers.finish(bucket)
@@ -183,17 +183,17 @@ class ShardedOptimizer:
 
     def _reduced(self) -> list[LiveBucket]:
         """Those with fresh gradients, the same on all ranks, in the order in which forward reads them."""
-        return sorted((b for b in self._buckets if b.reduced), key=lambda b: b.order)
+        return sorted((b for b in self._buckets if b.has_new_gradients), key=lambda b: b.order)
 
     def _take_gradients(self, bucket: LiveBucket) -> None:
         """The segments get their part of the reduced gradients, once."""
-        if bucket.taken:
+        if bucket.phase is Phase.TAKEN:
             return
-        bucket.taken = True
+        bucket.phase = Phase.TAKEN
         if not self._reduced_in_pieces:
             # Everyone has the whole gradients, and the user's hooks may have put others in their place, or none.
             if all(parameter.grad is None for parameter in bucket.parameters):
-                bucket.reduced = False
+                bucket.phase = Phase.IDLE
                 return
             for parameter, view in zip(bucket.parameters, bucket.views(bucket.grads), strict=True):
                 if parameter.grad is None:
@@ -205,7 +205,7 @@ class ShardedOptimizer:
             segment.parameter.grad = grad.to(segment.parameter.dtype).view(segment.parameter.shape)
 
     def _publish(self, bucket: LiveBucket) -> None:
-        bucket.reduced = bucket.taken = False
+        bucket.phase = Phase.IDLE
         for segment in bucket.segments:
             segment.parameter.grad = None
         self._gathers.publish(bucket)

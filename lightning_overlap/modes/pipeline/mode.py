@@ -14,9 +14,10 @@ from torch.optim import Optimizer
 from lightning_overlap.decision import ConfigError
 from lightning_overlap.model.block_stack import BlockStack, Pass
 from lightning_overlap.model.blocks import Blocks, find_blocks
+from lightning_overlap.model.boundary import Nesting
 from lightning_overlap.model.markers import LATE_GRADIENT, STAGE, clear_markers
 from lightning_overlap.model.trees import copied
-from lightning_overlap.modes.base import Driver, Holder, Nesting, Setup
+from lightning_overlap.modes.base import Driver, Holder, Setup
 from lightning_overlap.modes.pipeline import layout
 from lightning_overlap.modes.pipeline.config import PipelineChoices, PipelineFacts, PipelineParallel, scheduled
 from lightning_overlap.modes.pipeline.evaluation import Evaluation
@@ -96,7 +97,7 @@ class PipelineMode(Driver, Holder):
         self.partition.keep(self._rank)
         self._device = next(model.parameters()).device
         self._before = self.partition.before(model)
-        self._stack = BlockStack(blocks, name)
+        self._stack = self.setup.boundary.lend_stack(blocks, name, spread=own.size > 1)
         deferring = self.choices.defer_embedding_wgrad.value
         if own.plan(own.count).splits_backward or deferring:
             mine = own.plan(own.count).stages_of(self._rank)
@@ -173,7 +174,7 @@ class PipelineMode(Driver, Holder):
         """Finds what goes from stage to stage, on one microbatch. Collective."""
         assert self._stack is not None, "the model is parallelized before it is trained"
         flow = self._rehearse(self._stack, step, part)
-        return StagedModel(self._stack, flow, self._before, self._weight_gradients, self._sum_tied)
+        return StagedModel(self._stack, flow, self._before, self._weight_gradients, self._sum_tied, self.setup.boundary.forwards)
 
     def _tell_how_it_is_cut(self, batch: Any, count: int) -> None:
         if self._rank > 0 or self.group.ranks[0] > 0:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from lightning_overlap.decision import ConfigError
 from lightning_overlap.model.block_stack import BlockStack, Pass
 from lightning_overlap.modes.pipeline.flow import Flow
 from lightning_overlap.modes.pipeline.weight_grad import WeightGradients
+from lightning_overlap.steps.forward import Forward, Forwards
 from lightning_overlap.steps.microbatches import Microbatches
 from lightning_overlap.steps.random_state import block_seeder, seed_all
 from lightning_overlap.steps.runner import Tensors
@@ -46,6 +48,7 @@ class StagedModel:
         first_stage: modules before the blocks with buffers, which belong to the first stage.
         weight_gradients: computes weights' gradients apart from those of inputs; None if no schedule splits backward.
         backward_done: called after a batch's last backward; gradients of weights that it has left may follow.
+        forwards: tells hooks which microbatch's forward they are called for.
     """
 
     stack: BlockStack
@@ -53,6 +56,7 @@ class StagedModel:
     first_stage: Sequence[nn.Module]
     weight_gradients: WeightGradients | None
     backward_done: Callable[[], None]
+    forwards: Forwards
 
 
 class Stages:
@@ -81,6 +85,8 @@ class Stages:
         """By stage and microbatch: the leaves of its graph (the inputs), and the roots of its backward."""
         self._deferred: dict[tuple[int, int], Any] = {}
         """By stage and microbatch: gradients of weights that an ``I`` has left."""
+        self._forwards: defaultdict[int, Forward] = defaultdict(Forward)
+        """By microbatch, the state of its forward on all stages of this rank."""
         self._backward_started = False
 
     def forward(self, stage: int, microbatch: int, inputs: Tensors) -> Tensors | None:
@@ -105,7 +111,8 @@ class Stages:
         loss: Tensor | None = None
         # Every stage runs the code before the blocks, and a rank may have several: it counts once.
         aside = step.aside(() if stage == 0 else self._model.first_stage, metrics=not is_last)
-        with self._model.stack.passing(how), self._splitting(stage, microbatch), aside:
+        running = self._model.forwards.running(self._forwards[microbatch])
+        with running, self._model.stack.passing(how), self._splitting(stage, microbatch), aside:
             loss = step.forward(self._batch.parts[microbatch], microbatch)
         if is_last:
             self._graphs[stage, microbatch] = leaves, [self._checked_loss(loss, microbatch)]
@@ -142,9 +149,17 @@ class Stages:
         """See :class:`lightning_overlap.steps.runner.Compute`."""
         stage, microbatch = action.stage, action.microbatch
         leaves, roots = self._graphs.pop((stage, microbatch))
-        if not self._backward_started:
-            self._backward_started = True
-            self._batch.step.start_backward()
+        with self._model.forwards.backward(self._forwards[microbatch]):
+            if not self._backward_started:
+                self._backward_started = True
+                self._batch.step.start_backward()
+            self._compute_backward(action, roots, gradients)
+        if action == self._last_backward:
+            self._model.backward_done()
+        return [x.grad if x.grad is not None else torch.zeros_like(x) for x in leaves if x.requires_grad]
+
+    def _compute_backward(self, action: Action, roots: Sequence[Tensor], gradients: Tensors) -> None:
+        stage, microbatch = action.stage, action.microbatch
         with self._completing(action):
             if action.kind == "I":
                 assert self._model.weight_gradients is not None, "the schedule splits backward"
@@ -153,9 +168,6 @@ class Stages:
                 self._deferred[stage, microbatch] = deferred
             else:
                 self._run_backward(stage, roots, gradients, microbatch)
-        if action == self._last_backward:
-            self._model.backward_done()
-        return [x.grad if x.grad is not None else torch.zeros_like(x) for x in leaves if x.requires_grad]
 
     def _run_backward(self, stage: int, roots: Sequence[Tensor], gradients: Tensors, microbatch: int) -> None:
         if stage == self._last_stage:
@@ -168,7 +180,8 @@ class Stages:
     def weights(self, stage: int, microbatch: int) -> None:
         """See :class:`lightning_overlap.steps.runner.Compute`."""
         assert self._model.weight_gradients is not None, "the schedule splits backward"
-        with self._completing(Action("W", stage, microbatch)):
+        backward = self._model.forwards.backward(self._forwards[microbatch])
+        with backward, self._completing(Action("W", stage, microbatch)):
             self._model.weight_gradients.run(self._deferred.pop((stage, microbatch)))
 
     def _completing(self, action: Action) -> AbstractContextManager[None]:

@@ -157,7 +157,9 @@ class _Forward:
 class _Linear(torch.autograd.Function):
     """``x @ weight_t + bias`` of matrices, whose backward hands on what the weight's gradient is made from.
 
-    ``trigger`` is a tensor that requires a gradient, and gets none: with it the backward runs where nothing else asks for it.
+    Forward: ``x`` ``(rows, in)``, ``weight_t`` ``(in, out)``, ``bias`` ``(out)`` or None -> ``(rows, out)``. ``trigger`` is a tensor
+    that requires a gradient, and gets none: with it the backward runs where nothing else asks for it.
+    Backward: gradients of ``x`` and ``bias``; ``defer`` gets ``x``, ``weight_t`` and the output's gradient ``(rows, out)``.
     """
 
     @staticmethod
@@ -189,7 +191,11 @@ class _Linear(torch.autograd.Function):
 
 
 class _WeightGradient(torch.autograd.Function):
-    """A root of a graph of its own, whose backward gives autograd the gradient of a weight."""
+    """A root of a graph of its own, whose backward gives autograd the gradient of a weight.
+
+    Forward: ``weight`` ``(out, in)``, ``x`` ``(rows, in)``, ``gradient`` ``(rows, out)`` -> a scalar without a value.
+    Backward: the weight's gradient ``(out, in)``, in its dtype.
+    """
 
     @staticmethod
     def forward(ctx: Any, weight: Tensor, x: Tensor, gradient: Tensor, column_major: bool) -> Tensor:

@@ -14,8 +14,8 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._pytree import tree_map
 
 from lightning_overlap.decision import ConfigError
-from lightning_overlap.model.block_stack import find_hidden
-from lightning_overlap.modes.tensor.patches import Hook
+from lightning_overlap.model.hidden_states import find_hidden, hidden_of, replace_hidden
+from lightning_overlap.model.patches import Hook
 from lightning_overlap.ranks.announcements import TransferError
 from lightning_overlap.ranks.group import Group
 
@@ -139,13 +139,13 @@ class BlockCheck:
         backward: bool = True,
     ) -> tuple[Tensor, dict[str, Tensor | None]]:
         """The output for the hidden states ``x``, and gradients by name of a parameter; the empty name: of the hidden states."""
-        place = find_hidden(args, kwargs, self.name)[0]
+        position = find_hidden(args, kwargs, self.name)[0]
         args, kwargs = _copied(args), _copied(kwargs)
         x = x.detach().requires_grad_(torch.is_grad_enabled())
-        args, kwargs = (args, {**kwargs, place: x}) if isinstance(place, str) else ((x, *args[1:]), kwargs)
+        args, kwargs = replace_hidden(args, kwargs, position, x)
         with torch.random.fork_rng([x.device] if x.is_cuda else []):
             torch.manual_seed(0)  # what is drawn is the same in both runs
-            y = whole(_hidden(block.eval()(*args, **kwargs)))
+            y = whole(hidden_of(block.eval()(*args, **kwargs)))
         if not y.requires_grad or not backward:
             return y.detach(), {}
         of = {"": x, **{name: p for name, p in block.named_parameters() if p.requires_grad}}
@@ -254,7 +254,3 @@ def _unchanged(block: nn.Module) -> Iterator[None]:
 
 def _copied(value: Any) -> Any:
     return tree_map(lambda x: x.detach() if isinstance(x, Tensor) else copy.deepcopy(x), value)
-
-
-def _hidden(result: Any) -> Tensor:
-    return result[0] if isinstance(result, tuple) else result  # type: ignore[no-any-return]

@@ -19,6 +19,11 @@ from lightning_overlap.ranks.group import Group
 
 
 class _Gathered(Function):
+    """Gathers the features of all ranks; backward sums the gradient over the ranks and keeps this rank's features.
+
+    Forward: ``own`` ``(..., tokens, own features)`` -> ``(..., tokens, features)``. Backward: the other way.
+    """
+
     @staticmethod
     def forward(ctx: Any, own: Tensor, piece: Piece, group: Group) -> Tensor:
         ctx.piece, ctx.group = piece, group

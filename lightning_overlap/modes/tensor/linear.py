@@ -40,6 +40,15 @@ from lightning_overlap.modes.tensor.gemm import (
     part,
 )
 from lightning_overlap.modes.tensor.stand_in import ASKED, StandIn, View
+from lightning_overlap.torch_seams import is_node_of
+
+
+class RegionInput(Function):
+    """A node where a region begins: what is computed from it sums its gradients over the ranks."""
+
+
+class RowResult(Function):
+    """A node that gives a row layer's output, whose gradient is the same on all ranks, or of this rank's tokens."""
 
 
 @dataclass
@@ -87,7 +96,14 @@ class Prepared:
     """By id of a weight, the output of the node that adds the rest of its gradient."""
 
 
-class _Finish(Function):
+class _Finish(RegionInput):
+    """Waits in backward for the sum over the ranks of the input's gradient. Its own input needs no gradient but that.
+
+    Forward: ``x`` -> ``x``, this rank's tokens, ``(..., own tokens, features)``, floating.
+    Backward: the gradient of ``x``, in its shape and dtype: the sum over column layers and ranks of ``grad @ weight``, which
+    ``_Gather`` has posted.
+    """
+
     @staticmethod
     def forward(ctx: Any, x: Tensor, reading: Reading) -> Tensor:
         ctx.set_materialize_grads(False)
@@ -102,6 +118,12 @@ class _Finish(Function):
 
 
 class _Rest(Function):
+    """Adds the other ranks' tokens to the gradient of a column layer's weight.
+
+    Forward: ``weight`` ``(own out, features)`` -> itself.
+    Backward: ``total``, the gradient from this rank's tokens ``(own out, features)`` -> that of all tokens, summed in place.
+    """
+
     @staticmethod
     def forward(ctx: Any, weight: Tensor, reading: Reading, number: int) -> Any:
         ctx.set_materialize_grads(False)
@@ -122,6 +144,12 @@ class _Rest(Function):
 
 
 class _Own(Function):
+    """Computes the gradient of a column layer's weight from this rank's tokens, and that of its bias from all.
+
+    Forward: ``weight`` ``(own out, features)`` and ``bias`` ``(own out)`` or None -> themselves.
+    Backward: gradients of these shapes. Those of outputs, ``(..., tokens, own out)``, are in the reading: autograd passes None.
+    """
+
     @staticmethod
     def forward(ctx: Any, weight: Tensor, bias: Tensor | None, reading: Reading, number: int) -> Any:
         ctx.set_materialize_grads(False)
@@ -146,7 +174,14 @@ class _Own(Function):
         return of_weight, of_bias, None, None
 
 
-class _Gather(Function):
+class _Gather(RegionInput):
+    """Stands for the gathered input; sends the input's gradient to the ranks that have its tokens.
+
+    Forward: ``x`` ``(..., own tokens, features)`` -> ``(..., tokens, features)`` of the same dtype, with the memory of one element.
+    Backward: ``others``, the gradient of all tokens from readers beside the column layers, or None. It posts the sum over the ranks of
+    that and of the column layers' ``grad @ weight``, for which ``_Finish`` waits.
+    """
+
     @staticmethod
     def forward(ctx: Any, x: Tensor, reading: Reading) -> Tensor:
         ctx.set_materialize_grads(False)
@@ -165,6 +200,13 @@ class _Gather(Function):
 
 
 class _Column(Function):
+    """A column layer's product, of tokens as they arrive.
+
+    Forward: ``handle`` ``(..., tokens, features)``, which ``_Gather`` gives; ``weight`` ``(own out, features)``; ``bias``
+    ``(own out)`` or None; ``gathered``, the tokens -> ``(..., tokens, own out)`` in the tokens' dtype.
+    Backward: the output's gradient, in its shape, is left in the reading; autograd passes None on.
+    """
+
     @staticmethod
     def forward(
         ctx: Any, handle: Tensor, weight: Tensor, bias: Tensor | None, gathered: Gathered, reading: Reading, number: int
@@ -192,7 +234,11 @@ class _Column(Function):
 
 
 class _Whole(Function):
-    """All tokens, for those that do not read them piece by piece."""
+    """All tokens, for readers that do not take them as they arrive.
+
+    Forward: ``handle`` ``(..., tokens, features)`` and ``gathered``, the tokens -> ``(..., tokens, features)``, waited for.
+    Backward: the gradient, in that shape, goes to ``_Gather``.
+    """
 
     @staticmethod
     def forward(ctx: Any, handle: Tensor, gathered: Gathered) -> Tensor:
@@ -204,6 +250,8 @@ class _Whole(Function):
 
 
 class _Alike(Function):
+    """Divides a gradient by the number of ranks. Forward: ``x``, any shape and floating dtype -> ``x``."""
+
     @staticmethod
     def forward(ctx: Any, x: Tensor, ranks: int) -> Tensor:
         ctx.ranks = ranks
@@ -214,26 +262,28 @@ class _Alike(Function):
         return grad / ctx.ranks, None
 
 
-INPUTS = frozenset({"_GatherBackward", "_FinishBackward", "_ReadBackward", "_SumBackward"})
-"""Nodes where a region begins."""
-
-
 def alike(x: Any, ranks: int) -> Any:
-    """What a region gives beside its row layers' outputs (a router's loss), computed alike on all ranks: the gradients of what it is
-    computed from are summed over them, so each has its share of this one's. Those of a row layer's output are not: it stays as it is.
+    """Divides the gradient of a region's further output by the number of ranks: inputs of a region sum their gradients over them.
+
+    All ranks compute such an output alike (a router's loss). What is computed from a row layer's output is exempt: its gradient does
+    not come to the region's input on a way that is not summed already.
+
+    Args:
+        x: the output; whatever is no tensor with a graph is returned as it is.
+        ranks: their number.
     """
     if type(x) not in (Tensor, View) or x.grad_fn is None:
         return x
-    seen: set[Any] = set()
-    left: list[Any] = [x.grad_fn]
-    while left:
-        node = left.pop()
-        if node is None or node in seen or node.name() in INPUTS:
+    visited: set[Any] = set()
+    waiting: list[Any] = [x.grad_fn]
+    while waiting:
+        node = waiting.pop()
+        if node is None or node in visited or is_node_of(node, RegionInput):
             continue
-        if node.name() == "_RowOutputBackward":
+        if is_node_of(node, RowResult):
             return x
-        seen.add(node)
-        left += [before for before, _ in node.next_functions]
+        visited.add(node)
+        waiting += [before for before, _ in node.next_functions]
     return _Alike.apply(x, ranks)  # type: ignore[no-untyped-call]
 
 
@@ -250,6 +300,12 @@ class _RowState:
 
 
 class _RowInput(Function):
+    """Computes the gradients of a row layer's input and weight, from the other ranks' tokens as they arrive.
+
+    Forward: ``x`` ``(..., tokens, own features)`` and ``weight`` ``(out, own features)`` -> themselves.
+    Backward: gradients of these shapes, of all tokens. Those from this rank's tokens are in the state: autograd passes None.
+    """
+
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, state: _RowState) -> Any:
         ctx.set_materialize_grads(False)
@@ -274,7 +330,14 @@ class _RowInput(Function):
         return of_x, of_weight, None
 
 
-class _RowOutput(Function):
+class _RowOutput(RowResult):
+    """A row layer's product, summed over the ranks.
+
+    Forward: ``x`` ``(..., tokens, own features)``, ``weight`` ``(out, own features)`` -> ``(..., own tokens, out)``; all tokens where
+    they are not cut. ``own``: this rank's tokens of the region's input, to be gathered again in backward; None: they are not.
+    Backward: posts the gather of the output's gradient, and computes what this rank's part of it gives, see the order above.
+    """
+
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, state: _RowState, own: Tensor | None) -> Tensor:
         ctx.save_for_backward(x, weight, own)

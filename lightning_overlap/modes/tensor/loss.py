@@ -18,6 +18,13 @@ from lightning_overlap.ranks.group import Group
 
 
 class _CrossEntropy(Function):
+    """The cross entropy of logits whose entries are cut over the ranks. Each rank sends four numbers for each row.
+
+    Forward: ``logits`` ``(rows, own entries)``, any floating dtype; ``target`` ``(rows)``, integers; ``kept`` ``(rows)``: whether a
+    row counts; ``bounds``, the ranks' entries -> the loss of each row ``(rows)``, fp32 or wider, 0 where it does not count.
+    Backward: the gradient of the losses ``(rows)`` -> that of this rank's logits, in their shape and dtype.
+    """
+
     @staticmethod
     def forward(
         ctx: Any, logits: Tensor, target: Tensor, kept: Tensor, group: Group, bounds: Sequence[int], smoothing: float

@@ -14,6 +14,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lightning_overlap.modes.tensor.stand_in import StandIn
+from lightning_overlap.steps.forward import Forwards
 
 _BITS = 47
 _MARK = 1 << 63
@@ -33,34 +35,48 @@ _FUNCTIONS = (
 """Those that draw masks, and the place of the probability in their arguments."""
 
 
+@dataclass
+class _Mark:
+    """Whether one forward has marked the generator's state.
+
+    Attributes:
+        seed_before: the seed that the state told of before; None: it is not marked.
+    """
+
+    seed_before: int | None = None
+
+
 class CommonNumbers:
     """Random numbers from :meth:`start` to :meth:`stop` are common to the ranks, and masks of dropout are this rank's own.
 
     Args:
         rank: tells this rank from the others.
         device: whose random numbers these are, besides the CPU's.
+        forwards: tells which forward is computed: each starts and stops for itself.
     """
 
-    def __init__(self, rank: int, device: torch.device) -> None:
+    def __init__(self, rank: int, device: torch.device, forwards: Forwards) -> None:
         self._rank = rank
         self._cuda = device if device.type == "cuda" else None
-        self._seed_before: int | None = None
+        self._forwards = forwards
         self._masking_now = False
         self.without_masks = False
         """Dropout is off, and draws nothing."""
 
     def start(self) -> None:
         """To be called at the same places on all ranks. Nothing, if they have started already."""
-        if self._seed_before is None:
+        mark = self._forwards.current.of(_Mark)
+        if mark.seed_before is None:
             state = torch.default_generator.get_state()
-            self._seed_before = _seed_of(state)
-            torch.default_generator.set_state(_with_seed(state, _MARK + self._seed_before % (1 << _BITS)))
+            mark.seed_before = _seed_of(state)
+            torch.default_generator.set_state(_with_seed(state, _MARK + mark.seed_before % (1 << _BITS)))
 
     def stop(self) -> None:
         """Nothing, if they have not started."""
-        if self._seed_before is not None:
-            torch.default_generator.set_state(_with_seed(torch.default_generator.get_state(), self._seed_before))
-            self._seed_before = None
+        mark = self._forwards.current.of(_Mark)
+        if mark.seed_before is not None:
+            torch.default_generator.set_state(_with_seed(torch.default_generator.get_state(), mark.seed_before))
+            mark.seed_before = None
 
     @contextmanager
     def masks(self) -> Iterator[None]:

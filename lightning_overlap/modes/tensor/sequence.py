@@ -26,6 +26,11 @@ class _Entry:
 
 
 class _Wait(Function):
+    """Waits in backward for the gradient of all tokens, whose gather :class:`_Cut` has posted.
+
+    Forward: ``x`` ``(..., tokens, features)`` -> ``x``. Backward: the gradient in that shape; autograd passes None.
+    """
+
     @staticmethod
     def forward(ctx: Any, x: Tensor, entry: _Entry) -> Tensor:
         ctx.set_materialize_grads(False)
@@ -39,6 +44,11 @@ class _Wait(Function):
 
 
 class _Cut(Function):
+    """Keeps this rank's tokens. Backward posts the gather of their gradient.
+
+    Forward: ``x`` ``(..., tokens, features)`` -> ``(..., own tokens, features)``, copied. Backward: a gradient in the output's shape.
+    """
+
     @staticmethod
     def forward(ctx: Any, x: Tensor, entry: _Entry) -> Tensor:
         ctx.entry, ctx.tokens = entry, x.shape[-2]
@@ -51,6 +61,11 @@ class _Cut(Function):
 
 
 class _Leave(Function):
+    """Gathers all tokens. What follows is computed alike on all ranks, so backward keeps this rank's part of the gradient.
+
+    Forward: ``x`` ``(..., own tokens, features)`` -> ``(..., tokens, features)``. Backward: the other way.
+    """
+
     @staticmethod
     def forward(ctx: Any, x: Tensor, tokens: int, exchange: Exchange) -> Tensor:
         ctx.exchange = exchange

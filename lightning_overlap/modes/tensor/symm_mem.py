@@ -15,11 +15,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 from lightning_overlap.modes.tensor.gemm import Exchange, Gathered, Reduced
-from lightning_overlap.modes.tensor.linear import Arriving, Reading, cast, matrix
+from lightning_overlap.modes.tensor.linear import Arriving, Reading, RegionInput, RowResult, cast, matrix
 from lightning_overlap.ranks.group import Group
 
 
@@ -57,7 +56,14 @@ def fits(tokens: int, exchange: Exchange) -> bool:
     return tokens % exchange.group.size == 0
 
 
-class _Read(Function):
+class _Read(RegionInput):
+    """Gathers a region's input, and computes its column layers' products, in one operator.
+
+    Forward: ``x`` ``(..., own tokens, features)``, weights ``(own out, features)`` -> all tokens ``(..., tokens, features)``, and a
+    product ``(..., tokens, own out)`` for each weight.
+    Backward: their gradients, None where there is none -> those of ``x`` and of the weights, in their shapes.
+    """
+
     @staticmethod
     def forward(ctx: Any, x: Tensor, fused: Operators, exchange: Exchange, name: str, *weights: Tensor) -> Any:
         ctx.set_materialize_grads(False)
@@ -115,7 +121,13 @@ def read(x: Tensor, layers: Sequence[nn.Module], fused: Operators, exchange: Exc
     return handle
 
 
-class _Row(Function):
+class _Row(RowResult):
+    """A row layer's product, summed over the ranks, in one operator.
+
+    Forward: ``x`` ``(..., tokens, own features)``, ``weight`` ``(out, own features)`` -> ``(..., own tokens, out)``.
+    Backward: the output's gradient, in its shape -> those of ``x`` and ``weight``.
+    """
+
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, fused: Operators) -> Tensor:
         ctx.save_for_backward(x, weight)

@@ -20,11 +20,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 from lightning_overlap.modes.tensor.gemm import Exchange, Gathered, Reduced
-from lightning_overlap.modes.tensor.linear import Arriving, Reading, cast, matrix
+from lightning_overlap.modes.tensor.linear import Arriving, Reading, RegionInput, cast, matrix
 
 NAMES = (("qkv", "proj"), ("fc1", "fc2"))
 """What Transformer Engine calls the buffers of column and row layers. Layers that run one after the other can have the same."""
@@ -47,8 +46,12 @@ def library() -> Library:
     return Library(Linear, initialize_ub, destroy_ub)
 
 
-class _Sum(Function):
-    """Stands for all tokens of ``x``; backward sums their gradient over the ranks."""
+class _Sum(RegionInput):
+    """Stands for all tokens of ``x``; backward sums their gradient over the ranks.
+
+    Forward: ``x`` ``(..., own tokens, features)`` -> ``(..., tokens, features)`` of the same dtype, with the memory of one element.
+    Backward: the gradient of all tokens -> that of this rank's, in ``x``'s shape.
+    """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, reading: Reading) -> Tensor:

@@ -44,7 +44,10 @@ class Vocabulary:
 
 
 class _Sum(Function):
-    """The sum over the ranks; what follows is the same on all of them, and so is its gradient."""
+    """Sums over the ranks; what follows is the same on all of them, and so is its gradient.
+
+    Forward: ``x``, any shape and floating dtype -> its sum, in that shape and dtype. Backward: the gradient, unchanged.
+    """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, group: Group) -> Tensor:
@@ -93,6 +96,13 @@ def embedding_forward(layer: nn.Module, vocabulary: Vocabulary) -> Callable[...,
 
 
 class _Head(Function):
+    """The logits of this rank's part of the vocabulary. Backward sums the input's gradient over the ranks, under the weight's.
+
+    Forward: ``x`` ``(..., features)``, ``weight`` ``(own entries, features)``, ``bias`` ``(own entries)`` or None
+    -> ``(..., own entries)``.
+    Backward: gradients of the inputs' shapes.
+    """
+
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, vocabulary: Vocabulary) -> Tensor:
         ctx.save_for_backward(x, weight)
@@ -126,7 +136,10 @@ def head_forward(layer: nn.Module, vocabulary: Vocabulary) -> Callable[[Tensor],
 
 
 class _Whole(Function):
-    """All ranks' logits. All ranks go on with the same, so that each one's gradient is its part."""
+    """Gathers all ranks' logits. All ranks go on with the same, so that each one's gradient is its part.
+
+    Forward: ``local`` ``(..., own entries)`` -> ``(..., entries)``. Backward: the other way.
+    """
 
     @staticmethod
     def forward(ctx: Any, local: Tensor, vocabulary: Vocabulary) -> Tensor:

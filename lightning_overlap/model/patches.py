@@ -1,4 +1,4 @@
-"""What a mode puts on modules that are cut. Copies and pickles of the modules do without: they are ordinary modules."""
+"""Replaced forwards and hooks of modules that are cut. Copies and pickles of the modules do without: they are ordinary modules."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 
-class Forward:
+class ReplacedForward:
     """A module's ``forward``, replaced. It is never compiled: it communicates, and numbers arrive while it runs.
 
     Args:
