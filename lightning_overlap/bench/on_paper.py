@@ -64,9 +64,9 @@ def on_paper(schedule: Schedule, work: Sequence[tuple[str, float, float]], step:
     for of_rank, seconds in all_gather_objects((list(work), step)):
         for name, start, end in of_rank:
             spans[name[0], int(name[1:].split(".")[0])].append(end - start)
-        own = sum(end - start for _, start, end in of_rank) / steps
-        if own > longest:
-            longest, rest = own, seconds - own
+        computed = sum(end - start for _, start, end in of_rank) / steps
+        if computed > longest:
+            longest, rest = computed, seconds - computed
     cost = {key: statistics.median(seconds) for key, seconds in spans.items()}
     stages = range(schedule.stages)
     weight = [cost.get(("W", s), 0.0) for s in stages]
@@ -80,7 +80,7 @@ def on_paper(schedule: Schedule, work: Sequence[tuple[str, float, float]], step:
 
 def busiest(schedule: Schedule) -> int:
     """Transfers of a batch that a rank sends, to whomever, where they are most."""
-    sources = [rank for here, there in pairwise(schedule.placement) if here != there for rank in (here, there)]
+    sources = [rank for first, second in pairwise(schedule.placement) if first != second for rank in (first, second)]
     return schedule.microbatches * max(Counter(sources).values())
 
 

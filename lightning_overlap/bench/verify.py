@@ -231,23 +231,23 @@ def _on_and_off(on: Record, run: Callable[..., Record], overlap: str, close: flo
 
 def _shared(mine: list[str]) -> list[str]:
     """Gives all ranks the differences that each has found."""
-    return [f"rank {at}: {sentence}" for at, said in enumerate(all_gather_objects(mine)) for sentence in said]
+    return [f"rank {rank}: {sentence}" for rank, sentences in enumerate(all_gather_objects(mine)) for sentence in sentences]
 
 
 def _differences(first: Record, second: Record, this: str, that: str) -> list[str]:
     """The first of each kind, in words."""
-    found = []
+    differences = []
     for what, a, b in (("loss of batch", first.losses, second.losses), ("norm of the gradients of step", first.norms, second.norms)):
         if len(a) != len(b):
-            found.append(f"{len(a)} of '{what}' {this}, {len(b)} {that}")
+            differences.append(f"{len(a)} of '{what}' {this}, {len(b)} {that}")
         for i, (x, y) in enumerate(zip(a, b, strict=False)):
             if x != y and not (math.isnan(x) and math.isnan(y)):
-                found.append(f"{what} {i} is {x!r} {this}, {y!r} {that}")
+                differences.append(f"{what} {i} is {x!r} {this}, {y!r} {that}")
                 break
     other = [name for name, weight in first.weights.items() if digest(weight) != digest(second.weights[name])]
     if other:
-        found.append(f"{len(other)} of {len(first.weights)} parameters differ at the end, the first is {other[0]}")
-    return found
+        differences.append(f"{len(other)} of {len(first.weights)} parameters differ at the end, the first is {other[0]}")
+    return differences
 
 
 def _weights_read(first: Record, second: Record) -> list[str]:
@@ -283,14 +283,14 @@ def _mesh(runs: Runs) -> ParallelMesh:
 
 def _far(ours: Record, other: Record, losses: Sequence[float], close: float, where: str) -> list[str]:
     """The first of each kind that is not close to the other's, whose ``losses`` are those of the same batches, in words."""
-    found = []
+    differences = []
     for i, (x, y) in enumerate(zip(ours.losses, losses, strict=True)):
         if not math.isclose(x, y, rel_tol=close, abs_tol=close) and not (math.isnan(x) and math.isnan(y)):
-            found.append(f"loss of batch {i} is {x!r}, {where} {y!r}")
+            differences.append(f"loss of batch {i} is {x!r}, {where} {y!r}")
             break
     for name, weight in ours.weights.items():
         a, b = weight.double(), other.weights[name].double()
         if not (far := ((a - b).norm() / b.norm().clamp_min(close)).item()) <= close:
-            found.append(f"{name} differs by {far:.1e} (norm of the difference over its norm) at the end")
+            differences.append(f"{name} differs by {far:.1e} (norm of the difference over its norm) at the end")
             break
-    return found
+    return differences
