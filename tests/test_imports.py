@@ -34,9 +34,6 @@ ALLOWED: dict[str, set[str]] = {
     "directions": {
         "state.parts -> modes.base",
     },
-    "circles": {
-        "bench.advice -> bench.measure -> bench.advice",
-    },
     "private names": {
         "bench.verify: _parameters",
         "model.block_stack: _modules",
@@ -68,6 +65,7 @@ ALLOWED: dict[str, set[str]] = {
         "ranks.announcements: imports torch._C._distributed_c10d",
         "ranks.engine: imports _distributed_c10d",
         "ranks.engine: imports torch._C",
+        "ranks.transfer: _is_profiler_enabled",
         "ranks.world: _world",
         "ranks.shared_state: _BatchNorm",
         "ranks.shared_state: _buffers",

@@ -27,7 +27,8 @@ from lightning_overlap import (
     verify,
 )
 from lightning_overlap.bench.advice import advise
-from lightning_overlap.bench.measure import Row, measure
+from lightning_overlap.bench.measure import measure
+from lightning_overlap.bench.rows import Row
 from lightning_overlap.decision import Choice, Choices, Setting, check_count, settle
 from lightning_overlap.environment import wanted
 from lightning_overlap.facts import Facts

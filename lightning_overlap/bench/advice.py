@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
 
+from lightning_overlap.bench.rows import Row
 from lightning_overlap.config import OverlapConfig
-
-if TYPE_CHECKING:
-    from lightning_overlap.bench.measure import Row
 
 LITTLE = 0.03
 """Part of a step that is not worth a word."""

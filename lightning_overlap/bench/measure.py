@@ -25,44 +25,14 @@ from lightning.pytorch.strategies import Strategy
 from lightning_overlap.bench.advice import advise
 from lightning_overlap.bench.on_paper import OnPaper, on_paper
 from lightning_overlap.bench.peers import Peer, find_peers
+from lightning_overlap.bench.rows import Row
 from lightning_overlap.bench.runs import Runs
 from lightning_overlap.bench.skip import Skipped, skip_transfers
 from lightning_overlap.decision import ConfigError
 from lightning_overlap.ranks.clock import Clock, DeviceClock, Timeline
 from lightning_overlap.ranks.group import Transfer
 from lightning_overlap.strategy.strategy import OverlapStrategy
-
-
-@dataclass
-class Row:
-    """Seconds a step under one strategy: one figure for each repeat."""
-
-    name: str
-    seconds: list[float] = field(default_factory=list)
-    exposed: list[dict[str, float]] = field(default_factory=list)
-    """Seconds a step for which this rank did nothing but wait for a transfer, by kind, ``data.grads`` say (overlapped and plain)."""
-    memory: list[int] = field(default_factory=list)
-    """Bytes in use after the last step: the process's resident ones, on CUDA the most that torch had allocated."""
-
-    def add(self, clock: _Clock) -> None:
-        """One run more."""
-        self.seconds.append(clock.seconds)
-        self.memory.append(clock.memory)
-        if clock.logs:
-            self.exposed.append(clock.waits)
-
-    def waited(self, mode: str = "") -> float:
-        """Seconds a step for which transfers of a mode were waited for, or of all modes; the median of the runs."""
-        return statistics.median(sum(s for kind, s in run.items() if kind.startswith(mode)) for run in self.exposed)
-
-    @property
-    def median(self) -> float:
-        return statistics.median(self.seconds)
-
-    @property
-    def spread(self) -> float:
-        """(slowest - fastest) / median."""
-        return (max(self.seconds) - min(self.seconds)) / self.median
+from lightning_overlap.tables import as_text
 
 
 @dataclass
@@ -101,16 +71,12 @@ class Measured:
         return {**asdict(self), "limit": self.limit, "medians": medians, "efficiency": {m: self.efficiency(m) for m in self.modes}}
 
     def table(self) -> str:
-        """The table as text; times in milliseconds."""
-        lines = [f"{'':34}{'ms a step':>10}{'spread':>8}{'exposed':>9}{'MB':>7}{'x limit':>9}{'overlapped is':>15}"]
+        """Formats all rows and figures as text; times in milliseconds."""
         ours = self.row("overlapped").median
-        for row in self.rows:
-            exposed = f"{row.waited() * 1e3:.0f}" if row.exposed else ""
-            gain = "" if row.name in ("overlapped", "compute", "communication") else f"{row.median / ours:.2f} x"
-            held = f"{statistics.median(row.memory) / 1e6:.0f}" if row.memory else ""
-            figures = f"{row.median * 1e3:10.0f}{row.spread:8.0%}{exposed:>9}{held:>7}{row.median / self.limit:9.2f}{gain:>15}"
-            lines.append(f"{row.name:34}{figures}")
-        lines.append(f"{'limit = max(compute, communication)':34}{self.limit * 1e3:9.0f}")
+        rows = [self._cells(row, ours) for row in self.rows]
+        rows.append(("limit = max(compute, communication)", f"{self.limit * 1e3:.0f}", "", "", "", "1.00", ""))
+        head = ("", "ms a step", "spread", "exposed", "MB", "x limit", "overlapped is")
+        lines = [as_text(head, rows, numbers=True)]
         runs = f"{self.ranks} ranks, medians of {len(self.rows[0].seconds)} runs of {self.steps} steps"
         lines.append(f"efficiency {self.limit / ours:.0%}; {runs}")
         for mode, seconds in self.modes.items() if len(self.modes) > 1 else ():
@@ -119,8 +85,14 @@ class Measured:
                 f"{mode}: communication {alone * 1e3:.0f}, waited for {waited * 1e3:.0f}, efficiency {self.efficiency(mode):.0%}"
             )
         if self.on_paper is not None:
-            lines.append(self.on_paper.told(ours))
+            lines.append(self.on_paper.describe(ours))
         return "\n".join([*lines, *[f"doubtful: {doubt}" for doubt in self.doubts], self.advice])
+
+    def _cells(self, row: Row, overlapped: float) -> tuple[str, ...]:
+        exposed = f"{row.waited() * 1e3:.0f}" if row.exposed else ""
+        gain = "" if row.name in ("overlapped", "compute", "communication") else f"{row.median / overlapped:.2f} x"
+        memory = f"{statistics.median(row.memory) / 1e6:.0f}" if row.memory else ""
+        return row.name, f"{row.median * 1e3:.0f}", f"{row.spread:.0%}", exposed, memory, f"{row.median / self.limit:.2f}", gain
 
 
 class _Clock(Callback):
@@ -142,6 +114,11 @@ class _Clock(Callback):
         self._log: list[Transfer] = []
         self._begun = 0.0
         self._step = -1
+
+    @property
+    def figures(self) -> tuple[float, int, dict[str, float] | None]:
+        """What :meth:`Row.add` takes."""
+        return self.seconds, self.memory, self.waits if self.logs else None
 
     def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
         self._modes = getattr(trainer.strategy, "modes", ())
@@ -226,13 +203,13 @@ def measure(
     repeats: int,
     with_peers: bool,
 ) -> Measured:
-    """Runs everything, ``repeats`` times.
+    """Runs everything, ``repeats`` times; ``model``, ``datamodule``, ``strategy`` and ``trainer`` are those of :class:`Runs`.
 
     Args:
-        model: as in :class:`Runs`.
-        datamodule: as in :class:`Runs`.
-        strategy: as in :class:`Runs`.
-        trainer: as in :class:`Runs`.
+        model: the module.
+        datamodule: its data.
+        strategy: the configuration.
+        trainer: arguments of Trainer.
         steps: timed steps of a run.
         warmup: steps before them.
         repeats: runs of each.
@@ -254,26 +231,26 @@ def measure(
     alone: dict[str, list[float]] = defaultdict(list)
     for repeat in range(repeats):
         overlapped = runs.ours()
-        rows["overlapped"].add(run(overlapped))
-        rows["plain"].add(run(runs.ours(overlap="off")))
+        rows["overlapped"].add(*run(overlapped).figures)
+        rows["plain"].add(*run(runs.ours(overlap="off")).figures)
         clock = run(runs.ours(verify_first_step=False, **unchecked), skip=True)
-        rows["compute"].add(clock)
+        rows["compute"].add(*clock.figures)
         for name, seconds in clock.communication.items():
             (alone[name] if name else rows["communication"].seconds).append(seconds)
         if with_peers and repeat == 0:
             peers = find_peers(overlapped.plan, config, strategy.backend_name)
-        for name, (make, prepare) in peers.items():
-            if name in refused:
-                continue
+        for name in [name for name in peers if name not in refused]:
+            make, prepare = peers[name]
             try:
-                rows.setdefault(name, Row(name)).add(run(make(), prepare(copy.deepcopy(model))))
+                rows.setdefault(name, Row(name)).add(*run(make(), prepare(copy.deepcopy(model))).figures)
             except Exception as error:  # a peer that cannot train this module costs no figures
                 refused[name] = f"{name} is left out: {error}"
     measured = [row for row in rows.values() if row.name not in refused]
     doubts = [*refused.values(), *_doubts(measured, strategy.num_processes)]
-    paper = _simulated(overlapped, clock.work, rows["compute"].median, alone, steps)
-    plan = overlapped.plan.explain()
-    return Measured(measured, strategy.world_size, steps, doubts, advise(rows, config), dict(alone), plan, paper)
+    simulation = _simulated(overlapped, clock.work, rows["compute"].median, alone, steps)
+    return Measured(
+        measured, strategy.world_size, steps, doubts, advise(rows, config), dict(alone), overlapped.plan.explain(), simulation
+    )
 
 
 def _simulated(
@@ -302,37 +279,43 @@ def sweep(runs: Runs, setting: str, *, steps: int, warmup: int, repeats: int) ->
     Raises:
         ConfigError: there is no such setting, or it takes no such value.
     """
-    path, _, listed = setting.partition("=")
+    path, _, values_text = setting.partition("=")
     mode, name, key, *_ = (*path.split(".", 2), "", "")
-    own = getattr(runs.strategy.config, mode, None)
-    known = [f.name for f in fields(own)] if is_dataclass(own) else []
-    table = getattr(own, name, None) if name in known else None
-    if name not in known or not listed or isinstance(table, dict) != bool(key):
+    settings = getattr(runs.strategy.config, mode, None)
+    names = [f.name for f in fields(settings)] if is_dataclass(settings) else []
+    table = getattr(settings, name, None) if name in names else None
+    if name not in names or not values_text or isinstance(table, dict) != bool(key):
         raise ConfigError(
-            f"--sweep {setting}: it is MODE.SETTING=VALUE,VALUE,... with a setting of the mode: {', '.join(known) or path}; "
+            f"--sweep {setting}: it is MODE.SETTING=VALUE,VALUE,... with a setting of the mode: {', '.join(names) or path}; "
             "of one that is a table, MODE.SETTING.KEY=VALUE,VALUE,..."
         )
 
     def changed(value: Any) -> Any:
-        return replace(own, **{name: {**table, key: value} if isinstance(table, dict) else value})  # type: ignore[type-var]
+        return replace(settings, **{name: {**table, key: value} if isinstance(table, dict) else value})  # type: ignore[type-var]
 
-    values = {value: changed(_parsed(value)) for value in listed.split(",")}
+    values = {value: changed(_parsed(value)) for value in values_text.split(",")}
     rows = {value: Row(f"{path}={value}") for value in values}
     for _ in range(repeats):
         for value, config in values.items():
             clock = _Clock(warmup, steps)
             runs.fit(runs.ours(**{mode: config}), warmup + steps + 1, clock)
-            rows[value].add(clock)
+            rows[value].add(*clock.figures)
     return sorted(rows.values(), key=lambda row: row.median)
 
 
 def ranking(rows: list[Row]) -> str:
-    """Of a sweep, as text; times in milliseconds."""
-    lines = [f"{'':44}{'ms a step':>10}{'spread':>8}{'exposed':>9}{'MB':>7}"]
-    for row in rows:
-        exposed, held = row.waited() * 1e3, statistics.median(row.memory) / 1e6
-        lines.append(f"{row.name:44}{row.median * 1e3:10.0f}{row.spread:8.0%}{exposed:9.0f}{held:7.0f}")
-    return "\n".join(lines)
+    """Formats the rows of a sweep as a table; times in milliseconds."""
+    cells = [
+        (
+            row.name,
+            f"{row.median * 1e3:.0f}",
+            f"{row.spread:.0%}",
+            f"{row.waited() * 1e3:.0f}",
+            f"{statistics.median(row.memory) / 1e6:.0f}",
+        )
+        for row in rows
+    ]
+    return as_text(("", "ms a step", "spread", "exposed", "MB"), cells, numbers=True)
 
 
 def _parsed(value: str) -> Any:
@@ -350,10 +333,10 @@ def memory_in_use(device: torch.device) -> int:
     return int(status.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") if status.exists() else 0
 
 
-def _doubts(rows: list[Row], here: int) -> list[str]:
-    """Why the figures may not be trusted."""
+def _doubts(rows: list[Row], local_ranks: int) -> list[str]:
+    """Lists the reasons why the figures may not be trusted."""
     doubts = [f"{row.name} differs by {row.spread:.0%} between runs" for row in rows if row.spread > 0.1]
     cores = len(os.sched_getaffinity(0))
-    if here * torch.get_num_threads() > cores:
-        doubts.append(f"{here} ranks x {torch.get_num_threads()} threads share {cores} cores: set OMP_NUM_THREADS lower")
+    if local_ranks * torch.get_num_threads() > cores:
+        doubts.append(f"{local_ranks} ranks x {torch.get_num_threads()} threads share {cores} cores: set OMP_NUM_THREADS lower")
     return doubts

@@ -1,4 +1,4 @@
-"""What a schedule of a step in parts takes on paper, from what its actions and transfers were measured to take."""
+"""Simulates the schedule of microbatches, from the measured times of its actions and transfers."""
 
 from __future__ import annotations
 
@@ -35,8 +35,12 @@ class OnPaper:
     backward: float
     transfer: float
 
-    def told(self, measured: float) -> str:
-        """As text, beside the step that was measured."""
+    def describe(self, measured: float) -> str:
+        """Formats the simulation beside the measured step, in milliseconds.
+
+        Args:
+            measured: seconds of the measured step.
+        """
         parts = f"forward {self.forward * 1e3:.1f}, backward {self.backward * 1e3:.1f}, transfer {self.transfer * 1e3:.1f}"
         return (
             f"on paper, with {parts}, outside the schedule {self.outside * 1e3:.0f}: {self.simulated * 1e3:.0f} "
@@ -80,8 +84,8 @@ def busiest(schedule: Schedule) -> int:
     return schedule.microbatches * max(Counter(sources).values())
 
 
-def what_it_takes(schedule: Schedule, times: str) -> str:
-    """A schedule's time, as text.
+def describe_times(schedule: Schedule, times: str) -> str:
+    """Simulates a schedule with given times, and formats the result.
 
     Args:
         schedule: of one batch.

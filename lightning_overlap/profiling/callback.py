@@ -86,7 +86,8 @@ class OverlapProfiler(Callback):
             rank_zero_warn("OverlapProfiler knows the transfers of OverlapStrategy only: nothing is measured")
         self._modes = list(getattr(trainer.strategy, "modes", ()))
         self._groups = [group for mode in self._modes for group in mode.groups if group.size > 1]
-        self._measured, self.summary, self._open, self._begun = [], Summary(), None, -1
+        self.summary = Summary(remarks={mode.name: mode.remark for mode in self._modes})
+        self._measured, self._open, self._begun = [], None, -1
         self._drawn.clear()
         self._log = []
         self._clock = DeviceClock() if trainer.strategy.root_device.type == "cuda" else Clock()
@@ -202,10 +203,9 @@ class OverlapProfiler(Callback):
         if not self.summary.steps:
             rank_zero_info(f"OverlapProfiler: no step was measured (warmup={self._warmup}, every_n_steps={self._every})")
             return
-        table = self.summary.table({mode.name: mode.remark for mode in self._modes})
-        rank_zero_info(table)
+        rank_zero_info(self.summary.table())
         if self._trace is not None:
             self._trace.parent.mkdir(parents=True, exist_ok=True)
             write_chrome_trace(list(self._drawn), self._trace)
         if self._report is not None:
-            write_report(table, list(self._drawn), trainer.strategy.plan.explain(), self._report)  # type: ignore[attr-defined]
+            write_report(self.summary.table(), list(self._drawn), trainer.strategy.plan.explain(), self._report)  # type: ignore[attr-defined]

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 from lightning_overlap.profiling.intervals import Interval, difference, length, union
+from lightning_overlap.tables import as_text
 
 if TYPE_CHECKING:
     from lightning_overlap.ranks.group import Transfer
@@ -205,6 +206,7 @@ class Summary:
         modes: by name, and all together under ``""``.
         blocked: seconds for which a transfer was waited for, by label.
         stragglers: seconds for which others waited, by the rank they waited for.
+        remarks: by mode, a sentence that the table adds if the mode has communicated.
     """
 
     steps: int = 0
@@ -214,6 +216,7 @@ class Summary:
     modes: dict[str, Spent] = field(default_factory=lambda: {"": Spent()})
     blocked: dict[str, float] = field(default_factory=dict)
     stragglers: dict[int, float] = field(default_factory=dict)
+    remarks: Mapping[str, str] = field(default_factory=dict)
 
     def add(self, step: Sequence[Step]) -> None:
         """One step more, as all ranks saw it, on one clock."""
@@ -274,29 +277,27 @@ class Summary:
         seconds /= max(1, self.steps)
         return (rank, seconds) if seconds > 0.01 * self.step else None
 
-    def table(self, remarks: Mapping[str, str] | None = None) -> str:
-        """As text; times in milliseconds.
-
-        Args:
-            remarks: by mode, a sentence about its transfers, which is added if it has communicated.
-        """
-        head = f"{'ms a step':12}{'communication':>15}{'hidden':>9}{'exposed':>9}{'late peers':>12}{'MB sent':>9}{'Mbit/s':>8}"
-        lines = [f"lightning_overlap: {self.steps} steps measured, means over {self.ranks} ranks", head]
-        for name in [*self.names, *([""] if len(self.names) > 1 else [])]:
-            s = self.mean(name)
-            times = f"{s.communication * 1e3:15.1f}{s.hidden * 1e3:9.1f}{s.exposed * 1e3:9.1f}{s.late * 1e3:12.1f}"
-            lines.append(f"{name or 'together':12}{times}{s.nbytes / 1e6:9.1f}{s.bandwidth / 1e6:8.0f}")
+    def table(self) -> str:
+        """As text; times in milliseconds."""
+        rows = [self._cells(name) for name in [*self.names, *([""] if len(self.names) > 1 else [])]]
+        head = ("ms a step", "communication", "hidden", "exposed", "late peers", "MB sent", "Mbit/s")
+        lines = [f"lightning_overlap: {self.steps} steps measured, means over {self.ranks} ranks", as_text(head, rows, numbers=True)]
         all_of = self.mean()
         parts = f"compute {self.compute * 1e3:.1f} + exposed {all_of.exposed * 1e3:.1f} + late peers {all_of.late * 1e3:.1f}"
         parts += f" + core taken {self.core_taken * 1e3:.1f}"
         lines.append(f"a step of {self.step * 1e3:.1f} ms = {parts}; {all_of.hidden_percent:.0f}% of the communication is hidden")
         longest = [f"{label} {seconds * 1e3:.1f}" for label, seconds in self.waited_for()[:5]]
-        lines += [remark for name, remark in (remarks or {}).items() if remark and name in self.names]
+        lines += [remark for name, remark in self.remarks.items() if remark and name in self.names]
         if longest:
             lines.append(f"waited for longest: {', '.join(longest)}")
         if (slow := self.straggler()) is not None:
             lines.append(f"rank {slow[0]} kept the others waiting for {slow[1] * 1e3:.1f} ms a step")
         return "\n".join(lines)
+
+    def _cells(self, name: str) -> tuple[str, ...]:
+        s = self.mean(name)
+        times = [f"{seconds * 1e3:.1f}" for seconds in (s.communication, s.hidden, s.exposed, s.late)]
+        return name or "together", *times, f"{s.nbytes / 1e6:.1f}", f"{s.bandwidth / 1e6:.0f}"
 
 
 K = TypeVar("K")

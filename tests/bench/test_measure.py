@@ -7,9 +7,11 @@ from lightning.pytorch.plugins.environments import TorchElasticEnvironment
 
 from lightning_overlap import ConfigError, DataParallel, OverlapConfig, OverlapStrategy
 from lightning_overlap.bench.advice import advise
-from lightning_overlap.bench.measure import Measured, Row, _Clock, measure, ranking, sweep
+from lightning_overlap.bench.measure import Measured, _Clock, measure, ranking, sweep
+from lightning_overlap.bench.rows import Row
 from lightning_overlap.bench.runs import Runs
 from lightning_overlap.bench.skip import Skipped
+from lightning_overlap.ranks.group import Group
 from tests.helpers.training import Net, train
 from tests.trainer.test_tensor import Net as TensorNet
 
@@ -147,7 +149,8 @@ class Recorded:
     def reduce_scatter(self, x, bounds, **how):
         self.made.append(how["label"])
 
-    all_gather = all_reduce = start_step = send = receive = reduce_scatter
+    all_gather = all_to_all = all_reduce = start_step = send = receive = reduce_scatter
+    completed = Group.completed
 
 
 @pytest.mark.parametrize(

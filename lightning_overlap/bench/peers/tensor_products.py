@@ -23,12 +23,13 @@ from torch.distributed.tensor import DTensor, Shard
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.nn import functional as F
 
-from lightning_overlap.bench.measure import Row
+from lightning_overlap.bench.rows import Row
 from lightning_overlap.bench.skip import Skipped
 from lightning_overlap.modes.tensor.gemm import Exchange, shares
 from lightning_overlap.modes.tensor.linear import Arriving, prepare, read, row_product
 from lightning_overlap.ranks.group import Group
 from lightning_overlap.ranks.world import all_gather_objects, end_world, make_group
+from lightning_overlap.tables import as_text
 
 Run = Callable[[], list[Tensor]]
 PRODUCTS = ("all-gather + GEMM", "GEMM + reduce-scatter", "MLP, both ways")
@@ -146,9 +147,7 @@ def measure(runs: Mapping[str, list[Run]], steps: int, repeats: int) -> dict[str
 
 def table(rows: Mapping[str, list[Row]]) -> str:
     """As text; times in milliseconds."""
-    lines = [f"{'ms':36}" + "".join(f"{product:>24}" for product in PRODUCTS)]
-    for name, of_name in rows.items():
-        lines.append(f"{name:36}" + "".join(f"{row.median * 1e3:17.1f} ±{row.spread / 2:4.0%}" for row in of_name))
+    cells = [(name, *(f"{row.median * 1e3:.1f} ±{row.spread / 2:.0%}" for row in of_name)) for name, of_name in rows.items()]
     median = {name: [row.median for row in of_name] for name, of_name in rows.items()}
     limits = [max(pair) for pair in zip(median["GEMM"], median["transfer"], strict=True)]
     for name, above, below in (
@@ -156,8 +155,8 @@ def table(rows: Mapping[str, list[Row]]) -> str:
         ("plain / overlapped", median["plain"], median["overlapped"]),
         ("torch's / overlapped", median[PEER], median["overlapped"]),
     ):
-        lines.append(f"{name:36}" + "".join(f"{a / b:24.2f}" for a, b in zip(above, below, strict=True)))
-    return "\n".join(lines)
+        cells.append((name, *(f"{a / b:.2f}" for a, b in zip(above, below, strict=True))))
+    return as_text(("ms", *PRODUCTS), cells, numbers=True)
 
 
 def main() -> None:
