@@ -36,6 +36,8 @@ VOCABULARY = ("vocab_embedding", "vocab_head")
 class TensorMode(Holder):
     """See the module's docstring."""
 
+    # More than 20 methods: 18 are verbs of the contract.
+
     name = "tensor"
     nesting = Nesting.LAYERS
     keeps_bits = False
