@@ -112,7 +112,7 @@ class GlooEngine(Engine):
 
 
 class ThreadedGlooEngine(GlooEngine):
-    """Its threads post and wait, until it rests; then the caller does (a checkpoint after a fit). Arguments: see :class:`GlooEngine`."""
+    """Its threads post and wait. Once it rests, the caller does (a checkpoint after a fit). Arguments: see :class:`GlooEngine`."""
 
     def __init__(
         self,
