@@ -112,7 +112,7 @@ class GlooEngine(Engine):
 
 
 class ThreadedGlooEngine(GlooEngine):
-    """Its threads post and wait. Arguments: as in :class:`GlooEngine`."""
+    """Its threads post and wait. Once it rests, the caller does (a checkpoint after a fit). Arguments: see :class:`GlooEngine`."""
 
     def __init__(
         self,
@@ -126,24 +126,32 @@ class ThreadedGlooEngine(GlooEngine):
         self.threads: Threads | None = Threads(self)
 
     def all_reduce(self, x: Tensor, op: Any, transfer: Transfer) -> Waiter:
+        if self.threads is None:
+            return super().all_reduce(x, op, transfer)
         # Posted by the caller, as all collectives: they find each other by the order of posting.
         work = dist.all_reduce(x, op, self.connected, async_op=True)
         return self._posted(transfer, [], works=[(work, -1)], reduction=True)
 
     def exchange(self, receives: Sequence[Piece], sends: Sequence[Piece], key: int, transfer: Transfer) -> Waiter:
+        if self.threads is None:
+            return super().exchange(receives, sends, key, transfer)
         operations: list[_Operation] = [(dist.irecv, x, peer, self.process_group, key) for peer, x in receives]
         operations += [(dist.isend, x, peer, self.process_group, key) for peer, x in sends]
         return self._posted(transfer, operations, reduction=True)
 
     def send(self, x: Tensor, peer: int, key: int, transfer: Transfer) -> Waiter:
-        return self.exchange([], [(peer, x)], key, transfer)
+        return self.exchange([], [(peer, x)], key, transfer) if self.threads is not None else super().send(x, peer, key, transfer)
 
     def receive(self, x: Tensor, peer: int, key: int, transfer: Transfer) -> Waiter:
+        if self.threads is None:
+            return super().receive(x, peer, key, transfer)
         return self._posted(transfer, [(dist.irecv, x, peer, self.process_group, key)], reduction=False)
 
     def all_gather(
         self, x: Tensor, pieces: Sequence[Tensor], key: int, priority: int, pool: BufferPool, transfer: Transfer
     ) -> Waiter:
+        if self.threads is None:
+            return super().all_gather(x, pieces, key, priority, pool, transfer)
         rank, size, first = self.members.rank, self.members.size, key * _MAX_CHUNKS
         peers = [(rank + i) % size for i in range(1, size)]
         receives: list[_Operation] = [
