@@ -13,7 +13,7 @@ from lightning.pytorch.cli import LightningCLI
 
 from lightning_overlap.bench.measure import measure, ranking
 from lightning_overlap.bench.measure import sweep as rank_values
-from lightning_overlap.bench.on_paper import what_it_takes
+from lightning_overlap.bench.on_paper import describe_times
 from lightning_overlap.bench.runs import Runs
 from lightning_overlap.bench.verify import verify
 from lightning_overlap.decision import ConfigError
@@ -25,7 +25,7 @@ from lightning_overlap.strategy.strategy import OverlapStrategy
 
 
 class _Trainer(Trainer):
-    """A Trainer with more to do: tell what would run, prove it, and measure it."""
+    """A Trainer with three more commands: plan, bench and verify."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -47,8 +47,8 @@ class _Trainer(Trainer):
 
         Args:
             model: the module.
-            datamodule: not looked at.
-            schedule: print and draw the schedule of a step in parts, too; a file with what is printed can be given as schedule.
+            datamodule: not used.
+            schedule: also print and draw the schedule of microbatches; the printed text in a file is a schedule to configure.
             times: milliseconds of a stage's forward of a microbatch, of its backward and of a transfer, such as 30,60,8: tells how
                 long the schedule takes.
         """
@@ -62,12 +62,12 @@ class _Trainer(Trainer):
             backend=strategy.backend_name,
         )
         print(resolve(strategy.config, facts).explain())
-        made = [mode.schedule(strategy.config.of(mode), None) for mode in strategy.config.modes]
-        for each in made:
-            if each is not None and schedule:
-                print(each.text() + draw(each))
-            if each is not None and times is not None:
-                print(what_it_takes(each, times))
+        for mode in strategy.config.modes:
+            microbatches = mode.schedule(strategy.config.of(mode), None)
+            if microbatches is not None and schedule:
+                print(microbatches.text() + draw(microbatches))
+            if microbatches is not None and times is not None:
+                print(describe_times(microbatches, times))
 
     def bench(
         self,
@@ -95,7 +95,7 @@ class _Trainer(Trainer):
             report: a file for a page with the table and its bars.
         """
         if report is not None:
-            import_plotly()  # what is missing is said before hours are measured
+            import_plotly()  # fails now, not after hours of measurements
         if sweep is not None:
             runs = Runs(model, datamodule, self._overlap(), self._given)
             rows = rank_values(runs, sweep, steps=steps, warmup=warmup, repeats=repeats)
@@ -138,8 +138,8 @@ class _Trainer(Trainer):
 class _CLI(LightningCLI):
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
-        own = {"model", "datamodule"}
-        return {**LightningCLI.subcommands(), "plan": own, "bench": own, "verify": own}
+        arguments = {"model", "datamodule"}
+        return {**LightningCLI.subcommands(), "plan": arguments, "bench": arguments, "verify": arguments}
 
 
 def main() -> None:

@@ -30,11 +30,7 @@ PURE = {
 """Without torch and Lightning: decisions and plans are tested, and read, by themselves. So are the modes' ``config`` files."""
 DISTRIBUTED = re.compile(r"torch_seams$|ranks\.|state\.|modes\.tensor\.symm_mem$|modes\.tensor\.userbuffers$|bench\.peers")
 """Who may import torch.distributed. The peers of a measurement are torch's own."""
-ALLOWED: dict[str, set[str]] = {
-    "circles": {
-        "bench.advice -> bench.measure -> bench.advice",
-    },
-}
+ALLOWED: dict[str, set[str]] = {}
 """What still breaks a rule, by rule. It is empty when the house is in order."""
 
 

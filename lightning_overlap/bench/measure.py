@@ -71,7 +71,7 @@ class Measured:
         return {**asdict(self), "limit": self.limit, "medians": medians, "efficiency": {m: self.efficiency(m) for m in self.modes}}
 
     def table(self) -> str:
-        """The table as text; times in milliseconds."""
+        """Formats all rows and figures as text; times in milliseconds."""
         ours = self.row("overlapped").median
         rows = [self._cells(row, ours) for row in self.rows]
         rows.append(("limit = max(compute, communication)", f"{self.limit * 1e3:.0f}", "", "", "", "1.00", ""))
@@ -85,7 +85,7 @@ class Measured:
                 f"{mode}: communication {alone * 1e3:.0f}, waited for {waited * 1e3:.0f}, efficiency {self.efficiency(mode):.0%}"
             )
         if self.on_paper is not None:
-            lines.append(self.on_paper.told(ours))
+            lines.append(self.on_paper.describe(ours))
         return "\n".join([*lines, *[f"doubtful: {doubt}" for doubt in self.doubts], self.advice])
 
     def _cells(self, row: Row, overlapped: float) -> tuple[str, ...]:
@@ -203,13 +203,13 @@ def measure(
     repeats: int,
     with_peers: bool,
 ) -> Measured:
-    """Runs everything, ``repeats`` times.
+    """Runs everything, ``repeats`` times; ``model``, ``datamodule``, ``strategy`` and ``trainer`` are those of :class:`Runs`.
 
     Args:
-        model: as in :class:`Runs`.
-        datamodule: as in :class:`Runs`.
-        strategy: as in :class:`Runs`.
-        trainer: as in :class:`Runs`.
+        model: the module.
+        datamodule: its data.
+        strategy: the configuration.
+        trainer: arguments of Trainer.
         steps: timed steps of a run.
         warmup: steps before them.
         repeats: runs of each.
@@ -239,18 +239,18 @@ def measure(
             (alone[name] if name else rows["communication"].seconds).append(seconds)
         if with_peers and repeat == 0:
             peers = find_peers(overlapped.plan, config, strategy.backend_name)
-        for name, (make, prepare) in peers.items():
-            if name in refused:
-                continue
+        for name in [name for name in peers if name not in refused]:
+            make, prepare = peers[name]
             try:
                 rows.setdefault(name, Row(name)).add(*run(make(), prepare(copy.deepcopy(model))).figures)
             except Exception as error:  # a peer that cannot train this module costs no figures
                 refused[name] = f"{name} is left out: {error}"
     measured = [row for row in rows.values() if row.name not in refused]
     doubts = [*refused.values(), *_doubts(measured, strategy.num_processes)]
-    paper = _simulated(overlapped, clock.work, rows["compute"].median, alone, steps)
-    plan = overlapped.plan.explain()
-    return Measured(measured, strategy.world_size, steps, doubts, advise(rows, config), dict(alone), plan, paper)
+    simulation = _simulated(overlapped, clock.work, rows["compute"].median, alone, steps)
+    return Measured(
+        measured, strategy.world_size, steps, doubts, advise(rows, config), dict(alone), overlapped.plan.explain(), simulation
+    )
 
 
 def _simulated(
@@ -279,21 +279,21 @@ def sweep(runs: Runs, setting: str, *, steps: int, warmup: int, repeats: int) ->
     Raises:
         ConfigError: there is no such setting, or it takes no such value.
     """
-    path, _, listed = setting.partition("=")
+    path, _, values_text = setting.partition("=")
     mode, name, key, *_ = (*path.split(".", 2), "", "")
-    own = getattr(runs.strategy.config, mode, None)
-    known = [f.name for f in fields(own)] if is_dataclass(own) else []
-    table = getattr(own, name, None) if name in known else None
-    if name not in known or not listed or isinstance(table, dict) != bool(key):
+    settings = getattr(runs.strategy.config, mode, None)
+    names = [f.name for f in fields(settings)] if is_dataclass(settings) else []
+    table = getattr(settings, name, None) if name in names else None
+    if name not in names or not values_text or isinstance(table, dict) != bool(key):
         raise ConfigError(
-            f"--sweep {setting}: it is MODE.SETTING=VALUE,VALUE,... with a setting of the mode: {', '.join(known) or path}; "
+            f"--sweep {setting}: it is MODE.SETTING=VALUE,VALUE,... with a setting of the mode: {', '.join(names) or path}; "
             "of one that is a table, MODE.SETTING.KEY=VALUE,VALUE,..."
         )
 
     def changed(value: Any) -> Any:
-        return replace(own, **{name: {**table, key: value} if isinstance(table, dict) else value})  # type: ignore[type-var]
+        return replace(settings, **{name: {**table, key: value} if isinstance(table, dict) else value})  # type: ignore[type-var]
 
-    values = {value: changed(_parsed(value)) for value in listed.split(",")}
+    values = {value: changed(_parsed(value)) for value in values_text.split(",")}
     rows = {value: Row(f"{path}={value}") for value in values}
     for _ in range(repeats):
         for value, config in values.items():
@@ -304,7 +304,7 @@ def sweep(runs: Runs, setting: str, *, steps: int, warmup: int, repeats: int) ->
 
 
 def ranking(rows: list[Row]) -> str:
-    """Of a sweep, as text; times in milliseconds."""
+    """Formats the rows of a sweep as a table; times in milliseconds."""
     cells = [
         (
             row.name,
@@ -333,10 +333,10 @@ def memory_in_use(device: torch.device) -> int:
     return int(status.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") if status.exists() else 0
 
 
-def _doubts(rows: list[Row], here: int) -> list[str]:
-    """Why the figures may not be trusted."""
+def _doubts(rows: list[Row], local_ranks: int) -> list[str]:
+    """Lists the reasons why the figures may not be trusted."""
     doubts = [f"{row.name} differs by {row.spread:.0%} between runs" for row in rows if row.spread > 0.1]
     cores = len(os.sched_getaffinity(0))
-    if here * torch.get_num_threads() > cores:
-        doubts.append(f"{here} ranks x {torch.get_num_threads()} threads share {cores} cores: set OMP_NUM_THREADS lower")
+    if local_ranks * torch.get_num_threads() > cores:
+        doubts.append(f"{local_ranks} ranks x {torch.get_num_threads()} threads share {cores} cores: set OMP_NUM_THREADS lower")
     return doubts

@@ -1,4 +1,4 @@
-"""What a schedule of a step in parts takes on paper, from what its actions and transfers were measured to take."""
+"""Simulates the schedule of microbatches, from the measured times of its actions and transfers."""
 
 from __future__ import annotations
 
@@ -35,8 +35,12 @@ class OnPaper:
     backward: float
     transfer: float
 
-    def told(self, measured: float) -> str:
-        """As text, beside the step that was measured."""
+    def describe(self, measured: float) -> str:
+        """Formats the simulation beside the measured step, in milliseconds.
+
+        Args:
+            measured: seconds of the measured step.
+        """
         parts = f"forward {self.forward * 1e3:.1f}, backward {self.backward * 1e3:.1f}, transfer {self.transfer * 1e3:.1f}"
         return (
             f"on paper, with {parts}, outside the schedule {self.outside * 1e3:.0f}: {self.simulated * 1e3:.0f} "
@@ -60,9 +64,9 @@ def on_paper(schedule: Schedule, work: Sequence[tuple[str, float, float]], step:
     for of_rank, seconds in all_gather_objects((list(work), step)):
         for name, start, end in of_rank:
             spans[name[0], int(name[1:].split(".")[0])].append(end - start)
-        own = sum(end - start for _, start, end in of_rank) / steps
-        if own > longest:
-            longest, rest = own, seconds - own
+        computed = sum(end - start for _, start, end in of_rank) / steps
+        if computed > longest:
+            longest, rest = computed, seconds - computed
     cost = {key: statistics.median(seconds) for key, seconds in spans.items()}
     stages = range(schedule.stages)
     weight = [cost.get(("W", s), 0.0) for s in stages]
@@ -76,12 +80,12 @@ def on_paper(schedule: Schedule, work: Sequence[tuple[str, float, float]], step:
 
 def busiest(schedule: Schedule) -> int:
     """Transfers of a batch that a rank sends, to whomever, where they are most."""
-    sources = [rank for here, there in pairwise(schedule.placement) if here != there for rank in (here, there)]
+    sources = [rank for first, second in pairwise(schedule.placement) if first != second for rank in (first, second)]
     return schedule.microbatches * max(Counter(sources).values())
 
 
-def what_it_takes(schedule: Schedule, times: str) -> str:
-    """A schedule's time, as text.
+def describe_times(schedule: Schedule, times: str) -> str:
+    """Simulates a schedule with given times, and formats the result.
 
     Args:
         schedule: of one batch.

@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader
 
 from lightning_overlap.bench.runs import Runs
 from lightning_overlap.config import OverlapConfig
-from lightning_overlap.decision import ConfigError
+from lightning_overlap.decision import ConfigError, check_count
 from lightning_overlap.plan import Plan, resolve
 from lightning_overlap.ranks.mesh import ParallelMesh
 from lightning_overlap.ranks.shared_state import share
@@ -31,8 +31,8 @@ CLOSE, CLOSE_HALF = 1e-5, 1e-2
 
 
 @dataclass
-class Seen:
-    """What one rank saw in a run.
+class Record:
+    """The numbers of a run on one rank.
 
     Attributes:
         losses: of each batch.
@@ -49,11 +49,11 @@ class Seen:
     batches: list[Any] = field(default_factory=list)
 
 
-class _Witness(Callback):
-    """Puts down what a run does, without a wait of its own, unless it is to look at the weights that forward reads."""
+class _Recorder(Callback):
+    """Records a run. It waits for no transfer, unless it also records the weights that forward reads."""
 
     def __init__(self, *, batches: bool = False, weights: bool = False) -> None:
-        self.seen = Seen()
+        self.record = Record()
         self._batches, self._weights = batches, weights
         self._squares: list[float] = []
         self._hooks: list[Any] = []
@@ -64,30 +64,30 @@ class _Witness(Callback):
         if self._weights:
             for prefix, part in module.named_modules():
                 if names := list(parameters_of(part)):
-                    self._hooks.append(part.register_forward_pre_hook(_Reads(self.seen.read, prefix, names)))
+                    self._hooks.append(part.register_forward_pre_hook(_Reads(self.record.read, prefix, names)))
 
     def on_train_batch_start(self, trainer: Trainer, module: LightningModule, batch: Any, batch_idx: int) -> None:
         if self._batches:
-            self.seen.batches.append(copy.deepcopy(move_data_to_device(batch, "cpu")))
-        self.seen.read.append({})
+            self.record.batches.append(copy.deepcopy(move_data_to_device(batch, "cpu")))
+        self.record.read.append({})
 
     def on_train_batch_end(self, trainer: Trainer, module: LightningModule, outputs: Any, *_: Any) -> None:
         loss = outputs["loss"] if isinstance(outputs, dict) else outputs
         # Lightning has divided it by the batches of an accumulation window.
-        self.seen.losses.append(math.nan if loss is None else float(loss) * trainer.accumulate_grad_batches)
+        self.record.losses.append(math.nan if loss is None else float(loss) * trainer.accumulate_grad_batches)
         if self._squares:
             # Exact whatever the order, in which a step in backward and one after it differ.
-            self.seen.norms.append(math.sqrt(math.fsum(self._squares)))
+            self.record.norms.append(math.sqrt(math.fsum(self._squares)))
             self._squares.clear()
 
     def on_train_end(self, trainer: Trainer, module: LightningModule) -> None:
         for hook in self._hooks:
             hook.remove()
 
-    def after(self, module: LightningModule) -> Seen:
-        """What has been seen, and the weights, which are whole on every rank after a fit."""
-        self.seen.weights = {name: p.detach().cpu().clone() for name, p in module.named_parameters()}
-        return self.seen
+    def after(self, module: LightningModule) -> Record:
+        """The record, completed by the weights, which are whole on every rank after a fit."""
+        self.record.weights = {name: p.detach().cpu().clone() for name, p in module.named_parameters()}
+        return self.record
 
     def _stepped(self, optimizer: Any, args: Any, kwargs: Any) -> None:
         gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
@@ -115,7 +115,7 @@ def digest(x: Tensor) -> str:
 
 @dataclass
 class Verdict:
-    """What was compared, and what differs; the same on every rank.
+    """The result of a comparison, the same on every rank.
 
     Attributes:
         compared: in words.
@@ -155,7 +155,7 @@ def verify(
         datamodule: as in :class:`Runs`.
         strategy: as in :class:`Runs`.
         trainer: as in :class:`Runs`.
-        steps: how many are trained.
+        steps: the number of steps of each run.
         against: ``"single"`` compares with one process, too.
 
     Returns:
@@ -164,19 +164,17 @@ def verify(
     Raises:
         ConfigError: ``steps`` is less than 1, there is one rank only, or nothing overlaps and there is nothing else to compare with.
     """
-    if steps < 1:
-        raise ConfigError(f"steps={steps} must be at least 1")
+    check_count("steps", steps)
     runs = Runs(model, datamodule, strategy, trainer)
-
     plans: list[Plan] = []
 
-    def run(overlap: str, **looks: bool) -> Seen:
-        witness = _Witness(**looks)
+    def run(overlap: str, **looks: bool) -> Record:
+        recorder = _Recorder(**looks)
         module = copy.deepcopy(model)
         ours = runs.ours(overlap=overlap)
-        runs.fit(ours, steps, witness, module)
+        runs.fit(ours, steps, recorder, module)
         plans.append(ours.plan)
-        return witness.after(module)
+        return recorder.after(module)
 
     on = run(strategy.config.overlap, batches=against == "single")
     if world_size() == 1:
@@ -192,10 +190,15 @@ def verify(
             "overlap (overlap: auto), or compare with one process (against='single', --against single)"
         )
     if against == "single":
-        single, mesh = _single(runs, on.batches, steps), _mesh(runs)
-        far = _far(on, single, single.losses[mesh.index("samples") :: mesh.size("samples")], close, "on one process")
-        verdicts.append(Verdict(f"{world_size()} ranks and one process, losses and weights to {close:g}", _shared(far)))
+        verdicts.append(_ranks_and_one(on, runs, steps, close))
     return verdicts
+
+
+def _ranks_and_one(on: Record, runs: Runs, steps: int, close: float) -> Verdict:
+    """Compares a run with one process on the batches of all ranks, which is trained here."""
+    single, mesh = _single(runs, on.batches, steps), _mesh(runs)
+    far = _far(on, single, single.losses[mesh.index("samples") :: mesh.size("samples")], close, "on one process")
+    return Verdict(f"{world_size()} ranks and one process, losses and weights to {close:g}", _shared(far))
 
 
 def _overlaps(plan: Plan, config: OverlapConfig) -> bool:
@@ -204,7 +207,7 @@ def _overlaps(plan: Plan, config: OverlapConfig) -> bool:
     return {name: each.value for name, each in plan.features().items()} != {name: each.value for name, each in off.features().items()}
 
 
-def _on_and_off(on: Seen, run: Callable[..., Seen], overlap: str, close: float, *, exact: bool) -> Verdict:
+def _on_and_off(on: Record, run: Callable[..., Record], overlap: str, close: float, *, exact: bool) -> Verdict:
     """Compares a run with its twin without overlap, which is trained here.
 
     Args:
@@ -228,27 +231,27 @@ def _on_and_off(on: Seen, run: Callable[..., Seen], overlap: str, close: float, 
 
 
 def _shared(mine: list[str]) -> list[str]:
-    """What any rank has found, on every rank."""
-    return [f"rank {at}: {sentence}" for at, said in enumerate(all_gather_objects(mine)) for sentence in said]
+    """Gives all ranks the differences that each has found."""
+    return [f"rank {rank}: {sentence}" for rank, sentences in enumerate(all_gather_objects(mine)) for sentence in sentences]
 
 
-def _differences(first: Seen, second: Seen, this: str, that: str) -> list[str]:
+def _differences(first: Record, second: Record, this: str, that: str) -> list[str]:
     """The first of each kind, in words."""
-    found = []
+    differences = []
     for what, a, b in (("loss of batch", first.losses, second.losses), ("norm of the gradients of step", first.norms, second.norms)):
         if len(a) != len(b):
-            found.append(f"{len(a)} of '{what}' {this}, {len(b)} {that}")
+            differences.append(f"{len(a)} of '{what}' {this}, {len(b)} {that}")
         for i, (x, y) in enumerate(zip(a, b, strict=False)):
             if x != y and not (math.isnan(x) and math.isnan(y)):
-                found.append(f"{what} {i} is {x!r} {this}, {y!r} {that}")
+                differences.append(f"{what} {i} is {x!r} {this}, {y!r} {that}")
                 break
     other = [name for name, weight in first.weights.items() if digest(weight) != digest(second.weights[name])]
     if other:
-        found.append(f"{len(other)} of {len(first.weights)} parameters differ at the end, the first is {other[0]}")
-    return found
+        differences.append(f"{len(other)} of {len(first.weights)} parameters differ at the end, the first is {other[0]}")
+    return differences
 
 
-def _weights_read(first: Seen, second: Seen) -> list[str]:
+def _weights_read(first: Record, second: Record) -> list[str]:
     """The first parameter that forward read otherwise, in words."""
     for batch, (a, b) in enumerate(zip(first.read, second.read, strict=False)):
         for name, bits in a.items():
@@ -257,38 +260,38 @@ def _weights_read(first: Seen, second: Seen) -> list[str]:
     return []
 
 
-def _single(runs: Runs, mine: list[Any], steps: int) -> Seen:
+def _single(runs: Runs, mine: list[Any], steps: int) -> Record:
     """This rank trains alone, on the batches of all ranks."""
     everyone = all_gather_objects(mine)
     different = next(row for row in _mesh(runs).sets("samples") if 0 in row)  # the other ranks have had the same batches
     batches = [batch for together in zip(*(everyone[r] for r in different), strict=True) for batch in together]
     each = len(batches) // steps  # of all ranks and of an accumulation window
-    witness = _Witness()
+    recorder = _Recorder()
     alone = SingleDeviceStrategy(runs.strategy.root_device)
     module = copy.deepcopy(runs.model)
     share([*module.parameters(), *module.buffers()])
     # Every rank does the same, so that metrics that meet find each other. Clipping, precision and the rest are the user's.
     runs.fit(
-        alone, steps, witness, module, devices=1, num_nodes=1, plugins=None, sync_batchnorm=False, limit_train_batches=1.0,
+        alone, steps, recorder, module, devices=1, num_nodes=1, plugins=None, sync_batchnorm=False, limit_train_batches=1.0,
         accumulate_grad_batches=each, train_dataloaders=DataLoader(batches, batch_size=None),  # type: ignore[arg-type]
     )  # fmt: skip
-    return witness.after(module)
+    return recorder.after(module)
 
 
 def _mesh(runs: Runs) -> ParallelMesh:
     return ParallelMesh(runs.strategy.config.degrees(world_size()), rank())
 
 
-def _far(ours: Seen, other: Seen, losses: Sequence[float], close: float, where: str) -> list[str]:
+def _far(ours: Record, other: Record, losses: Sequence[float], close: float, where: str) -> list[str]:
     """The first of each kind that is not close to the other's, whose ``losses`` are those of the same batches, in words."""
-    found = []
+    differences = []
     for i, (x, y) in enumerate(zip(ours.losses, losses, strict=True)):
         if not math.isclose(x, y, rel_tol=close, abs_tol=close) and not (math.isnan(x) and math.isnan(y)):
-            found.append(f"loss of batch {i} is {x!r}, {where} {y!r}")
+            differences.append(f"loss of batch {i} is {x!r}, {where} {y!r}")
             break
     for name, weight in ours.weights.items():
         a, b = weight.double(), other.weights[name].double()
         if not (far := ((a - b).norm() / b.norm().clamp_min(close)).item()) <= close:
-            found.append(f"{name} differs by {far:.1e} (norm of the difference over its norm) at the end")
+            differences.append(f"{name} differs by {far:.1e} (norm of the difference over its norm) at the end")
             break
-    return found
+    return differences

@@ -112,7 +112,7 @@ class GlooEngine(Engine):
 
 
 class ThreadedGlooEngine(GlooEngine):
-    """Its threads post and wait. After :meth:`rest` it has none, and the caller does. Arguments: as in :class:`GlooEngine`."""
+    """Its threads post and wait. Once it rests, the caller does (a checkpoint after a fit). Arguments: see :class:`GlooEngine`."""
 
     def __init__(
         self,
@@ -124,34 +124,33 @@ class ThreadedGlooEngine(GlooEngine):
     ) -> None:
         super().__init__(members, process_group, gathers, sockets, gather_sockets)
         self.threads: Threads | None = Threads(self)
-        self._rests = False
 
     def all_reduce(self, x: Tensor, op: Any, transfer: Transfer) -> Waiter:
-        if self._rests:
+        if self.threads is None:
             return super().all_reduce(x, op, transfer)
         # Posted by the caller, as all collectives: they find each other by the order of posting.
         work = dist.all_reduce(x, op, self.connected, async_op=True)
         return self._posted(transfer, [], works=[(work, -1)], reduction=True)
 
     def exchange(self, receives: Sequence[Piece], sends: Sequence[Piece], key: int, transfer: Transfer) -> Waiter:
-        if self._rests:
+        if self.threads is None:
             return super().exchange(receives, sends, key, transfer)
         operations: list[_Operation] = [(dist.irecv, x, peer, self.process_group, key) for peer, x in receives]
         operations += [(dist.isend, x, peer, self.process_group, key) for peer, x in sends]
         return self._posted(transfer, operations, reduction=True)
 
     def send(self, x: Tensor, peer: int, key: int, transfer: Transfer) -> Waiter:
-        return super().send(x, peer, key, transfer) if self._rests else self.exchange([], [(peer, x)], key, transfer)
+        return self.exchange([], [(peer, x)], key, transfer) if self.threads is not None else super().send(x, peer, key, transfer)
 
     def receive(self, x: Tensor, peer: int, key: int, transfer: Transfer) -> Waiter:
-        if self._rests:
+        if self.threads is None:
             return super().receive(x, peer, key, transfer)
         return self._posted(transfer, [(dist.irecv, x, peer, self.process_group, key)], reduction=False)
 
     def all_gather(
         self, x: Tensor, pieces: Sequence[Tensor], key: int, priority: int, pool: BufferPool, transfer: Transfer
     ) -> Waiter:
-        if self._rests:
+        if self.threads is None:
             return super().all_gather(x, pieces, key, priority, pool, transfer)
         rank, size, first = self.members.rank, self.members.size, key * _MAX_CHUNKS
         peers = [(rank + i) % size for i in range(1, size)]
@@ -177,7 +176,6 @@ class ThreadedGlooEngine(GlooEngine):
         if self.threads is not None:
             self.threads.close()
             self.threads = None
-            self._rests = True
         super().rest()
 
     def stop_threads(self, hung_up: bool) -> None:
@@ -197,9 +195,6 @@ class ThreadedGlooEngine(GlooEngine):
         return waiter
 
     def wait_for(self, label: str, works: Sequence[PostedWork]) -> None:
-        if self._rests:
-            super().wait_for(label, works)
-            return
         for work, peer in works:  # by a thread, so nobody has to look around
             self.wait_for_one(label, work, peer)
 

@@ -14,14 +14,13 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.profiler import record_function
 
 from lightning_overlap.ranks.blocking import BlockingVerbs
 from lightning_overlap.ranks.clock import Clock
 from lightning_overlap.ranks.engine import Engine
 from lightning_overlap.ranks.members import Members
 from lightning_overlap.ranks.pool import BufferPool
-from lightning_overlap.ranks.transfer import Arrived, Pending, Transfer, Waiter
+from lightning_overlap.ranks.transfer import Arrived, Pending, Transfer, Waiter, span
 
 __all__ = ["Group", "Pending", "Transfer"]
 
@@ -253,7 +252,7 @@ class Group(BlockingVerbs):
         transfer = self.note(label, nbytes, ranks)
         if self.size == 1:
             return Pending(transfer, Arrived(), finish)
-        with record_function(f"post {label}"):
+        with span(f"post {label}"):
             waiter = post(transfer)
         if self.log is not None and self.clock is not None:
             transfer.marks = self._engine.mark(waiter, self.clock)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 import signal
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -240,19 +241,51 @@ def zeroing_first(trainer: Trainer) -> Iterator[None]:
         del loop._make_closure
 
 
+class _LogRouter:
+    """Stands for the ``log`` of a trainer's results while steps run: what a thread logs goes to its own receiver.
+
+    Args:
+        write: the results' own ``log``.
+    """
+
+    def __init__(self, write: Callable[..., None]) -> None:
+        self._write = write
+        self._threads = threading.local()
+        self.users = 0
+
+    def __call__(self, *args: Any, **kwargs: Any) -> None:
+        receive: Callable[..., None] = getattr(self._threads, "receive", self._write)
+        receive(*args, **kwargs)
+
+    @contextlib.contextmanager
+    def to(self, receive: Callable[..., None]) -> Iterator[None]:
+        """Inside, this thread's logs go to ``receive``."""
+        before = getattr(self._threads, "receive", self._write)
+        self._threads.receive = receive
+        self.users += 1
+        try:
+            yield
+        finally:
+            self.users -= 1
+            self._threads.receive = before
+
+
 @contextlib.contextmanager
-def logs_go_to(trainer: Trainer, keep: Callable[..., None] | None) -> Iterator[Callable[..., None] | None]:
-    """What ``self.log`` would write to the results goes to ``keep`` inside, or nowhere. Gives what writes them."""
+def logs_go_to(trainer: Trainer, keep: Callable[..., None] | None) -> Iterator[None]:
+    """Inside, what this thread passes to ``self.log`` goes to ``keep`` and not to the trainer's results; with None, nowhere."""
     results = trainer._results
     if results is None:
-        yield None
+        yield
         return
-    write = results.log
-    results.log = keep or (lambda *_, **__: None)
+    if not isinstance(results.log, _LogRouter):
+        results.log = _LogRouter(results.log)
+    router: Any = results.log
     try:
-        yield write
+        with router.to(keep or (lambda *_, **__: None)):
+            yield
     finally:
-        del results.log
+        if not router.users:
+            del results.log
 
 
 def write_log(trainer: Trainer, hook: str, name: str, value: Any, **options: Any) -> None:

@@ -3,7 +3,7 @@ import torch.distributed as dist
 
 from lightning_overlap import ConfigError, PipelineParallel
 from lightning_overlap.bench.measure import Measured
-from lightning_overlap.bench.on_paper import busiest, on_paper, what_it_takes
+from lightning_overlap.bench.on_paper import busiest, describe_times, on_paper
 from lightning_overlap.bench.rows import Row
 from lightning_overlap.steps.schedule import build
 
@@ -30,7 +30,7 @@ def test_a_schedule_is_simulated_from_what_was_measured(world):
     assert first.outside == 5.0
     assert first.ideal == 1 + 4 * 6 + 2 + 5.0
     assert first.simulated > first.ideal
-    assert "measured: 2.00 x" in first.told(2 * first.simulated)
+    assert "measured: 2.00 x" in first.describe(2 * first.simulated)
 
 
 @pytest.mark.parametrize(
@@ -53,11 +53,11 @@ def test_a_modes_efficiency_leaves_out_what_the_others_are_waited_for():
 
 def test_a_schedule_is_told_from_given_times():
     # Two ranks, four microbatches, 1 + 2 each: 12 of compute and 3 of bubble. 1F1B cannot hide transfers at its ends.
-    free = what_it_takes(build("1f1b", 2, 1, 4), "1,2,0")
+    free = describe_times(build("1f1b", 2, 1, 4), "1,2,0")
     assert free.startswith("on paper a batch takes 15 ms, 0 of them for transfers (15 ms if sends")
     assert free.endswith("without transfers 15, of which the bubble is 20%")
-    slow = what_it_takes(build("1f1b", 2, 1, 4), "10,20,5")
+    slow = describe_times(build("1f1b", 2, 1, 4), "10,20,5")
     assert "without transfers 150, of which the bubble is 20%" in slow
     assert not slow.startswith("on paper a batch takes 150 ms")
     with pytest.raises(ConfigError, match="it is FORWARD,BACKWARD,TRANSFER"):
-        what_it_takes(build("1f1b", 2, 1, 4), "1,2")
+        describe_times(build("1f1b", 2, 1, 4), "1,2")

@@ -93,7 +93,7 @@ def train(kind: str, tensor: dict[str, Any] | None, recompute: bool = False, exp
     if export is not None and run.is_global_zero:
         module.model.save_pretrained(export)
     weights = {name: p.detach().clone() for name, p in module.named_parameters()}
-    return module.losses, weights, module.written, "" if tensor is None else strategy.plan.explain()
+    return module.losses, weights, module.written, "" if tensor is None else " ".join(strategy.plan.explain().split())
 
 
 @pytest.mark.parametrize("kind", ["llama without groups", "gpt2", "gpt_neox"])

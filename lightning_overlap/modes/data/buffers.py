@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_overlap.modes.data.layout import Bucket
-from lightning_overlap.ranks.group import Pending
+from lightning_overlap.ranks.group import Group, Pending
 
 HALF = (torch.bfloat16, torch.float16)
 """Dtypes of parameters that are updated as fp32 main parameters."""
@@ -67,7 +67,10 @@ class LiveBucket:
     data: Tensor
     grads: Tensor
     bounds: tuple[int, ...]
-    rank: int
+    group: Group
+    """The ranks over which its gradients are summed, each of which owns a piece."""
+    divisor: float
+    """What the sum is divided by: the number of ranks that see other samples or tokens, whatever the size of the group."""
     order: int
     segments: list[Segment] = field(default_factory=list)
     main: Tensor | None = None
@@ -89,7 +92,7 @@ class LiveBucket:
     @property
     def own(self) -> slice:
         """This rank's piece."""
-        return slice(self.bounds[self.rank], self.bounds[self.rank + 1])
+        return slice(self.bounds[self.group.rank], self.bounds[self.group.rank + 1])
 
     def views(self, flat: Tensor) -> list[Tensor]:
         """Each parameter's part of ``flat`` (``data`` or ``grads``), in the parameter's shape."""
@@ -104,12 +107,22 @@ def flatten(
     layout: Sequence[Bucket],
     *,
     grad_dtype: torch.dtype,
-    shards: int,
-    rank: int,
+    group: Group,
+    divisor: float,
     whole: bool,
     first_key: int,
 ) -> list[LiveBucket]:
-    """Moves parameters (of one dtype and device) into one flat buffer, of which they become views, and makes one for gradients."""
+    """Moves parameters into one flat buffer, of which they become views, and makes a flat buffer for their gradients.
+
+    Args:
+        named: names and parameters, of one dtype and device.
+        layout: the buckets, whose slots count the parameters.
+        grad_dtype: in which gradients are kept.
+        group: as in :class:`LiveBucket`.
+        divisor: as in :class:`LiveBucket`.
+        whole: pieces end where parameters end.
+        first_key: key of the first bucket.
+    """
     size, first = layout[-1].end, named[0][1]
     data = torch.zeros(size, dtype=first.dtype, device=first.device)
     grads = torch.zeros(size, dtype=grad_dtype, device=first.device)
@@ -126,8 +139,9 @@ def flatten(
             shapes=tuple(p.shape for _, p in chosen),
             data=data[bucket.start : bucket.end],
             grads=grads[bucket.start : bucket.end],
-            bounds=bucket.bounds(shards, whole=whole),
-            rank=rank,
+            bounds=bucket.bounds(group.size, whole=whole),
+            group=group,
+            divisor=divisor,
             # Registered last, used last: until a forward has been seen, the last bucket is the first one needed.
             order=len(layout) - bucket.index,
         )
@@ -137,6 +151,11 @@ def flatten(
             live.places.append(parameter.data_ptr())
         buckets.append(live)
     return buckets
+
+
+def groups_of(buckets: Sequence[LiveBucket]) -> list[Group]:
+    """The groups of the buckets, each once, in the same order on all ranks."""
+    return list(dict.fromkeys(bucket.group for bucket in buckets))
 
 
 def unflatten(buckets: Sequence[LiveBucket]) -> None:

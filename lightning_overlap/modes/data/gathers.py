@@ -7,7 +7,6 @@ import torch
 from lightning_overlap.decision import ConfigError
 from lightning_overlap.modes.data.buffers import LiveBucket
 from lightning_overlap.modes.data.guard import ReferenceGuard
-from lightning_overlap.ranks.group import Group
 from lightning_overlap.torch_seams import version_of
 
 
@@ -16,7 +15,6 @@ class Gathers:
 
     Args:
         buckets: the mode's, the same list for as long as the mode lives.
-        group: the ranks that hold the pieces.
         prefetch: buckets in flight ahead of the one that forward waits for; None for all.
         aligned: none is posted before :meth:`end_step`.
         guard: of the parameters that are incomplete.
@@ -25,11 +23,10 @@ class Gathers:
         incomplete: keys of the buckets whose parameters are not all there.
     """
 
-    def __init__(self, buckets: list[LiveBucket], group: Group, prefetch: int | None, *, aligned: bool, guard: ReferenceGuard) -> None:
+    def __init__(self, buckets: list[LiveBucket], prefetch: int | None, *, aligned: bool, guard: ReferenceGuard) -> None:
         self.incomplete: set[int] = set()
         self._guard = guard
         self._buckets = buckets
-        self._group = group
         self._prefetch = prefetch
         self._aligned = aligned
         self._to_post: list[LiveBucket] = []
@@ -110,7 +107,7 @@ class Gathers:
         """What this forward read first is sent first in the next one."""
         # With a bound on what is in flight all ranks must post in one order: two that wait for different buckets would each
         # have left the other's unposted.
-        if self._group.keyed and self._prefetch is None:
+        if self._prefetch is None and all(bucket.group.keyed for bucket in self._buckets):
             for place, key in enumerate(self._seen):
                 self._buckets[key].order = place
         self.forget_order_seen()
@@ -121,7 +118,7 @@ class Gathers:
     def _post_next(self) -> None:
         bucket = min(self._to_post, key=_order)
         self._to_post.remove(bucket)
-        bucket.gather = self._group.all_gather(
+        bucket.gather = bucket.group.all_gather(
             bucket.data, bucket.bounds, key=bucket.key, label=f"data.params{bucket.label}", priority=bucket.order
         )
 

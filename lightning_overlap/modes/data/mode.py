@@ -77,7 +77,7 @@ class DataMode(OptimizerHolder):
         prefetch = None if config.param_gather_prefetch == "all" else int(config.param_gather_prefetch)
         # Ranks see at different times that something has arrived. Where they must post in one order, nothing is posted for that.
         aligned = choices.align_param_gather.value or (self.group.in_one_order and prefetch is None)
-        self._gathers = Gathers(self._buckets, self.group, prefetch, aligned=aligned, guard=ReferenceGuard(self._complete))
+        self._gathers = Gathers(self._buckets, prefetch, aligned=aligned, guard=ReferenceGuard(self._complete))
         # Ranks may see gradients in different orders. What is matched by the order of posting is posted by bucket number.
         self._any_order = self.group.keyed and self._scatter and self._instances is None
 
@@ -151,8 +151,8 @@ class DataMode(OptimizerHolder):
                 self._lay_out(named),
                 # Without a distributed optimizer the gradients are the user's, in the parameters' dtype.
                 grad_dtype=torch.float32 if fp32 and dtype in HALF else dtype,
-                shards=self.group.size,
-                rank=self.group.rank,
+                group=self.group,
+                divisor=self.mesh.size("gradients"),
                 whole=self._whole,
                 first_key=len(self._buckets),
             )
@@ -221,7 +221,6 @@ class DataMode(OptimizerHolder):
                 optimizer,
                 self._buckets,
                 self._gathers,
-                self.group,
                 whole=self._whole,
                 by_bucket=self._step_by_bucket,
                 gather_at_once=self._gathering == "off",
@@ -336,16 +335,17 @@ class DataMode(OptimizerHolder):
         if self.config.check_for_nan_in_grad:
             self._check_finite(bucket)
         label = f"data.grads{bucket.label}"
-        scale = self.group.size if self._instances is None else self.group.size * self._instances.size
-        if not self.config.average_in_collective:
-            bucket.grads.div_(scale)
-        divisor = self.group.size if self.config.average_in_collective else None
+        divisor: float | None = None
+        if self.config.average_in_collective:
+            divisor = bucket.divisor if self._instances is None else bucket.divisor / self._instances.size
+        else:
+            bucket.grads.div_(bucket.divisor)
         if self._scatter:
-            pending = self.group.reduce_scatter(
+            pending = bucket.group.reduce_scatter(
                 bucket.grads, bucket.bounds, key=bucket.key, label=label, divisor=divisor, wire=self._wire
             )
         else:
-            pending = self.group.all_reduce(bucket.grads, label=label, divisor=divisor)
+            pending = bucket.group.all_reduce(bucket.grads, label=label, divisor=divisor)
         self._reducing.append((bucket, pending))
 
     def _check_finite(self, bucket: LiveBucket) -> None:

@@ -12,9 +12,8 @@ from torch.optim import Optimizer
 from lightning_overlap.decision import ConfigError
 from lightning_overlap.model.markers import COUNTED_ELSEWHERE, is_counted_elsewhere
 from lightning_overlap.modes.data import state
-from lightning_overlap.modes.data.buffers import HALF, LiveBucket, Phase, Segment
+from lightning_overlap.modes.data.buffers import HALF, LiveBucket, Phase, Segment, groups_of
 from lightning_overlap.modes.data.gathers import Gathers
-from lightning_overlap.ranks.group import Group
 
 OWNER = "_lightning_overlap_owner"
 """Attribute of an optimizer: the :class:`ShardedOptimizer` that holds its state in shards."""
@@ -30,7 +29,6 @@ class ShardedOptimizer:
         optimizer: the user's.
         buckets: the mode's, the same list for as long as the mode lives.
         gathers: where updated buckets go.
-        group: the ranks that hold the pieces.
         whole: pieces end where parameters end.
         by_bucket: whether it may step a bucket at a time.
         gather_at_once: whether ``step()`` ends with complete parameters.
@@ -42,7 +40,6 @@ class ShardedOptimizer:
         optimizer: Optimizer,
         buckets: list[LiveBucket],
         gathers: Gathers,
-        group: Group,
         *,
         whole: bool,
         by_bucket: bool,
@@ -52,7 +49,6 @@ class ShardedOptimizer:
         self._optimizer = optimizer
         self._buckets = buckets
         self._gathers = gathers
-        self._group = group
         self._whole = whole
         self._by_bucket = by_bucket
         self._gather_at_once = gather_at_once
@@ -62,7 +58,9 @@ class ShardedOptimizer:
         earlier: ShardedOptimizer | None = getattr(optimizer, OWNER, None)  # the module may give the same object in each fit
         given: dict[str, Any] | None = optimizer.state_dict() if earlier is None and optimizer.state else None
         if earlier is not None:
-            given = group.share_object(earlier.disown())
+            given = earlier.disown()
+            for group in groups_of(buckets):  # the first rank of each has the states of the group's parameters
+                given["state"] = {**given["state"], **group.share_object(given["state"])}
         setattr(optimizer, OWNER, self)
         self._names = state.original_names(optimizer, buckets)
         self._cut()
@@ -113,7 +111,7 @@ class ShardedOptimizer:
     def move(self, old: Sequence[LiveBucket]) -> None:
         """The buckets are new: cuts them, and takes the state along from the old ones."""
         self._cut()
-        state.move(self._optimizer, old, self._buckets, self._group)
+        state.move(self._optimizer, old, self._buckets)
 
     # -- step --------------------------------------------------------------------------------------------------------
 
@@ -215,8 +213,8 @@ class ShardedOptimizer:
     # -- state -------------------------------------------------------------------------------------------------------
 
     def state(self) -> dict[str, Any]:
-        """The unsharded state on the group's first rank, as :func:`state.gather` gives it. Collective."""
-        return state.gather(self._optimizer, self._buckets, self._names, self._group)
+        """The unsharded state on the first rank of each bucket's group, as :func:`state.gather` gives it. Collective."""
+        return state.gather(self._optimizer, self._buckets, self._names)
 
     def load(self, state_dict: dict[str, Any]) -> None:
         """Takes this rank's share of an unsharded state."""

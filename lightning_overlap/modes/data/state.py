@@ -14,8 +14,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lightning_overlap.modes.data.buffers import LiveBucket, Segment
-from lightning_overlap.ranks.group import Group
+from lightning_overlap.modes.data.buffers import LiveBucket, Segment, groups_of
 from lightning_overlap.state.shards import Run
 
 MAIN = "fp32_main_parameter"
@@ -105,12 +104,12 @@ def _make_room(
         optimizer.state[segment.parameter] = state
 
 
-def gather(optimizer: Optimizer, buckets: Sequence[LiveBucket], names: Sequence[Sequence[str | None]], group: Group) -> dict[str, Any]:
-    """The unsharded optimizer's ``state_dict()`` on the group's first rank; the others get one without states."""
+def gather(optimizer: Optimizer, buckets: Sequence[LiveBucket], names: Sequence[Sequence[str | None]]) -> dict[str, Any]:
+    """The unsharded optimizer's ``state_dict()``, with a bucket's states on the first rank of its group. Collective."""
     whole: dict[str, dict[str, Any]] = {}
     for bucket in buckets:
         mine = {name: {key: _own(value) for key, value in values.items()} for name, values in shards(optimizer, [bucket]).items()}
-        for name, values in (item for part in group.gather_objects(mine) for item in part.items()):
+        for name, values in (item for part in bucket.group.gather_objects(mine) for item in part.items()):
             state = whole.setdefault(name, {})
             for key, value in values.items():
                 if isinstance(value, Run):
@@ -168,12 +167,14 @@ def load(
                 target.copy_(value)
 
 
-def move(optimizer: Optimizer, old: Sequence[LiveBucket], new: Sequence[LiveBucket], group: Group) -> None:
+def move(optimizer: Optimizer, old: Sequence[LiveBucket], new: Sequence[LiveBucket]) -> None:
     """The state follows the parameters from one layout's shards to another's. Collective; holds one parameter's state at a time."""
     mine = shards(optimizer, old)
     saved: dict[str, dict[str, Any]] = {}
-    for outlines in group.all_gather_objects({name: {k: _outline(v) for k, v in s.items()} for name, s in mine.items()}):
-        for name, outline in outlines.items():
+    group_of = {name: bucket.group for bucket in new for name in bucket.names}
+    for group in groups_of(new):
+        outlines = {name: {k: _outline(v) for k, v in s.items()} for name, s in mine.items() if group_of[name] is group}
+        for name, outline in (item for each in group.all_gather_objects(outlines) for item in each.items()):
             saved.setdefault(name, {}).update(outline)
     optimizer.state.clear()
     here = shards(optimizer, new, saved)
@@ -184,7 +185,7 @@ def move(optimizer: Optimizer, old: Sequence[LiveBucket], new: Sequence[LiveBuck
                 whole = torch.zeros(value.shape, dtype=value.dtype, device=new[0].data.device)
                 if name in mine:
                     mine[name][key].of(whole).copy_(mine[name][key].flat)
-                group.all_reduce(whole, label=f"data.move[{name}.{key}]").wait()
+                group_of[name].all_reduce(whole, label=f"data.move[{name}.{key}]").wait()
                 if target is not None:
                     target.flat.copy_(target.of(whole))
             elif isinstance(target, Tensor):

@@ -12,22 +12,20 @@ from torch.optim import Optimizer
 
 from lightning_overlap.decision import ConfigError
 from lightning_overlap.model.boundary import Nesting
-from lightning_overlap.model.hidden_states import find_hidden
 from lightning_overlap.model.markers import COUNTED_ELSEWHERE, LATE_GRADIENT
 from lightning_overlap.model.patches import Hook, ReplacedForward
 from lightning_overlap.modes.base import Holder, Setup
 from lightning_overlap.modes.tensor import symm_mem, userbuffers
-from lightning_overlap.modes.tensor.check import BlockCheck, Cutting, structure, whole_copy
 from lightning_overlap.modes.tensor.config import TensorChoices, TensorFacts, TensorParallel
 from lightning_overlap.modes.tensor.features import gathering, splitting
+from lightning_overlap.modes.tensor.first_blocks import FirstBlocks, first_of_each_kind
 from lightning_overlap.modes.tensor.gemm import Exchange, shares
 from lightning_overlap.modes.tensor.linear import column_forward
 from lightning_overlap.modes.tensor.partition import Partition, Piece
 from lightning_overlap.modes.tensor.plan import Cut, TensorPlan, find
 from lightning_overlap.modes.tensor.random_state import CommonNumbers
-from lightning_overlap.modes.tensor.regions import Regions, RegionState, SequenceCut
+from lightning_overlap.modes.tensor.regions import Regions, SequenceCut
 from lightning_overlap.modes.tensor.replicated import ReplicatedGradients
-from lightning_overlap.modes.tensor.sequence import leave, own_tokens
 from lightning_overlap.modes.tensor.vocab import Vocabulary, embedding_forward, head_forward
 from lightning_overlap.ranks.group import Group
 from lightning_overlap.state.shards import Place, is_absent
@@ -37,6 +35,8 @@ VOCABULARY = ("vocab_embedding", "vocab_head")
 
 class TensorMode(Holder):
     """See the module's docstring."""
+
+    # More than 20 methods: 18 are verbs of the contract.
 
     name = "tensor"
     nesting = Nesting.LAYERS
@@ -57,11 +57,8 @@ class TensorMode(Holder):
             keep_gathered=config.keep_gathered_input,
             methods=config.methods,
         )
-        backend = choices.backend.value
-        self._fused = symm_mem.operators(self.group) if backend == "symm_mem" else None
-        self._engine = userbuffers.Engine(userbuffers.library(), self._exchange) if backend == "userbuffers" else None
+        self._engine = userbuffers.Engine(userbuffers.library(), self._exchange) if choices.backend.value == "userbuffers" else None
         self._undo: list[Callable[[], None]] = []
-        self._boundary = setup.boundary
         self._first_rank = self.mesh.index("gradients") == 0
 
     @property
@@ -82,16 +79,18 @@ class TensorMode(Holder):
         found = find(model, self.setup.roles, self.group.size)
         cuts = [cut for cut in found.cuts if cut.role not in VOCABULARY or self.choices.vocab_parallel.value]
         blocks = list(model.get_submodule(found.blocks).children())
-        self._numbers = CommonNumbers(self.group.rank, next(model.parameters()).device, self._boundary.forwards)
-        self._regions = Regions(self._exchange, self._boundary, self._numbers, self._fused, self._engine)
+        self._numbers = CommonNumbers(self.group.rank, next(model.parameters()).device, self.setup.boundary.forwards)
+        fused = symm_mem.operators(self.group) if self.choices.backend.value == "symm_mem" else None
+        self._regions = Regions(self._exchange, self.setup.boundary, self._numbers, fused, self._engine)
         self._names = {name: id(parameter) for name, parameter in model.named_parameters(remove_duplicate=False)}
         self._partition = Partition(cuts, self.group)
         self._replicated = ReplicatedGradients(
-            self._summands(found, blocks), self.group, lambda: self._boundary.forwards.current.in_backward
+            self._summands(found, blocks), self.group, lambda: self.setup.boundary.forwards.current.in_backward
         )
-        self._counts = found.counts
         checked = self.config.verify_blocks and not self.setup.first_step_is_verified
-        self._unchecked = self._checks(blocks, found.blocks) if checked else []
+        self._first_blocks = FirstBlocks(
+            first_of_each_kind(blocks, found.blocks) if checked else [], self._regions, self._partition, self._replicated, found.counts
+        )
         self._partition.keep()
         self._install = partial(self._patch, model, found, cuts, blocks)
         self._install()
@@ -126,14 +125,14 @@ class TensorMode(Holder):
         direct = {cut.name for cut in cuts}
         for module in (*blocks, *[region.module for region in found.regions if not self._scattered and region.name not in direct]):
             self._hook(module.register_forward_hook, lambda *_: self._numbers.stop(), always_call=True)
-        for check in self._unchecked:  # before the boundary's hooks: the check is given what the block is called with
-            self._hook(check.block.register_forward_pre_hook, partial(self._check, check), with_kwargs=True)
+        for check in self._first_blocks.waiting:  # before the boundary's hooks: the check is given what the block is called with
+            self._hook(check.block.register_forward_pre_hook, partial(self._first_blocks.check, check), with_kwargs=True)
         if self._scattered:
             for cut in found.cuts:
                 if cut.role == "vocab_head":  # this rank's tokens against all labels would fail in other words
-                    self._hook(cut.module.register_forward_pre_hook, lambda *_: self._boundary.refuse_inside())
-            sequence = SequenceCut(self._regions, self._exchange, self._boundary, self._numbers)
-            self._undo.append(self._boundary.register(blocks, sequence))
+                    self._hook(cut.module.register_forward_pre_hook, lambda *_: self.setup.boundary.refuse_inside())
+            sequence = SequenceCut(self._regions, self._numbers)
+            self._undo.append(self.setup.boundary.register(blocks, sequence))
 
     def _uninstall(self) -> None:
         """The model computes as the user wrote it."""
@@ -141,7 +140,7 @@ class TensorMode(Holder):
             undo()
         self._undo.clear()
         self._numbers.stop()
-        self._boundary.start_forward()  # what was prepared is of the cut model
+        self.setup.boundary.start_forward()  # what was prepared is of the cut model
 
     @contextmanager
     def whole(self) -> Iterator[None]:
@@ -176,62 +175,6 @@ class TensorMode(Holder):
                 for key, value in values.items():
                     if isinstance(value, Tensor) and value.shape == piece.shape:
                         values[key] = piece.of(value, self.group.rank, self.group.size).clone()
-
-    @staticmethod
-    def _checks(blocks: Sequence[nn.Module], name: str) -> list[BlockCheck]:
-        """The first of each kind of block that is on this rank."""
-        first: dict[Any, BlockCheck] = {}
-        for number, block in enumerate(blocks):
-            if not any(map(is_absent, block.parameters())):  # on another stage of a pipeline
-                last = number == len(blocks) - 1
-                first.setdefault(structure(block), BlockCheck(block, f"{name}.{number}", enters=number == 0, leaves=last))
-        return list(first.values())
-
-    def _check(self, check: BlockCheck, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """In the first training step, whatever mode the block is in."""
-        if check not in self._unchecked or not self._regions.has_trained:
-            return
-        self._unchecked.remove(check)
-        x = find_hidden(args, kwargs, check.name)[1]
-        parted = self._scattered and not check.enters
-        tokens = self._regions.tokens_of(x, check.name) if parted else x.shape[-2]
-
-        def piece(parameter: nn.Parameter, grad: Tensor) -> Tensor:
-            cut = self._partition.pieces.get(id(parameter))
-            return grad if cut is None else cut.of(grad, self.group.rank, self.group.size)
-
-        def complete(parameter: nn.Parameter, grad: Tensor) -> Tensor:
-            is_summand = id(parameter) in self._replicated.parameters
-            return self.group.all_reduce(grad.clone(), label="tensor.check").wait() if is_summand else grad
-
-        cutting = Cutting(
-            self.group,
-            lambda x: leave(x, tokens, self._exchange) if parted else x,
-            lambda y: leave(y, tokens, self._exchange) if self._scattered and not check.leaves else y,
-            lambda grad: own_tokens(grad, self._exchange) if parted else grad,
-            piece,
-            complete,
-        )
-        # In a pipeline gradients of weights may be put off, by a forward that is not ours.
-        forwards = [vars(module).get("forward") for module in block.modules()]
-        split = self._boundary.is_spread and any(forward is not None and type(forward) is not ReplacedForward for forward in forwards)
-        forward = self._boundary.forwards.current.branch()
-        state = forward.of(RegionState)
-        state.prepared, state.latest = None, {}
-        with self._boundary.forwards.running(forward):
-            check.check(self._whole_block(check), args, kwargs, cutting, backward=not split)
-
-    def _whole_block(self, check: BlockCheck) -> nn.Module:
-        """A copy of a block as it would be without tensor parallelism, with present weights. Collective."""
-        twin = whole_copy(check.block)
-        for (owner, name), count in self._counts.items():
-            if f"{owner}.".startswith(f"{check.name}."):
-                setattr(twin.get_submodule(owner[len(check.name) + 1 :]), name, count)
-        whole: dict[int, Tensor] = {}
-        for own, copied in zip(check.block.parameters(), twin.parameters(), strict=True):
-            if (piece := self._partition.pieces.get(id(own))) is not None:
-                copied.data = whole.setdefault(id(own), self._partition.whole(piece, own.data))
-        return twin
 
     def _summands(self, found: TensorPlan, blocks: Sequence[nn.Module]) -> dict[int, nn.Parameter]:
         """Replicated parameters of whose gradients each rank has a summand, by id."""
@@ -271,14 +214,14 @@ class TensorMode(Holder):
 
     def start_forward(self) -> None:
         self._regions.has_trained = True
-        self._boundary.start_forward()
+        self.setup.boundary.start_forward()
 
     def start_backward(self) -> None:
-        self._boundary.start_backward()
+        self.setup.boundary.start_backward()
         self._replicated.start_backward()
 
     def finish_backward(self) -> None:
-        self._boundary.finish_backward()
+        self.setup.boundary.finish_backward()
         self._replicated.finish_backward(held=self._held)
 
     def reduce_norm(self, sum_of_squares: Tensor) -> Tensor:

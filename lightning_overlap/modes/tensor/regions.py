@@ -70,8 +70,8 @@ class Regions:
     ) -> None:
         self.columns: Mapping[str, Sequence[nn.Module]] = {}
         self.has_trained = False
-        self._exchange = exchange
-        self._boundary = boundary
+        self.exchange = exchange
+        self.boundary = boundary
         self._numbers = numbers
         self._fused = fused
         self._engine = engine
@@ -81,7 +81,7 @@ class Regions:
     @property
     def state(self) -> RegionState:
         """Of the forward that this thread computes."""
-        return self._boundary.forwards.current.of(RegionState)
+        return self.boundary.forwards.current.of(RegionState)
 
     def tokens_of(self, x: Tensor, name: str) -> int:
         """The number of all tokens, of which hidden states ``(..., tokens, features)`` have this rank's.
@@ -93,13 +93,13 @@ class Regions:
         Raises:
             ConfigError: they are no part of what has entered the blocks.
         """
-        group = self._exchange.group
-        if not self._exchange.scattered:
+        group = self.exchange.group
+        if not self.exchange.scattered:
             return x.shape[-2]
-        if self._boundary.is_spread:  # the blocks of a stage get what another stage has sent
+        if self.boundary.is_spread:  # the blocks of a stage get what another stage has sent
             return x.shape[-2] * group.size
         tokens = self.state.tokens
-        low, high = self._exchange.parts(tokens)[group.rank : group.rank + 2]
+        low, high = self.exchange.parts(tokens)[group.rank : group.rank + 2]
         if x.shape[-2] != high - low:
             raise ConfigError(
                 f"{name} is called with {x.shape[-2]} tokens, where rank {group.rank} has {high - low} of the {tokens} that have "
@@ -120,17 +120,17 @@ class Regions:
 
     def _read(self, name: str, x: Tensor, tokens: int, module: nn.Module) -> Tensor:
         columns = self.columns[name]
-        if self._fused is not None and symm_mem.fits(tokens, self._exchange):
-            return symm_mem.read(x, columns, self._fused, self._exchange, name)
+        if self._fused is not None and symm_mem.fits(tokens, self.exchange):
+            return symm_mem.read(x, columns, self._fused, self.exchange, name)
         if self._engine is not None and self.has_trained:  # a validation before the first step may have batches of another size
             self._engine.start(x, tokens)
         if self._engine is not None and self._engine.fits((*x.shape[:-2], tokens), x.shape[-1], x, columns):
             return self._engine.read(x, columns, tokens, name)
         handle = read(x, columns, self._reading(name), tokens)
-        gathers_again = self._exchange.scattered and not self._exchange.keep_gathered and torch.is_grad_enabled()
+        gathers_again = self.exchange.scattered and not self.exchange.keep_gathered and torch.is_grad_enabled()
         if gathers_again and any(layer.weight.requires_grad for layer in columns):
             self.state.latest[name] = (handle.reading, handle.gathered.own)
-        if not self._exchange.scattered and module.training:
+        if not self.exchange.scattered and module.training:
             self._numbers.start()
         return handle
 
@@ -140,21 +140,21 @@ class Regions:
         prepared, state.prepared = state.prepared, None
         if prepared is not None and prepared[0] == region and torch.is_grad_enabled():
             return prepared[1]
-        return prepare(self.columns[region], self._exchange, region)
+        return prepare(self.columns[region], self.exchange, region)
 
     def prepare_next(self, row: str) -> None:
         """Prepares the reading that comes after a row layer, or after the entry (an empty name), if an earlier forward tells which."""
         state = self.state
         state.row = row
         region = self._next.get(row)
-        if region is not None and self._exchange.scattered and self._exchange.overlapped and torch.is_grad_enabled():
-            state.prepared = region, prepare(self.columns[region], self._exchange, region)
+        if region is not None and self.exchange.scattered and self.exchange.overlapped and torch.is_grad_enabled():
+            state.prepared = region, prepare(self.columns[region], self.exchange, region)
 
     def after_region(self, module: nn.Module, args: Any, output: Any) -> Any:
         """A region's output. What it gives beside its row layers' output gets its share of the gradient. A forward hook."""
         if not torch.is_grad_enabled():
             return output
-        size = self._exchange.group.size
+        size = self.exchange.group.size
         for part in module.modules():
             tensors = {name: value for name, value in vars(part).items() if isinstance(value, Tensor)}
             vars(part).update({name: alike(value, size) for name, value in tensors.items()})
@@ -170,13 +170,13 @@ class Regions:
             state = self.state
             region = around or state.region
             reading, own = state.latest.pop(region, None) or (None, None)
-            if self._fused is not None and symm_mem.fits(x.shape[-2], self._exchange):
+            if self._fused is not None and symm_mem.fits(x.shape[-2], self.exchange):
                 return symm_mem.row_product(x, layer, self._fused)
             if self._engine is not None and self._engine.fits(x.shape[:-1], matrix(layer).shape[0], x, [layer]):
                 return self._engine.row_product(x, layer, name, region)
             between = partial(self.prepare_next, name)
-            y = row_product(x, layer, self._exchange, name, reading=reading, own=own, between=between)
-            if not self._exchange.scattered:
+            y = row_product(x, layer, self.exchange, name, reading=reading, own=own, between=between)
+            if not self.exchange.scattered:
                 self._numbers.stop()  # from here on all ranks have the same activations again
             return y
 
@@ -188,16 +188,15 @@ class SequenceCut(TokenCut):
 
     Args:
         regions: inside the blocks.
-        exchange: the ranks.
-        boundary: of the blocks.
         numbers: random numbers that the ranks share.
     """
 
     nesting = Nesting.LAYERS
     remedy = "set tensor_parallel.sequence_parallel: false"
 
-    def __init__(self, regions: Regions, exchange: Exchange, boundary: Boundary, numbers: CommonNumbers) -> None:
-        self._regions, self._exchange, self._boundary, self._numbers = regions, exchange, boundary, numbers
+    def __init__(self, regions: Regions, numbers: CommonNumbers) -> None:
+        self._regions, self._numbers = regions, numbers
+        self._exchange, self._boundary = regions.exchange, regions.boundary
 
     def enter(self, x: Tensor) -> Tensor:
         tokens = self._regions.state.tokens = x.shape[-2]
