@@ -13,7 +13,7 @@ from lightning_overlap.bench.runs import Runs
 from lightning_overlap.bench.skip import Skipped
 from lightning_overlap.ranks.group import Group
 from tests.helpers.training import Net, train
-from tests.trainer.test_tensor import Net as TensorNet
+from tests.trainer.tensor.test_numbers import Net as TensorNet
 
 
 def bench():

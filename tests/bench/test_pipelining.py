@@ -12,7 +12,7 @@ from lightning.pytorch.plugins.environments import TorchElasticEnvironment
 from lightning_overlap import OverlapStrategy, PipelineParallel
 from lightning_overlap.bench.peers.pipeline import SCHEDULES, TorchPipelining, peers
 from lightning_overlap.bench.runs import Runs
-from tests.trainer.test_pipeline import Net, loader
+from tests.helpers.pipelined import Net, loader
 
 
 class Piped(Net):

@@ -15,10 +15,10 @@ from lightning_overlap.modes.pipeline.transfers import PipelineTransfers
 from lightning_overlap.modes.tensor.gemm import Gathered
 from lightning_overlap.ranks.group import Group, Pending
 from lightning_overlap.steps.schedule import Action
+from tests.helpers.pipelined import Net as PipelineNet
+from tests.helpers.pipelined import loader
 from tests.helpers.training import Net
-from tests.trainer.test_pipeline import Net as PipelineNet
-from tests.trainer.test_pipeline import loader
-from tests.trainer.test_tensor import Net as TensorNet
+from tests.trainer.tensor.test_numbers import Net as TensorNet
 
 BUCKET = "data.grads[1]"
 

@@ -9,7 +9,7 @@ from lightning.pytorch import Callback
 
 from lightning_overlap import ConfigError
 from lightning_overlap.strategy import seams as optimization
-from tests.trainer.test_pipeline import pipelined
+from tests.helpers.pipelined import pipelined
 
 
 class WritesWeights(Callback):

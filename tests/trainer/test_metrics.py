@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from lightning_overlap import OverlapStrategy
-from tests.trainer.test_tensor import QUIET, Net
+from tests.trainer.tensor.test_numbers import QUIET, Net
 
 SAMPLES = 8
 

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from lightning_overlap import OverlapStrategy, TensorParallel
 from lightning_overlap.steps.forward import Forward
-from tests.trainer.test_tensor import QUIET, Net
+from tests.trainer.tensor.test_numbers import QUIET, Net
 
 
 class Turns:

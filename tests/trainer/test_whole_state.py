@@ -11,7 +11,7 @@ from lightning.pytorch.plugins.environments import TorchElasticEnvironment
 
 from examples.train_gpt import GPTModule
 from lightning_overlap import ConfigError, OverlapStrategy, PipelineParallel, TensorParallel
-from tests.trainer.test_pipeline import QUIET, loader
+from tests.helpers.pipelined import QUIET, loader
 
 
 class Saves(GPTModule):

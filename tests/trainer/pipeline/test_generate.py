@@ -11,7 +11,7 @@ from lightning.pytorch.plugins.environments import TorchElasticEnvironment
 from torch.utils.data import DataLoader
 
 from lightning_overlap import OverlapStrategy, PipelineParallel
-from tests.trainer.test_pipeline import QUIET
+from tests.helpers.pipelined import QUIET
 
 SMALL = {"vocab_size": 64, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
 

@@ -18,9 +18,9 @@ from lightning_overlap.modes.tensor import config, symm_mem
 from lightning_overlap.modes.tensor.gemm import Exchange, shares
 from lightning_overlap.plan import resolve
 from lightning_overlap.ranks.group import Group
-from tests.tensor.group import tensor_group
-from tests.tensor.test_linear import Region
-from tests.trainer.test_tensor import compare, train
+from tests.modes.tensor.group import tensor_group
+from tests.modes.tensor.test_linear import Region
+from tests.trainer.tensor.test_numbers import compare, train
 
 
 def slow_operators(group: Group) -> symm_mem.Operators:

@@ -17,7 +17,7 @@ from lightning_overlap.modes.tensor.config import METHODS
 from lightning_overlap.modes.tensor.gemm import Exchange, growing, shares
 from lightning_overlap.modes.tensor.linear import prepare, read, row_product
 from lightning_overlap.ranks.group import Pending
-from tests.tensor.group import tensor_group
+from tests.modes.tensor.group import tensor_group
 
 
 class Region(nn.Module):

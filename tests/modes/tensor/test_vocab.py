@@ -17,7 +17,7 @@ from lightning_overlap.decision import ConfigError
 from lightning_overlap.modes.tensor.gemm import shares
 from lightning_overlap.modes.tensor.loss import cross_entropy
 from lightning_overlap.modes.tensor.vocab import CutLogits, Vocabulary, embedding_forward, head_forward
-from tests.tensor.group import tensor_group
+from tests.modes.tensor.group import tensor_group
 
 ENTRIES = 11
 

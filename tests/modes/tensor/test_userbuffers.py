@@ -24,11 +24,11 @@ from lightning_overlap.modes.tensor import config, userbuffers
 from lightning_overlap.modes.tensor.config import TensorFacts
 from lightning_overlap.modes.tensor.gemm import Exchange, shares
 from lightning_overlap.plan import resolve
-from tests.tensor.group import tensor_group
-from tests.tensor.test_linear import Region
-from tests.trainer.test_tensor import Net, compare, train
+from tests.modes.tensor.group import tensor_group
+from tests.modes.tensor.test_linear import Region
+from tests.trainer.tensor.test_numbers import Net, compare, train
 
-GOLDEN = json.loads((Path(__file__).parents[1] / "golden" / "transformer_engine.json").read_text())
+GOLDEN = json.loads((Path(__file__).parents[2] / "golden" / "transformer_engine.json").read_text())
 EMPTY = inspect.Parameter.empty
 SIGNATURES = {
     name.partition(":")[2]: inspect.Signature(

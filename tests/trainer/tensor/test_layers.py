@@ -15,7 +15,7 @@ from torch.nn.utils import parametrizations, spectral_norm, weight_norm
 from torch.utils.data import DataLoader
 
 from lightning_overlap import ConfigError, OverlapStrategy, PipelineParallel, TensorParallel
-from tests.trainer.test_tensor import QUIET, Net
+from tests.trainer.tensor.test_numbers import QUIET, Net
 
 
 class LoraLayer(nn.Module):

@@ -22,7 +22,7 @@ from torch.utils.checkpoint import checkpoint
 
 from lightning_overlap import ConfigError, OverlapStrategy, TensorParallel
 from lightning_overlap.strategy.batches import CHECKED_BATCHES
-from tests.trainer.test_tensor import MLP, QUIET, Attention, Block, Net
+from tests.trainer.tensor.test_numbers import MLP, QUIET, Attention, Block, Net
 
 
 class Residual(MLP):

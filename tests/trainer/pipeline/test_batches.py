@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
-from tests.trainer.test_pipeline_carry import WIDTH, Net, by_hand, pipelined
+from tests.trainer.pipeline.test_carry import WIDTH, Net, by_hand, pipelined
 
 
 def same(world: Any, ranks: int, kind: type[Net], pipeline: dict[str, Any], microbatches: int = 4) -> None:
