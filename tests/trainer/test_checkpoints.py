@@ -239,7 +239,7 @@ def test_an_index_looks_up_nothing_but_members_of_its_enum():
     def read(what):
         return folders._IndexUnpickler(io.BytesIO(pickle.dumps(what))).load()
 
-    enum = type(folders._MEM_FORMAT_ENCODING.TORCH_CONTIGUOUS_FORMAT)
+    enum = type(folders.MemoryFormatEncoding.TORCH_CONTIGUOUS_FORMAT)
     assert read(Looked(enum, "TORCH_PRESERVE_FORMAT")) is enum.TORCH_PRESERVE_FORMAT
     for of, name in ((enum, "__init__"), (folders.Metadata, "__init__")):
         with pytest.raises(pickle.UnpicklingError, match="it names"):
