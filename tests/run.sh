@@ -5,6 +5,7 @@ cd "$(dirname "$0")/.."
 . examples/environment.sh
 export OMP_NUM_THREADS=1
 .venv/bin/ruff check .
+.venv/bin/ruff format --check .
 .venv/bin/mypy
 # Two at a time: a test's ranks wait for each other for about 40% of its time.
 .venv/bin/python -m pytest -n 2 --dist worksteal "$@"

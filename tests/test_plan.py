@@ -235,7 +235,6 @@ def test_strategy_refuses_before_anything_starts():
         Trainer(strategy=OverlapStrategy(data_parallel=4), accelerator="cpu", devices=2)
 
 
-
 def tensor_plan(*, found=("plan of Llama: 4 column", (), 32000), overall="auto", pipeline=None, facts=None, **given):
     own = TensorParallel(**{"size": 2, **given})
     facts = dict(facts or {})

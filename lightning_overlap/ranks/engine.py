@@ -145,9 +145,7 @@ class Engine:
         # The next rank first: otherwise all ranks would send to rank 0 at once.
         return self.exchange(receives, [(p, outgoing[p]) for p in peers if outgoing[p].numel()], key, transfer)
 
-    def all_gather(
-        self, x: Tensor, pieces: Sequence[Tensor], key: int, priority: int, pool: BufferPool, transfer: Transfer
-    ) -> Waiter:
+    def all_gather(self, x: Tensor, pieces: Sequence[Tensor], key: int, priority: int, pool: BufferPool, transfer: Transfer) -> Waiter:
         """Posts the transfer of this rank's piece of ``x`` to all members, and of theirs into ``x``."""
         mine = pieces[self.members.rank]
         if len({piece.numel() for piece in pieces}) == 1:

@@ -147,9 +147,7 @@ class ThreadedGlooEngine(GlooEngine):
             return super().receive(x, peer, key, transfer)
         return self._posted(transfer, [(dist.irecv, x, peer, self.process_group, key)], reduction=False)
 
-    def all_gather(
-        self, x: Tensor, pieces: Sequence[Tensor], key: int, priority: int, pool: BufferPool, transfer: Transfer
-    ) -> Waiter:
+    def all_gather(self, x: Tensor, pieces: Sequence[Tensor], key: int, priority: int, pool: BufferPool, transfer: Transfer) -> Waiter:
         if self.threads is None:
             return super().all_gather(x, pieces, key, priority, pool, transfer)
         rank, size, first = self.members.rank, self.members.size, key * _MAX_CHUNKS

@@ -10,9 +10,7 @@ from lightning_overlap.ranks.degrees import Degrees
 from lightning_overlap.ranks.group import Group
 from lightning_overlap.ranks.world import make_group
 
-GroupName = Literal[
-    "samples", "gradients", "experts", "expert_gradients", "tensor", "context", "pipeline", "batch", "stage", "world"
-]
+GroupName = Literal["samples", "gradients", "experts", "expert_gradients", "tensor", "context", "pipeline", "batch", "stage", "world"]
 """Which ranks a group joins:
 
     samples           those that hold the same part of the model and see different samples: sampler, metrics, ``reduce``

@@ -82,7 +82,7 @@ class OverlapStrategy(MeshStrategy):
         ConfigError: a request that cannot be met; when the strategy is made, or before the first step.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913  # users' arguments are spelled out, so that YAML and editors know them
         self,
         data_parallel: int | Literal["auto"] | DataParallel = "auto",
         tensor_parallel: int | TensorParallel = 1,
@@ -381,7 +381,7 @@ class OverlapStrategy(MeshStrategy):
             ConfigError: on every rank, if ranks have different numbers of batches.
         """
         if self.world_size > 1:
-                refuse_uneven(self._module.trainer.num_training_batches)
+            refuse_uneven(self._module.trainer.num_training_batches)
         self.checkpoints.training = True
 
     def on_train_end(self) -> None:

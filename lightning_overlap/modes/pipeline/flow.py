@@ -156,4 +156,3 @@ def _answer(asking: int, group: Group, owner: Callable[[Leaf], int], made: Mappi
             return said
         rank = owner(said)
         group.share_object(made[said].detach().cpu().requires_grad_(made[said].requires_grad) if rank == group.rank else None, rank)
-

@@ -131,7 +131,7 @@ class Conditioned(Block):
 
 
 class Awkward(Net):
-    def __init__(self, kind: str) -> None:
+    def __init__(self, kind: str) -> None:  # noqa: C901  # a list of cases
         super().__init__(dropout=0.5 if kind == "random numbers" else 0.0)
         self.lr = 0.01
         self.kind, self.automatic_optimization = kind, kind not in ("two backwards", "own backward")
