@@ -192,8 +192,9 @@ class ThreadedGlooEngine(GlooEngine):
         self.threads.post(waiter, operations, reduction=reduction)
         return waiter
 
-    def wait_for(self, label: str, works: Sequence[PostedWork]) -> None:
-        for work, peer in works:  # by a thread, so nobody has to look around
+    def block_for(self, label: str, works: Sequence[PostedWork]) -> None:
+        """Waits in a thread of this engine's, which does not look for errors of other ranks: the main thread does."""
+        for work, peer in works:
             self.wait_for_one(label, work, peer)
 
 
@@ -226,9 +227,10 @@ class ThreadedWaiter:
         self._wait_until_settled(start)
         if self.works:
             if self.engine.threads is None:
-                raise self.engine.failure(self.transfer.label, -1, ConnectionError("the group has ended"))
-            self.engine.threads.wait_for(self)
-            self._wait_until_settled(start)
+                self.engine.wait_for(self.transfer.label, self.works)
+            else:
+                self.engine.threads.wait_for(self)
+                self._wait_until_settled(start)
         self.works.clear()
 
     def settle(self, error: Exception | None = None) -> None:
@@ -332,7 +334,7 @@ class Threads:
         while (waiter := self._reductions.get()) is not None:
             transfer = waiter.transfer
             try:
-                self._engine.wait_for(transfer.label, waiter.works)
+                self._engine.block_for(transfer.label, waiter.works)
                 transfer.complete = True
             except Exception as error:
                 waiter.settle(error)
@@ -348,7 +350,7 @@ class Threads:
     def _wait_for_requests(self) -> None:
         while (waiter := self._requests.get()) is not None:
             try:
-                self._engine.wait_for(waiter.transfer.label, waiter.works)
+                self._engine.block_for(waiter.transfer.label, waiter.works)
             except Exception as error:
                 waiter.settle(error)
             waiter.settle()
@@ -387,7 +389,7 @@ class Threads:
 
     def _wait_for_chunk(self, work: PostedWork, waiter: ThreadedWaiter) -> None:
         try:
-            self._engine.wait_for(waiter.transfer.label, [work])
+            self._engine.block_for(waiter.transfer.label, [work])
         except Exception as error:
             waiter.unsent -= 1
             waiter.settle(error)

@@ -52,7 +52,10 @@ class Forwards:
         """The forward that this thread computes, or whose backward it runs."""
         current: Forward | None = getattr(self._threads, "forward", None) or self._in_backward
         if current is None:
-            current = self._threads.forward = Forward()
+            # Kept apart from those that were started: a thread of autograd's lives on, and must ask for the next backward's forward.
+            current = getattr(self._threads, "unstarted", None)
+        if current is None:
+            current = self._threads.unstarted = Forward()
         return current
 
     def start(self) -> Forward:
@@ -84,9 +87,10 @@ class Forwards:
     @contextmanager
     def backward(self, forward: Forward) -> Iterator[None]:
         """Inside, this thread runs the backward of ``forward``."""
+        outer, was_in_backward = self._in_backward, forward.in_backward
         with self.running(forward):
             self.start_backward()
             try:
                 yield
             finally:
-                self.finish_backward()
+                forward.in_backward, self._in_backward = was_in_backward, outer

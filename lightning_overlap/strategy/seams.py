@@ -262,12 +262,14 @@ class _LogRouter:
         """Inside, this thread's logs go to ``receive``."""
         before = getattr(self._threads, "receive", self._write)
         self._threads.receive = receive
-        self.users += 1
         try:
             yield
         finally:
-            self.users -= 1
             self._threads.receive = before
+
+
+_LOG_LOCK = threading.Lock()
+"""Held while a router is put in the place of a results' ``log``, or taken away: another thread's step may do the same."""
 
 
 @contextlib.contextmanager
@@ -277,15 +279,19 @@ def logs_go_to(trainer: Trainer, keep: Callable[..., None] | None) -> Iterator[N
     if results is None:
         yield
         return
-    if not isinstance(results.log, _LogRouter):
-        results.log = _LogRouter(results.log)
-    router: Any = results.log
+    with _LOG_LOCK:
+        if not isinstance(results.log, _LogRouter):
+            results.log = _LogRouter(results.log)
+        router: Any = results.log
+        router.users += 1
     try:
         with router.to(keep or (lambda *_, **__: None)):
             yield
     finally:
-        if not router.users:
-            del results.log
+        with _LOG_LOCK:
+            router.users -= 1
+            if not router.users:
+                del results.log
 
 
 def write_log(trainer: Trainer, hook: str, name: str, value: Any, **options: Any) -> None:

@@ -55,7 +55,7 @@ def unprofiled():
 
 def planted():
     """One bucket's reduction arrives late, where nothing is hidden; what was waited is measured where it is planted."""
-    waited, real = [], ThreadedGlooEngine.wait_for
+    waited, real = [], ThreadedGlooEngine.block_for
 
     def late(self, label, works):
         start, chosen = time.perf_counter(), label == "data.grads[1]" and works
@@ -66,7 +66,7 @@ def planted():
             waited.append(time.perf_counter() - start)
 
     profiler = OverlapProfiler(every_n_steps=1, warmup=0)
-    with mock.patch.object(ThreadedGlooEngine, "wait_for", late):
+    with mock.patch.object(ThreadedGlooEngine, "block_for", late):
         train(callbacks=[profiler], overlap="off", **QUIET)
     return waited, profiler.summary
 

@@ -360,3 +360,26 @@ def never_comes():
 
 def test_who_waits_for_a_group_hears_why_nobody_comes(world):
     assert world(2).run(never_comes) == ["rank 1 has failed: ValueError: the user's", None]
+
+
+def never_sends():
+    """One rank fails before a transfer of a group whose threads have ended, for which the other one waits."""
+    WORLD.announcements.start()
+    WORLD.announcements.interval = 0.1
+    WORLD.assemble(datetime.timedelta(seconds=30), datetime.timedelta(seconds=30))
+    group = make_group([[0, 1]], "at rest", datetime.timedelta(seconds=30))
+    group.rest()
+    try:
+        if dist.get_rank() == 1:
+            WORLD.announcements.announce(ValueError("the user's"))
+        else:
+            with pytest.raises(TransferError) as caught:
+                group.all_reduce(torch.ones(1), label="sum").wait()
+            return str(caught.value)
+    finally:
+        WORLD.abandon()
+        WORLD.announcements.end()
+
+
+def test_who_waits_in_a_group_at_rest_hears_why_nobody_sends(world):
+    assert world(2).run(never_sends) == ["rank 1 has failed: ValueError: the user's", None]

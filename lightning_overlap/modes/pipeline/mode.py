@@ -222,10 +222,12 @@ class PipelineMode(Driver, Holder):
 
     @contextmanager
     def trial(self) -> Iterator[None]:
-        with self._known.preserved():  # in another precision, activations of the same batch have another dtype
-            yield
-        for _, transfers in self._runs.values():  # and other kernels, which have not run yet
-            transfers.forget_kinds()
+        try:
+            with self._known.preserved():  # in another precision, activations of the same batch have another dtype
+                yield
+        finally:
+            for _, transfers in self._runs.values():  # and other kernels, which have not run yet
+                transfers.forget_kinds()
 
     @contextmanager
     def whole(self) -> Iterator[None]:

@@ -87,6 +87,7 @@ class Stages:
         """By stage and microbatch: gradients of weights that an ``I`` has left."""
         self._forwards: defaultdict[int, Forward] = defaultdict(Forward)
         """By microbatch, the state of its forward on all stages of this rank."""
+        self._last_actions = {action.microbatch: action for action in actions}
         self._backward_started = False
 
     def forward(self, stage: int, microbatch: int, inputs: Tensors) -> Tensors | None:
@@ -154,6 +155,7 @@ class Stages:
                 self._backward_started = True
                 self._batch.step.start_backward()
             self._compute_backward(action, roots, gradients)
+        self._forget_after(action)
         if action == self._last_backward:
             self._model.backward_done()
         return [x.grad if x.grad is not None else torch.zeros_like(x) for x in leaves if x.requires_grad]
@@ -180,9 +182,15 @@ class Stages:
     def weights(self, stage: int, microbatch: int) -> None:
         """See :class:`lightning_overlap.steps.runner.Compute`."""
         assert self._model.weight_gradients is not None, "the schedule splits backward"
-        backward = self._model.forwards.backward(self._forwards[microbatch])
-        with backward, self._completing(Action("W", stage, microbatch)):
+        action = Action("W", stage, microbatch)
+        with self._model.forwards.backward(self._forwards[microbatch]), self._completing(action):
             self._model.weight_gradients.run(self._deferred.pop((stage, microbatch)))
+        self._forget_after(action)
+
+    def _forget_after(self, action: Action) -> None:
+        """Releases what a microbatch's forward has kept, which may be gathered inputs, with its last action on this rank."""
+        if action == self._last_actions[action.microbatch]:
+            del self._forwards[action.microbatch]
 
     def _completing(self, action: Action) -> AbstractContextManager[None]:
         return nullcontext() if action in self._completing_actions else self._batch.step.hold()

@@ -77,7 +77,7 @@ class FirstBlocks:
         forward = boundary.forwards.current.branch()
         state = forward.of(RegionState)
         state.prepared, state.latest = None, {}
-        with boundary.forwards.running(forward):
+        with boundary.forwards.backward(forward):  # an activation checkpoint in the block runs again in a thread of autograd's
             check.check(self._whole_block(check), args, kwargs, cutting, backward=not defers)
 
     def _cutting(self, check: BlockCheck, x: Tensor) -> Cutting:
