@@ -74,7 +74,8 @@ class Both(Callback):
         self.result: Any = None
 
     def on_train_start(self, trainer: Trainer, module: Any) -> None:
-        forwards = trainer.strategy.modes[0].setup.boundary.forwards  # type: ignore[attr-defined]
+        mode: Any = trainer.strategy.modes[0]  # type: ignore[attr-defined]
+        forwards = mode.setup.boundary.forwards
         batches = [torch.randint(0, 31, (2, length), generator=torch.Generator().manual_seed(length)) for length in (10, 6)]
         states = [Forward(), Forward()]
 
