@@ -21,6 +21,8 @@ ASK_AFTER = 5
 ASK_TIMES = 4
 """Questions without an answer after which it is given up: 25 seconds after it was last heard of."""
 _DESCRIPTORS = "/proc/self/fd"
+ENDED = (("", 0), ("", 0))
+"""The addresses of a connection that has ended: the same on all ranks, so that they say nothing of who was connected."""
 
 
 class Sockets:
@@ -57,7 +59,7 @@ class Sockets:
 
     def keep(self, ends: Collection[tuple[Any, Any]]) -> None:
         """Keeps those between these ends, and lets go of the others."""
-        kept = [connection for connection in self._held if _ends(connection) in ends]
+        kept = [connection for connection in self._held if _ends(connection) in ends and _ends(connection) != ENDED]
         for connection in self._held:
             if connection not in kept:
                 connection.close()
@@ -119,8 +121,8 @@ def _ends(connection: socket.socket) -> tuple[Any, Any]:
     """Address and port of this process's end and of the other one."""
     try:
         (address, port, *_), (peer, peers_port, *_) = connection.getsockname(), connection.getpeername()
-    except OSError:  # it has ended
-        return ("", 0), ("", 0)
+    except OSError:
+        return ENDED
     return (address.partition("%")[0], port), (peer.partition("%")[0], peers_port)  # each end has a name of its own for its interface
 
 
