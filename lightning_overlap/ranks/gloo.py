@@ -114,15 +114,8 @@ class GlooEngine(Engine):
 class ThreadedGlooEngine(GlooEngine):
     """Its threads post and wait. Once it rests, the caller does (a checkpoint after a fit). Arguments: see :class:`GlooEngine`."""
 
-    def __init__(
-        self,
-        members: Members,
-        process_group: Any,
-        gathers: Any = None,
-        sockets: Sockets | None = None,
-        gather_sockets: Sockets | None = None,
-    ) -> None:
-        super().__init__(members, process_group, gathers, sockets, gather_sockets)
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
         self.threads: Threads | None = Threads(self)
 
     def all_reduce(self, x: Tensor, op: Any, transfer: Transfer) -> Waiter:

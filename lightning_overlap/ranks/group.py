@@ -267,7 +267,9 @@ class Group(BlockingVerbs):
     # -- end ---------------------------------------------------------------------------------------------------------
 
     def rest(self) -> None:
-        """Ends the group's threads and frees its buffers. All its transfers must have been waited for."""
+        """Ends the group's threads and frees its buffers, unless others use it. All its transfers must have been waited for."""
+        if self.users > 1:
+            return
         self._engine.rest()
         self._pool.clear()
 
