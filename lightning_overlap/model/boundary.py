@@ -11,6 +11,7 @@ other cuts are hooks of the blocks, and so inside the pipeline's. Embeddings and
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
@@ -41,7 +42,7 @@ class Nesting(IntEnum):
     """The parameters that are left, flattened (data parallelism)."""
 
 
-class TokenCut:
+class TokenCut(ABC):
     """How a mode cuts the tokens of hidden states, ``(..., tokens, features)``, between the first and the last block.
 
     Attributes:
@@ -52,19 +53,19 @@ class TokenCut:
     nesting: ClassVar[Nesting]
     remedy: ClassVar[str]
 
+    @abstractmethod
     def enter(self, x: Tensor) -> Tensor:
         """This rank's tokens of hidden states. Called before the first block."""
-        raise NotImplementedError
 
+    @abstractmethod
     def leave(self, x: Tensor) -> Tensor:
         """All tokens of hidden states of which this rank has its part. Called after the last block."""
-        raise NotImplementedError
 
     def cut_argument(self, x: Tensor) -> Tensor:
         """This rank's part of another tensor that a block is called with (positions, rotary tables, a mask). Called at every block."""
         return x
 
-    def start_block(self, block: nn.Module, x: Tensor, inputs: Any) -> None:
+    def start_block(self, block: nn.Module, x: Tensor, inputs: Any) -> None:  # noqa: B027  # optional
         """Called before each block, with what the cuts around this one leave of its arguments.
 
         Args:

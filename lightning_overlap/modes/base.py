@@ -9,7 +9,7 @@ Every mode is an :class:`OverlapMode`. What only some modes do is in contracts o
 
 from __future__ import annotations
 
-from abc import abstractmethod
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -151,7 +151,7 @@ class OverlapMode:
             group.close()
 
 
-class Driver(OverlapMode):
+class Driver(OverlapMode, ABC):
     """A mode that runs the user's steps in parts, backward included. On some ranks a step may end before the loss."""
 
     @abstractmethod
@@ -207,7 +207,7 @@ class Driver(OverlapMode):
         """Called after a validation inside a fit."""
 
 
-class Holder(OverlapMode):
+class Holder(OverlapMode, ABC):
     """A mode under which a rank holds a part of the model."""
 
     @classmethod
@@ -268,7 +268,7 @@ class Holder(OverlapMode):
         return None
 
 
-class OptimizerHolder(OverlapMode):
+class OptimizerHolder(OverlapMode, ABC):
     """A mode under which a rank holds a part of the optimizer's state. An answer of None (or False): not of this optimizer."""
 
     @abstractmethod
