@@ -11,9 +11,10 @@ Cuts are hooks of the blocks. The pipeline is outside of them: it replaces the l
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import IntEnum
 from functools import partial
 from typing import Any, ClassVar
@@ -46,10 +47,12 @@ class TokenCut(ABC):
     """Shards the tokens of hidden states, ``(..., tokens, features)``, between the first and the last block.
 
     Attributes:
+        ranks: number of ranks over which it shards tokens.
         nesting: the position among several cuts; outer cuts have smaller numbers.
         remedy: the setting that turns this cut off, for errors: "set ...".
     """
 
+    ranks: int
     nesting: ClassVar[Nesting]
     remedy: ClassVar[str]
 
@@ -92,6 +95,8 @@ class _Position:
 
     is_inside: bool = False
     """The first block was called, and the last one has not returned yet."""
+    tokens: dict[TokenCut, int] = field(default_factory=dict)
+    """By cut, the number of tokens that it shards, once the first block was called on this rank."""
 
 
 class Boundary:
@@ -159,6 +164,8 @@ class Boundary:
         if is_first:
             self._position.is_inside = True
         for cut in self._cuts:
+            if is_first:
+                self._position.tokens[cut] = x.shape[-2]
             cut.start_block(block, x, (args, kwargs))
             if type(cut).shard_argument is not TokenCut.shard_argument:
                 args, kwargs = replaced((args, kwargs), partial(_shard_argument, cut, x))
@@ -173,6 +180,23 @@ class Boundary:
             x = cut.leave(x)
         self._position.is_inside = False
         return with_hidden(output, x)
+
+    def is_first(self, block: nn.Module) -> bool:
+        """Whether a block is the first one, before which tokens are sharded."""
+        return block is self._blocks[0]
+
+    def count_tokens(self, cut: TokenCut, x: Tensor) -> int:
+        """The number of tokens that a cut shards.
+
+        Args:
+            cut: a registered cut.
+            x: the hidden states of a block, as :meth:`TokenCut.start_block` gets them.
+        """
+        if cut in self._position.tokens:
+            return self._position.tokens[cut]
+        # Another rank runs the first block: each cut has taken its share there, an equal one on each rank.
+        inside = self._cuts[self._cuts.index(cut) :]
+        return x.shape[-2] * math.prod(inner.ranks for inner in inside)
 
     # -- one forward -------------------------------------------------------------------------------------------------
 

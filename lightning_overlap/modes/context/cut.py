@@ -57,9 +57,9 @@ class ContextCut(TokenCut):
 
     def start_block(self, block: nn.Module, x: Tensor, inputs: Any) -> None:
         state = self.state
-        tokens = self._boundary.tokens_before(self, x)
-        if state.layout is not None and state.layout.tokens == tokens:
+        if state.layout is not None and not self._boundary.is_first(block):
             return
+        tokens = self._boundary.count_tokens(self, x)
         if self._boundary.has_remote_blocks and tokens % (2 * self.ranks):
             raise ConfigError(
                 f"a sequence of {tokens} tokens is not divisible by 2 x context_parallel.size={self.ranks}, which it must be in a "

@@ -77,6 +77,8 @@ class ContextMode(Sharder):
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Mask, **options: Any) -> Tensor:
         """Attention of this rank's queries over the keys of all ranks; see :class:`ContextAttention`."""
+        if self._in_trial:
+            options["dropout"] = 0.0
         return self._attention(q, k, v, mask, self.setup.boundary.forwards.current.of(ContextState).layout, **options)
 
     @contextmanager
