@@ -109,7 +109,7 @@ class Boundary:
 
     def __init__(self) -> None:
         self.forwards = Forwards()
-        self.is_spread = False
+        self.has_remote_blocks = False
         self._cuts: list[TokenCut] = []
         self._blocks: Sequence[nn.Module] = ()
         self._hooks: list[Any] = []
