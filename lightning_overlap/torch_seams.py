@@ -13,16 +13,29 @@ from torch.optim import Optimizer
 
 SUPPORTED = "lightning_overlap supports the versions of torch in its requirements: install one of these."
 try:
+    from torch._C import DisableTorchFunction as WithoutOverrides
     from torch._C import DisableTorchFunctionSubclass as WithoutSubclasses
+    from torch._C import _autograd as autograd
     from torch._C import _distributed_c10d as c10d
     from torch._dynamo import OptimizedModule as CompiledModule
+    from torch._dynamo._trace_wrapped_higher_order_op import TransformGetItemToIndex as IndexedByTensors
     from torch.distributed.checkpoint.metadata import _MEM_FORMAT_ENCODING as MemoryFormatEncoding
     from torch.nn.modules.batchnorm import _BatchNorm as BatchNorm
     from torch.utils._pytree import tree_leaves, tree_map
 except ImportError as error:
     raise ImportError(f"this version of torch lacks a part that is needed ({error}). {SUPPORTED}") from error
 
-__all__ = ["BatchNorm", "CompiledModule", "MemoryFormatEncoding", "WithoutSubclasses", "c10d", "tree_leaves", "tree_map"]
+__all__ = [
+    "BatchNorm",
+    "CompiledModule",
+    "IndexedByTensors",
+    "MemoryFormatEncoding",
+    "WithoutOverrides",
+    "WithoutSubclasses",
+    "c10d",
+    "tree_leaves",
+    "tree_map",
+]
 
 PRIVATE_NAMES: tuple[tuple[Any, str, str], ...] = (
     (nn.Module(), "_parameters", "guarded, so that weights are complete before anybody reads them"),
@@ -33,6 +46,7 @@ PRIVATE_NAMES: tuple[tuple[Any, str, str], ...] = (
     (Tensor, "_version", "whether a tensor was written since"),
     (getattr(Function, "_backward_cls", None), "_forward_cls", "by which a node of autograd's graph tells its Function"),
     (Variable, "_execution_engine", "calls a function at the end of a backward"),
+    (autograd, "_top_saved_tensors_default_hooks", "tells that a checkpoint was entered"),
     (profiler, "_is_profiler_enabled", "spans cost 20 microseconds each, also while none runs"),
     (Optimizer, "register_step_pre_hook", "fills _optimizer_step_pre_hooks"),
     (dist.distributed_c10d, "_get_default_store", "the store of the world, over which errors are announced"),
@@ -88,6 +102,11 @@ def version_of(tensor: Tensor) -> int:
 def after_backward(function: Callable[[], None]) -> None:
     """Calls a function when the backward that runs has ended. To be called inside it."""
     Variable._execution_engine.queue_callback(function)
+
+
+def saved_tensor_hooks() -> Any:
+    """What autograd calls now for each tensor that it saves: an activation checkpoint's functions, for one; None: nothing."""
+    return autograd._top_saved_tensors_default_hooks(False)
 
 
 def is_profiled() -> bool:
