@@ -153,7 +153,7 @@ def find(model: nn.Module, given: Mapping[str, str], size: int) -> TensorPlan:
     cuts: dict[str, Cut] = {}
     whole: set[str] = set()
     for pattern, role in roles.items():
-        if role == "blocks":
+        if role in ("blocks", "per_token"):
             continue
         names = _matches(model, pattern)
         if not names:
@@ -199,7 +199,7 @@ def find(model: nn.Module, given: Mapping[str, str], size: int) -> TensorPlan:
 
 def _roles(model: nn.Module, given: Mapping[str, str]) -> tuple[str, dict[str, str]]:
     """Where they come from, and the roles by pattern."""
-    if any(role != "blocks" for role in given.values()):
+    if any(role not in ("blocks", "per_token") for role in given.values()):
         return "strategy's parallel_plan", dict(given)
     own = getattr(model, "parallel_plan", None)
     if isinstance(own, Mapping):
