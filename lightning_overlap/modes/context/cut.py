@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.autograd import Function
 
@@ -16,6 +16,7 @@ from lightning_overlap.model.token_shards import TokenShards
 from lightning_overlap.model.trees import leaves
 from lightning_overlap.modes.context.arguments import shard_argument
 from lightning_overlap.modes.context.layout import TokenLayout
+from lightning_overlap.modes.context.local_tokens import LocalTokens
 from lightning_overlap.modes.context.mask import Mask
 from lightning_overlap.ranks.group import Group
 
@@ -25,11 +26,13 @@ class ContextState:
     """What one forward knows of its tokens.
 
     Attributes:
-        layout: which tokens each rank has; None before the first block, and where the forward is not sharded.
-        shards: the same, for tensors that stay sharded after the blocks.
+        layout: which tokens each rank has; None before the first block.
+        local: the tokens of this rank; None before the first block, and in a forward that is not sharded.
+        shards: the same as ``layout``, for tensors that stay sharded after the blocks.
     """
 
     layout: TokenLayout | None = None
+    local: LocalTokens | None = None
     shards: TokenShards | None = None
 
 
@@ -41,14 +44,16 @@ class ContextCut(TokenCut):
         boundary: of the blocks.
         order: ``auto``, ``balanced`` or ``contiguous``; see :class:`~lightning_overlap.modes.context.config.ContextParallel`.
         exit: ``loss`` or ``blocks``: where tokens are joined again.
+        is_unsharded: whether the present forward runs with all tokens on every rank.
     """
 
     nesting = Nesting.TOKENS
     remedy = "set context_parallel: 1"
 
-    def __init__(self, group: Group, boundary: Boundary, order: str, exit: str) -> None:
+    def __init__(self, group: Group, boundary: Boundary, order: str, exit: str, is_unsharded: Callable[[], bool]) -> None:
         self.ranks = group.size
         self._group, self._boundary, self._order, self._exit = group, boundary, order, exit
+        self._is_unsharded = is_unsharded
 
     @property
     def state(self) -> ContextState:
@@ -57,7 +62,10 @@ class ContextCut(TokenCut):
 
     def start_block(self, block: nn.Module, x: Tensor, inputs: Any) -> None:
         state = self.state
-        if state.layout is not None and not self._boundary.is_first(block):
+        if self._is_unsharded():
+            state.local = None
+            return
+        if state.local is not None and not self._boundary.is_first(block):
             return
         tokens = self._boundary.count_tokens(self, x)
         if self._boundary.has_remote_blocks and tokens % (2 * self.ranks):
@@ -68,6 +76,7 @@ class ContextCut(TokenCut):
         state.layout = self._lay_out(tokens, next((x for x in leaves(inputs) if isinstance(x, Mask)), None))
         positions = tuple(state.layout.positions(rank) for rank in range(self.ranks))
         state.shards = TokenShards(self._group, positions, tokens)
+        state.local = LocalTokens(tokens, state.shards.local)
 
     def _lay_out(self, tokens: int, mask: Mask | None) -> TokenLayout:
         order = self._order
@@ -79,21 +88,18 @@ class ContextCut(TokenCut):
         return make(tokens, self.ranks)
 
     def enter(self, x: Tensor) -> Tensor:
-        return _Enter.apply(x, self._shards)
+        state = self.state
+        return x if state.local is None else _Enter.apply(x, state.shards)
 
     def leave(self, x: Tensor) -> Tensor:
-        shards = self._shards
-        return shards.gather(x, -2) if self._exit == "blocks" else ShardedTokens.of(x, -2, shards)
+        state = self.state
+        if state.local is None or state.shards is None:
+            return x
+        return state.shards.gather(x, -2) if self._exit == "blocks" else ShardedTokens.of(x, -2, state.shards)
 
     def shard_argument(self, x: Tensor) -> Tensor:
-        shards = self._shards
-        return shard_argument(x, shards.size, shards.local)
-
-    @property
-    def _shards(self) -> TokenShards:
-        shards = self.state.shards
-        assert shards is not None, "start_block comes first"
-        return shards
+        local = self.state.local
+        return x if local is None else shard_argument(x, local.tokens, local.positions)
 
 
 class _Enter(Function):

@@ -4,20 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lightning_overlap.model.blocks import Blocks, find_blocks
+from lightning_overlap.model.blocks import Blocks, find_blocks, names_by_role
 from lightning_overlap.model.boundary import Nesting
+from lightning_overlap.model.patches import replace_method
 from lightning_overlap.modes.base import Setup, Sharder
 from lightning_overlap.modes.context import seam
+from lightning_overlap.modes.context.arguments import per_token_forward
 from lightning_overlap.modes.context.attention import ContextAttention
 from lightning_overlap.modes.context.config import ContextChoices, ContextFacts, ContextParallel
 from lightning_overlap.modes.context.cut import ContextCut, ContextState
+from lightning_overlap.modes.context.local_tokens import LocalTokens
 from lightning_overlap.modes.context.mask import Mask
 from lightning_overlap.modes.context.refusals import find_mixers
 from lightning_overlap.ranks.group import Group
@@ -58,15 +60,36 @@ class ContextMode(Sharder):
     # -- set-up ------------------------------------------------------------------------------------------------------
 
     def parallelize(self, model: nn.Module) -> None:
-        _, blocks = _find(model, self.setup.roles)
+        name, blocks = _find(model, self.setup.roles)
         self._model = model
-        self._install = partial(self._patch, model, list(blocks.children()))
+        self._install = partial(self._patch, model, name, list(blocks.children()))
         self._install()
 
-    def _patch(self, model: nn.Module, blocks: Sequence[nn.Module]) -> None:
-        cut = ContextCut(self.group, self.setup.boundary, self.choices.order.value, self.choices.boundary.value)
-        self._undo.append(self.setup.boundary.register(blocks, cut))
-        self._undo.append(seam.install(model, blocks, self._attend, lambda: cut.is_active))
+    def _patch(self, model: nn.Module, name: str, blocks: Sequence[nn.Module]) -> None:
+        boundary = self.setup.boundary
+
+        def local() -> LocalTokens | None:
+            return boundary.forwards.current.of(ContextState).local
+
+        for path in names_by_role(model, self.setup.roles, "per_token"):
+            module = model.get_submodule(path)
+            self._undo.append(replace_method(module, "forward", per_token_forward(module.forward, local)))
+        named = {f"{name}.{number}": block for number, block in enumerate(blocks)}
+        attentionless = frozenset(names_by_role(model, self.setup.roles, "token_wise")) & named.keys()
+        self._undo.append(seam.install(named, self._attend, local, attentionless=attentionless))
+        is_unsharded = self._switch_hugging_face(model, blocks)
+        cut = ContextCut(self.group, boundary, self.choices.order.value, self.choices.boundary.value, is_unsharded)
+        self._undo.append(boundary.register(blocks, cut))
+
+    def _switch_hugging_face(self, model: nn.Module, blocks: Sequence[nn.Module]) -> Callable[[], bool]:
+        """Has a model of transformers call the seam; whether its present forward runs with all tokens on every rank."""
+        if not any(type(module).__module__.startswith("transformers.") for block in blocks for module in block.modules()):
+            return lambda: False
+        from lightning_overlap.modes.context.huggingface import Switch  # which needs transformers
+
+        switch = Switch(model, blocks)
+        self._undo.append(switch.undo)
+        return lambda: switch.is_unsharded
 
     def _uninstall(self) -> None:
         """The model computes as the user wrote it."""
@@ -79,7 +102,9 @@ class ContextMode(Sharder):
         """Attention of this rank's queries over the keys of all ranks; see :class:`ContextAttention`."""
         if self._in_trial:
             options["dropout"] = 0.0
-        return self._attention(q, k, v, mask, self.setup.boundary.forwards.current.of(ContextState).layout, **options)
+        layout = self.setup.boundary.forwards.current.of(ContextState).layout
+        assert layout is not None, "a block that runs has entered the stack"
+        return self._attention(q, k, v, mask, layout, **options)
 
     @contextmanager
     def whole(self) -> Iterator[None]:
@@ -139,5 +164,15 @@ def look(model: nn.Module, config: ContextParallel, roles: Mapping[str, str]) ->
     if config.size == 1:
         return None
     name, blocks = _find(model, roles)
-    heads, kv_heads = seam.count_heads(blocks)
+    heads, kv_heads = _count_heads(blocks)
     return ContextFacts(f"the blocks are {name}", heads, kv_heads, tuple(find_mixers(name, blocks)))
+
+
+def _count_heads(blocks: nn.Module) -> tuple[int | None, int | None]:
+    """Query heads, and key and value heads, as the config of a module in the blocks tells (as in transformers)."""
+    for module in blocks.modules():
+        heads = getattr(getattr(module, "config", None), "num_attention_heads", None)
+        if isinstance(heads, int):
+            kv_heads = getattr(module.config, "num_key_value_heads", None)
+            return heads, kv_heads if isinstance(kv_heads, int) else heads
+    return None, None
