@@ -8,7 +8,6 @@ import pytest
 import lightning_overlap
 from lightning_overlap import (
     ConfigError,
-    ContextParallel,
     DataParallel,
     OverlapConfig,
     OverlapStrategy,

@@ -78,7 +78,9 @@ def train(
     length = {"max_steps": 5, "limit_val_batches": 1, "num_sanity_val_steps": 0, "val_check_interval": 2}
     length["use_distributed_sampler"] = False  # it shuffles
     losses = Losses()
-    run = Trainer(**{"accelerator": "cpu", "devices": devices, "strategy": chosen, "callbacks": [losses], **QUIET, **length, **trainer})  # type: ignore[arg-type]
+    run = Trainer(
+        **{"accelerator": "cpu", "devices": devices, "strategy": chosen, "callbacks": [losses], **QUIET, **length, **trainer}
+    )  # type: ignore[arg-type]
     run.fit(module, loader, loader, ckpt_path=resume)
     if save is not None:
         run.save_checkpoint(save)

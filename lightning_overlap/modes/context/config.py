@@ -29,14 +29,14 @@ class ContextParallel:
     size: int = 1
     """Ranks along the axis."""
     method: Literal["auto", "p2p", "all_gather", "a2a", "a2a+p2p"] = "auto"
-    """How attention sees all keys. ``p2p``: each rank receives the pieces of keys and values that its queries see. ``all_gather``: every
-    rank receives all of them. ``a2a``: ranks exchange tokens for heads (DeepSpeed-Ulysses). ``a2a+p2p``: a2a between the ranks of an
-    inner group, p2p between groups. ``auto``: p2p or a2a, whichever sends fewer bytes."""
+    """How attention sees all keys. ``p2p``: each rank receives the pieces of keys and values that its queries see. ``all_gather``:
+    every rank receives all of them. ``a2a``: ranks exchange tokens for heads (DeepSpeed-Ulysses). ``a2a+p2p``: a2a between the ranks
+    of an inner group, p2p between groups. ``auto``: p2p or a2a, whichever sends fewer bytes."""
     hierarchical_sizes: Sequence[int] | None = None
     """Of ``a2a+p2p``: ranks of an inner group, and the number of groups; their product is ``size``."""
     order: Literal["auto", "balanced", "contiguous"] = "auto"
-    """Which tokens a rank has. ``balanced``: an early and a late part, which have the same work under a causal mask. ``contiguous``: one
-    part, which suits windows. ``auto``: by the mask of each batch."""
+    """Which tokens a rank has. ``balanced``: an early and a late part, which have the same work under a causal mask.
+    ``contiguous``: one part, which suits windows. ``auto``: by the mask of each batch."""
     boundary: Literal["auto", "loss", "blocks"] = "auto"
     """Where tokens are joined again. ``loss``: logits stay sharded until they are a loss. ``blocks``: after the last block."""
     pieces: int | Literal["auto"] = "auto"
@@ -63,7 +63,8 @@ class ContextParallel:
                 check_count("context_parallel.hierarchical_sizes", size)
             if len(sizes) != 2 or sizes[0] * sizes[1] != self.size:
                 raise ConfigError(
-                    f"context_parallel.hierarchical_sizes: {list(sizes)} must be two sizes whose product is context_parallel.size={self.size}"
+                    f"context_parallel.hierarchical_sizes: {list(sizes)} must be two sizes whose product is "
+                    f"context_parallel.size={self.size}"
                 )
 
 

@@ -8,7 +8,6 @@ one component: ``blocks.*.attention.qkv``.
 from __future__ import annotations
 
 import difflib
-import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -16,7 +15,7 @@ from typing import Any
 from torch import nn
 
 from lightning_overlap.decision import ConfigError
-from lightning_overlap.model.blocks import Blocks, find_blocks
+from lightning_overlap.model.blocks import Blocks, find_blocks, names_matching
 from lightning_overlap.model.roles import parse_role
 from lightning_overlap.torch_seams import parameters_of
 
