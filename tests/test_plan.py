@@ -9,6 +9,7 @@ import lightning_overlap
 from lightning_overlap import (
     ConfigError,
     DataParallel,
+    ExpertParallel,
     OverlapConfig,
     OverlapStrategy,
     PipelineParallel,
