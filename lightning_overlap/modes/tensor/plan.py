@@ -8,7 +8,6 @@ one component: ``blocks.*.attention.qkv``.
 from __future__ import annotations
 
 import difflib
-import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -17,7 +16,7 @@ from torch import nn
 
 from lightning_overlap.decision import ConfigError
 from lightning_overlap.model.blocks import Blocks, find_blocks
-from lightning_overlap.model.roles import parse_role
+from lightning_overlap.model.roles import matching, parse_role
 from lightning_overlap.torch_seams import parameters_of
 
 STYLES = {
@@ -152,10 +151,11 @@ def find(model: nn.Module, given: Mapping[str, str], size: int) -> TensorPlan:
     problems: list[str] = []
     cuts: dict[str, Cut] = {}
     whole: set[str] = set()
+    modules = dict(model.named_modules())
     for pattern, role in roles.items():
         if role in ("blocks", "per_token"):
             continue
-        names = _matches(model, pattern)
+        names = matching(modules, pattern)
         if not names:
             near = difflib.get_close_matches(pattern, [name for name, _ in model.named_modules()], 3, 0.4)
             problems.append(f"{pattern!r} matches no module; near names are: {', '.join(near) or 'none'}")
@@ -204,7 +204,8 @@ def _roles(model: nn.Module, given: Mapping[str, str]) -> tuple[str, dict[str, s
     own = getattr(model, "parallel_plan", None)
     if isinstance(own, Mapping):
         return f"parallel_plan of {type(model).__name__}", {pattern: str(role) for pattern, role in own.items()}
-    if said := {name: m.parallel_role for name, m in model.named_modules() if isinstance(getattr(m, "parallel_role", None), str)}:
+    said = {name: role for name, m in model.named_modules() if isinstance(role := getattr(m, "parallel_role", None), str)}
+    if any(role != "per_token" for role in said.values()):
         return "layers of lightning_overlap.nn", said
     for name, module in model.named_modules():
         if hasattr(module, "tp_plan") and hasattr(module, "get_input_embeddings"):
@@ -231,7 +232,7 @@ def _of_hugging_face(prefix: str, model: Any) -> Iterator[tuple[str, str]]:
                 f"{', '.join(STYLES)}. Give OverlapStrategy(parallel_plan=...) with roles for all its layers"
             )
         pattern = f"{prefix}.{name}".lstrip(".")
-        if STYLES[style] and _matches(model, name):  # dense layers of a model that has experts only, say
+        if STYLES[style] and matching(dict(model.named_modules()), name):  # dense layers of a model that has experts only, say
             yield pattern, STYLES[style]
     if not styles:
         yield from PLANS[kind].items()
@@ -241,14 +242,6 @@ def _of_hugging_face(prefix: str, model: Any) -> Iterator[tuple[str, str]]:
     ):
         if isinstance(module, kinds):
             yield from ((f"{prefix}.{name}".lstrip("."), role) for name, found in model.named_modules() if found is module)
-
-
-def _matches(model: nn.Module, pattern: str) -> list[str]:
-    """Names of modules that end in the pattern; the one that is the pattern, if there is one."""
-    if any(name == pattern for name, _ in model.named_modules()):
-        return [pattern]
-    expression = re.compile(r"(?:.*\.)?" + re.escape(pattern).replace(r"\*", "[^.]+"))
-    return [name for name, _ in model.named_modules() if expression.fullmatch(name)]
 
 
 def _is_linear(module: nn.Module) -> bool:
