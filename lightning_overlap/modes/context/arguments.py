@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from lightning_overlap.decision import ConfigError
-from lightning_overlap.model.patches import replace_method
 from lightning_overlap.model.trees import replaced
 from lightning_overlap.modes.context.local_tokens import LocalTokens
 
@@ -56,29 +55,17 @@ def _is_mask(x: Tensor, tokens: int) -> bool:
     return (is_bool or is_float) and (x.dim() == 2 or x.shape[-2] == 1)
 
 
-def install_per_token(modules: Iterable[nn.Module], local: Callable[[], LocalTokens | None]) -> Callable[[], None]:
-    """Has modules with the role ``per_token`` give this rank's rows: those of tables that they make from the number of their tokens.
+def per_token_forward(forward: Callable[..., Any], local: Callable[[], LocalTokens | None]) -> Callable[..., Any]:
+    """The forward of a module with the role ``per_token``: a table that it makes from the number of its tokens has this rank's rows.
 
-    Such a module runs as for the whole sequence. What it is given with an entry a token is zero where other ranks have the token, so
-    that it may compute with it, token by token.
+    The module runs as for the whole sequence. What it is given with an entry a token is zero where other ranks have the token, so that
+    it may compute with it, token by token.
 
     Args:
-        modules: of the blocks.
+        forward: the module's.
         local: this rank's tokens in the present forward; None: all of them.
-
-    Returns:
-        A function that gives the modules their forward back.
     """
-    undo = [replace_method(module, "forward", _per_token(module.forward, local)) for module in modules]
 
-    def remove() -> None:
-        for restore in undo:
-            restore()
-
-    return remove
-
-
-def _per_token(forward: Callable[..., Any], local: Callable[[], LocalTokens | None]) -> Callable[..., Any]:
     def run(*args: Any, **kwargs: Any) -> Any:
         part = local()
         if part is None:

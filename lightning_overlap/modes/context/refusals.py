@@ -1,4 +1,4 @@
-"""What mixes tokens inside the blocks, and is no attention, is refused before training: a rank would mix its own tokens only."""
+"""What mixes tokens inside the blocks, and is no attention: a rank would mix its own tokens only."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from collections.abc import Collection, Mapping
 
 from torch import nn
 
-from lightning_overlap.decision import ConfigError
 from lightning_overlap.torch_seams import BatchNorm
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
@@ -22,41 +21,27 @@ _NAMES = re.compile(
     r"Hyena|Indexer"
 )
 """Classes of state spaces, linear attentions, short convolutions, and of indexers that choose keys by themselves."""
-_LAYER_TYPES = ("full_attention", "sliding_attention", "chunked_attention")
+_LAYER_TYPES = {"full_attention", "sliding_attention", "chunked_attention"}
 """Hugging Face's types of layers in which tokens meet in an attention, and nowhere else."""
 
 
-def refuse_mixers(blocks: Mapping[str, nn.Module], token_wise: Collection[str]) -> None:
-    """Refuses blocks in which tokens meet outside an attention.
+def find_mixers(name: str, blocks: nn.Module, token_wise: Collection[str] = ()) -> list[str]:
+    """What mixes tokens in the blocks and is no attention, by name, with what it is.
 
     Args:
-        blocks: by name.
+        name: of the list of blocks in the model.
+        blocks: the list.
         token_wise: names of modules with the role ``token_wise``, which the user knows to work on each token by itself.
-
-    Raises:
-        ConfigError: naming the modules, or the types of layers.
     """
-    modules = {name: module for block_name, block in blocks.items() for name, module in block.named_modules(prefix=block_name)}
+    modules = dict(blocks.named_modules(prefix=name))
     mixers = [
-        f"{name} is {mixer}"
-        for name, module in modules.items()
-        if (mixer := _mixer(module)) and not any(f"{name}.".startswith(f"{known}.") for known in token_wise)
+        f"{path} ({mixer})"
+        for path, module in modules.items()
+        if (mixer := _mixer(module)) and not any(f"{path}.".startswith(f"{known}.") for known in token_wise)
     ]
-    if mixers:
-        more = f", and {len(mixers) - 3} more" if len(mixers) > 3 else ""
-        raise ConfigError(
-            f"context_parallel shards the tokens of a sequence, and the blocks mix tokens in another place than an attention: "
-            f"{'; '.join(mixers[:3])}{more}. A rank would mix its own tokens only. If such a module works on each token by itself, give "
-            "it the role token_wise in parallel_plan; otherwise set context_parallel: 1"
-        )
     configs = {id(config): config for module in modules.values() if (config := getattr(module, "config", None)) is not None}
     kinds = {kind for config in configs.values() for kind in getattr(config, "layer_types", None) or ()}
-    unknown = kinds - set(_LAYER_TYPES)
-    if unknown:
-        raise ConfigError(
-            f"context_parallel knows the layer types {', '.join(_LAYER_TYPES)}, and the model's config has "
-            f"{', '.join(sorted(map(str, unknown)))}, in which tokens may meet in another way: set context_parallel: 1"
-        )
+    return mixers + [f"a layer of type {kind} in {name}" for kind in sorted(kinds - _LAYER_TYPES)]
 
 
 def _mixer(module: nn.Module) -> str:

@@ -15,8 +15,8 @@ from typing import Any
 from torch import nn
 
 from lightning_overlap.decision import ConfigError
-from lightning_overlap.model.blocks import Blocks, find_blocks
-from lightning_overlap.model.roles import matching, parse_role
+from lightning_overlap.model.blocks import Blocks, find_blocks, names_matching
+from lightning_overlap.model.roles import parse_role
 from lightning_overlap.torch_seams import parameters_of
 
 STYLES = {
@@ -151,11 +151,10 @@ def find(model: nn.Module, given: Mapping[str, str], size: int) -> TensorPlan:
     problems: list[str] = []
     cuts: dict[str, Cut] = {}
     whole: set[str] = set()
-    modules = dict(model.named_modules())
     for pattern, role in roles.items():
         if role in ("blocks", "per_token"):
             continue
-        names = matching(modules, pattern)
+        names = names_matching(model, pattern)
         if not names:
             near = difflib.get_close_matches(pattern, [name for name, _ in model.named_modules()], 3, 0.4)
             problems.append(f"{pattern!r} matches no module; near names are: {', '.join(near) or 'none'}")
@@ -204,8 +203,7 @@ def _roles(model: nn.Module, given: Mapping[str, str]) -> tuple[str, dict[str, s
     own = getattr(model, "parallel_plan", None)
     if isinstance(own, Mapping):
         return f"parallel_plan of {type(model).__name__}", {pattern: str(role) for pattern, role in own.items()}
-    said = {name: role for name, m in model.named_modules() if isinstance(role := getattr(m, "parallel_role", None), str)}
-    if any(role != "per_token" for role in said.values()):
+    if said := {name: m.parallel_role for name, m in model.named_modules() if isinstance(getattr(m, "parallel_role", None), str)}:
         return "layers of lightning_overlap.nn", said
     for name, module in model.named_modules():
         if hasattr(module, "tp_plan") and hasattr(module, "get_input_embeddings"):
@@ -232,7 +230,7 @@ def _of_hugging_face(prefix: str, model: Any) -> Iterator[tuple[str, str]]:
                 f"{', '.join(STYLES)}. Give OverlapStrategy(parallel_plan=...) with roles for all its layers"
             )
         pattern = f"{prefix}.{name}".lstrip(".")
-        if STYLES[style] and matching(dict(model.named_modules()), name):  # dense layers of a model that has experts only, say
+        if STYLES[style] and names_matching(model, name):  # dense layers of a model that has experts only, say
             yield pattern, STYLES[style]
     if not styles:
         yield from PLANS[kind].items()

@@ -10,10 +10,11 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from lightning_overlap.decision import ConfigError
-from lightning_overlap.modes.context.arguments import install_per_token, shard_argument
+from lightning_overlap.model.patches import replace_method
+from lightning_overlap.modes.context.arguments import per_token_forward, shard_argument
 from lightning_overlap.modes.context.local_tokens import LocalTokens
 from lightning_overlap.modes.context.mask import Mask
-from lightning_overlap.modes.context.refusals import refuse_mixers
+from lightning_overlap.modes.context.refusals import find_mixers
 from lightning_overlap.modes.context.seam import install
 
 TOKENS = 10
@@ -238,21 +239,21 @@ def test_a_block_without_attention():
 @pytest.mark.parametrize(
     ("mixer", "message"),
     [
-        (nn.Conv1d(8, 8, 3), r"blocks\.0\.mixer is a convolution of kernel size 3"),
-        (nn.GRU(8, 8), "a recurrent layer"),
-        (nn.BatchNorm1d(8), "a norm over all tokens"),
-        (nn.ZeroPad2d((0, 0, 1, -1)), "a shift of tokens"),
+        (nn.Conv1d(8, 8, 3), "a convolution of kernel size 3"),
+        (nn.GRU(8, 8), "a recurrent layer (GRU)"),
+        (nn.BatchNorm1d(8), "a norm over all tokens (BatchNorm1d)"),
+        (nn.ZeroPad2d((0, 0, 1, -1)), "a shift of tokens (ZeroPad2d)"),
         (type("FancyMamba2Mixer", (nn.Module,), {})(), "a FancyMamba2Mixer"),
     ],
 )
-def test_what_mixes_tokens_is_refused(mixer: nn.Module, message: str):
+def test_what_mixes_tokens_is_known(mixer: nn.Module, message: str):
     block = Block()
     block.mixer = mixer
-    with pytest.raises(ConfigError, match=message):
-        refuse_mixers({"blocks.0": block}, [])
-    refuse_mixers({"blocks.0": block}, ["blocks.0.mixer"])
+    blocks = nn.ModuleList([block])
+    assert find_mixers("blocks", blocks) == [f"blocks.0.mixer ({message})"]
+    assert find_mixers("blocks", blocks, ["blocks.0.mixer"]) == []
     block.mixer = nn.Conv1d(8, 8, 1)
-    refuse_mixers({"blocks.0": block}, [])
+    assert find_mixers("blocks", blocks) == []
 
 
 # -- arguments -----------------------------------------------------------------------------------------------------------------------
@@ -307,7 +308,7 @@ def test_modules_with_the_role_per_token_give_the_ranks_rows():
     rotary = Rotary()
     x = torch.randn(2, TOKENS, 4)
     whole, table = rotary(x), rotary(x, TOKENS)
-    undo = install_per_token([rotary], lambda: LocalTokens(TOKENS, SOME))
+    undo = replace_method(rotary, "forward", per_token_forward(rotary.forward, lambda: LocalTokens(TOKENS, SOME)))
     local = x[:, SOME].requires_grad_()
     assert torch.equal(rotary(local), whole[:, SOME])
     assert torch.equal(rotary(local, len(SOME)), table[SOME])
