@@ -56,10 +56,10 @@ def _is_mask(x: Tensor, tokens: int) -> bool:
 
 
 def per_token_forward(forward: Callable[..., Any], local: Callable[[], LocalTokens | None]) -> Callable[..., Any]:
-    """The forward of a module with the role ``per_token``: it runs as for the whole sequence, and gives this rank's rows.
+    """The forward of a module with the role ``per_token``: a table that it makes from the number of its tokens has this rank's rows.
 
-    For tables that an attention makes from the number of its own tokens. What has an entry a token is zero where other ranks have the
-    token, so that the module may compute with it, token by token.
+    The module runs as for the whole sequence. What it is given with an entry a token is zero where other ranks have the token, so that
+    it may compute with it, token by token.
 
     Args:
         forward: the module's.

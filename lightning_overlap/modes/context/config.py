@@ -115,7 +115,8 @@ def decide(config: ContextParallel, degrees: Degrees, facts: Facts, *, overlap: 
         [
             (
                 bool(mixers),
-                f"{', '.join(mixers[:3])} mixes tokens and is no attention: a rank would mix its own tokens only",
+                f"{', '.join(mixers[:3])} mixes tokens and is no attention: a rank would mix its own tokens only. If it works on "
+                "each token by itself, give it the role token_wise in parallel_plan",
             ),
             (facts.compiled, "the module is compiled, and compiled code does not let attention be replaced: compile its blocks' mlps"),
         ],

@@ -99,11 +99,23 @@ def attention(
             f"{who} adds a learned position bias to its logits, whose gradient context parallelism does not compute: set "
             "context_parallel: 1"
         )
+    documents = isinstance(attention_mask, Mask) and attention_mask.documents is not None
+    if options.get("cu_seq_lens_q") is not None and not documents and _is_flash(module.config):
+        raise ConfigError(
+            f"{who} is given borders of documents (cu_seq_lens_q) without position_ids that restart at them, from which transformers' "
+            "mask function takes them: pass both"
+        )
     causal = options.get("is_causal")
     causal = bool(getattr(module, "is_causal", True)) if causal is None else causal
     extra = {"softcap": options.get("softcap"), "sinks": options.get("s_aux")}
     output = attend_locally(*(query, key, value, attention_mask), is_causal=causal, scale=scaling, dropout=dropout, **extra)
     return output.transpose(1, 2).contiguous(), None
+
+
+def _is_flash(config: PreTrainedConfig) -> bool:
+    """Whether the user asked for flash attention, which takes borders of documents from position ids also where there is a cache."""
+    name = attention_of(config)
+    return "flash" in str(name.before if isinstance(name, _SwitchedName) else name)
 
 
 _NO_WEIGHTS = (
@@ -242,7 +254,7 @@ class Switch:
             if hasattr(part, "generate"):
                 self._undo.append(replace_method(part, "generate", self._generate(part.generate)))
         for part in around[-1:]:
-            self._undo.append(replace_method(part, "forward", self._forward(part.forward)))
+            self._undo.append(replace_method(part, "forward", self._forward(part, part.forward)))
 
     def undo(self) -> None:
         """The attentions are those from before."""
@@ -277,7 +289,7 @@ class Switch:
 
         return run
 
-    def _forward(self, forward: Callable[..., Any]) -> Callable[..., Any]:
+    def _forward(self, around: PreTrainedModel, forward: Callable[..., Any]) -> Callable[..., Any]:
         """The forward of the model around the blocks, where it is known whether a cache is given."""
         parameters = signature(forward)
 
@@ -293,6 +305,8 @@ class Switch:
             if cache is not None or self.is_unsharded:
                 with self._unsharded():
                     return forward(*args, **kwargs)
+            if _is_flash(around.config):
+                kwargs["use_cache"] = False  # with a cache, transformers' mask function does not look at position ids
             output = forward(*args, **kwargs)
             for part in output.values() if isinstance(output, dict) else output if isinstance(output, tuple) else ():
                 if isinstance(part, Cache):

@@ -165,7 +165,8 @@ def look(model: nn.Module, config: ContextParallel, roles: Mapping[str, str]) ->
         return None
     name, blocks = _find(model, roles)
     heads, kv_heads = _count_heads(blocks)
-    return ContextFacts(f"the blocks are {name}", heads, kv_heads, tuple(find_mixers(name, blocks)))
+    mixers = tuple(find_mixers(name, blocks, names_by_role(model, roles, "token_wise")))
+    return ContextFacts(f"the blocks are {name}", heads, kv_heads, mixers)
 
 
 def _count_heads(blocks: nn.Module) -> tuple[int | None, int | None]:

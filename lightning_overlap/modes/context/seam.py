@@ -96,11 +96,11 @@ def install(
     undo: list[Callable[[], None]] = []
     inside = _Inside()
     for name, block in blocks.items():
-        for path, module in block.named_modules():
-            if path and type(module).__module__.startswith("torch.nn."):
+        for path, module in block.named_modules(prefix=name):
+            if module is not block and type(module).__module__.startswith("torch.nn."):
                 continue  # torch's modules call each other, and no checkpoints
-            must_attend = not path and name not in attentionless
-            forward = _forward(module, f"{name}.{path}" if path else name, attend, local, inside, must_attend=must_attend)
+            must_attend = module is block and name not in attentionless
+            forward = _forward(module, path, attend, local, inside, must_attend=must_attend)
             undo.append(replace_method(module, "forward", forward))
 
     def remove() -> None:
