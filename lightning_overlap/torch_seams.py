@@ -6,6 +6,7 @@ from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.autograd import Function, Variable, profiler
@@ -13,16 +14,29 @@ from torch.optim import Optimizer
 
 SUPPORTED = "lightning_overlap supports the versions of torch in its requirements: install one of these."
 try:
+    from torch._C import DisableTorchFunction as WithoutOverrides
     from torch._C import DisableTorchFunctionSubclass as WithoutSubclasses
+    from torch._C import _autograd as autograd
     from torch._C import _distributed_c10d as c10d
     from torch._dynamo import OptimizedModule as CompiledModule
+    from torch._dynamo._trace_wrapped_higher_order_op import TransformGetItemToIndex as IndexedByTensors
     from torch.distributed.checkpoint.metadata import _MEM_FORMAT_ENCODING as MemoryFormatEncoding
     from torch.nn.modules.batchnorm import _BatchNorm as BatchNorm
     from torch.utils._pytree import tree_leaves, tree_map
 except ImportError as error:
     raise ImportError(f"this version of torch lacks a part that is needed ({error}). {SUPPORTED}") from error
 
-__all__ = ["BatchNorm", "CompiledModule", "MemoryFormatEncoding", "WithoutSubclasses", "c10d", "tree_leaves", "tree_map"]
+__all__ = [
+    "BatchNorm",
+    "CompiledModule",
+    "IndexedByTensors",
+    "MemoryFormatEncoding",
+    "WithoutOverrides",
+    "WithoutSubclasses",
+    "c10d",
+    "tree_leaves",
+    "tree_map",
+]
 
 PRIVATE_NAMES: tuple[tuple[Any, str, str], ...] = (
     (nn.Module(), "_parameters", "guarded, so that weights are complete before anybody reads them"),
@@ -33,8 +47,13 @@ PRIVATE_NAMES: tuple[tuple[Any, str, str], ...] = (
     (Tensor, "_version", "whether a tensor was written since"),
     (getattr(Function, "_backward_cls", None), "_forward_cls", "by which a node of autograd's graph tells its Function"),
     (Variable, "_execution_engine", "calls a function at the end of a backward"),
+    (autograd, "_top_saved_tensors_default_hooks", "tells that a checkpoint was entered"),
     (profiler, "_is_profiler_enabled", "spans cost 20 microseconds each, also while none runs"),
     (Optimizer, "register_step_pre_hook", "fills _optimizer_step_pre_hooks"),
+    (torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu", "attention that also gives the log-sum-exp of its logits"),
+    (torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu_backward", "its gradients from a merged log-sum-exp"),
+    (torch.ops.aten, "_scaled_dot_product_efficient_attention", "the same on CUDA"),
+    (torch.ops.aten, "_scaled_dot_product_efficient_attention_backward", "its gradients"),
     (dist.distributed_c10d, "_get_default_store", "the store of the world, over which errors are announced"),
     (dist.distributed_c10d, "_world", "the count of groups, by which ranks name them"),
 )
@@ -90,6 +109,11 @@ def after_backward(function: Callable[[], None]) -> None:
     Variable._execution_engine.queue_callback(function)
 
 
+def saved_tensor_hooks() -> Any:
+    """What autograd calls now for each tensor that it saves: an activation checkpoint's functions, for one; None: nothing."""
+    return autograd._top_saved_tensors_default_hooks(False)
+
+
 def is_profiled() -> bool:
     """Whether torch's profiler, or another one that records its spans, runs."""
     return profiler._is_profiler_enabled
@@ -103,6 +127,46 @@ def has_step_hooks(optimizer: Optimizer) -> bool:
 def forget_step_hooks(optimizer: Optimizer) -> None:
     """Leaves an optimizer without hooks of its steps."""
     optimizer._optimizer_step_pre_hooks, optimizer._optimizer_step_post_hooks = OrderedDict(), OrderedDict()
+
+
+def flash_attention(
+    q: Tensor, k: Tensor, v: Tensor, causal: bool, bias: Tensor | None, scale: float, grad: tuple[Tensor, Tensor, Tensor] | None = None
+) -> tuple[Tensor, ...]:
+    """Attention on the CPU.
+
+    Args:
+        q: ``(B, H, q, D)``, not empty, float16, bfloat16, float32 or float64.
+        k: ``(B, heads, k, D)``, where H is a multiple of the heads.
+        v: as ``k``.
+        causal: query i sees the keys up to i.
+        bias: added to the logits, broadcastable to them, of the dtype of ``q``.
+        scale: the logits are multiplied by it.
+        grad: None, or the output's gradient, the output and the log-sum-exp, both of all keys, of which these may be a part.
+
+    Returns:
+        Without ``grad`` the output ``(B, H, q, D)`` and the log-sum-exp ``(B, H, q)``, fp32 or fp64, which is 0 where a query sees
+        nothing; with it the gradients of ``q``, ``k`` and ``v``.
+    """
+    if grad is None:
+        return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal, attn_mask=bias, scale=scale)
+    backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+    return backward(grad[0], q, k, v, *grad[1:], 0.0, causal, attn_mask=bias, scale=scale)
+
+
+def efficient_attention(
+    q: Tensor, k: Tensor, v: Tensor, causal: bool, bias: Tensor | None, scale: float, grad: tuple[Tensor, Tensor, Tensor] | None = None
+) -> tuple[Tensor, ...]:
+    """As :func:`flash_attention`, on CUDA, of as many heads of ``k`` as of ``q``; ``bias`` is of the shape of the logits.
+
+    Its log-sum-exp is padded to a multiple of 32 queries, and infinite where a query sees nothing.
+    """
+    if grad is None:
+        operator = torch.ops.aten._scaled_dot_product_efficient_attention
+        return operator(q, k, v, bias, True, 0.0, causal, scale=scale)[:2]
+    state = torch.zeros((), dtype=torch.long, device=q.device)  # of dropout's random numbers, which are not drawn
+    backward = torch.ops.aten._scaled_dot_product_efficient_attention_backward
+    wanted = [True, True, True, False]
+    return backward(grad[0], q, k, v, bias, *grad[1:], state, state, 0.0, wanted, causal, scale=scale)[:3]
 
 
 def default_store() -> Any:

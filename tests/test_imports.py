@@ -16,7 +16,7 @@ ROOT = Path(lightning_overlap.__file__).parent
 FILES = {str(path.relative_to(ROOT)): path for path in ROOT.rglob("*.py")}
 
 FLOORS = (
-    ("decision", "tables", "torch_seams"),
+    ("decision", "tables", "torch_seams", "transformers_seams"),
     ("ranks",),
     ("model", "steps", "state", "profiling.intervals", "profiling.trace"),
     ("facts", "modes.base", "modes.descriptor", "config", "plan", "environment", "modes", "nn"),
@@ -199,8 +199,8 @@ def test_axes_are_known_to_the_mesh_only():
 
 # -- private names of other libraries ------------------------------------------------------------------------------------------
 
-SEAMS = {"strategy.seams", "torch_seams", "model.materialize"}
-"""One file for Lightning and torchmetrics, one for torch, and one for transformers, whose modules have ``_init_weights``."""
+SEAMS = {"strategy.seams", "torch_seams", "transformers_seams", "model.materialize"}
+"""One file for Lightning and torchmetrics, one for torch, one for transformers, and what initialises modules, which may be both."""
 INHERITED = {name.name for name in PRIVATE_NAMES if name.owner.__name__ == "DDPStrategy"}
 """What a strategy uses of its base class, which no function in another file could do for it."""
 

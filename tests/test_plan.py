@@ -8,7 +8,6 @@ import pytest
 import lightning_overlap
 from lightning_overlap import (
     ConfigError,
-    ContextParallel,
     DataParallel,
     OverlapConfig,
     OverlapStrategy,
@@ -223,8 +222,8 @@ def test_bad_values(bad):
 
 
 def test_modes_to_come_are_refused():
-    config = OverlapConfig(context_parallel=ContextParallel(size=2))
-    with pytest.raises(ConfigError, match="context parallelism is not in this version; set context_parallel: 1"):
+    config = OverlapConfig(expert_parallel=ExpertParallel(size=2))
+    with pytest.raises(ConfigError, match="expert parallelism is not in this version; set expert_parallel: 1"):
         resolve(config, Facts(world_size=4))
 
 

@@ -37,6 +37,11 @@ class Degrees:
             )
 
     @property
+    def gradients(self) -> int:
+        """Ranks over which the gradients of the same parameters are averaged: they see different samples or different tokens."""
+        return self.data * self.context
+
+    @property
     def stage(self) -> int:
         """Ranks of one pipeline stage."""
         return self.data * self.context * self.tensor

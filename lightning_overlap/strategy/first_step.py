@@ -25,7 +25,7 @@ from torch.nn import functional as F
 
 from lightning_overlap.decision import ConfigError
 from lightning_overlap.model.trees import copied
-from lightning_overlap.modes.base import Driver, Holder, OverlapMode
+from lightning_overlap.modes.base import Driver, Holder, OverlapMode, Sharder
 from lightning_overlap.ranks.announcements import TransferError
 from lightning_overlap.ranks.world import all_gather_objects, world_size
 from lightning_overlap.steps.random_state import preserve_random_state, seed_generators
@@ -152,7 +152,8 @@ class FirstStep:
         self._module = module
         self._modes = modes
         self._driver = next((mode for mode in modes if isinstance(mode, Driver)), None)
-        self._holders = [mode for mode in modes if isinstance(mode, Holder)]
+        self._sharders = [mode for mode in modes if isinstance(mode, Sharder)]
+        self._holders = [mode for mode in self._sharders if isinstance(mode, Holder)]
         self._device = device
         self._parameters = dict(module.named_parameters())
         self._known_buffers = frozenset(name for name, _ in module.named_buffers())  # a step may register others
@@ -203,7 +204,7 @@ class FirstStep:
         """By the model whole; and what stood in the way."""
         result = _Result()
         with ExitStack() as stack:
-            for mode in reversed(self._holders):
+            for mode in reversed(self._sharders):
                 stack.enter_context(mode.whole())
             self._forget_gradients()
             stack.enter_context(preserve_random_state(self._device))
@@ -315,7 +316,7 @@ class FirstStep:
         return max((p.dtype for p in self._parameters.values() if p.dtype in TOLERANCES), key=_coarseness, default=torch.float32)
 
     def _tolerance(self) -> Tolerance:
-        exact = all(mode.keeps_bits for mode in self._holders)
+        exact = all(mode.keeps_bits for mode in self._sharders)
         return SAME_PRODUCTS if exact and torch.finfo(self._lowest).bits >= 32 else TOLERANCES[self._lowest]
 
     def _compare(self, expected: _Result, found: _Result) -> None:

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from lightning_overlap.model.trees import Leaf
+
 Rule = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 """Of indices of the sample, the head, the query and the key, int64, which broadcast: whether the query sees the key."""
 
@@ -28,7 +30,7 @@ class Relation(Enum):
 
 
 @dataclass(frozen=True, eq=False)
-class Mask:
+class Mask(Leaf):
     """Which keys each query sees: those for which all conditions hold.
 
     Args:
@@ -88,7 +90,7 @@ class Mask:
             heads: numbers of the heads of the queries, among all heads of the layer.
 
         Returns:
-            Broadcastable to ``(B, len(heads), q, k)``: bool, or, where the bias is added to the logits, the logits to add.
+            Of 2 or 4 dims, broadcastable to ``(B, len(heads), q, k)``: bool; where the bias is added to the logits, what to add.
         """
         distance = queries.unsqueeze(-1) - keys
         seen = torch.ones_like(distance, dtype=torch.bool)
@@ -108,11 +110,10 @@ class Mask:
             seen = seen & self.rule(samples.view(-1, 1, 1, 1), numbers.view(-1, 1, 1), queries.view(-1, 1), keys)
         if self.bias is None:
             return seen
-        bias = self.bias.to(queries.device)
+        bias = self.bias.to(queries.device)[(None,) * (4 - self.bias.ndim)]
         bias = bias if bias.shape[-2] == 1 else bias[..., queries, :]
         bias = bias if bias.shape[-1] == 1 else bias[..., keys]
-        if bias.ndim > 2 and bias.shape[-3] > 1:
-            bias = bias[..., heads.start : heads.stop, :, :]
+        bias = bias if bias.shape[1] == 1 else bias[:, heads.start : heads.stop]
         return seen & bias if bias.dtype == torch.bool else bias.masked_fill(~seen, -torch.inf)
 
     def visible_counts(self) -> Tensor:

@@ -109,14 +109,14 @@ class DataChoices(Choices):
 
 def decide(config: DataParallel, degrees: Degrees, facts: Facts, *, overlap: bool) -> DataChoices | None:
     """The home of this mode's gates; see :class:`lightning_overlap.modes.descriptor.Decide`."""
-    if degrees.data == 1:
+    if degrees.gradients == 1:
         return None
     if facts.precision == "16-mixed":
         raise ConfigError("precision 16-mixed scales the loss, which is not in this version; use bf16-mixed")
     optimizer = _optimizer(config, facts)
     sharded = optimizer.value != "off"
     gradients = _gradients(sharded, facts)
-    _refuse_settings(config, degrees.data, sharded=sharded, scattered=gradients.value == "reduce-scatter")
+    _refuse_settings(config, degrees.gradients, sharded=sharded, scattered=gradients.value == "reduce-scatter")
     reduce = settle(
         "data_parallel.overlap_grad_reduce",
         config.overlap_grad_reduce,
@@ -130,7 +130,7 @@ def decide(config: DataParallel, degrees: Degrees, facts: Facts, *, overlap: boo
     wire = "sent in bf16, summed in fp32" if config.reduce_scatter_with_fp32_accumulation else "gradients are sent as they are kept"
     instances = config.num_optimizer_instances
     return DataChoices(
-        size=Choice(degrees.data, config.size, f"of {facts.world_size} ranks"),
+        size=Choice(degrees.data, config.size, _ranks(degrees)),
         distributed_optimizer=optimizer,
         gradients=gradients,
         overlap_grad_reduce=reduce,
@@ -139,9 +139,15 @@ def decide(config: DataParallel, degrees: Degrees, facts: Facts, *, overlap: boo
         align_param_gather=_alignment(config, degrees, facts, sharded=sharded, gather=gather, step=step, overlap=overlap),
         bucket_size=_bucket_size(config, degrees, facts),
         grad_reduce_dtype=Choice(config.grad_reduce_dtype, config.grad_reduce_dtype, wire),
-        num_optimizer_instances=Choice(instances, instances, f"the optimizer is sharded over {degrees.data // instances} ranks"),
+        num_optimizer_instances=Choice(instances, instances, f"the optimizer is sharded over {degrees.gradients // instances} ranks"),
         later_parameters=bool(facts.unfreezers),
     )
+
+
+def _ranks(degrees: Degrees) -> str:
+    if degrees.context == 1:
+        return f"of {degrees.world} ranks"
+    return f"of {degrees.world} ranks; gradients are averaged over these x context {degrees.context}"
 
 
 def _needs_optimizer(sharded: bool) -> tuple[bool, str]:
@@ -270,7 +276,7 @@ def _gradients(sharded: bool, facts: Facts) -> Choice[Literal["all-reduce", "red
 def _bucket_size(config: DataParallel, degrees: Degrees, facts: Facts) -> Choice[int]:
     if config.bucket_size != "auto":
         return Choice(config.bucket_size, config.bucket_size, "elements")
-    large = max(40_000_000, 1_000_000 * degrees.data)
+    large = max(40_000_000, 1_000_000 * degrees.gradients)
     if facts.parameters is None:
         return Choice(large, "auto", "elements; a smaller model gets 32 buckets")
     of_rank = facts.parameters // (degrees.pipeline * degrees.tensor)
@@ -285,7 +291,7 @@ def _refuse_settings(config: DataParallel, size: int, *, sharded: bool, scattere
     instances = config.num_optimizer_instances
     reasons = [
         (instances > 1 and not sharded, "num_optimizer_instances > 1 needs the distributed optimizer"),
-        (size % instances > 0, f"num_optimizer_instances={instances} must divide the {size} data ranks"),
+        (size % instances > 0, f"num_optimizer_instances={instances} must divide the {size} ranks that average gradients"),
         (
             config.reduce_scatter_with_fp32_accumulation and not scattered,
             "reduce_scatter_with_fp32_accumulation needs gradients to be reduce-scattered; set it to false",

@@ -68,7 +68,7 @@ def test_an_additive_bias_is_given_as_it_is() -> None:
     queries, keys = torch.arange(3, 9), torch.arange(2, 5)
     visible = mask.visible(queries, keys, 2, range(1, 4))
     seen = queries.view(-1, 1) >= keys
-    assert torch.equal(visible, mask.bias[1:4, 3:9, 2:5].masked_fill(~seen, -torch.inf))
+    assert torch.equal(visible, mask.bias[None, 1:4, 3:9, 2:5].masked_fill(~seen, -torch.inf))
 
 
 @pytest.mark.parametrize("name", ["causal", "full", "window", "window_both_ways", "documents", "packed"])

@@ -1,0 +1,254 @@
+"""Attention of some queries to some of their keys, and how such parts become the whole.
+
+Each part gives its output and the log-sum-exp of its logits, by which parts are weighed when they are merged. Backward needs no parts
+in order: from the merged output and log-sum-exp, the gradients of each pair of queries and keys are exact by themselves.
+(M. Milakov, N. Gimelshein, Online normalizer calculation for softmax, 2018; T. Dao et al., FlashAttention, 2022, appendix B.)
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from lightning_overlap.torch_seams import efficient_attention, flash_attention
+
+ROWS_OF_EFFICIENT = 32
+"""The efficient kernel's log-sum-exp has a multiple of so many queries."""
+ALIGNMENT_OF_EFFICIENT = 16
+"""The rows of the efficient kernel's bias start at multiples of so many elements."""
+
+
+def accumulator(dtype: torch.dtype) -> torch.dtype:
+    """The dtype in which parts are summed."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tile:
+    """Which pairs of some queries and some keys are visible.
+
+    Args:
+        causal: query i sees the keys up to i, counted from the first of each.
+        visible: as :meth:`Mask.visible` gives it; None: all pairs.
+        key: tells the tile from others of the same attention, for dropout.
+    """
+
+    causal: bool = False
+    visible: Tensor | None = None
+    key: tuple[int, int] = (0, 0)
+
+    def bias(self, dtype: torch.dtype) -> Tensor | None:
+        """What is added to the logits."""
+        if self.visible is None or self.visible.dtype != torch.bool:
+            return None if self.visible is None else self.visible.to(dtype)
+        return torch.zeros(self.visible.shape, dtype=dtype, device=self.visible.device).masked_fill_(~self.visible, -torch.inf)
+
+    def blind(self) -> Tensor | None:
+        """The queries that see nothing, ``(..., q)``, bool; None: there are none."""
+        if self.visible is None:
+            return None
+        return ~(self.visible if self.visible.dtype == torch.bool else self.visible > -torch.inf).any(-1)
+
+
+class Kernel(ABC):
+    """Attention of a tile. Arguments and results as those of :func:`~lightning_overlap.torch_seams.flash_attention`.
+
+    Args:
+        scale: the logits are multiplied by it.
+    """
+
+    def __init__(self, scale: float) -> None:
+        self.scale = scale
+
+    @abstractmethod
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, tile: Tile) -> tuple[Tensor, Tensor]:
+        """The output, and the log-sum-exp: ``-inf`` where a query sees nothing."""
+
+    @abstractmethod
+    def backward(
+        self, grad: Tensor, q: Tensor, k: Tensor, v: Tensor, output: Tensor, lse: Tensor, tile: Tile
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The gradients of queries, keys and values, in the shapes of ``q``, ``k`` and ``v``.
+
+        Args:
+            grad: of the output.
+            q: queries.
+            k: keys of the tile.
+            v: values of the tile.
+            output: of these queries, from all their keys.
+            lse: of these queries' logits, of all their keys; anything finite where they see none.
+            tile: as in forward.
+        """
+
+
+class FlashKernel(Kernel):
+    """torch's flash kernel for CPUs."""
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, tile: Tile) -> tuple[Tensor, Tensor]:
+        output, lse = flash_attention(q, k, v, tile.causal, tile.bias(q.dtype), self.scale)
+        blind = tile.blind()
+        return output, lse if blind is None else lse.masked_fill(blind, -torch.inf)
+
+    def backward(
+        self, grad: Tensor, q: Tensor, k: Tensor, v: Tensor, output: Tensor, lse: Tensor, tile: Tile
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        of_q, of_k, of_v = flash_attention(q, k, v, tile.causal, tile.bias(q.dtype), self.scale, (grad, output, lse))
+        return of_q, of_k, of_v
+
+
+class EfficientKernel(Kernel):
+    """torch's efficient kernel for CUDA. It was not run yet: no test of this version has a device."""
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, tile: Tile) -> tuple[Tensor, Tensor]:
+        k, v = repeated(k, q), repeated(v, q)
+        output, lse = efficient_attention(q, k, v, tile.causal, self._bias(q, k, tile), self.scale)
+        blind, lse = tile.blind(), lse[..., : q.shape[2]]
+        return output, lse if blind is None else lse.masked_fill(blind, -torch.inf)
+
+    def backward(
+        self, grad: Tensor, q: Tensor, k: Tensor, v: Tensor, output: Tensor, lse: Tensor, tile: Tile
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        lse = torch.nn.functional.pad(lse, (0, -lse.shape[-1] % ROWS_OF_EFFICIENT), value=torch.inf)
+        keys, values = repeated(k, q), repeated(v, q)
+        inputs = q, keys, values, tile.causal, self._bias(q, keys, tile), self.scale
+        of_q, of_k, of_v = efficient_attention(*inputs, (grad, output, lse))
+        return of_q, summed(of_k, k), summed(of_v, v)
+
+    def _bias(self, q: Tensor, k: Tensor, tile: Tile) -> Tensor | None:
+        bias = tile.bias(q.dtype)
+        if bias is None:
+            return None
+        columns = k.shape[2]
+        bias = torch.nn.functional.pad(bias.expand(*bias.shape[:-1], columns), (0, -columns % ALIGNMENT_OF_EFFICIENT))[..., :columns]
+        return bias.expand(*q.shape[:3], columns)
+
+
+class PlainKernel(Kernel):
+    """Attention by its formula, which makes the tile's matrix: also with dropout and a soft cap.
+
+    Args:
+        scale: as in :class:`Kernel`.
+        dropout: probability with which a pair is dropped.
+        softcap: the logits become ``softcap * tanh(logits / softcap)`` before the mask; None: they stay.
+        seed: of dropout. The same pairs are dropped in forward and backward, in whatever order tiles come.
+    """
+
+    def __init__(self, scale: float, dropout: float = 0.0, softcap: float | None = None, seed: int = 0) -> None:
+        super().__init__(scale)
+        self.dropout, self.softcap, self.seed = dropout, softcap, seed
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, tile: Tile) -> tuple[Tensor, Tensor]:
+        logits, _ = self._logits(q, k, tile)
+        lse = logits.logsumexp(-1)
+        weights = (logits - finite(lse).unsqueeze(-1)).exp()
+        if self.dropout:
+            weights = weights * self._kept(weights, tile)
+        return weights @ repeated(v, q).to(weights.dtype), lse
+
+    def backward(
+        self, grad: Tensor, q: Tensor, k: Tensor, v: Tensor, output: Tensor, lse: Tensor, tile: Tile
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        logits, slope = self._logits(q, k, tile)
+        weights = (logits - lse.unsqueeze(-1)).exp()
+        dtype = weights.dtype
+        grad = grad.to(dtype)
+        of_weights = grad @ repeated(v, q).to(dtype).transpose(-1, -2)
+        dropped = weights
+        if self.dropout:
+            kept = self._kept(weights, tile)
+            dropped, of_weights = weights * kept, of_weights * kept
+        of_logits = weights * (of_weights - (grad * output.to(dtype)).sum(-1, keepdim=True)) * self.scale
+        if slope is not None:
+            of_logits = of_logits * slope
+        of_q = of_logits @ repeated(k, q).to(dtype)
+        of_k = summed(of_logits.transpose(-1, -2) @ q.to(dtype), k)
+        return of_q, of_k, summed(dropped.transpose(-1, -2) @ grad, v)
+
+    def _logits(self, q: Tensor, k: Tensor, tile: Tile) -> tuple[Tensor, Tensor | None]:
+        """Those after soft cap and mask, in the accumulator's dtype, and the soft cap's derivative."""
+        dtype, slope = accumulator(q.dtype), None
+        logits = q.to(dtype) @ repeated(k, q).to(dtype).transpose(-1, -2) * self.scale
+        if self.softcap is not None:
+            bent = (logits / self.softcap).tanh()
+            logits, slope = self.softcap * bent, 1 - bent**2
+        if tile.causal:
+            logits = logits.masked_fill(torch.ones_like(logits[0, 0], dtype=torch.bool).triu(1), -torch.inf)
+        bias = tile.bias(dtype)
+        return logits if bias is None else logits + bias, slope
+
+    def _kept(self, weights: Tensor, tile: Tile) -> Tensor:
+        """By what each weight is multiplied: 0, or what keeps the expected sum."""
+        generator = torch.Generator(weights.device).manual_seed(hash((self.seed, *tile.key)))
+        return torch.rand(weights.shape, generator=generator, device=weights.device).ge(self.dropout) / (1 - self.dropout)
+
+
+def kernel_for(q: Tensor, v: Tensor, scale: float, dropout: float = 0.0, softcap: float | None = None, seed: int = 0) -> Kernel:
+    """The fastest kernel that can do it. Arguments: see :class:`PlainKernel`; ``q`` and ``v`` tell device, dtype and head sizes."""
+    if dropout or softcap is not None or q.shape[-1] != v.shape[-1]:
+        return PlainKernel(scale, dropout, softcap, seed)
+    if q.device.type == "cpu":
+        return FlashKernel(scale)
+    return EfficientKernel(scale) if q.device.type == "cuda" and q.dtype != torch.float64 else PlainKernel(scale)
+
+
+@dataclass
+class Merger:
+    """Merges the parts of an attention, in the accumulator's dtype.
+
+    Args:
+        output: of what was merged so far, ``(B, H, s, D)``.
+        lse: of what was merged so far, ``(B, H, s)``.
+    """
+
+    output: Tensor
+    lse: Tensor = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.lse = self.output.new_full(self.output.shape[:-1], -torch.inf)
+
+    def add(self, rows: range, output: Tensor, lse: Tensor) -> None:
+        """Adds a part: some queries, and keys that were not added for them before."""
+        into, before = self.output[:, :, rows.start : rows.stop], self.lse[:, :, rows.start : rows.stop]
+        both = torch.logaddexp(before, lse)  # by the maximum and log1p: no overflow, and nothing is lost
+        # A query that has seen nothing so far, nor in this part, takes nothing.
+        into.lerp_(output.to(into.dtype), (lse - finite(both)).exp_().unsqueeze(-1))
+        before.copy_(both)
+
+    def add_sinks(self, sinks: Tensor) -> None:
+        """Adds a logit for each head, ``(H,)``, that takes weight and has no value."""
+        both = torch.logaddexp(self.lse, sinks.to(self.lse.dtype).view(-1, 1))
+        self.output.mul_((self.lse - both).exp_().unsqueeze(-1))
+        self.lse = both
+
+
+def grad_of_sinks(sinks: Tensor, grad: Tensor, output: Tensor, lse: Tensor) -> Tensor:
+    """The gradient of :meth:`Merger.add_sinks`, of its final output ``(B, H, s, D)`` and log-sum-exp ``(B, H, s)``."""
+    weights = (sinks.to(lse.dtype).view(-1, 1) - lse).exp()
+    return -(weights * (grad.to(lse.dtype) * output.to(lse.dtype)).sum(-1)).sum((0, 2)).to(sinks.dtype)
+
+
+def finite(lse: Tensor) -> Tensor:
+    """0 where a query sees nothing: no logit has weight there."""
+    return lse.masked_fill(lse == -torch.inf, 0.0)
+
+
+def repeated(x: Tensor, q: Tensor) -> Tensor:
+    """Keys or values, each head as often as there are query heads that use it."""
+    times = q.shape[1] // x.shape[1]
+    return x if times == 1 else x.repeat_interleave(times, 1)
+
+
+def summed(grad: Tensor, x: Tensor) -> Tensor:
+    """The gradient of what :func:`repeated` was given."""
+    if grad.shape[1] == x.shape[1]:
+        return grad
+    return grad.unflatten(1, (x.shape[1], -1)).sum(2)
+
+
+def flat(tensors: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
+    """One message of several tensors."""
+    return torch.cat([x.reshape(-1).to(dtype) for x in tensors]) if tensors else torch.empty(0, dtype=dtype)
