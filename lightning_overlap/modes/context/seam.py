@@ -21,7 +21,7 @@ from lightning_overlap.decision import ConfigError
 from lightning_overlap.model.patches import replace_method
 from lightning_overlap.modes.context.local_tokens import LocalTokens
 from lightning_overlap.modes.context.mask import Mask
-from lightning_overlap.torch_seams import WithoutOverrides, is_compiled, saved_tensor_hooks
+from lightning_overlap.torch_seams import is_compiled, saved_tensor_hooks
 
 
 class Attend(Protocol):
@@ -264,9 +264,7 @@ class _Seam(TorchFunctionMode):
     ) -> Tensor:
         self._check(q, k, v)
         self.calls += 1
-        # What is called may call torch's own attention for a piece.
-        with WithoutOverrides():
-            return self._attend(q, k, v, mask, scale=scale, dropout=dropout, softcap=softcap, sinks=sinks)
+        return self._attend(q, k, v, mask, scale=scale, dropout=dropout, softcap=softcap, sinks=sinks)
 
     # -- checks --------------------------------------------------------------------------------------------------------------
 

@@ -114,7 +114,7 @@ def test_masks_are_those_of_transformers(name: str, batch: str, compared: list[M
 def whole_attention(q: Tensor, k: Tensor, v: Tensor, mask: Mask, **options: Any) -> Tensor:
     """What one rank with all tokens computes."""
     positions = torch.arange(mask.tokens)
-    visible = mask.visible(positions, positions, len(q))
+    visible = mask.visible(positions, positions, len(q), range(q.shape[1]))
     assert options["softcap"] is None
     return F.scaled_dot_product_attention(q, k, v, visible, options["dropout"], scale=options["scale"], enable_gqa=True)
 
