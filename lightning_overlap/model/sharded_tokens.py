@@ -208,7 +208,7 @@ def _with_weights(func: Any, x: ShardedTokens, args: Any, kwargs: Any, dims: Seq
 
 def _permuted(func: Any, x: ShardedTokens, args: Any, kwargs: Any) -> Any:
     """Other orders of dims."""
-    sizes = func(torch.empty(range(x.dim()), device="meta"), *args[1:], **kwargs).shape
+    sizes = func(torch.empty(*range(x.dim()), device="meta"), *args[1:], **kwargs).shape
     return ShardedTokens.of(func(x.local, *args[1:], **kwargs), sizes.index(x.sharded_dim), x.shards, x)
 
 

@@ -1,7 +1,9 @@
 """Which tokens each rank has, and the two ways from their parts to what is the same on all ranks: a gather and a sum.
 
-Inside of the sharded part every gradient is the number of ranks times that of one process, since gradients of parameters are averaged
-over the ranks afterwards. So both ways multiply the gradient on its way back; the way in, a choice of rows, needs nothing.
+Gradients of parameters are averaged over the ranks after the backward. So the gradient of any tensor is the average of what the
+ranks compute for it: for one that all ranks have, whether they go on with it alike or each with its tokens; and for the part of one
+rank, which alone computes a gradient, that is the number of ranks times the gradient of one process. Both ways sum gradients over the
+ranks, which is right in all cases. The way in, a choice of rows, needs nothing.
 """
 
 from __future__ import annotations
@@ -47,12 +49,16 @@ class TokenShards:
         """This rank's part of ``x``, which is whole along ``dim``."""
         return x.index_select(dim, self.local.to(x.device, non_blocking=True))
 
+    def bounds(self, width: int) -> list[int]:
+        """Where the tokens of each rank begin, and the last ones end, in a flat buffer of ``width`` numbers a token, by rank."""
+        return [0, *itertools.accumulate(width * len(p) for p in self.positions)]
+
     def gather(self, local: Tensor, dim: int) -> Tensor:
-        """The whole tensor, ``(..., size, ...)``, of which this rank has ``local``. All ranks go on with it alike. Collective."""
+        """The whole tensor, ``(..., size, ...)``, of which this rank has ``local``. Collective, also in backward."""
         return _Gather.apply(local, dim, self)
 
     def total(self, x: Tensor) -> Tensor:
-        """The sum of what each rank computed of its tokens, in the shape of ``x``. All ranks go on with it alike. Collective."""
+        """The sum of what each rank computed of its tokens, in the shape of ``x``. Collective, also in backward."""
         return _Total.apply(x, self.group)
 
     # -- other shapes ------------------------------------------------------------------------------------------------
@@ -84,34 +90,41 @@ class TokenShards:
 class _Gather(Function):
     """Gathers the tokens of all ranks.
 
-    Forward: ``local`` ``(..., count, ...)`` -> ``(..., size, ...)``. Backward: this rank's part of the gradient, times the ranks.
+    Forward: ``local`` ``(..., count, ...)`` -> ``(..., size, ...)``. Backward: the other way, with a sum over the ranks.
     """
 
     @staticmethod
     def forward(ctx: Any, local: Tensor, dim: int, shards: TokenShards) -> Tensor:
         ctx.dim, ctx.shards = dim, shards
-        rows = local.movedim(dim, 0)
-        group, width = shards.group, rows.shape[1:].numel()
-        bounds = [0, *itertools.accumulate(width * len(p) for p in shards.positions)]
+        rows, group = local.movedim(dim, 0), shards.group
+        bounds = shards.bounds(rows.shape[1:].numel())
         flat = rows.new_empty(bounds[-1])
         flat[bounds[group.rank] : bounds[group.rank + 1]] = rows.flatten()
         group.all_gather(flat, bounds, key=0, label=f"{group.name}.tokens").wait()
-        order = torch.cat(shards.positions).argsort()
-        return flat.view(shards.size, *rows.shape[1:]).index_select(0, order.to(flat.device)).movedim(0, dim)
+        order = torch.cat(shards.positions).argsort().to(flat.device)
+        return flat.view(shards.size, *rows.shape[1:]).index_select(0, order).movedim(0, dim)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
-        return ctx.shards.take(grad, ctx.dim) * ctx.shards.group.size, None, None
+        shards, group = ctx.shards, ctx.shards.group
+        rows = grad.movedim(ctx.dim, 0).index_select(0, torch.cat(shards.positions).to(grad.device))
+        bounds = shards.bounds(rows.shape[1:].numel())
+        local = group.reduce_scatter(rows.flatten(), bounds, key=0, label=f"{group.name}.tokens_grad").wait()
+        return local.view(len(shards.local), *rows.shape[1:]).movedim(0, ctx.dim), None, None
 
 
 class _Total(Function):
-    """Sums over the ranks. Forward: ``x`` -> the sum, in its shape and dtype. Backward: the gradient, times the ranks."""
+    """Sums over the ranks. Forward: ``x`` -> its sum, in its shape and dtype. Backward: the same of the gradient."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, group: Group) -> Tensor:
-        ctx.size = group.size
-        return group.all_reduce(x.clone(memory_format=torch.contiguous_format), label=f"{group.name}.total").wait()
+        ctx.group = group
+        return _summed(x, group, f"{group.name}.total")
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
-        return grad * ctx.size, None
+        return _summed(grad, ctx.group, f"{ctx.group.name}.total_grad"), None
+
+
+def _summed(x: Tensor, group: Group, label: str) -> Tensor:
+    return group.all_reduce(x.clone(memory_format=torch.contiguous_format), label=label).wait()

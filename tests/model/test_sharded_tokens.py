@@ -29,13 +29,17 @@ class ThreadGroup:
         self.rank, self.size, self._parts, self._barrier = rank, size, parts, barrier
 
     def all_gather(self, x: Tensor, bounds: Sequence[int], *, key: int, label: str) -> Any:
-        for part, low, high in zip(self._exchange(x), bounds, bounds[1:], strict=True):
+        for part, low, high in zip(self._exchange(x), bounds[:-1], bounds[1:], strict=True):
             x[low:high] = part[low:high]
         return SimpleNamespace(wait=lambda: x)
 
     def all_reduce(self, x: Tensor, *, label: str) -> Any:
         total = torch.stack(self._exchange(x)).sum(0)
         return SimpleNamespace(wait=lambda: total)
+
+    def reduce_scatter(self, x: Tensor, bounds: Sequence[int], *, key: int, label: str) -> Any:
+        piece = torch.stack(self._exchange(x)).sum(0)[bounds[self.rank] : bounds[self.rank + 1]]
+        return SimpleNamespace(wait=lambda: piece)
 
     def _exchange(self, x: Any) -> list[Any]:
         self._parts[self.rank] = x.clone()
@@ -70,7 +74,7 @@ def positions(size: int) -> tuple[Tensor, ...]:
 
 
 def numbers(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
 def close(a: Tensor, b: Tensor, name: str) -> None:
@@ -126,7 +130,8 @@ KEPT: dict[str, Callable[[Tensor, Given], Any]] = {
     "flat and back": lambda x, g: x.view(-1, FEATURES).view(SAMPLES, TOKENS, 3, 2).unflatten(0, (1, -1)).flatten(0, 1).flatten(2),
     "one feature": lambda x, g: x[..., :1].squeeze(-1).unsqueeze(1).view(-1) * g.mask.view(-1),
     "transposed": lambda x, g: x.transpose(1, 2).permute(2, 0, 1).movedim(0, 1) * x,
-    "slices": lambda x, g: x[:, 1:-1] + x[:, slice(1, TOKENS - 1), :] + x[..., 1:6, :] + x[:, 2:, None][:, :, 0] + x[:, :5],
+    "slices": lambda x, g: x[:, 1:-1] + x[:, slice(1, TOKENS - 1), :] + x[..., 1:6, :] + x[:, 1:, None][:, :-1, 0],
+    "totals and tokens": lambda x, g: x - x.mean(1, keepdim=True) + x / x.square().sum(),
     "all tokens": lambda x, g: x[:, slice(0, None), :] + x[:] + x[...] + x[None][0] + x[..., :],
     "late tokens": lambda x, g: x[:, -3:],
     "no tokens": lambda x, g: x[:, 5:2],
@@ -179,8 +184,9 @@ READ: dict[str, Callable[[Tensor, Given], Any]] = {
     "attention": lambda x, g: F.scaled_dot_product_attention(x, x, x),
     "tokens and features": lambda x, g: x.reshape(SAMPLES, -1),
     "cut at tokens": lambda x, g: x.split(3, 1)[1],
-    "another order": lambda x, g: x + x.flip(1),
+    "another order": lambda x, g: x.flip(1),
     "other tokens": lambda x, g: x[:, 1:] * x[:, :-1],
+    "other tokens of the same number": lambda x, g: (x[:, 2:] * x[:, :-2] * x[:, 1:-1]).flip(1),
     "weights by token": lambda x, g: g.full.transpose(1, 2) @ x,
     "search": lambda x, g: torch.where(x[..., 0] > 0)[0],
 }
