@@ -153,7 +153,7 @@ class Checkpoints:
             CheckpointError: on every rank, if one has failed; of a save in the background, at the next save.
             TypeError: there are options, and no ``CheckpointIO`` that takes them.
         """
-        if options is not None and (self._is_sharded or type(io) is AtomicCheckpointIO):
+        if options is not None and (self._is_sharded or (type(io) is AtomicCheckpointIO and not io.takes_options())):
             raise TypeError("storage_options are for a CheckpointIO of your own, and `storage_options` arg is not supported here")
 
         background = self.in_background and self.training

@@ -7,6 +7,7 @@ import inspect
 import signal
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -170,30 +171,34 @@ def is_compiled(module: LightningModule) -> bool:
     )
 
 
-def adapt_precision(plugin: Precision, stepped_parameters: Callable[..., Any], clip_by_norm: Callable[..., None]) -> None:
-    """Clipping looks at what is stepped: a shard of the gradients, whose norm is summed over the ranks."""
+def adapt_precision(
+    plugin: Precision,
+    stepped_parameters: Callable[..., Any],
+    clip_by_norm: Callable[..., None],
+    run_backward: Callable[[Callable[[], None]], None],
+) -> None:
+    """Has the plugin clip and run backward as sharded training needs it.
+
+    Args:
+        plugin: changed in place.
+        stepped_parameters: what an optimizer steps: shards, where the modes shard its state.
+        clip_by_norm: clips by the norm over all ranks.
+        run_backward: takes the plugin's backward, calls it or not, and does what must be over before ``on_after_backward`` is called.
+            ``Strategy.backward`` is not overridden for that: tests and callbacks replace it, to count its calls.
+    """
     plugin.main_params = stepped_parameters  # type: ignore[method-assign]
     plugin.clip_grad_by_norm = clip_by_norm  # type: ignore[method-assign]
+    plugin.backward = partial(_backward, plugin, run_backward)  # type: ignore[method-assign]
 
 
-@contextlib.contextmanager
-def backward_then(plugin: Precision, finish: Callable[[], None], *, left_out: bool) -> Iterator[None]:
-    """The plugin's backward is followed by ``finish`` inside, before the hooks that follow it; or left out."""
-    before = vars(plugin).get("backward")
-    run = plugin.backward
+def _backward(plugin: Precision, run_backward: Callable[[Callable[[], None]], None], *args: Any, **kwargs: Any) -> None:
+    """Stands for ``plugin.backward``. A function of the module, so that the plugin can be pickled for spawned processes."""
+    run_backward(partial(plain_backward, plugin, *args, **kwargs))
 
-    def backward(*args: Any, **kwargs: Any) -> None:
-        if not left_out:
-            run(*args, **kwargs)
-        finish()
 
-    plugin.backward = backward  # type: ignore[method-assign]
-    try:
-        yield
-    finally:
-        del plugin.backward
-        if before is not None:
-            plugin.backward = before  # type: ignore[method-assign]
+def plain_backward(plugin: Precision, *args: Any, **kwargs: Any) -> None:
+    """The plugin's backward, as its class defines it: without what :func:`adapt_precision` has put around it."""
+    type(plugin).backward(plugin, *args, **kwargs)
 
 
 def after_closure(plugin: Precision, model: LightningModule, optimizer: Any) -> None:

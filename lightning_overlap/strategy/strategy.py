@@ -44,7 +44,7 @@ from lightning_overlap.strategy.first_step import first_step
 from lightning_overlap.strategy.gradients import clip_by_norm, stepped_parameters
 from lightning_overlap.strategy.mesh_strategy import MeshStrategy
 from lightning_overlap.strategy.probe import examine
-from lightning_overlap.strategy.seams import adapt_precision, after_closure, backward_then, facts_of, warn_of_parts, zeroing_first
+from lightning_overlap.strategy.seams import adapt_precision, after_closure, facts_of, warn_of_parts, zeroing_first
 from lightning_overlap.strategy.setup import SharedRun, give_memory, share_weights
 from lightning_overlap.strategy.step import DrivenStep
 from lightning_overlap.strategy.whole_state import WholeStateOnly
@@ -153,7 +153,7 @@ class OverlapStrategy(MeshStrategy):
     def precision_plugin(self, plugin: Precision | None) -> None:
         self._precision_plugin = plugin
         if plugin is not None:
-            adapt_precision(plugin, self._stepped_parameters, self._clip_by_norm)
+            adapt_precision(plugin, self._stepped_parameters, self._clip_by_norm, self._run_backward)
 
     @property
     def _module(self) -> LightningModule:
@@ -319,16 +319,12 @@ class OverlapStrategy(MeshStrategy):
         for mode in self.modes if self._driver is None else ():
             mode.start_backward()
 
-    def backward(self, closure_loss: Tensor, optimizer: Optimizer | None, *args: Any, **kwargs: Any) -> Tensor:
-        """As ``Strategy.backward``, but for the modes' part, which is over before ``on_after_backward`` is called."""
-
-        def finish() -> None:
-            for mode in self.modes if self._driver is None else ():
+    def _run_backward(self, backward: Callable[[], None]) -> None:
+        """Runs the precision plugin's backward and the modes' part of it. A driver has run both, and only the hooks are left."""
+        if self._driver is None:
+            backward()
+            for mode in self.modes:
                 mode.finish_backward()
-
-        # With a driver backward has been, and only the hooks are left.
-        with backward_then(self.precision_plugin, finish, left_out=self._driver is not None):
-            return super().backward(closure_loss, optimizer, *args, **kwargs)
 
     def optimizer_step(self, optimizer: Optimizer, closure: Callable[[], Any], model: Any = None, **kwargs: Any) -> Any:
         """Lightning runs backward inside ``optimizer.step``. Here it runs first, then hooks and clipping, then the step."""
