@@ -63,8 +63,8 @@ class OverlapStrategy(MeshStrategy):
         expert_parallel: ranks along the expert axis, or :class:`ExpertParallel`.
         overlap: ``"off"`` keeps the layout and turns every overlap off.
         parallel_plan: roles of the model's parts by name, where they are not found: ``{"model.layers": "blocks"}``.
-        verify_first_step: compare the loss and the gradients of a fit's first batch, as the ranks compute them, with those of the
-            model whole. ``"auto"``: where something of the model is cut, and a rank has had the model whole.
+        verify_first_step: compare loss, gradients and buffers of a fit's first batch between the sharded and the unsharded model.
+            ``"auto"``: if a mode shards the model, and ranks can assemble the unsharded one.
         state_dict_type: ``"full"``: a checkpoint is one file in Lightning's format, which loads anywhere. ``"sharded"``: a folder
             that all ranks write their share of, and that loads into any number of ranks. Either loads, whatever is saved.
         async_save: write checkpoints while training goes on; at the price of a copy of the state, in the CPU's memory.
@@ -134,7 +134,7 @@ class OverlapStrategy(MeshStrategy):
         self.modes: list[OverlapMode] = []
         self._plan: Plan | None = None
         self._mirror: Mirror | None = None
-        self._unproven = self._was_deferred = self._fitting = False
+        self._verifies_first_step = self._was_deferred = self._fitting = False
 
     @property
     def plan(self) -> Plan:
@@ -237,9 +237,9 @@ class OverlapStrategy(MeshStrategy):
         if self.mesh.size("batch") > 1:
             self._until_teardown.enter_context(without_nested_tensors(model))
             warn_of_parts(facts)
-        self._unproven = self._plan.verify_first_step.value
+        self._verifies_first_step = self._plan.verify_first_step.value
         earlier = self.modes
-        setup = Setup(self.mesh, self.time_limit, self.config.parallel_plan, first_step_is_verified=self._unproven)
+        setup = Setup(self.mesh, self.time_limit, self.config.parallel_plan, first_step_is_verified=self._verifies_first_step)
         self.modes = [
             kind(self.config.of(mode), self._plan.choices[mode.name], setup)
             for mode, kind in in_order(self.config.modes)
@@ -267,8 +267,8 @@ class OverlapStrategy(MeshStrategy):
         batch, *rest = [*args, *kwargs.values()]
         comparison = self._run.comparison if self._run is not None else None
         is_compared = comparison is not None and comparison.next_batch(batch)
-        if self._unproven:
-            self._unproven = not self._prove(batch, rest)
+        if self._verifies_first_step:
+            self._verifies_first_step = not self._verify_first_step(batch, rest)
         for mode in self.modes:
             mode.start_forward()
         if self._driver is None:
@@ -288,10 +288,10 @@ class OverlapStrategy(MeshStrategy):
         """Around what runs steps of the user's."""
         return contextlib.nullcontext() if self._mirror is None else self._mirror.step()
 
-    def _prove(self, batch: Any, rest: Any) -> bool:
-        """Compares the first step with that of the model whole; whether there was something to compare."""
+    def _verify_first_step(self, batch: Any, rest: Any) -> bool:
+        """Compares the first step with that of the unsharded model; False if the batch has no loss to compare."""
         with self._user_step():
-            return first_step(self, self.modes, self._module, batch, rest, self._step_key).prove()
+            return first_step(self, self.modes, self._module, batch, rest, self._step_key).verify()
 
     @property
     def _step_key(self) -> tuple[int, ...]:

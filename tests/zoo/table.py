@@ -7,10 +7,10 @@ from tests.zoo.verdict import Row, as_ddp, as_microbatches, at_random, known_fau
 
 # -- sentences by which a model is refused ---------------------------------------------------------------------------------------
 
-UNFOLLOWED = refused("the first step of the model as it is cut over the ranks differs from that of the model whole")
-"""Something passes on a way that the cut does not follow, and the first step shows it."""
-CUT_FAILS = refused("and the model as it is cut over the ranks fails")
-"""The same, where the user's code fails on what it gets."""
+UNFOLLOWED = refused("the sharded model computes a different first step from the unsharded model")
+"""A value passes by a way that the mode does not follow, and the first-step check finds it."""
+CUT_FAILS = refused("but the sharded model failed")
+"""The same, where the user's code raises an error in the sharded model."""
 BETWEEN_BLOCKS = refused("of blocks the loop does something with the hidden states")
 OTHER_STAGE = refused("of another stage: what is registered before")
 SECOND_TENSOR = refused("is called with a second tensor that gradients flow through")
@@ -28,7 +28,7 @@ OTHER_DIM = known_fault("differs", "the batch is cut along another dim than that
 
 # -- numbers that are not those of the whole batch -------------------------------------------------------------------------------
 
-SAID = "it is no mean over the samples"
+SAID = "The loss is not a mean over samples"
 
 
 def no_mean(why: str) -> Row:
