@@ -9,11 +9,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorProperties
 from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
-
-from lightning_overlap.torch_seams import WithoutSubclasses
 
 
 def boxes(shape: Sequence[int], start: int, end: int) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
@@ -163,74 +161,3 @@ class Run:
             if offsets == index.offset:
                 return box
         raise ValueError(f"{index} is no box of this run")
-
-
-def is_absent(tensor: Tensor) -> bool:
-    """Whether it stands for a tensor that is on another rank: of its shape, and with the memory of one element."""
-    return tensor.numel() > 1 and all(stride == 0 for n, stride in zip(tensor.shape, tensor.stride(), strict=True) if n > 1)
-
-
-_WRITES = frozenset(["__setitem__", "__iadd__", "__isub__", "__imul__", "__itruediv__", "__ifloordiv__", "__imod__", "__ipow__"])
-_NO_WRITES = frozenset(["requires_grad_", "share_memory_"])
-
-
-class _Absent:
-    """What stands for a tensor that is on another rank. Whatever writes to it writes nothing, as the rank that has it does that."""
-
-    @classmethod
-    def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs, name = kwargs or {}, getattr(function, "__name__", "")
-        target = args[0] if args else next(iter(kwargs.values()), None)
-        if name in _WRITES or (name.endswith("_") and not name.endswith("__") and name not in _NO_WRITES):
-            if isinstance(target, _Absent):
-                return target
-            if name.startswith("_foreach") and isinstance(target, list | tuple):
-                here = [place for place, tensor in enumerate(target) if not isinstance(tensor, _Absent)]
-                if not here:
-                    return target  # torch takes no empty list
-                args = [[x[i] for i in here] if isinstance(x, list | tuple) and len(x) == len(target) else x for x in args]
-        with WithoutSubclasses():
-            result = function(*args, **kwargs)
-            view = isinstance(target, _Absent) and isinstance(result, Tensor) and _share_memory(target, result)
-            return result.as_subclass(AbsentTensor) if view else result
-
-
-def _share_memory(one: Any, other: Tensor) -> bool:
-    return bool(one.untyped_storage().data_ptr() == other.untyped_storage().data_ptr())
-
-
-class AbsentTensor(_Absent, Tensor):
-    """A view of an :class:`AbsentParameter`: its data, or a slice."""
-
-
-class AbsentParameter(_Absent, nn.Parameter):
-    """The class of a parameter while it is absent. A copy is absent, too; one that is pickled is an ordinary parameter."""
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> AbsentParameter:
-        if id(self) not in memo:
-            memo[id(self)] = AbsentParameter(absent_like(self), self.requires_grad)
-        return memo[id(self)]
-
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        return nn.Parameter(absent_like(self), self.requires_grad).__reduce_ex__(protocol)
-
-
-def leave(parameter: nn.Parameter) -> None:
-    """The parameter is on other ranks from here on: it keeps its shape, without memory for it."""
-    parameter.data = absent_like(parameter)
-    if type(parameter) is nn.Parameter:
-        parameter.__class__ = AbsentParameter
-
-
-def take(parameter: nn.Parameter, *, room: bool) -> None:
-    """The parameter will be here again; with ``room``, it has memory, of no values yet."""
-    if isinstance(parameter, AbsentParameter):
-        parameter.__class__ = nn.Parameter  # type: ignore[assignment]
-    if room:
-        parameter.data = parameter.data.contiguous()
-
-
-def absent_like(tensor: Tensor, device: torch.device | None = None) -> Tensor:
-    """What stands for it elsewhere. Not a number: what should not have been used shows."""
-    value = float("nan") if tensor.is_floating_point() else 0
-    return torch.full((), value, dtype=tensor.dtype, device=device or tensor.device).expand(tensor.shape)
