@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_warn
 
 from lightning_overlap.decision import ConfigError
+from lightning_overlap.messages import log_on_rank_zero
 from lightning_overlap.modes.base import OverlapMode
 from lightning_overlap.profiling.report import import_plotly, write_report
 from lightning_overlap.profiling.trace import BETWEEN, Step, Summary, write_chrome_trace
@@ -201,9 +202,9 @@ class OverlapProfiler(Callback):
         self._everyone.close()
         self._everyone = None
         if not self.summary.steps:
-            rank_zero_info(f"OverlapProfiler: no step was measured (warmup={self._warmup}, every_n_steps={self._every})")
+            log_on_rank_zero(f"OverlapProfiler: no step was measured (warmup={self._warmup}, every_n_steps={self._every})")
             return
-        rank_zero_info(self.summary.table())
+        log_on_rank_zero(self.summary.table())
         if self._trace is not None:
             self._trace.parent.mkdir(parents=True, exist_ok=True)
             write_chrome_trace(list(self._drawn), self._trace)

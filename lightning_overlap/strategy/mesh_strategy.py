@@ -11,12 +11,12 @@ from typing import Any
 import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.strategies import DDPStrategy
-from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
 from lightning_overlap.config import OverlapConfig
 from lightning_overlap.decision import ConfigError
 from lightning_overlap.facts import Facts
+from lightning_overlap.messages import log_on_rank_zero
 from lightning_overlap.ranks.degrees import Degrees
 from lightning_overlap.ranks.group import Group
 from lightning_overlap.ranks.meeting import keep_store_alive, start_world
@@ -85,7 +85,7 @@ class MeshStrategy(DDPStrategy):
         if backend() == "none":
             assert self.cluster_environment is not None, "Lightning sets it"
             start_world(self.cluster_environment, self.backend_name, self._meeting_timeout, self.time_limit, self.root_device)
-            rank_zero_info(f"lightning_overlap: {world_size()} ranks have met, {self.backend_name}")
+            log_on_rank_zero(f"lightning_overlap: {world_size()} ranks are connected, {self.backend_name}")
         super().setup_distributed()
         WORLD.assemble(self.time_limit, self._meeting_timeout)
         keep_store_alive()  # the connection that announcements have made for themselves included

@@ -11,13 +11,13 @@ from datetime import timedelta
 import numpy
 import torch
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.utilities import rank_zero_info
 from torch import nn
 
 from lightning_overlap import environment
 from lightning_overlap.config import OverlapConfig
 from lightning_overlap.decision import ConfigError
 from lightning_overlap.facts import Facts
+from lightning_overlap.messages import log_on_rank_zero
 from lightning_overlap.model.materialize import initialize, materialize, without_values
 from lightning_overlap.plan import resolve
 from lightning_overlap.ranks.group import Group
@@ -49,7 +49,7 @@ def prepare_launch(config: OverlapConfig, ranks: int, device: torch.device, prec
     if device.type == "cuda":
         settings = environment.wanted(config, environment.capability())
         for line in environment.apply(settings, os.environ, started=torch.cuda.is_initialized()):
-            rank_zero_info(f"lightning_overlap: {line}")
+            log_on_rank_zero(f"lightning_overlap: {line}")
 
 
 class SharedRun:
@@ -162,6 +162,6 @@ def give_memory(
     group = make_group(same_parts, "made", timeout, gathers=False, threads=False)
     share([tensor for name, tensor in [*module.named_parameters(), *module.named_buffers()] if holds(name)], group)
     group.close()
-    rank_zero_info(
+    log_on_rank_zero(
         f"lightning_overlap: {len(made)} parameters and buffers were on the meta device and are rank 0's; the rest is not here"
     )

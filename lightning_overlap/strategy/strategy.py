@@ -16,12 +16,13 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.accelerators import Accelerator
 from lightning.pytorch.plugins.precision import Precision
 from lightning.pytorch.trainer.states import TrainerFn
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_overlap.config import OverlapConfig
 from lightning_overlap.decision import ConfigError
+from lightning_overlap.messages import log_on_rank_zero
 from lightning_overlap.model.block_stack import without_nested_tensors
 from lightning_overlap.model.materialize import forget, is_deferred
 from lightning_overlap.modes.base import Driver, Holder, OverlapMode, Setup, hold_gradient_syncs
@@ -233,7 +234,7 @@ class OverlapStrategy(MeshStrategy):
         plan_inputs = {field.name: repr(getattr(facts, field.name)) for field in fields(facts)}
         refuse_differences({**plan_inputs, **optimizers_in_words(self.optimizers, model)})
         self._plan = resolve(self.config, facts)
-        rank_zero_info(self._plan.explain())
+        log_on_rank_zero(self._plan.explain())
         if self.mesh.size("batch") > 1:
             self._until_teardown.enter_context(without_nested_tensors(model))
             warn_of_parts(facts)
