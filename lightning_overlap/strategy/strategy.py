@@ -214,7 +214,7 @@ class OverlapStrategy(MeshStrategy):
 
         # Of one stage, all ranks hold the same.
         same_parts = self.mesh.sets("stage" if fitting else "world")
-        load = partial(self.checkpoints.load_waiting, module, holds)
+        load = partial(self.checkpoints.load_deferred, module, holds)
         give_memory(module, self.root_device, holds, load, same_parts, self.time_limit)
 
     def setup_optimizers(self, trainer: Trainer) -> None:

@@ -17,7 +17,7 @@ from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from lightning.pytorch.plugins.io import AsyncCheckpointIO
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 
-import lightning_overlap.state.sharded as folders
+import lightning_overlap.state.dcp as dcp
 from lightning_overlap import CheckpointError
 from lightning_overlap.ranks.announcements import TransferError
 from lightning_overlap.state.checkpoint import AtomicCheckpointIO, Saves, aside, beside, load_file, remove, what_is_broken
@@ -162,7 +162,7 @@ def flat(path):
 def test_each_rank_writes_its_share(world, tmp_path):
     path = tmp_path / "half.ckpt"
     world(2).run(run, Plain, {"strategy_kwargs": SHARDED}, path)
-    index = folders._Reader(path).index
+    index = dcp.FolderReader(path).index
     owners, sizes = {place.fqn: set() for place in index.storage_data}, dict.fromkeys(os.listdir(path), 0)
     for place, where in index.storage_data.items():
         owners[place.fqn].add(where.relative_path)
@@ -237,11 +237,11 @@ class Looked:
 
 def test_an_index_looks_up_nothing_but_members_of_its_enum():
     def read(what):
-        return folders._IndexUnpickler(io.BytesIO(pickle.dumps(what))).load()
+        return dcp.IndexUnpickler(io.BytesIO(pickle.dumps(what))).load()
 
-    enum = type(folders.MemoryFormatEncoding.TORCH_CONTIGUOUS_FORMAT)
+    enum = type(dcp.MemoryFormatEncoding.TORCH_CONTIGUOUS_FORMAT)
     assert read(Looked(enum, "TORCH_PRESERVE_FORMAT")) is enum.TORCH_PRESERVE_FORMAT
-    for of, name in ((enum, "__init__"), (folders.Metadata, "__init__")):
+    for of, name in ((enum, "__init__"), (dcp.Metadata, "__init__")):
         with pytest.raises(pickle.UnpicklingError, match="it names"):
             read(Looked(of, name))
 
@@ -268,7 +268,7 @@ def test_incomplete_folders_and_other_models_are_told(world, tmp_path):
     (path / "__0_0.distcp").unlink()
     assert "FileNotFoundError" in world(1).run(failing, {"resume": str(path)})[0]
     (path / ".metadata").unlink()
-    assert "no complete checkpoint: it has no .metadata" in world(1).run(failing, {"resume": str(path)})[0]
+    assert "not a complete checkpoint: it has no .metadata" in world(1).run(failing, {"resume": str(path)})[0]
 
 
 class WithoutDown(Plain):
@@ -293,7 +293,7 @@ def crash(folder, background, kind):
         def on_train_batch_end(self, trainer, *_):
             if trainer.global_step in (2, 4):
                 trainer.strategy.checkpoints.wait()
-                where = "lightning_overlap.state.sharded._Writer.write_data" if kind == "sharded" else "os.fsync"
+                where = "lightning_overlap.state.dcp.FolderWriter.write_data" if kind == "sharded" else "os.fsync"
                 breaks = trainer.global_step == 4 and dist.get_rank() == last
                 with mock.patch(where, side_effect=OSError("disk full")) if breaks else mock.patch("os.sync"):
                     trainer.save_checkpoint(path)
@@ -413,7 +413,7 @@ def test_weights_only(world, tmp_path):
 
 
 def flat_index(path):
-    return folders._Reader(path).index.state_dict_metadata
+    return dcp.FolderReader(path).index.state_dict_metadata
 
 
 class TwoOptimizers(Plain):
@@ -600,11 +600,11 @@ def test_checkpoints_without_checksums_load(world, tmp_path):
 
 @pytest.mark.parametrize("name", ["../outside.distcp", "/etc/passwd", "..", ""])
 def test_an_index_names_files_of_its_folder_only(tmp_path, name):
-    place = folders.MetadataIndex("model.w")
-    index = folders.Metadata({}, storage_data={place: _StorageInfo(name, 0, 1)})
+    place = dcp.MetadataIndex("model.w")
+    index = dcp.Metadata({}, storage_data={place: _StorageInfo(name, 0, 1)})
     (tmp_path / ".metadata").write_bytes(pickle.dumps(index))
-    with pytest.raises(CheckpointError, match="no file of this folder"):
-        folders._Reader(tmp_path)
+    with pytest.raises(CheckpointError, match="not a file of this folder"):
+        dcp.FolderReader(tmp_path)
 
 
 # -- crashes and links ---------------------------------------------------------------------------------------------------------
@@ -654,7 +654,7 @@ def killed_while_saving(folder):
     def write(self, plan, planner):
         os.kill(os.getpid(), signal.SIGKILL)
 
-    killed = mock.patch.object(folders._Writer, "write_data", write) if dist.get_rank() else mock.patch("os.sync")
+    killed = mock.patch.object(dcp.FolderWriter, "write_data", write) if dist.get_rank() else mock.patch("os.sync")
     with killed, pytest.raises((CheckpointError, TransferError, RuntimeError)) as caught:
         train(module=Plain, strategy_kwargs=SHARDED, callbacks=[Save(folder / "a.ckpt")], **LENGTH)
     return str(caught.value)

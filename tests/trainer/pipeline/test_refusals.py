@@ -156,7 +156,7 @@ def changes_weights(how: str) -> str:
 
 
 @pytest.mark.parametrize(
-    ("how", "said"), [("average", "EMAWeightAveraging averages all weights"), ("find", "weights are loaded in the middle of a fit")]
+    ("how", "said"), [("average", "EMAWeightAveraging averages all weights"), ("find", "cannot load weights during a fit")]
 )
 def test_what_changes_all_weights_is_refused_on_every_rank(world, how, said):
     assert all(said in answer for answer in world(2).run(changes_weights, how))

@@ -269,7 +269,7 @@ REFUSED: dict[str, tuple[Any, str]] = {
     "between": ("auto", "share a batch but computed different losses"),
     "kept output": ("auto", "share a batch but computed different losses"),
     "own backward": ("auto", "call self.manual_backward(loss)"),
-    "searched rate": ("auto", "weights are loaded in the middle of a fit"),
+    "searched rate": ("auto", "cannot load weights during a fit"),
     "left out": ("auto", "the last block was left out in this step"),
 }
 
