@@ -20,33 +20,33 @@ from lightning_overlap.ranks.group import Group, Transfer
 from lightning_overlap.ranks.world import make_group
 
 DRAWN = 8
-"""The last so many measured steps are drawn; the table and the log know of all."""
+"""How many of the last measured steps are drawn; the table and the log cover all."""
 
 
 class OverlapProfiler(Callback):
-    """Tells how much communication was hidden: in the log, in a table at the end of fit, in a report and in a trace.
+    """Measures how much communication is hidden: in the log, a table at the end of fit, a report and a trace.
 
-    Every transfer of :class:`~lightning_overlap.ranks.group.Group` is recorded; nothing is added to a mode. At the trainer's logging
-    steps the ranks exchange the records of the steps that were measured since, on one clock. Means over the ranks:
+    It records every transfer of :class:`~lightning_overlap.ranks.group.Group`, and adds nothing to a mode. At the trainer's logging
+    steps the ranks exchange the records of the steps measured since the last exchange, on one clock. It logs means over the ranks:
 
-    ``overlap/exposed_ms``: milliseconds a step in which a rank did nothing but wait for the wire.
-    ``overlap/late_ms``: in which it waited for a rank that had not come yet.
-    ``overlap/core_taken_ms``: in which it waited for nothing and had no core, as transfers have a CPU's (0 on CUDA).
-    ``overlap/hidden_percent``: the part of the time with transfers on the wire under which the ranks went on.
+    ``overlap/exposed_ms``: milliseconds of a step in which a rank only waited for the wire.
+    ``overlap/late_ms``: milliseconds in which it waited for a rank that had not posted its transfer yet.
+    ``overlap/core_taken_ms``: milliseconds in which it waited for no transfer and had no core, because transfers used it (0 on CUDA).
+    ``overlap/hidden_percent``: the part of the time with transfers on the wire in which the ranks computed.
     ``overlap/<mode>/exposed_ms`` and ``overlap/<mode>/hidden_percent``: the same for one mode.
 
     Args:
-        every_n_steps: steps from one that is measured to the next.
-        warmup: steps before the first one.
+        every_n_steps: steps from one measured step to the next.
+        warmup: steps before the first measured step.
         prog_bar: also show ``overlap/exposed_ms`` on the progress bar.
-        report: a file for a page that a browser opens without a network: plan, table, bars, timeline of every rank.
-        trace: a file for the same steps in Chrome's trace format, which Perfetto opens.
+        report: file for a page with plan, table, bars and the timeline of every rank; a browser opens it without a network.
+        trace: file for the same steps in Chrome's trace format, which Perfetto opens.
 
     Attributes:
-        summary: of all steps that were measured and exchanged in this fit, on the first rank.
+        summary: on rank 0, of all steps measured and exchanged in this fit.
 
     Raises:
-        ConfigError: ``every_n_steps`` or ``warmup`` make no sense; or a report is asked for and plotly is not installed.
+        ConfigError: ``every_n_steps`` or ``warmup`` is too small; or ``report`` is set and plotly is not installed.
     """
 
     def __init__(
@@ -70,12 +70,12 @@ class OverlapProfiler(Callback):
         self._log: list[Transfer] = []
         self._clock = Clock()
         self._phases, self._work = Timeline(self._clock), Timeline(self._clock)
-        self._open: tuple[int, Any] | None = None  # the step that is measured, and the stamp of its start
+        self._open: tuple[int, Any] | None = None  # the step under measurement, and the stamp of its start
         self._phase: tuple[str, Any] = ("", None)
-        self._ran: float | None = None  # as Step.ran, and when it was counted last
-        self._at: float | None = None
-        self._begun = -1
-        self._last = 0.0  # when the step before began
+        self._cpu_seconds: float | None = None  # see Step.cpu_seconds
+        self._counted_at: float | None = None  # the thread's CPU time at the last count
+        self._current = -1  # the number of the current step
+        self._previous_start = 0.0  # when the previous step began
         self._measured: list[Step] = []  # on this rank, not exchanged yet
         self.summary = Summary()
         self._drawn: deque[list[Step]] = deque(maxlen=DRAWN)
@@ -84,11 +84,11 @@ class OverlapProfiler(Callback):
 
     def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
         if not hasattr(trainer.strategy, "modes"):
-            rank_zero_warn("OverlapProfiler knows the transfers of OverlapStrategy only: nothing is measured")
+            rank_zero_warn("OverlapProfiler measures nothing, because it records transfers of OverlapStrategy only")
         self._modes = list(getattr(trainer.strategy, "modes", ()))
         self._groups = [group for mode in self._modes for group in mode.groups if group.size > 1]
         self.summary = Summary(remarks={mode.name: mode.remark for mode in self._modes})
-        self._measured, self._open, self._begun = [], None, -1
+        self._measured, self._open, self._current = [], None, -1
         self._drawn.clear()
         self._log = []
         self._clock = DeviceClock() if trainer.strategy.root_device.type == "cuda" else Clock()
@@ -102,22 +102,24 @@ class OverlapProfiler(Callback):
 
     def on_train_batch_start(self, trainer: Trainer, module: LightningModule, batch: Any, batch_idx: int) -> None:
         step = trainer.global_step
-        if step != self._begun:  # otherwise another batch of the same accumulation window
+        if step != self._current:  # otherwise the batch belongs to the same accumulation window
             self._close()
-            self._begun = step
+            self._current = step
             if self._groups and step >= self._warmup and (step - self._warmup) % self._every == 0:
                 self._clock.start()
                 self._open = step, self._clock.now()
-                self._ran = 0.0
+                self._cpu_seconds = 0.0
                 for mode in self._modes:
                     mode.timeline = self._work
-            self._forget(self._last)
-            self._last = time.perf_counter()
-        self._phase, self._at = ("forward", self._clock.now()), self._clock.ran()
+            self._forget(self._previous_start)
+            self._previous_start = time.perf_counter()
+        self._phase, self._counted_at = ("forward", self._clock.now()), self._clock.ran()
 
     def _forget(self, before: float) -> None:
-        """What is over is no step's any more. What only comes to this rank is over at some time before it was waited for; nobody waits
-        for what a pipeline sends."""
+        """Drops the transfers that ended before a time, which belong to no later step.
+
+        A transfer without a recorded end ended before its wait; a pipeline does not wait for its sends.
+        """
         self._log[:] = [t for t in self._log if (t.posted if t.waited is None else t.waited[1] if t.done is None else 0.0) >= before]
 
     def on_before_backward(self, trainer: Trainer, module: LightningModule, loss: Any) -> None:
@@ -125,10 +127,10 @@ class OverlapProfiler(Callback):
 
     def on_train_batch_end(self, trainer: Trainer, module: LightningModule, *_: Any) -> None:
         self._next_phase(BETWEEN)
-        if trainer.global_step != self._begun and trainer.global_step % trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
+        if trainer.global_step != self._current and trainer.global_step % trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
             self._close()
-            if (told := self._exchange()) is not None:
-                self._log_values(module, told)
+            if (summary := self._exchange()) is not None:
+                self._log_values(module, summary)
 
     def on_validation_start(self, trainer: Trainer, module: LightningModule) -> None:
         self._close()
@@ -141,13 +143,13 @@ class OverlapProfiler(Callback):
         self._phase = (name, self._clock.now() if self._open is None else self._phases.add(*self._phase))
 
     def _count(self) -> None:
-        """What the main thread has run since the last phase began."""
+        """Counts the CPU time of the main thread since the start of the phase."""
         now = self._clock.ran()
-        if now is None or self._at is None:
-            self._ran = None
-        elif self._phase[0] != BETWEEN and self._ran is not None:
-            self._ran += now - self._at
-        self._at = now
+        if now is None or self._counted_at is None:
+            self._cpu_seconds = None
+        elif self._phase[0] != BETWEEN and self._cpu_seconds is not None:
+            self._cpu_seconds += now - self._counted_at
+        self._counted_at = now
 
     def _close(self) -> None:
         if self._open is None:
@@ -158,7 +160,7 @@ class OverlapProfiler(Callback):
         for transfer in self._log:
             transfer.read()
         read = self._clock.read
-        step = Step(index, read(start), read(end), self._phases.take(), list(self._log), self._work.take(), self._ran)
+        step = Step(index, read(start), read(end), self._phases.take(), list(self._log), self._work.take(), self._cpu_seconds)
         self._measured.append(step)
         for mode in self._modes:
             mode.timeline = None
@@ -166,7 +168,7 @@ class OverlapProfiler(Callback):
     # -- all ranks ---------------------------------------------------------------------------------------------------
 
     def _exchange(self) -> Summary | None:
-        """What was measured since the last time, on the first rank. Collective."""
+        """Gathers the steps measured since the last exchange. Returns their summary on rank 0, if there are any. Collective."""
         if self._everyone is None:
             return None
         offset = self._everyone.clock_offset()
@@ -176,20 +178,20 @@ class OverlapProfiler(Callback):
         if not steps:
             return None
         self._drawn.extend(steps)
-        told = Summary()
+        summary = Summary()
         for step in steps:
-            told.add(step)
-        self.summary.merge(told)
-        return told
+            summary.add(step)
+        self.summary.merge(summary)
+        return summary
 
-    def _log_values(self, module: LightningModule, told: Summary) -> None:
-        together = told.mean()
+    def _log_values(self, module: LightningModule, summary: Summary) -> None:
+        together = summary.mean()
         module.log("overlap/exposed_ms", together.exposed * 1e3, prog_bar=self._prog_bar, rank_zero_only=True)
         values = {"overlap/late_ms": together.late * 1e3, "overlap/hidden_percent": together.hidden_percent}
-        values |= {"overlap/core_taken_ms": told.core_taken * 1e3}
-        for mode in told.names:
-            own = told.mean(mode)
-            values |= {f"overlap/{mode}/exposed_ms": own.exposed * 1e3, f"overlap/{mode}/hidden_percent": own.hidden_percent}
+        values |= {"overlap/core_taken_ms": summary.core_taken * 1e3}
+        for mode in summary.names:
+            mean = summary.mean(mode)
+            values |= {f"overlap/{mode}/exposed_ms": mean.exposed * 1e3, f"overlap/{mode}/hidden_percent": mean.hidden_percent}
         module.log_dict(values, rank_zero_only=True)
 
     def on_train_end(self, trainer: Trainer, module: LightningModule) -> None:

@@ -47,7 +47,7 @@ def prepare_launch(config: OverlapConfig, ranks: int, device: torch.device, prec
         )
     resolve(config, Facts(world_size=ranks, device=device.type, precision=precision))
     if device.type == "cuda":
-        settings = environment.wanted(config, environment.capability())
+        settings = environment.settings_for(config, environment.capability())
         for line in environment.apply(settings, os.environ, started=torch.cuda.is_initialized()):
             log_on_rank_zero(f"lightning_overlap: {line}")
 
