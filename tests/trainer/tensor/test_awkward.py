@@ -270,7 +270,7 @@ REFUSED: dict[str, tuple[Any, str]] = {
     "kept output": ("auto", "share a batch but computed different losses"),
     "own backward": ("auto", "call self.manual_backward(loss)"),
     "searched rate": ("auto", "cannot load weights during a fit"),
-    "left out": ("auto", "the last block was left out in this step"),
+    "left out": ("auto", "the last block was not called in this step"),
 }
 
 
