@@ -175,10 +175,10 @@ def _steps(
     size = matrices[-1].stop
     start, *gradients = (torch.randn(size, generator=generator).to(device) for _ in range(STEPS + 1))
 
-    def cut(x: Tensor) -> list[Tensor]:
+    def split(x: Tensor) -> list[Tensor]:
         return [x[part].view(shapes[matrices.index(part)]).clone() if part in matrices else x[part].clone() for part in parts]
 
-    parameters = [nn.Parameter(piece) for piece in cut(start)]
+    parameters = [nn.Parameter(piece) for piece in split(start)]
     probe: Any = object.__new__(type(optimizer))  # copy.copy drops attributes that Optimizer.__getstate__ does not list
     vars(probe).update({k: copy.copy(v) if isinstance(v, list | dict | set) else v for k, v in vars(optimizer).items()})
     probe.state = defaultdict(dict)
@@ -189,7 +189,7 @@ def _steps(
         if callable(train := getattr(probe, "train", None)):
             train()  # schedule-free optimizers refuse to step otherwise
         for gradient in gradients:
-            for parameter, piece in zip(parameters, cut(gradient), strict=True):
+            for parameter, piece in zip(parameters, split(gradient), strict=True):
                 parameter.grad = piece
             for together in [[p] for p in parameters] if apart else [parameters]:
                 probe.param_groups[0]["params"] = together
