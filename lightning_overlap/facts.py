@@ -51,7 +51,7 @@ def versions() -> dict[str, str | None]:
 
 @dataclass(frozen=True)
 class Facts:
-    """Facts about a run.
+    """Facts about a run. The class has more than 15 attributes, because every mode reads other ones.
 
     Attributes:
         world_size: number of ranks.

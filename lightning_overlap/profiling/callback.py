@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections import deque
 from pathlib import Path
 from typing import Any
@@ -13,10 +12,11 @@ from lightning.pytorch.utilities import rank_zero_warn
 from lightning_overlap.decision import ConfigError
 from lightning_overlap.messages import log_on_rank_zero
 from lightning_overlap.modes.base import OverlapMode
+from lightning_overlap.profiling.recorder import StepRecorder
 from lightning_overlap.profiling.report import import_plotly, write_report
 from lightning_overlap.profiling.trace import BETWEEN, Step, Summary, write_chrome_trace
-from lightning_overlap.ranks.clock import Clock, DeviceClock, Timeline
-from lightning_overlap.ranks.group import Group, Transfer
+from lightning_overlap.ranks.clock import Clock, DeviceClock
+from lightning_overlap.ranks.group import Group
 from lightning_overlap.ranks.world import make_group
 
 DRAWN = 8
@@ -64,116 +64,67 @@ class OverlapProfiler(Callback):
         self._trace = None if trace is None else Path(trace)
         if self._report is not None:
             import_plotly()
-        self._modes: list[OverlapMode] = []
-        self._groups: list[Group] = []
-        self._everyone: Group | None = None
-        self._log: list[Transfer] = []
-        self._clock = Clock()
-        self._phases, self._work = Timeline(self._clock), Timeline(self._clock)
-        self._open: tuple[int, Any] | None = None  # the step under measurement, and the stamp of its start
-        self._phase: tuple[str, Any] = ("", None)
-        self._cpu_seconds: float | None = None  # see Step.cpu_seconds
-        self._counted_at: float | None = None  # the thread's CPU time at the last count
-        self._current = -1  # the number of the current step
-        self._previous_start = 0.0  # when the previous step began
-        self._measured: list[Step] = []  # on this rank, not exchanged yet
+        self._recorder: StepRecorder | None = None  # from the start to the end of training
+        self._world: Group | None = None
+        self._current = -1  # number of the current step
         self.summary = Summary()
         self._drawn: deque[list[Step]] = deque(maxlen=DRAWN)
 
-    # -- a step ------------------------------------------------------------------------------------------------------
+    # -- this rank ---------------------------------------------------------------------------------------------------
 
     def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
         if not hasattr(trainer.strategy, "modes"):
             rank_zero_warn("OverlapProfiler measures nothing, because it records transfers of OverlapStrategy only")
-        self._modes = list(getattr(trainer.strategy, "modes", ()))
-        self._groups = [group for mode in self._modes for group in mode.groups if group.size > 1]
-        self.summary = Summary(remarks={mode.name: mode.remark for mode in self._modes})
-        self._measured, self._open, self._current = [], None, -1
+        modes: list[OverlapMode] = list(getattr(trainer.strategy, "modes", ()))
+        groups = [group for mode in modes for group in mode.groups if group.size > 1]
+        self.summary = Summary(remarks={mode.name: mode.remark for mode in modes})
+        self._current = -1
         self._drawn.clear()
-        self._log = []
-        self._clock = DeviceClock() if trainer.strategy.root_device.type == "cuda" else Clock()
-        self._clock.start()
-        self._phases, self._work = Timeline(self._clock), Timeline(self._clock)
-        for group in self._groups:
-            group.log, group.clock = self._log, self._clock
-        if self._groups:
+        self._recorder = self._world = None  # a fit that failed leaves them
+        if groups:
+            clock = DeviceClock() if trainer.strategy.root_device.type == "cuda" else Clock()
+            self._recorder = StepRecorder(modes, groups, clock)
             limit = trainer.strategy.time_limit  # type: ignore[attr-defined]
-            self._everyone = make_group([range(trainer.world_size)], "profiler", limit, backend="gloo", gathers=False, threads=False)
+            self._world = make_group([range(trainer.world_size)], "profiler", limit, backend="gloo", gathers=False, threads=False)
 
     def on_train_batch_start(self, trainer: Trainer, module: LightningModule, batch: Any, batch_idx: int) -> None:
+        if self._recorder is None:
+            return
         step = trainer.global_step
         if step != self._current:  # otherwise the batch belongs to the same accumulation window
-            self._close()
             self._current = step
-            if self._groups and step >= self._warmup and (step - self._warmup) % self._every == 0:
-                self._clock.start()
-                self._open = step, self._clock.now()
-                self._cpu_seconds = 0.0
-                for mode in self._modes:
-                    mode.timeline = self._work
-            self._forget(self._previous_start)
-            self._previous_start = time.perf_counter()
-        self._phase, self._counted_at = ("forward", self._clock.now()), self._clock.ran()
-
-    def _forget(self, before: float) -> None:
-        """Drops the transfers that ended before a time, which belong to no later step.
-
-        A transfer without a recorded end ended before its wait; a pipeline does not wait for its sends.
-        """
-        self._log[:] = [t for t in self._log if (t.posted if t.waited is None else t.waited[1] if t.done is None else 0.0) >= before]
+            self._recorder.start_step(step, record=step >= self._warmup and (step - self._warmup) % self._every == 0)
+        self._recorder.start_batch()
 
     def on_before_backward(self, trainer: Trainer, module: LightningModule, loss: Any) -> None:
-        self._next_phase("backward and step")
+        if self._recorder is not None:
+            self._recorder.next_phase("backward and step")
 
     def on_train_batch_end(self, trainer: Trainer, module: LightningModule, *_: Any) -> None:
-        self._next_phase(BETWEEN)
+        if self._recorder is None:
+            return
+        self._recorder.next_phase(BETWEEN)
         if trainer.global_step != self._current and trainer.global_step % trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
-            self._close()
+            self._recorder.end_step()
             if (summary := self._exchange()) is not None:
                 self._log_values(module, summary)
 
     def on_validation_start(self, trainer: Trainer, module: LightningModule) -> None:
-        self._close()
+        if self._recorder is not None:
+            self._recorder.end_step()
 
     def on_train_epoch_end(self, trainer: Trainer, module: LightningModule) -> None:
-        self._close()
-
-    def _next_phase(self, name: str) -> None:
-        self._count()
-        self._phase = (name, self._clock.now() if self._open is None else self._phases.add(*self._phase))
-
-    def _count(self) -> None:
-        """Counts the CPU time of the main thread since the start of the phase."""
-        now = self._clock.ran()
-        if now is None or self._counted_at is None:
-            self._cpu_seconds = None
-        elif self._phase[0] != BETWEEN and self._cpu_seconds is not None:
-            self._cpu_seconds += now - self._counted_at
-        self._counted_at = now
-
-    def _close(self) -> None:
-        if self._open is None:
-            return
-        self._count()
-        (index, start), self._open = self._open, None
-        end = self._phases.add(*self._phase)
-        for transfer in self._log:
-            transfer.read()
-        read = self._clock.read
-        step = Step(index, read(start), read(end), self._phases.take(), list(self._log), self._work.take(), self._cpu_seconds)
-        self._measured.append(step)
-        for mode in self._modes:
-            mode.timeline = None
+        if self._recorder is not None:
+            self._recorder.end_step()
 
     # -- all ranks ---------------------------------------------------------------------------------------------------
 
     def _exchange(self) -> Summary | None:
         """Gathers the steps measured since the last exchange. Returns their summary on rank 0, if there are any. Collective."""
-        if self._everyone is None:
-            return None
-        offset = self._everyone.clock_offset()
-        mine, self._measured = [step.on_clock(offset) for step in self._measured], []
-        everyone = self._everyone.gather_objects(mine)
+        assert self._recorder is not None, "on_train_start made it"
+        assert self._world is not None, "on_train_start made it"
+        offset = self._world.clock_offset()
+        everyone = self._world.gather_objects([step.on_clock(offset) for step in self._recorder.take()])
         steps = [list(step) for step in zip(*everyone, strict=True)]
         if not steps:
             return None
@@ -195,14 +146,12 @@ class OverlapProfiler(Callback):
         module.log_dict(values, rank_zero_only=True)
 
     def on_train_end(self, trainer: Trainer, module: LightningModule) -> None:
-        self._close()
-        for group in self._groups:
-            group.log = group.clock = None
-        if self._everyone is None:
+        if self._recorder is None or self._world is None:
             return
+        self._recorder.detach()
         self._exchange()
-        self._everyone.close()
-        self._everyone = None
+        self._world.close()
+        self._recorder = self._world = None
         if not self.summary.steps:
             log_on_rank_zero(f"OverlapProfiler: no step was measured (warmup={self._warmup}, every_n_steps={self._every})")
             return

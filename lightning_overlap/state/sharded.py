@@ -264,13 +264,7 @@ class ShardedCheckpoints:
             if parts.holds(name)
         }
         shards = allocate(state)
-        if shards is None:
-            loaded = {
-                name: {key: torch.empty_like(v, device="cpu") if isinstance(v, Tensor) else v for key, v in values.items()}
-                for name, values in state.items()
-            }
-        else:
-            loaded = shards
+        loaded = _allocated(state) if shards is None else shards
         targets = {
             fqns[name, key]: _placed(target, parts.place(name))
             for name, values in loaded.items()
@@ -332,6 +326,14 @@ class SavedOptimizer:
             state.setdefault(name, {})[key] = entry
             fqns[name, key] = fqn
         return state, fqns
+
+
+def _allocated(state: State) -> State:
+    """Returns a state with memory on the CPU, without values, for each tensor on the meta device."""
+    return {
+        name: {key: torch.empty_like(v, device="cpu") if isinstance(v, Tensor) else v for key, v in values.items()}
+        for name, values in state.items()
+    }
 
 
 def _refuse_other_parameters(saved: list[list[str]], current: list[list[str]], path: Any) -> None:
