@@ -49,6 +49,8 @@ class DrivenStep:
         key: tuple[int, ...],
     ) -> None:
         self.batch = batch
+        size = getattr(module.trainer.train_dataloader, "batch_size", None)
+        self.batch_size = size if isinstance(size, int) else None
         self.key = key
         self.output: Any = None
         self._strategy = strategy
@@ -57,11 +59,6 @@ class DrivenStep:
         self._rest = rest
         self._outputs: dict[int, Any] = {}
         self._logs: dict[int, list[LogRecord]] = {}
-
-    @property
-    def batch_size(self) -> int | None:
-        size = getattr(self._module.trainer.train_dataloader, "batch_size", None)
-        return size if isinstance(size, int) else None
 
     def forward(self, part: Any, number: int) -> Tensor | None:
         logs = self._logs[number] = []
