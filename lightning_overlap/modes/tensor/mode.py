@@ -28,7 +28,8 @@ from lightning_overlap.modes.tensor.regions import Regions, SequenceCut
 from lightning_overlap.modes.tensor.replicated import ReplicatedGradients
 from lightning_overlap.modes.tensor.vocab import Vocabulary, embedding_forward, head_forward
 from lightning_overlap.ranks.group import Group
-from lightning_overlap.state.shards import Place, is_absent
+from lightning_overlap.state.absent import is_absent
+from lightning_overlap.state.shards import Place
 
 VOCABULARY = ("vocab_embedding", "vocab_head")
 
@@ -130,7 +131,7 @@ class TensorMode(Holder):
         if self._scattered:
             for cut in found.cuts:
                 if cut.role == "vocab_head":  # this rank's tokens against all labels would fail in other words
-                    self._hook(cut.module.register_forward_pre_hook, lambda *_: self.setup.boundary.refuse_inside())
+                    self._hook(cut.module.register_forward_pre_hook, lambda *_: self.setup.boundary.require_outside())
             sequence = SequenceCut(self._regions, self._numbers)
             self._undo.append(self.setup.boundary.register(blocks, sequence))
 
