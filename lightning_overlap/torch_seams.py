@@ -14,7 +14,6 @@ from torch.optim import Optimizer
 
 SUPPORTED = "lightning_overlap supports the versions of torch in its requirements: install one of these."
 try:
-    from torch._C import DisableTorchFunction as WithoutOverrides
     from torch._C import DisableTorchFunctionSubclass as WithoutSubclasses
     from torch._C import _autograd as autograd
     from torch._C import _distributed_c10d as c10d
@@ -31,7 +30,6 @@ __all__ = [
     "CompiledModule",
     "IndexedByTensors",
     "MemoryFormatEncoding",
-    "WithoutOverrides",
     "WithoutSubclasses",
     "c10d",
     "tree_leaves",

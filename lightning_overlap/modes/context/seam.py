@@ -21,7 +21,7 @@ from lightning_overlap.decision import ConfigError
 from lightning_overlap.model.patches import replace_method
 from lightning_overlap.modes.context.local_tokens import LocalTokens
 from lightning_overlap.modes.context.mask import Mask
-from lightning_overlap.torch_seams import WithoutOverrides, saved_tensor_hooks
+from lightning_overlap.torch_seams import is_compiled, saved_tensor_hooks
 
 
 class Attend(Protocol):
@@ -96,9 +96,7 @@ def install(
     undo: list[Callable[[], None]] = []
     inside = _Inside()
     for name, block in blocks.items():
-        for path, module in block.named_modules(prefix=name):
-            if module is not block and type(module).__module__.startswith("torch.nn."):
-                continue  # torch's modules call each other, and no checkpoints
+        for path, module in [(name, block), *_own_parts(block, name)]:
             must_attend = module is block and name not in attentionless
             forward = _forward(module, path, attend, local, inside, must_attend=must_attend)
             undo.append(replace_method(module, "forward", forward))
@@ -108,6 +106,15 @@ def install(
             restore()
 
     return remove
+
+
+def _own_parts(module: nn.Module, name: str) -> Iterator[tuple[str, nn.Module]]:
+    """The modules in a module whose code may checkpoint an attention. Torch's do not, and compiled ones would lose their code."""
+    for key, part in module.named_children():
+        if not is_compiled(part):
+            if not type(part).__module__.startswith("torch.nn."):
+                yield f"{name}.{key}", part
+            yield from _own_parts(part, f"{name}.{key}")
 
 
 def _forward(
@@ -257,9 +264,7 @@ class _Seam(TorchFunctionMode):
     ) -> Tensor:
         self._check(q, k, v)
         self.calls += 1
-        # What is called may call torch's own attention for a piece.
-        with WithoutOverrides():
-            return self._attend(q, k, v, mask, scale=scale, dropout=dropout, softcap=softcap, sinks=sinks)
+        return self._attend(q, k, v, mask, scale=scale, dropout=dropout, softcap=softcap, sinks=sinks)
 
     # -- checks --------------------------------------------------------------------------------------------------------------
 

@@ -53,8 +53,7 @@ class Recorder:
         self.calls.append((q, k, v, mask, options))
         if q.shape[2] < mask.tokens:
             return q * k * v
-        # Also by torch's function, which would go round in a circle if the seam took it.
-        return F.scaled_dot_product_attention(q, k, v, mask.visible(ALL, ALL, len(q)), scale=options["scale"])
+        return F.scaled_dot_product_attention(q, k, v, mask.visible(ALL, ALL, len(q), range(q.shape[1])), scale=options["scale"])
 
 
 def installed(block: nn.Module, positions: Tensor = ALL) -> tuple[Recorder, Callable[[], None]]:
@@ -177,6 +176,25 @@ def test_torchs_encoder_layers(given: str, training: bool):
         torch.testing.assert_close(layer(x_of(TOKENS), **options), expected)
     assert len(recorder.calls) == 1
     assert recorder.calls[0][3].causal == (given == "causal")
+
+
+def test_torchs_multi_head_function_with_masks_of_booleans():
+    torch.manual_seed(0)
+    weights = nn.MultiheadAttention(8, 2)
+    hidden = torch.rand(4, TOKENS, TOKENS) < 0.3
+    hidden[..., 0] = False
+
+    class Functional(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            x = x.transpose(0, 1)
+            arguments = (8, 2, weights.in_proj_weight, weights.in_proj_bias, None, None, False, 0.0, weights.out_proj.weight, None)
+            masks = {"attn_mask": hidden, "key_padding_mask": torch.stack([ALL > 7, ALL > 20])}
+            return F.multi_head_attention_forward(x, x, x, *arguments, need_weights=False, **masks)[0]
+
+    expected = (block := Functional())(x_of(TOKENS))
+    recorder, _ = installed(block)
+    torch.testing.assert_close(block(x_of(TOKENS)), expected)
+    assert len(recorder.calls) == 1
 
 
 def test_torchs_attention_with_weights_is_refused():
