@@ -281,7 +281,7 @@ class Engine:
     def connect(self, hops: Collection[tuple[int, int]]) -> None:
         """Makes the connections of point-to-point transfers between (source, target) members, where they are made on first use."""
 
-    def rest(self) -> None:
+    def stop(self) -> None:
         """Ends threads. All transfers must have been waited for."""
 
     def borrow(self) -> None:
@@ -289,8 +289,8 @@ class Engine:
         self._end.detach()
 
     def close(self) -> None:
-        """As :meth:`rest`, and ends the connections."""
-        self.rest()
+        """As :meth:`stop`, and ends the connections."""
+        self.stop()
         self._end.detach()
         destroy(self.process_group, self.gathers)
         self.process_group = self.gathers = None

@@ -39,7 +39,7 @@ LOOK_AGAIN = 0.003
 """Seconds after which a held gather looks again whether the link has nothing of a reduction to send."""
 GONE_FOR = 4.0
 """Seconds of waiting after which a closed connection counts as a failure: the peer may have ended after it has sent all."""
-HUNG_UP = 2.0
+THREAD_EXIT_TIMEOUT = 2.0
 """Seconds that threads have to end once their connections are closed."""
 _MAX_CHUNKS = 1 << 14
 _Operation = tuple[Callable[..., Any], Tensor, int, Any, int]
@@ -92,7 +92,7 @@ class GlooEngine(Engine):
             sockets.keep_alive()
         self.gather_sockets.bound_send_buffers(SEND_BUFFER)
 
-    def rest(self) -> None:
+    def stop(self) -> None:
         self.sockets.close()
         self.gather_sockets.close()
 
@@ -112,7 +112,7 @@ class GlooEngine(Engine):
 
 
 class ThreadedGlooEngine(GlooEngine):
-    """Its threads post and wait. Once it rests, the caller does (a checkpoint after a fit). Arguments: see :class:`GlooEngine`."""
+    """Posts and waits on threads; once stopped, on the caller's (a checkpoint after a fit). Arguments: see :class:`GlooEngine`."""
 
     def __init__(self, *arguments: Any) -> None:
         super().__init__(*arguments)
@@ -163,17 +163,17 @@ class ThreadedGlooEngine(GlooEngine):
         if self.threads is not None:
             self.threads.start_step()
 
-    def rest(self) -> None:
+    def stop(self) -> None:
         if self.threads is not None:
             self.threads.close()
             self.threads = None
-        super().rest()
+        super().stop()
 
     def stop_threads(self, hung_up: bool) -> None:
         # A thread that stood in a wait at the end of the process would abort it: Python ends threads that come back to it by then, and
         # C++ does not have it. One that gloo does not wake stands there until the timeout, and harms nobody.
         if self.threads is not None and hung_up:
-            self.threads.close(HUNG_UP)
+            self.threads.close(THREAD_EXIT_TIMEOUT)
         self.threads = None
 
     def _posted(

@@ -57,7 +57,7 @@ class Group(BlockingVerbs):
         """torch's process group, for libraries that communicate themselves; None in a group of one rank."""
         return self._engine.process_group
 
-    def transfers(self, x: Tensor) -> bool:
+    def can_transfer(self, x: Tensor) -> bool:
         """Whether the engine itself transfers tensors of the device of ``x``: gloo only the CPU's, NCCL only CUDA's."""
         return x.device.type == ("cpu" if self._engine.device is None else self._engine.device.type)
 
@@ -266,15 +266,15 @@ class Group(BlockingVerbs):
 
     # -- end ---------------------------------------------------------------------------------------------------------
 
-    def rest(self) -> None:
+    def stop(self) -> None:
         """Ends the group's threads and frees its buffers, unless others use it. All its transfers must have been waited for."""
         if self.users > 1:
             return
-        self._engine.rest()
+        self._engine.stop()
         self._pool.clear()
 
     def close(self) -> None:
-        """One of its users needs it no more: with the last one it rests and ends its connections."""
+        """Ends the use by one of its users; the last one stops it and ends its connections."""
         self.users = max(self.users - 1, 0)
         if self.users:
             return

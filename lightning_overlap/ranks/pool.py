@@ -25,10 +25,6 @@ class BufferPool:
         if buffer.numel():
             self._free[buffer.device, buffer.dtype].append(buffer)
 
-    def sizes(self) -> list[int]:
-        """Elements of the free buffers, in ascending order."""
-        return sorted(buffer.numel() for free in self._free.values() for buffer in free)
-
     def clear(self) -> None:
         """Lets go of all free buffers."""
         self._free.clear()

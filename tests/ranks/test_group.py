@@ -320,14 +320,24 @@ def test_connections_of_loggers_are_left_alone(world):
         assert ours == [1, 1]
 
 
+def free_sizes(pool):
+    """The elements of a pool's free buffers on the CPU, in ascending order: takes them until a new one comes, and gives them back."""
+    taken = [pool.take(1, torch.float32, torch.device("cpu"))]
+    while taken[-1].numel() > 1:
+        taken.append(pool.take(1, torch.float32, torch.device("cpu")))
+    for buffer in taken[:-1]:
+        pool.give_back(buffer)
+    return [buffer.numel() for buffer in taken[:-1]]
+
+
 def free_buffers():
-    """What a group that is used with pieces of several sizes keeps."""
+    """The free buffers of a group after transfers of pieces of several sizes."""
     group = make_group([[0, 1]], "test", datetime.timedelta(seconds=30), gathers=False, threads=False)
     try:
         sizes = []
         for bounds in ([0, 0, 8], [0, 4, 8], [0, 0, 8], [0, 6, 8], [0, 4, 8]):
             group.reduce_scatter(torch.ones(8), bounds, key=0, label="reduce").wait()
-            sizes.append(group._pool.sizes())
+            sizes.append(free_sizes(group._pool))
         meta = group._pool.take(4, torch.float32, torch.device("meta"))
         group._pool.give_back(torch.empty(64))
         return sizes, meta.device.type, group._pool.take(4, torch.float32, torch.device("cpu")).numel()
@@ -377,7 +387,7 @@ def never_sends():
     WORLD.announcements.interval = 0.1
     WORLD.assemble(datetime.timedelta(seconds=30), datetime.timedelta(seconds=30))
     group = make_group([[0, 1]], "at rest", datetime.timedelta(minutes=30))  # longer than the world's limit for an answer
-    group.rest()
+    group.stop()
     try:
         if dist.get_rank() == 1:
             WORLD.announcements.announce(ValueError("the user's"))

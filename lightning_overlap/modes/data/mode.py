@@ -502,7 +502,7 @@ class DataMode(OptimizerHolder):
         unflatten(self._buckets)
         if complete:
             for group in self.groups:
-                group.rest()
+                group.stop()
         self._guarded, self._hooks, self._home = [], [], {}
 
 
