@@ -145,8 +145,8 @@ class NoData(Uneven):
     [
         (ThawsALayer, {}, "frozen at setup and is trained now"),
         (ThawsALayer, {"data": {"distributed_optimizer": False}}, "frozen at setup and is trained now"),
-        (AddsAParameter, {}, "parameter groups have changed since setup"),
-        (AddsAParameter, {"data": {"distributed_optimizer": False}}, "parameter groups have changed since setup"),
+        (AddsAParameter, {}, "param_groups changed after setup"),
+        (AddsAParameter, {"data": {"distributed_optimizer": False}}, "param_groups changed after setup"),
         (Uneven, {"use_distributed_sampler": False}, "different numbers of training batches, [2, 4] by rank"),
         (NoData, {"use_distributed_sampler": False}, "ranks [0] have no batch to read"),
     ],
