@@ -100,7 +100,7 @@ class PipelineMode(Driver, Holder):
         self.partition.keep(self._rank)
         self._device = next(model.parameters()).device
         self._before = self.partition.before(model)
-        self._stack = self.setup.boundary.lend_stack(blocks, name, spread=own.size > 1)
+        self._stack = self.setup.boundary.make_stack(blocks, name, has_remote_blocks=own.size > 1)
         deferring = self.choices.defer_embedding_wgrad.value
         if own.plan(own.count).splits_backward or deferring:
             mine = own.plan(own.count).stages_of(self._rank)
@@ -244,6 +244,8 @@ class PipelineMode(Driver, Holder):
         """The microbatches of a step, and what each one counts."""
         dims = self.config.batch_dims
         size = microbatches.samples(step.batch, dims)
+        if self._checked <= 1:  # the last batch of an epoch may be smaller
+            microbatches.refuse_other_dim(step.batch, size, step.batch_size, dims)
         count = min(self.config.count, size)
         parts = microbatches.cut(step.batch, count, dims)
         sizes = [size // count + (number < size % count) for number in range(count)]

@@ -132,7 +132,7 @@ class TensorMode(Holder):
         if self._scattered:
             for cut in found.cuts:
                 if cut.role == "vocab_head":  # this rank's tokens against all labels would fail in other words
-                    self._hook(cut.module.register_forward_pre_hook, lambda *_: self.setup.boundary.refuse_inside())
+                    self._hook(cut.module.register_forward_pre_hook, lambda *_: self.setup.boundary.require_outside())
             sequence = SequenceCut(self._regions, self._numbers)
             self._undo.append(self.setup.boundary.register(blocks, sequence))
 

@@ -96,7 +96,7 @@ class Regions:
         group = self.exchange.group
         if not self.exchange.scattered:
             return x.shape[-2]
-        if self.boundary.is_spread:  # the blocks of a stage get what another stage has sent
+        if self.boundary.has_remote_blocks:  # the blocks of a stage get what another stage has sent
             return x.shape[-2] * group.size
         tokens = self.state.tokens
         low, high = self.exchange.parts(tokens)[group.rank : group.rank + 2]
@@ -200,7 +200,7 @@ class SequenceCut(TokenCut):
 
     def enter(self, x: Tensor) -> Tensor:
         tokens = self._regions.state.tokens = x.shape[-2]
-        if self._boundary.is_spread and tokens % self._exchange.group.size:
+        if self._boundary.has_remote_blocks and tokens % self._exchange.group.size:
             raise ConfigError(
                 f"a sequence of {tokens} tokens is not divisible by tensor_parallel.size={self._exchange.group.size}, which it must "
                 "be with sequence_parallel in a pipeline: pad it, or set tensor_parallel.sequence_parallel: false"
@@ -208,7 +208,7 @@ class SequenceCut(TokenCut):
         return enter(x, self._exchange, partial(self._regions.prepare_next, ""))
 
     def leave(self, x: Tensor) -> Tensor:
-        tokens = x.shape[-2] * self._exchange.group.size if self._boundary.is_spread else self._regions.state.tokens
+        tokens = x.shape[-2] * self._exchange.group.size if self._boundary.has_remote_blocks else self._regions.state.tokens
         return leave(x, tokens, self._exchange)
 
     def start_block(self, block: nn.Module, x: Tensor, inputs: Any) -> None:

@@ -270,7 +270,7 @@ REFUSED: dict[str, tuple[Any, str]] = {
     "kept output": ("auto", "share a batch and come to the losses"),
     "own backward": ("auto", "call self.manual_backward(loss)"),
     "searched rate": ("auto", "weights are loaded in the middle of a fit"),
-    "left out": ("auto", "the last block was left out in this step"),
+    "left out": ("auto", "the last block was not called in this step"),
 }
 
 
