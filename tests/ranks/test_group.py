@@ -115,7 +115,7 @@ def gathers_before_sums():
     try:
         for _ in range(20):
             looks = iter([False])
-            group._engine.sockets.at_rest = lambda looks=looks: next(looks, True)
+            group._engine.sockets.is_idle = lambda looks=looks: next(looks, True)
             x = torch.full((2,), -1.0)
             x[rank] = rank
             with group._engine.threads.changed:

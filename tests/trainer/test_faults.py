@@ -95,8 +95,8 @@ def test_a_silent_peer_is_named_within_the_timeout(monkeypatch):
     finally:
         world.close()
     assert "between rank 0 and rank" in message
-    assert "Posted by this rank and not complete: data." in message
-    assert "Last in torch's Flight Recorder: gloo:" in message
+    assert "Incomplete transfers of this rank: data." in message
+    assert "Last collectives in torch's Flight Recorder: gloo:" in message
 
 
 class NotFinite(InTheThirdBatch):
