@@ -96,6 +96,7 @@ class OverlapProfiler(Callback):
         for group in self._groups:
             group.log, group.clock = self._log, self._clock
         if self._groups:
+            # Not a mode's group: its own transfers must not be measured.
             limit = trainer.strategy.time_limit  # type: ignore[attr-defined]
             self._everyone = make_group([range(trainer.world_size)], "profiler", limit, backend="gloo", gathers=False, threads=False)
 

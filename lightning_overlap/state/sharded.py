@@ -142,7 +142,7 @@ class Folders:
 
     @property
     def _group(self) -> Group:
-        """Its own, so that a save in the background meets nothing of training's, and on the CPU. Made collectively."""
+        """All ranks, on the CPU; made collectively. Not a mode's group, since a save in the background runs beside training."""
         if self._made is None:
             self._made = make_group([range(world_size())], "checkpoint", self._timeout, "gloo", gathers=False, threads=False)
         return self._made

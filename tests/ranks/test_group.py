@@ -86,7 +86,7 @@ def test_all_to_all_names_sizes_that_do_not_fit(world):
 def refused_sizes():
     group = make_group([[0, 1]], "test", datetime.timedelta(seconds=30), gathers=False, threads=False)
     try:
-        with pytest.raises(ValueError, match=r"send_sizes \[1, 1\] of 3 rows"):
+        with pytest.raises(ValueError, match=r"of 3 rows got send_sizes \[1, 1\]"):
             group.all_to_all(torch.ones(3, 1), [1, 1], [1, 1], key=0, label="x")
         return True
     finally:
