@@ -1,4 +1,4 @@
-"""Ranks meet within a limit, or say who is missing."""
+"""Ranks meet within a time limit, or an error names the missing ranks."""
 
 import socket
 from concurrent.futures import ThreadPoolExecutor
@@ -15,7 +15,7 @@ SHORT = timedelta(seconds=1)
 
 
 def meet(ranks):
-    """What each process that says it is (rank, ranks) comes to."""
+    """Returns the outcome for each process that says it is (rank, ranks)."""
     kept = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
 
     def come(rank, size):
