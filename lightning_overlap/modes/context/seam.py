@@ -23,7 +23,6 @@ from lightning_overlap.modes.context.local_tokens import LocalTokens
 from lightning_overlap.modes.context.mask import Mask
 from lightning_overlap.torch_seams import is_compiled, saved_tensor_hooks
 
-
 TORCH_ATTENTION = F.scaled_dot_product_attention
 """Torch's function itself: the name may have another one for a time, which calls it (without dropout, say)."""
 

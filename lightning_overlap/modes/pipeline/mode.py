@@ -396,7 +396,7 @@ class PipelineMode(Driver, Holder):
             clear_markers(parameter)
         if complete:
             for group in set(self.channels.values()):
-                group.rest()
+                group.stop()
 
 
 def look(model: nn.Module, config: PipelineParallel, roles: Mapping[str, str]) -> PipelineFacts | None:
