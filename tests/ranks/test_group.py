@@ -388,13 +388,8 @@ def never_sends():
     WORLD.announcements.start()
     WORLD.announcements.interval = 0.1
     WORLD.assemble(datetime.timedelta(seconds=30), datetime.timedelta(seconds=30))
-<<<<<<< HEAD
-    group = make_group([[0, 1]], "at rest", datetime.timedelta(minutes=30))
-    group.rest()
-=======
     group = make_group([[0, 1]], "stopped", datetime.timedelta(minutes=30))  # longer than the world's limit for an answer
     group.stop()
->>>>>>> h_d
     try:
         if dist.get_rank() == 1:
             WORLD.announcements.announce(ValueError("the user's"))

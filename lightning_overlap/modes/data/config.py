@@ -112,13 +112,8 @@ class DataChoices(Choices):
 
 
 def decide(config: DataParallel, degrees: Degrees, facts: Facts, *, overlap: bool) -> DataChoices | None:
-<<<<<<< HEAD
-    """The home of this mode's gates; see :class:`lightning_overlap.modes.descriptor.Decide`."""
-    if degrees.gradients == 1:
-=======
     """Decides everything of this mode; see :class:`lightning_overlap.modes.descriptor.Decide`."""
-    if degrees.data == 1:
->>>>>>> h_d
+    if degrees.gradients == 1:
         return None
     if facts.precision == "16-mixed":
         raise ConfigError("precision 16-mixed scales the loss, which is not supported; use bf16-mixed")
@@ -139,11 +134,7 @@ def decide(config: DataParallel, degrees: Degrees, facts: Facts, *, overlap: boo
     wire = "sent in bf16, summed in fp32" if config.reduce_scatter_with_fp32_accumulation else "gradients are kept and sent in it"
     instances = config.num_optimizer_instances
     return DataChoices(
-<<<<<<< HEAD
-        size=Choice(degrees.data, config.size, _ranks(degrees)),
-=======
         size=Choice(degrees.data, config.size, _size_reason(degrees, facts)),
->>>>>>> h_d
         distributed_optimizer=optimizer,
         gradients=gradients,
         overlap_grad_reduce=reduce,
@@ -157,16 +148,10 @@ def decide(config: DataParallel, degrees: Degrees, facts: Facts, *, overlap: boo
     )
 
 
-<<<<<<< HEAD
-def _ranks(degrees: Degrees) -> str:
-    if degrees.context == 1:
-        return f"of {degrees.world} ranks"
-    return f"of {degrees.world} ranks; gradients are averaged over these x context {degrees.context}"
-=======
 def _size_reason(degrees: Degrees, facts: Facts) -> str:
     others = {"pipeline": degrees.pipeline, "context": degrees.context, "tensor": degrees.tensor}
-    return " / ".join([f"{facts.world_size} ranks", *(f"{name} {size}" for name, size in others.items() if size > 1)])
->>>>>>> h_d
+    reason = " / ".join([f"{facts.world_size} ranks", *(f"{name} {size}" for name, size in others.items() if size > 1)])
+    return f"{reason}; gradients are averaged over these x context {degrees.context}" if degrees.context > 1 else reason
 
 
 def _needs_optimizer(sharded: bool) -> tuple[bool, str]:
