@@ -38,7 +38,7 @@ class Tile:
 
     causal: bool = False
     visible: Tensor | None = None
-    key: tuple[int, int] = (0, 0)
+    key: tuple[int, ...] = ()
 
     def bias(self, dtype: torch.dtype) -> Tensor | None:
         """What is added to the logits."""
