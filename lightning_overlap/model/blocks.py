@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Mapping
+
 from torch import nn
 
 from lightning_overlap.decision import ConfigError
@@ -32,3 +35,26 @@ def find_blocks(model: nn.Module, asked: str | None, stages: int) -> tuple[str, 
             f"the stack of blocks was not found: {found}. Name it, OverlapStrategy(parallel_plan={{'model.layers': 'blocks'}}) say"
         )
     return longest[0], alike[longest[0]]
+
+
+def names_matching(model: nn.Module, pattern: str) -> list[str]:
+    """Names of modules that end in a pattern of a ``parallel_plan``, in which ``*`` stands for one part of a name. A name that is the
+    pattern itself is the only one."""
+    names = [name for name, _ in model.named_modules()]
+    if pattern in names:
+        return [pattern]
+    expression = re.compile(r"(?:.*\.)?" + re.escape(pattern).replace(r"\*", "[^.]+"))
+    return [name for name in names if expression.fullmatch(name)]
+
+
+def names_by_role(model: nn.Module, given: Mapping[str, str], role: str) -> list[str]:
+    """Names of the modules that have a role, by the strategy's ``parallel_plan`` and the model's attribute of that name.
+
+    Args:
+        model: the user's.
+        given: the strategy's.
+        role: one of :data:`~lightning_overlap.model.roles.ROLES`.
+    """
+    plan = getattr(model, "parallel_plan", None)
+    roles = {**plan, **given} if isinstance(plan, Mapping) else given
+    return [name for pattern, each in roles.items() if each == role for name in names_matching(model, pattern)]

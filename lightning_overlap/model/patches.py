@@ -1,4 +1,4 @@
-"""Replaced forwards and hooks of modules that are cut. Copies and pickles of the modules do without: they are ordinary modules."""
+"""Replaced methods and hooks of modules that are cut. Copies and pickles of the modules do without: they are ordinary modules."""
 
 from __future__ import annotations
 
@@ -10,16 +10,17 @@ from torch import nn
 
 
 class ReplacedForward:
-    """A module's ``forward``, replaced. It is never compiled: it communicates, and numbers arrive while it runs.
+    """A module's ``forward`` (or another method), replaced. It is never compiled: it communicates, and numbers arrive while it runs.
 
     Args:
         module: the user's.
         function: what is called in its place.
+        name: of the method.
     """
 
-    def __init__(self, module: nn.Module, function: Callable[..., Any]) -> None:
-        self._module, self._function = module, function
-        self._before = vars(module).get("forward")
+    def __init__(self, module: nn.Module, function: Callable[..., Any], name: str = "forward") -> None:
+        self._module, self._function, self._name = module, function, name
+        self._before = vars(module).get(name)
         self.__wrapped__ = function  # whose signature it has
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
@@ -27,7 +28,7 @@ class ReplacedForward:
         return self._function(*args, **kwargs)
 
     def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
-        return (_same, (self._before,)) if self._before is not None else (getattr, (self._module, "forward"))
+        return (_same, (self._before,)) if self._before is not None else (getattr, (self._module, self._name))
 
 
 class Hook:
@@ -42,6 +43,22 @@ class Hook:
 
     def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
         return _no_hook, ()
+
+
+def replace_method(module: nn.Module, name: str, function: Callable[..., Any]) -> Callable[[], None]:
+    """Replaces a method of a module.
+
+    Args:
+        module: the user's.
+        name: of the method.
+        function: what is called in its place.
+
+    Returns:
+        A function that puts back what was there.
+    """
+    before = vars(module).get(name)
+    setattr(module, name, ReplacedForward(module, function, name))
+    return (lambda: delattr(module, name)) if before is None else (lambda: setattr(module, name, before))
 
 
 def _same(value: Any) -> Any:

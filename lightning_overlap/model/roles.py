@@ -6,10 +6,11 @@ import re
 
 from lightning_overlap.decision import ConfigError
 
-ROLES = ("blocks", "column", "row", "column_gathered", "row_split", "vocab_embedding", "vocab_head", "token_wise")
-"""Roles that a part of the model may have: ``blocks``, the list of alike layers; how a layer is cut over the tensor axis; and
-``token_wise``, what works on each token by itself. What stands between a ``column_gathered`` and a ``row_split`` layer sees all
-features (a norm over all heads, a split at fixed places), and is computed on every rank."""
+ROLES = ("blocks", "column", "row", "column_gathered", "row_split", "vocab_embedding", "vocab_head", "token_wise", "per_token")
+"""Roles that a part of the model may have: ``blocks``, the list of alike layers; how a layer is cut over the tensor axis;
+``token_wise``, what works on each token by itself; and ``per_token``, what makes a table with an entry a token from the number of
+tokens that it sees. What stands between a ``column_gathered`` and a ``row_split`` layer sees all features (a norm over all heads, a
+split at fixed places), and is computed on every rank."""
 
 
 def parse_role(role: str) -> tuple[str, tuple[int, ...] | None]:

@@ -20,6 +20,8 @@ ASKED = {
     for name in ("shape", "dtype", "device", "ndim", "requires_grad", "is_cuda", "layout", "grad_fn", "is_leaf", "is_sparse")
 } | {torch.Tensor.size, torch.Tensor.dim, torch.Tensor.numel, torch.Tensor.__len__, torch.Tensor.is_floating_point}
 """What is known of a tensor whose numbers are not here."""
+TRACED = {getattr(Tensor, name).__get__ for name in ("requires_grad", "grad_fn", "is_leaf")}
+"""What is known of it from the part that is here."""
 _ARITHMETIC = ("add", "sub", "mul", "div", "true_divide", "floor_divide", "remainder", "pow")
 _ASSIGNMENTS = {getattr(Tensor, f"{name}_"): getattr(Tensor, name) for name in _ARITHMETIC}
 """By the function of ``x += y``, that of ``x + y``."""

@@ -10,9 +10,15 @@ from typing import Any
 from torch import Tensor
 
 
+class Leaf:
+    """A base of dataclasses of ours that users' code hands on as one value: they are no containers."""
+
+
 def is_container(value: Any) -> bool:
     """Whether a value is a mapping, a list, a tuple or a dataclass, and no leaf."""
-    return isinstance(value, Mapping | list | tuple) or (dataclasses.is_dataclass(value) and not isinstance(value, type))
+    if isinstance(value, Leaf | type):
+        return False
+    return isinstance(value, Mapping | list | tuple) or dataclasses.is_dataclass(value)
 
 
 def rebuild(value: Any, make: Callable[[Any], Any]) -> Any:

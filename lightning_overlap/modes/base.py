@@ -3,7 +3,8 @@
 Every mode is an :class:`OverlapMode`. What only some modes do is in contracts of its own, which a mode inherits beside it:
 
     Driver            runs the training step in parts, backward included     pipeline
-    Holder            a rank holds a part of the model                       pipeline, tensor
+    Sharder           a rank computes a part of each forward                 pipeline, context, tensor
+    Holder            a Sharder under which it holds a part of the model      pipeline, tensor
     OptimizerHolder   a rank holds a part of the optimizer's state           data
 """
 
@@ -207,7 +208,15 @@ class Driver(OverlapMode, ABC):
         """Called after a validation inside a fit."""
 
 
-class Holder(OverlapMode, ABC):
+class Sharder(OverlapMode, ABC):
+    """A mode under which a rank computes a part of each forward."""
+
+    @abstractmethod
+    def whole(self) -> AbstractContextManager[None]:
+        """Inside, this rank has the model as the user wrote it, with the present weights of all ranks. Collective."""
+
+
+class Holder(Sharder, ABC):
     """A mode under which a rank holds a part of the model."""
 
     @classmethod
@@ -224,10 +233,6 @@ class Holder(OverlapMode, ABC):
             ConfigError: the mode cannot cut such a model.
         """
         return lambda name: True
-
-    @abstractmethod
-    def whole(self) -> AbstractContextManager[None]:
-        """Inside, this rank has the model as the user wrote it, with the present weights of all ranks. Collective."""
 
     @abstractmethod
     def local_part(self, name: str, tensor: Tensor) -> Tensor | None:

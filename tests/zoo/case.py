@@ -11,7 +11,7 @@ from lightning.pytorch import LightningModule
 from torch import Tensor
 from torch.utils.data import default_collate
 
-from lightning_overlap import DataParallel, PipelineParallel, TensorParallel
+from lightning_overlap import ContextParallel, DataParallel, PipelineParallel, TensorParallel
 
 STEPS, BATCH, MICROBATCHES = 4, 8, 4
 VOCABULARY, TOKENS, WIDTH = 64, 8, 16
@@ -26,6 +26,8 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "pp_zb_v": {"pipeline_parallel": PipelineParallel(size=2, microbatches=MICROBATCHES, virtual_stages=2, schedule="zb_v")},
     "tp": {"tensor_parallel": TensorParallel(size=2, vocab_parallel=False)},
     "tp_whole_tokens": {"tensor_parallel": TensorParallel(size=2, vocab_parallel=False, sequence_parallel=False)},
+    "cp": {"context_parallel": ContextParallel(size=2)},
+    "cp_a2a": {"context_parallel": ContextParallel(size=2, method="a2a", boundary="blocks")},
     "tp_vocab": {"tensor_parallel": TensorParallel(size=2, vocab_parallel=True)},
 }
 """Layouts of two ranks, by name: the arguments of the strategy. What a name begins with is its family."""

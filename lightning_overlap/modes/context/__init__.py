@@ -1,6 +1,14 @@
-"""Context parallelism: its configuration. The mode itself is not in this version."""
+"""Context parallelism: ranks hold different tokens of a sequence, and exchange keys and values under the attention."""
 
-from lightning_overlap.modes.context.config import decide
+from lightning_overlap.modes.context.config import ADVICE, decide
+from lightning_overlap.modes.context.mode import ContextMode, look
 from lightning_overlap.modes.descriptor import ModeDescriptor
 
-CONTEXT = ModeDescriptor(name="context", section="context_parallel", decide=decide)
+CONTEXT = ModeDescriptor(
+    name="context",
+    section="context_parallel",
+    decide=decide,
+    mode_type=ContextMode,
+    look=look,
+    advice=ADVICE,
+)

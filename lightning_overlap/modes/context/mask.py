@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from lightning_overlap.model.trees import Leaf
+
 Rule = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 """Of indices of the sample, the head, the query and the key, int64, which broadcast: whether the query sees the key."""
 
@@ -28,7 +30,7 @@ class Relation(Enum):
 
 
 @dataclass(frozen=True, eq=False)
-class Mask:
+class Mask(Leaf):
     """Which keys each query sees: those for which all conditions hold.
 
     Args:

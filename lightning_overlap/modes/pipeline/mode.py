@@ -41,9 +41,6 @@ from lightning_overlap.steps.runner import Runner
 from lightning_overlap.steps.step import Step
 from lightning_overlap.torch_seams import parameters_of
 
-CHECKED_BATCHES = 3
-"""Batches at the start of a fit whose losses are looked at."""
-
 
 class PipelineMode(Driver, Holder):
     """See the module's docstring."""
@@ -100,7 +97,7 @@ class PipelineMode(Driver, Holder):
         self.partition.keep(self._rank)
         self._device = next(model.parameters()).device
         self._before = self.partition.before(model)
-        self._stack = self.setup.boundary.lend_stack(blocks, name, spread=own.size > 1)
+        self._stack = self.setup.boundary.make_stack(blocks, name, has_remote_blocks=own.size > 1)
         deferring = self.choices.defer_embedding_wgrad.value
         if own.plan(own.count).splits_backward or deferring:
             mine = own.plan(own.count).stages_of(self._rank)
@@ -147,8 +144,8 @@ class PipelineMode(Driver, Holder):
     # -- training ----------------------------------------------------------------------------------------------------
 
     def run_step(self, step: Step) -> None:
-        # Where the first step is compared with that of the model whole, a loss that is no number is the user's.
-        checking = self._checked < CHECKED_BATCHES and not self.setup.first_step_is_verified
+        # Where the first step is compared with that of the model whole, or has had a loss, a later NaN is the user's.
+        checking = not self._checked and not self.setup.first_step_is_verified
         self._checked += 1
         parts, weights = self._parts(step)
         if self._checked == 1:
@@ -244,6 +241,8 @@ class PipelineMode(Driver, Holder):
         """The microbatches of a step, and what each one counts."""
         dims = self.config.batch_dims
         size = microbatches.samples(step.batch, dims)
+        if self._checked <= 1:  # the last batch of an epoch may be smaller
+            microbatches.refuse_other_dim(step.batch, size, step.batch_size, dims)
         count = min(self.config.count, size)
         parts = microbatches.cut(step.batch, count, dims)
         sizes = [size // count + (number < size % count) for number in range(count)]
@@ -397,7 +396,7 @@ class PipelineMode(Driver, Holder):
             clear_markers(parameter)
         if complete:
             for group in set(self.channels.values()):
-                group.rest()
+                group.stop()
 
 
 def look(model: nn.Module, config: PipelineParallel, roles: Mapping[str, str]) -> PipelineFacts | None:

@@ -14,7 +14,7 @@ from lightning_overlap.modes.tensor.partition import Partition
 from lightning_overlap.modes.tensor.regions import Regions, RegionState
 from lightning_overlap.modes.tensor.replicated import ReplicatedGradients
 from lightning_overlap.modes.tensor.sequence import leave, own_tokens
-from lightning_overlap.state.shards import is_absent
+from lightning_overlap.state.absent import is_absent
 
 
 def first_of_each_kind(blocks: Sequence[nn.Module], name: str) -> list[BlockCheck]:
@@ -71,8 +71,8 @@ class FirstBlocks:
             return
         self.waiting.remove(check)
         # In a pipeline gradients of weights may be deferred, by a forward that is not ours.
-        forwards = [vars(module).get("forward") for module in block.modules()]
-        defers = boundary.is_spread and any(forward is not None and type(forward) is not ReplacedForward for forward in forwards)
+        forwards = [vars(module)["forward"] for module in block.modules() if "forward" in vars(module)]
+        defers = boundary.has_remote_blocks and any(type(forward) is not ReplacedForward for forward in forwards)
         cutting = self._cutting(check, find_hidden(args, kwargs, check.name)[1])
         forward = boundary.forwards.current.branch()
         state = forward.of(RegionState)

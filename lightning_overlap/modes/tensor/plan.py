@@ -8,7 +8,6 @@ one component: ``blocks.*.attention.qkv``.
 from __future__ import annotations
 
 import difflib
-import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -16,7 +15,7 @@ from typing import Any
 from torch import nn
 
 from lightning_overlap.decision import ConfigError
-from lightning_overlap.model.blocks import Blocks, find_blocks
+from lightning_overlap.model.blocks import Blocks, find_blocks, names_matching
 from lightning_overlap.model.roles import parse_role
 from lightning_overlap.torch_seams import parameters_of
 
@@ -153,9 +152,9 @@ def find(model: nn.Module, given: Mapping[str, str], size: int) -> TensorPlan:
     cuts: dict[str, Cut] = {}
     whole: set[str] = set()
     for pattern, role in roles.items():
-        if role == "blocks":
+        if role in ("blocks", "per_token"):
             continue
-        names = _matches(model, pattern)
+        names = names_matching(model, pattern)
         if not names:
             near = difflib.get_close_matches(pattern, [name for name, _ in model.named_modules()], 3, 0.4)
             problems.append(f"{pattern!r} matches no module; near names are: {', '.join(near) or 'none'}")
@@ -199,7 +198,7 @@ def find(model: nn.Module, given: Mapping[str, str], size: int) -> TensorPlan:
 
 def _roles(model: nn.Module, given: Mapping[str, str]) -> tuple[str, dict[str, str]]:
     """Where they come from, and the roles by pattern."""
-    if any(role != "blocks" for role in given.values()):
+    if any(role not in ("blocks", "per_token") for role in given.values()):
         return "strategy's parallel_plan", dict(given)
     own = getattr(model, "parallel_plan", None)
     if isinstance(own, Mapping):
@@ -231,7 +230,7 @@ def _of_hugging_face(prefix: str, model: Any) -> Iterator[tuple[str, str]]:
                 f"{', '.join(STYLES)}. Give OverlapStrategy(parallel_plan=...) with roles for all its layers"
             )
         pattern = f"{prefix}.{name}".lstrip(".")
-        if STYLES[style] and _matches(model, name):  # dense layers of a model that has experts only, say
+        if STYLES[style] and names_matching(model, name):  # dense layers of a model that has experts only, say
             yield pattern, STYLES[style]
     if not styles:
         yield from PLANS[kind].items()
@@ -241,14 +240,6 @@ def _of_hugging_face(prefix: str, model: Any) -> Iterator[tuple[str, str]]:
     ):
         if isinstance(module, kinds):
             yield from ((f"{prefix}.{name}".lstrip("."), role) for name, found in model.named_modules() if found is module)
-
-
-def _matches(model: nn.Module, pattern: str) -> list[str]:
-    """Names of modules that end in the pattern; the one that is the pattern, if there is one."""
-    if any(name == pattern for name, _ in model.named_modules()):
-        return [pattern]
-    expression = re.compile(r"(?:.*\.)?" + re.escape(pattern).replace(r"\*", "[^.]+"))
-    return [name for name, _ in model.named_modules() if expression.fullmatch(name)]
 
 
 def _is_linear(module: nn.Module) -> bool:

@@ -23,7 +23,7 @@ from lightning_overlap.modes.tensor.gemm import Exchange
 from lightning_overlap.modes.tensor.linear import Prepared, Reading, alike, matrix, prepare, read, row_product
 from lightning_overlap.modes.tensor.random_state import CommonNumbers
 from lightning_overlap.modes.tensor.sequence import enter, leave
-from lightning_overlap.modes.tensor.userbuffers import Engine
+from lightning_overlap.modes.tensor.userbuffers import UserbuffersLayers
 
 
 @dataclass
@@ -66,7 +66,7 @@ class Regions:
         boundary: Boundary,
         numbers: CommonNumbers,
         fused: symm_mem.Operators | None,
-        engine: Engine | None,
+        engine: UserbuffersLayers | None,
     ) -> None:
         self.columns: Mapping[str, Sequence[nn.Module]] = {}
         self.has_trained = False
@@ -96,7 +96,7 @@ class Regions:
         group = self.exchange.group
         if not self.exchange.scattered:
             return x.shape[-2]
-        if self.boundary.is_spread:  # the blocks of a stage get what another stage has sent
+        if self.boundary.has_remote_blocks:  # the blocks of a stage get what another stage has sent
             return x.shape[-2] * group.size
         tokens = self.state.tokens
         low, high = self.exchange.parts(tokens)[group.rank : group.rank + 2]
@@ -195,12 +195,13 @@ class SequenceCut(TokenCut):
     remedy = "set tensor_parallel.sequence_parallel: false"
 
     def __init__(self, regions: Regions, numbers: CommonNumbers) -> None:
+        self.ranks = regions.exchange.group.size
         self._regions, self._numbers = regions, numbers
         self._exchange, self._boundary = regions.exchange, regions.boundary
 
     def enter(self, x: Tensor) -> Tensor:
         tokens = self._regions.state.tokens = x.shape[-2]
-        if self._boundary.is_spread and tokens % self._exchange.group.size:
+        if self._boundary.has_remote_blocks and tokens % self._exchange.group.size:
             raise ConfigError(
                 f"a sequence of {tokens} tokens is not divisible by tensor_parallel.size={self._exchange.group.size}, which it must "
                 "be with sequence_parallel in a pipeline: pad it, or set tensor_parallel.sequence_parallel: false"
@@ -208,7 +209,7 @@ class SequenceCut(TokenCut):
         return enter(x, self._exchange, partial(self._regions.prepare_next, ""))
 
     def leave(self, x: Tensor) -> Tensor:
-        tokens = x.shape[-2] * self._exchange.group.size if self._boundary.is_spread else self._regions.state.tokens
+        tokens = x.shape[-2] * self._exchange.group.size if self._boundary.has_remote_blocks else self._regions.state.tokens
         return leave(x, tokens, self._exchange)
 
     def start_block(self, block: nn.Module, x: Tensor, inputs: Any) -> None:

@@ -18,7 +18,8 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from lightning_overlap.model.stand_in import ASKED, StandIn
+from lightning_overlap.model.sharded_tokens import ShardedTokens
+from lightning_overlap.model.stand_in import ASKED, TRACED, StandIn
 from lightning_overlap.modes.tensor.linear import cast
 from lightning_overlap.modes.tensor.loss import cross_entropy
 from lightning_overlap.ranks.group import Group
@@ -129,6 +130,8 @@ def head_forward(layer: nn.Module, vocabulary: Vocabulary) -> Callable[[Tensor],
     """The forward of a head of which each rank has some rows: ``(..., features)`` to logits, :class:`CutLogits`."""
 
     def forward(x: Tensor) -> Tensor:
+        if isinstance(x, ShardedTokens):
+            return x.map(forward)
         weight, bias = (None if p is None else cast(p) for p in (layer.weight, layer.bias))  # type: ignore[arg-type]
         return CutLogits.of(_Head.apply(cast(x), weight, bias, vocabulary), vocabulary)
 
@@ -159,7 +162,6 @@ class _Whole(Function):
         return grad[..., bounds[rank] : bounds[rank + 1]], None
 
 
-_TRACED = {getattr(Tensor, name).__get__ for name in ("requires_grad", "grad_fn", "is_leaf")}
 _EACH = {
     *(getattr(Tensor, name) for name in ("tanh", "neg", "__neg__", "mul", "__mul__", "__rmul__", "div", "__truediv__", "true_divide")),
     *(getattr(torch, name) for name in ("tanh", "neg", "mul", "div", "true_divide")),
@@ -198,7 +200,7 @@ class CutLogits(StandIn):
     def compute(cls, func: Any, args: Any, kwargs: Any) -> Any:
         logits = args[0] if args and isinstance(args[0], CutLogits) else None
         others = [x for x in tree_leaves((args[1:], kwargs)) if isinstance(x, Tensor)]
-        if logits is not None and func in _TRACED:
+        if logits is not None and func in TRACED:
             return func(logits.local)
         if func in ASKED:
             with WithoutSubclasses():
