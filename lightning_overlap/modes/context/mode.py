@@ -83,7 +83,7 @@ class ContextMode(Sharder):
 
     def _switch_hugging_face(self, model: nn.Module, blocks: Sequence[nn.Module]) -> Callable[[], bool]:
         """Has a model of transformers call the seam; whether its present forward runs with all tokens on every rank."""
-        if not any(type(module).__module__.startswith("transformers.") for block in blocks for module in block.modules()):
+        if not any(type(module).__module__.startswith("transformers") for block in blocks for module in block.modules()):
             return lambda: False
         from lightning_overlap.modes.context.huggingface import Switch  # which needs transformers
 
