@@ -9,6 +9,7 @@ import lightning_overlap
 from lightning_overlap import (
     ConfigError,
     DataParallel,
+    ExpertParallel,
     OverlapConfig,
     OverlapStrategy,
     PipelineParallel,
@@ -56,7 +57,7 @@ def choices(config=None, **facts):
 ADAM = OptimizerFacts("AdamW", True, True, True, "AdamW updates each element on its own")
 NORM = OptimizerFacts("Norm", False, False, False, "Norm looks at all parameters at once")
 MUON = OptimizerFacts("Muon", True, False, False, "Muon does not update each element on its own")
-REFUSES = OptimizerFacts("Shy", False, False, False, "Shy refuses to be tried (TypeError: no), so nothing is known", known=False)
+REFUSES = OptimizerFacts("Shy", False, False, False, "Shy fails on test matrices (TypeError: no), so it is unknown", known=False)
 SWAPS = OptimizerFacts("Free", True, True, True, "Free updates each element on its own", methods=("eval", "train"))
 
 
@@ -96,10 +97,10 @@ def test_auto_declines(facts, feature, choice):
 @pytest.mark.parametrize(
     ("data", "pipeline", "facts", "choice", "why"),
     [
-        ({"align_param_gather": True}, 2, {}, True, "once the step is over"),
-        ({}, 2, {}, False, "a stage whose backward is over gathers while earlier stages still compute"),
-        ({}, 2, {"gradient_clip_val": 1.0}, False, "after backward as it is"),
-        ({}, 1, {}, False, "one rank has all stages"),
+        ({"align_param_gather": True}, 2, {}, True, "after the step, all stages gather"),
+        ({}, 2, {}, False, "each stage gathers when its own backward ends"),
+        ({}, 2, {"gradient_clip_val": 1.0}, False, "all stages gather after backward without it"),
+        ({}, 1, {}, False, "no pipeline: there are no stages to align"),
     ],
 )
 def test_gathers_of_several_stages_are_aligned_when_asked_to(data, pipeline, facts, choice, why):
@@ -123,16 +124,20 @@ def test_overlap_off_keeps_the_layout():
         ({"overlap_optimizer_step": True, "check_for_nan_in_grad": True}, {"gradient_clip_val": 1.0}, "check_for_nan"),
         ({"distributed_optimizer": True}, {"automatic_optimization": False}, "manual optimization"),
         ({"overlap_param_gather": True, "distributed_optimizer": False}, {}, "needs the distributed optimizer"),
-        ({"align_param_gather": True}, {}, "one rank has all stages; leave it out, or set pipeline_parallel.size"),
-        ({"align_param_gather": True, "distributed_optimizer": False}, {}, "one rank .*; it needs the distributed optimizer"),
+        ({"align_param_gather": True}, {}, "no pipeline: .*; remove the setting, or set pipeline_parallel.size"),
+        ({"align_param_gather": True, "distributed_optimizer": False}, {}, "no pipeline: .*; it needs the distributed optimizer"),
         ({"align_param_gather": True, "overlap_param_gather": False}, {}, "set data_parallel.overlap_param_gather: true"),
-        ({"align_param_gather": True, "param_gather_prefetch": 2}, {}, "param_gather_prefetch bounds; set it to all"),
+        (
+            {"align_param_gather": True, "param_gather_prefetch": 2},
+            {},
+            "forward posts the gathers; set it to all",
+        ),
         ({"num_optimizer_instances": 3}, {"world_size": 4}, "must divide"),
         ({"size": 3}, {"world_size": 4}, "needs 3 ranks, and there are 4"),
         ({}, {"precision": "16-mixed"}, "use bf16-mixed"),
-        ({"distributed_optimizer": True}, {"unfreezers": ("BackboneFinetuning",)}, "BackboneFinetuning brings in parameters"),
+        ({"distributed_optimizer": True}, {"unfreezers": ("BackboneFinetuning",)}, "BackboneFinetuning adds parameters"),
         ({"distributed_optimizer": True}, {"optimizers": (NORM,)}, "looks at all parameters at once"),
-        ({"distributed_optimizer": True}, {"optimizers": (REFUSES,)}, r"Shy refuses to be tried \(TypeError: no\)"),
+        ({"distributed_optimizer": True}, {"optimizers": (REFUSES,)}, r"Shy fails on test matrices \(TypeError: no\)"),
         ({"distributed_optimizer": True}, {"optimizers": (SWAPS,)}, "Free.eval, Free.train reads the optimizer's state outside"),
         ({}, {"optimizers": (OptimizerFacts("LBFGS", False, False, False, ""),)}, "L-BFGS"),
     ],
@@ -281,7 +286,7 @@ def test_tensor_parallelism_says_what_it_does():
             {"facts": {"clippers": ("Net.configure_gradient_clipping",)}},
             "clips by a norm over the gradients that a rank has, its pieces",
         ),
-        ({"facts": {"optimizers": (REFUSES,)}}, "Shy refuses to be tried (TypeError: no)"),
+        ({"facts": {"optimizers": (REFUSES,)}}, "Shy fails on test matrices (TypeError: no)"),
         ({"facts": {"averagers": ("EMAWeightAveraging",)}}, "EMAWeightAveraging averages copies of whole weights"),
         ({"pipeline": PipelineParallel(size=2, microbatches=4, schedule="zb_h1")}, "zb_h1 splits backward"),
         (

@@ -1,9 +1,12 @@
 """Tensors whose tokens are sharded over the ranks against whole ones: what each function gives, and the gradients."""
 
+import copy
 import threading
 import warnings
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
+from functools import cache, partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,9 +14,17 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers.loss.loss_utils import ForCausalLMLoss
 
+from lightning_overlap.decision import ConfigError
 from lightning_overlap.model.sharded_tokens import ShardedTokens
 from lightning_overlap.model.token_shards import TokenShards
+from lightning_overlap.modes.tensor.gemm import shares
+from lightning_overlap.modes.tensor.vocab import CutLogits, Vocabulary, head_forward
+from lightning_overlap.ranks.group import Group
+from lightning_overlap.ranks.world import make_group
+from lightning_overlap.torch_seams import tree_leaves
 
 SAMPLES, TOKENS, FEATURES = 2, 7, 6
 POSITIONS = {2: ((0, 1, 5, 6), (2, 3, 4)), 3: ((0, 6), (1, 2, 4, 5), (3,)), 4: ((0, 5, 6), (1, 4), (), (2, 3))}
@@ -242,3 +253,241 @@ def test_other_functions_get_whole_tensors(name: str, size: int) -> None:
     texts = messages(size, compare, "read", name)
     assert len(texts) >= (name != "search") * size
     assert all("is gathered" in text for text in texts)
+
+
+# -- losses of language models ---------------------------------------------------------------------------------------------------
+
+IGNORED: dict[str, Callable[[Tensor], Any]] = {
+    "none": lambda x: None,
+    "some": lambda x: x[:, ::2].fill_(-100),
+    "those of the first rank": lambda x: x.__setitem__((slice(None), [1, 0]), -100),
+    "all": lambda x: x.fill_(-100),
+}
+
+
+def hugging_face_loss(cut: TokenShards, ignored: str, counted: bool, kind: torch.dtype) -> None:
+    labels = torch.randint(0, FEATURES, (SAMPLES, TOKENS), generator=torch.Generator().manual_seed(9))
+    IGNORED[ignored](labels)
+    options: dict[str, Any] = {"num_items_in_batch": torch.tensor(11)} if counted else {}
+    weight, expected_weight = (numbers(FEATURES, FEATURES, seed=1).to(kind).requires_grad_() for _ in range(2))
+    hidden = numbers(SAMPLES, TOKENS, FEATURES).to(kind)
+    expected = ForCausalLMLoss(F.linear(hidden, expected_weight), labels, FEATURES, **options)
+    logits = F.linear(ShardedTokens.of(cut.take(hidden, 1), 1, cut)[:, slice(0, None), :], weight)
+    loss = ForCausalLMLoss(logits, labels, FEATURES, **options)
+    assert type(loss) is Tensor
+    assert loss.dtype == expected.dtype
+    tolerance = {"rtol": 2e-2, "atol": 1e-2} if kind is torch.bfloat16 else {"rtol": 1e-5, "atol": 1e-6}  # bf16 keeps 8 bits
+    torch.testing.assert_close(loss, expected, equal_nan=True, **tolerance)
+    expected.backward()
+    loss.backward()
+    assert weight.grad is not None
+    torch.testing.assert_close(cut.total(weight.grad) / cut.group.size, expected_weight.grad, equal_nan=True, **tolerance)
+
+
+@pytest.mark.parametrize("kind", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("counted", [False, True])
+@pytest.mark.parametrize("ignored", IGNORED)
+def test_hugging_faces_loss(ignored: str, counted: bool, kind: torch.dtype) -> None:
+    assert messages(3, hugging_face_loss, ignored, counted, kind) == []
+
+
+def logits_of(cut: TokenShards) -> ShardedTokens:
+    return ShardedTokens.of(cut.take(numbers(SAMPLES, TOKENS, FEATURES), 1), 1, cut)
+
+
+BAD: dict[str, Callable[[ShardedTokens], Any]] = {
+    "a target that is too large": lambda x: F.cross_entropy(x.flatten(0, 1), torch.full((SAMPLES * TOKENS,), FEATURES)),
+    "targets that are too few": lambda x: F.cross_entropy(x.flatten(0, 1), torch.zeros(SAMPLES * TOKENS - 1, dtype=torch.long)),
+    "an unknown reduction": lambda x: F.cross_entropy(x.flatten(0, 1), torch.zeros(SAMPLES * TOKENS).long(), reduction="median"),
+    "another unknown reduction": lambda x: F.mse_loss(x, x, reduction="median"),
+    "another shape": lambda x: x + torch.zeros(TOKENS - 1, FEATURES, dtype=torch.float64),
+    "a shape of another size": lambda x: x.view(-1, 4, FEATURES),
+    "a dim that there is not": lambda x: x.softmax(3),
+}
+
+
+def error(cut: TokenShards | None, name: str) -> str:
+    try:
+        BAD[name](logits_of(cut) if cut is not None else numbers(SAMPLES, TOKENS, FEATURES))
+    except Exception as raised:
+        return f"{type(raised).__name__}: {raised}"
+    return "none"
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_errors_are_those_of_whole_tensors_on_all_ranks(name: str) -> None:
+    expected = error(None, name)
+    assert expected != "none"
+    assert on_ranks(4, error, name) == [expected] * 4
+
+
+def divided(x: Tensor) -> Tensor:
+    x /= 2
+    x *= 3
+    return x
+
+
+def written_after(x: Tensor) -> Tensor:
+    before = x.flatten(0, 1)
+    x /= 2
+    return before * 2
+
+
+CHANGES: dict[str, Callable[[Tensor], Any]] = {
+    "masked_fill_": lambda x: x.masked_fill_(x > 0, 0.0),
+    "div_": lambda x: x.div_(2.0),
+    "an item": lambda x: x.__setitem__((slice(None), 1), 0.0),
+    "a slice of tokens": lambda x: x[:, 1:].mul_(2),
+    "another shape": lambda x: x.flatten(0, 1)[1:].zero_(),
+    "a view of what was gathered": lambda x: x[:, -1].zero_(),
+    "data": lambda x: x.data.mul_(0.5),
+    "detached": lambda x: x.detach().zero_(),
+    "out": lambda x: torch.mul(x, 2, out=x),
+    "a relu in place": lambda x: F.relu(x, inplace=True),
+    "divided, and a view read": written_after,
+}
+
+
+def changed(cut: TokenShards, name: str) -> str:
+    x = logits_of(cut)
+    try:
+        CHANGES[name](x)
+        x.sum()
+    except ConfigError as raised:
+        return str(raised)
+    return "nothing"
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_a_change_in_place_is_refused_on_every_rank(name: str) -> None:
+    for text in on_ranks(3, changed, name):
+        assert "a tensor whose tokens are sharded over the ranks in place, where the change would be lost" in text
+
+
+def described(cut: TokenShards) -> None:
+    hidden = numbers(SAMPLES, TOKENS, FEATURES).requires_grad_()
+    x = ShardedTokens.of(cut.take(hidden, 1), -2, cut)
+    assert (x.shape, x.dtype, x.dim(), len(x), x.size(-1)) == (hidden.shape, hidden.dtype, 3, SAMPLES, FEATURES)
+    assert x.requires_grad
+    assert x.grad_fn is not None
+    assert not x.detach().requires_grad
+    assert "shape=(2, 7, 6), local=tensor(" in repr(x)
+    assert x.map(lambda local: local[..., :2]).shape == (SAMPLES, TOKENS, 2)
+    assert x.type() == "torch.DoubleTensor"
+    close(copy.deepcopy(x.detach()), hidden.detach(), "a copy")
+    close(divided(x).detach(), hidden.detach() * 1.5, "divided")
+
+
+def test_what_can_be_asked_needs_no_gather() -> None:
+    on_ranks(4, described)
+
+
+# -- worlds -------------------------------------------------------------------------------------------------------------------------
+
+
+@cache
+def groups(context: int, tensor: int) -> tuple[Group, Group]:
+    """The context and the tensor group of this rank, of which tensor ranks are neighbours."""
+    ranks = torch.arange(context * tensor).view(context, tensor)
+    make = partial(make_group, timeout=timedelta(seconds=60))
+    return make(ranks.t().tolist(), "context"), make(ranks.tolist(), "tensor")
+
+
+def transfers(size: int) -> None:
+    group, _ = groups(size, 1)
+    cut = TokenShards(group, positions(size), TOKENS)
+    for kind, name in (("kept", "totals and tokens"), ("whole", "losses"), ("read", "other tokens of the same number")):
+        compare(cut, kind, name)
+
+
+@pytest.mark.parametrize("size", POSITIONS)
+def test_groups_of_ranks_transfer_the_same(world: Any, size: int) -> None:
+    world(size).run(transfers, size)
+
+
+ENTRIES = 11
+
+
+def vocabulary_too(tied: bool) -> None:
+    """Tokens sharded over two ranks, and the vocabulary over two."""
+    context, tensor = groups(2, 2)
+    cut = TokenShards(context, positions(2), TOKENS)
+    vocabulary = Vocabulary(tensor, shares(ENTRIES, 2), overlapped=True)
+    mine = slice(vocabulary.first, vocabulary.bounds[tensor.rank + 1])
+    torch.manual_seed(0)
+    embedding, norm, head = nn.Embedding(ENTRIES, FEATURES), nn.LayerNorm(FEATURES), nn.Linear(FEATURES, ENTRIES, bias=not tied)
+    if tied:
+        head.weight = embedding.weight
+    local_norm, local_head = copy.deepcopy(norm), copy.deepcopy(head)
+    for parameter in local_head.parameters():
+        parameter.data = parameter.data[mine].clone()
+    local_head.forward = head_forward(local_head, vocabulary)  # type: ignore[method-assign]
+    ids = torch.randint(0, ENTRIES, (SAMPLES, TOKENS), generator=torch.Generator().manual_seed(9))
+    ids[0, 2] = -100
+    hidden = numbers(SAMPLES, TOKENS, FEATURES).float()
+
+    def loss(logits: Tensor) -> Tensor:
+        logits = 3 * torch.tanh(logits / 3)
+        plain = F.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
+        return ForCausalLMLoss(logits, ids, ENTRIES) + 2 * plain + F.cross_entropy(logits[ids > 3], ids[ids > 3], reduction="sum")
+
+    expected = loss(head(norm(hidden)))
+    expected.backward()
+    logits = local_head(local_norm(ShardedTokens.of(cut.take(hidden, 1), 1, cut)))
+    assert isinstance(logits, ShardedTokens)
+    assert isinstance(logits.local, CutLogits)
+    assert logits.shape == (SAMPLES, TOKENS, ENTRIES)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        result = loss(logits)
+    result.backward()
+    assert type(result) is Tensor
+    torch.testing.assert_close(result, expected)
+    for (name, p), q in zip(
+        [*local_norm.named_parameters(), *local_head.named_parameters()], [*norm.parameters(), *head.parameters()], strict=True
+    ):
+        assert p.grad is not None
+        assert q.grad is not None
+        wanted = q.grad[mine] if len(q) == ENTRIES else q.grad
+        torch.testing.assert_close(cut.total(p.grad) / 2, wanted, msg=lambda m, n=name: f"{n}: {m}")
+    with torch.no_grad():
+        torch.testing.assert_close(logits.argmax(-1) + 0, head(norm(hidden)).argmax(-1))
+    with pytest.raises(ConfigError, match="in place, where the change would be lost"):
+        logits[:, 1:].zero_()
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_tokens_and_vocabulary_are_both_sharded(world: Any, tied: bool) -> None:
+    world(4).run(vocabulary_too, tied)
+
+
+class Largest(TorchDispatchMode):
+    """Records the most numbers that a result has."""
+
+    numel = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        sizes = [x.untyped_storage().nbytes() // x.itemsize for x in tree_leaves(result) if isinstance(x, Tensor)]
+        self.numel = max([self.numel, *sizes])
+        return result
+
+
+def memory(cut: TokenShards) -> int:
+    entries, width = 32_000, 8
+    weight = torch.randn(entries, width, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    hidden = torch.randn(1, cut.size, width, generator=torch.Generator().manual_seed(1))
+    with Largest() as largest:
+        x = ShardedTokens.of(cut.take(hidden, 1), 1, cut)
+        logits = F.linear(F.rms_norm(x, (width,)), weight)
+        ForCausalLMLoss(logits, torch.ones(1, cut.size, dtype=torch.long), entries).backward()
+    return largest.numel // entries
+
+
+def test_logits_exist_for_local_tokens_only() -> None:
+    """With 32k entries: the rows of the largest tensor of forward and backward."""
+
+    def run(cut: TokenShards) -> int:
+        return memory(TokenShards(cut.group, tuple(torch.arange(16) + 16 * r for r in range(4)), 64))
+
+    assert on_ranks(4, run) == [16] * 4

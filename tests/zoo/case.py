@@ -11,7 +11,7 @@ from lightning.pytorch import LightningModule
 from torch import Tensor
 from torch.utils.data import default_collate
 
-from lightning_overlap import DataParallel, PipelineParallel, TensorParallel
+from lightning_overlap import ContextParallel, DataParallel, PipelineParallel, TensorParallel
 
 STEPS, BATCH, MICROBATCHES = 4, 8, 4
 VOCABULARY, TOKENS, WIDTH = 64, 8, 16

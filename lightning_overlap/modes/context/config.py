@@ -39,8 +39,9 @@ class ContextParallel:
     ``contiguous``: one part, which suits windows. ``auto``: by the mask of each batch."""
     boundary: Literal["auto", "loss", "blocks"] = "auto"
     """Where tokens are joined again. ``loss``: logits stay sharded until they are a loss. ``blocks``: after the last block."""
-    pieces: int | Literal["auto"] = "auto"
-    """Pieces in which a rank's keys and values travel."""
+    pieces: int = 8
+    """Pieces in which a rank receives the keys and values of all others, of ``p2p`` and ``all_gather``. More of them hide more of the
+    transfers, and make smaller products."""
     overlap: bool | Literal["auto"] = "auto"
     """Pieces travel while others are used."""
 
@@ -50,8 +51,7 @@ class ContextParallel:
         check_word("context_parallel.order", self.order, ("auto", *ORDERS))
         check_word("context_parallel.boundary", self.boundary, ("auto", *BOUNDARIES))
         check_switch("context_parallel.overlap", self.overlap)
-        if self.pieces != "auto":
-            check_count("context_parallel.pieces", self.pieces)
+        check_count("context_parallel.pieces", self.pieces)
         sizes = self.hierarchical_sizes
         if (sizes is None) == (self.method == "a2a+p2p"):
             raise ConfigError(
@@ -93,14 +93,14 @@ class ContextChoices(Choices):
         method: how attention sees all keys.
         order: which tokens a rank has.
         boundary: where tokens are joined again.
-        pieces: in which a rank's keys and values travel.
+        pieces: in which a rank receives the keys and values of all others.
         overlap: pieces travel while others are used.
     """
 
     method: Choice[str]
     order: Choice[str]
     boundary: Choice[str]
-    pieces: Choice[int | str]
+    pieces: Choice[int]
     overlap: Choice[bool]
 
 
@@ -130,7 +130,7 @@ def decide(config: ContextParallel, degrees: Degrees, facts: Facts, *, overlap: 
             "by each batch's mask: balanced if causal, else contiguous" if config.order == "auto" else "as configured",
         ),
         boundary=_boundary(config),
-        pieces=Choice(config.pieces, config.pieces, "a rank's keys and values travel in so many parts"),
+        pieces=Choice(config.pieces, config.pieces, "a rank receives the keys and values of all others in so many parts"),
         overlap=settle(
             "context_parallel.overlap",
             config.overlap,

@@ -8,7 +8,6 @@ in order: from the merged output and log-sum-exp, the gradients of each pair of 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -39,7 +38,7 @@ class Tile:
 
     causal: bool = False
     visible: Tensor | None = None
-    key: tuple[int, int] = (0, 0)
+    key: tuple[int, ...] = ()
 
     def bias(self, dtype: torch.dtype) -> Tensor | None:
         """What is added to the logits."""
@@ -247,8 +246,3 @@ def summed(grad: Tensor, x: Tensor) -> Tensor:
     if grad.shape[1] == x.shape[1]:
         return grad
     return grad.unflatten(1, (x.shape[1], -1)).sum(2)
-
-
-def flat(tensors: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
-    """One message of several tensors."""
-    return torch.cat([x.reshape(-1).to(dtype) for x in tensors]) if tensors else torch.empty(0, dtype=dtype)

@@ -51,6 +51,11 @@ class TokenLayout:
         """Positions in the sequence of a rank's tokens, ``(count,)``, int64, ascending."""
         return torch.tensor(list(itertools.chain(*self.ranges[rank])), dtype=torch.long)
 
+    def merged(self, sets: Sequence[Sequence[int]]) -> TokenLayout:
+        """The layout whose ranks have the tokens of several ranks each, by the sets of these."""
+        together = (sorted(itertools.chain(*(self.ranges[rank] for rank in ranks)), key=lambda part: part.start) for ranks in sets)
+        return TokenLayout(self.tokens, tuple(map(joined, together)))
+
     @classmethod
     def contiguous(cls, tokens: int, ranks: int) -> TokenLayout:
         """One range a rank, in the order of the ranks: for windows, whose queries then find most of their keys on their own rank."""
@@ -94,7 +99,7 @@ class TokenLayout:
         if tokens < 1:
             raise ConfigError(f"a sequence of {tokens} tokens cannot be sharded over {len(chunks)} ranks: give one token or more")
         parts = _chunks(tokens, sum(len(list(mine)) for mine in chunks))
-        return cls(tokens, tuple(_joined(parts[chunk] for chunk in sorted(mine)) for mine in chunks))
+        return cls(tokens, tuple(joined(parts[chunk] for chunk in sorted(mine)) for mine in chunks))
 
 
 def _chunks(tokens: int, number: int) -> list[range]:
@@ -102,7 +107,7 @@ def _chunks(tokens: int, number: int) -> list[range]:
     return [range(tokens * i // number, tokens * (i + 1) // number) for i in range(number)]
 
 
-def _joined(parts: Iterable[range]) -> tuple[range, ...]:
+def joined(parts: Iterable[range]) -> tuple[range, ...]:
     """Ascending ranges without the empty ones; those that touch are one."""
     joined: list[range] = []
     for part in parts:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
 
 import torch
@@ -53,6 +53,7 @@ class Mask(Leaf):
     keys: Tensor | None = None
     rule: Rule | None = None
     bias: Tensor | None = None
+    _extents: dict[range, list[tuple[int, int]]] = field(init=False, repr=False, default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.window is not None and self.window < 1:
@@ -71,14 +72,14 @@ class Mask(Leaf):
         """
         if not (queries and keys):
             return Relation.NONE
-        relations = [self._by_position(queries, keys), self._by_documents(queries, keys), self._by_keys(keys)]
-        if self.rule is not None:
-            relations.append(Relation.PARTIAL)
-        relations.append(self._by_bias(queries, keys))
-        different = {relation for relation in relations if relation is not Relation.FULL}
-        if Relation.NONE in different:
-            return Relation.NONE
-        return different.pop() if len(different) == 1 else Relation.PARTIAL if different else Relation.FULL
+        joint = Relation.FULL if self.rule is None else Relation.PARTIAL
+        for condition in (self._by_position, self._by_documents, self._by_keys, self._by_bias):
+            relation = condition(queries, keys)
+            if relation is Relation.NONE:
+                return relation
+            if relation is not Relation.FULL:
+                joint = relation if joint is Relation.FULL else Relation.PARTIAL
+        return joint
 
     def visible(self, queries: Tensor, keys: Tensor, batch: int = 1, heads: range = range(1)) -> Tensor:
         """What queries see of keys, for one pair of pieces.
@@ -151,13 +152,20 @@ class Mask(Leaf):
     def _by_documents(self, queries: range, keys: range) -> Relation:
         if self.documents is None:
             return Relation.FULL
-        (first, last), (first_key, last_key) = (self.documents[:, part.start : part.stop].aminmax(dim=1) for part in (queries, keys))
-        if bool(((last < first_key) | (last_key < first)).all()):
+        both = list(zip(self._extent(queries), self._extent(keys), strict=True))
+        if all(last < first_key or last_key < first for (first, last), (first_key, last_key) in both):
             return Relation.NONE
-        alike = (first == last) & (first_key == last_key) & (first == first_key)
-        return Relation.FULL if bool(alike.all()) else Relation.PARTIAL
+        return Relation.FULL if all(mine == of_keys and mine[0] == mine[1] for mine, of_keys in both) else Relation.PARTIAL
 
-    def _by_keys(self, keys: range) -> Relation:
+    def _extent(self, part: range) -> list[tuple[int, int]]:
+        """The smallest and the largest number of its documents, by sample."""
+        assert self.documents is not None
+        if part not in self._extents:
+            first, last = self.documents[:, part.start : part.stop].aminmax(dim=1)
+            self._extents[part] = list(zip(first.tolist(), last.tolist(), strict=True))
+        return self._extents[part]
+
+    def _by_keys(self, queries: range, keys: range) -> Relation:
         return Relation.FULL if self.keys is None else _of_pairs(self.keys[:, keys.start : keys.stop].bool())
 
     def _by_bias(self, queries: range, keys: range) -> Relation:

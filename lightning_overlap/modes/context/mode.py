@@ -47,7 +47,7 @@ class ContextMode(Sharder):
             choices.method.value,
             pieces=config.pieces,
             overlapped=choices.overlap.value,
-            hierarchical_sizes=config.hierarchical_sizes,
+            hierarchical_sizes=None if config.hierarchical_sizes is None else (*config.hierarchical_sizes,),
         )
         self._undo: list[Callable[[], None]] = []
         self._model: nn.Module | None = None

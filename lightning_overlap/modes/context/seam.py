@@ -23,6 +23,9 @@ from lightning_overlap.modes.context.local_tokens import LocalTokens
 from lightning_overlap.modes.context.mask import Mask
 from lightning_overlap.torch_seams import is_compiled, saved_tensor_hooks
 
+TORCH_ATTENTION = F.scaled_dot_product_attention
+"""Torch's function itself: the name may have another one for a time, which calls it (without dropout, say)."""
+
 
 class Attend(Protocol):
     """Attention of this rank's queries to the keys of all ranks."""
@@ -193,7 +196,7 @@ class _Seam(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if func is F.scaled_dot_product_attention:
+        if func is TORCH_ATTENTION:
             return self._product_attention(*args, **kwargs)
         if func is attend_locally:
             return self._named_attention(*args, **kwargs)

@@ -61,6 +61,39 @@ def test_what_is_used_where_it_is_not_held_is_named_and_can_be_held(world):
     same(world, 2, NormFirst, {"schedule": "zb_v", "virtual_stages": 2})  # the last stage's rank has the first one too
 
 
+class NaNLater(Net):
+    """The second of three batches has a NaN."""
+
+    @staticmethod
+    def data() -> DataLoader:
+        batches = torch.randn(24, 4, generator=torch.Generator().manual_seed(2))
+        batches[9, 0] = float("nan")
+        return DataLoader(batches, 8)  # type: ignore[arg-type]
+
+
+class NaNAtOnce(NaNLater):
+    @staticmethod
+    def data() -> DataLoader:
+        return DataLoader(NaNLater.data().dataset, 8, sampler=range(8, 24))  # type: ignore[arg-type]
+
+
+def unproven(kind: type[Net], pipeline: dict[str, Any]) -> Any:
+    return pipelined(kind, pipeline, verify_first_step=False)
+
+
+@pytest.mark.parametrize("train", [pipelined, unproven])
+def test_a_nan_of_a_later_step_is_no_fault_of_the_cut(world, train):
+    """As in one process: training goes on, and the loss tells."""
+    for answer in world(2).run(train, NaNLater, {}):
+        assert not isinstance(answer, str), answer
+        assert answer[1]["loss"] != answer[1]["loss"]
+
+
+def test_a_nan_of_the_first_step_may_be_one(world):
+    first, second = world(2).run(unproven, NaNAtOnce, {})
+    assert "tie a head by" in second, (first, second)
+
+
 class Labelled(Net):
     """The loss is a mean over labels that count, of which samples have other numbers, and the third microbatch none."""
 
@@ -103,7 +136,7 @@ def test_a_batch_counts_as_in_one_process(world, kind, weight):
 
 def test_a_microbatch_without_labels_says_what_to_set(world):
     for answer in world(2).run(pipelined, Labelled, {}):
-        assert "no label that counts: set pipeline_parallel.microbatch_weight" in answer
+        assert "no counted label. Set pipeline_parallel.microbatch_weight" in answer
 
 
 class Draws(Net):
@@ -142,8 +175,8 @@ class Leaves(Net):
         assert self.latest is not None
 
 
-def test_a_hook_that_reads_what_a_step_has_left_says_where_it_is(world):
+def test_a_hook_that_reads_an_attribute_of_the_last_stage_says_so(world):
     first, second = world(2).run(pipelined, Leaves, {})
-    assert first.startswith("ConfigError: on_train_batch_end fails on a rank that training_step is left on (AttributeError: ")
-    assert "training_step leaves on self after the model is called is on the last stage only" in first
+    assert first.startswith("ConfigError: on_train_batch_end failed on a rank without the last stage (AttributeError: ")
+    assert "training_step stops inside the model call, so what it stores on self later does not exist there" in first
     assert isinstance(second, str)  # in the first batches it may be in a blocking transfer, and learns only that the other one is gone

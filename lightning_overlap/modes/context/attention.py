@@ -1,0 +1,173 @@
+"""Attention over whole sequences of which each rank has some tokens."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
+
+from lightning_overlap.decision import ConfigError
+from lightning_overlap.modes.context.exchange import EXCHANGES, Peers, PieceExchange
+from lightning_overlap.modes.context.heads import ByHeads, HeadAttention, HeadExchange, HeadShares
+from lightning_overlap.modes.context.kernel import Kernel, grad_of_sinks, kernel_for
+from lightning_overlap.modes.context.layout import TokenLayout
+from lightning_overlap.modes.context.mask import Mask
+from lightning_overlap.modes.context.part import PartOfHeads
+from lightning_overlap.modes.context.pieces import PieceMethod, Plan, Plans
+from lightning_overlap.ranks.group import Group
+
+Method = Literal["p2p", "all_gather", "a2a", "a2a+p2p"]
+
+
+class _PieceAttention(Function):
+    """Attention whose keys and values come in pieces; in backward they come again, and their gradients leave piece by piece.
+
+    Forward: ``q`` ``(B, H, s, D)``, ``k``, ``v`` ``(B, heads, s, D)``, ``sinks`` ``(H)`` or None -> ``(B, H, s, D)`` in the dtype of
+    ``q``. Backward: gradients of the inputs' shapes and dtypes.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        sinks: Tensor | None,
+        part: PartOfHeads,
+        peers: Peers,
+        plan: Plan,
+        method: PieceMethod,
+    ) -> Tensor:
+        output, lse = part.forward(q, EXCHANGES[method](peers, plan, k, v), sinks)
+        output = output.to(q.dtype)
+        ctx.save_for_backward(q, k, v, sinks, output, lse)
+        ctx.part, ctx.peers, ctx.plan, ctx.method = part, peers, plan, method
+        return output
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        q, k, v, sinks, output, lse = ctx.saved_tensors
+        exchange: PieceExchange = EXCHANGES[ctx.method](ctx.peers, ctx.plan, k, v)
+        of_q, of_k, of_v = ctx.part.backward(grad, q, output, lse, exchange)
+        of_sinks = None if sinks is None else grad_of_sinks(sinks, grad, output, lse)
+        return of_q.to(q.dtype), of_k.to(k.dtype), of_v.to(v.dtype), of_sinks, None, None, None, None
+
+
+class ContextAttention:
+    """Attention whose queries, keys and values are those of this rank's tokens.
+
+    Args:
+        group: the ranks that have different tokens of the same sequences.
+        method: ``p2p``: each rank gets those pieces of the others' keys and values that its queries see; ``all_gather``: all ranks
+            get the same pieces; ``a2a``: ranks exchange tokens for heads; ``a2a+p2p``: heads among neighbours, pieces among these.
+        pieces: of ``p2p`` and ``all_gather``: number of pieces that a rank gets if it gets all tokens of the others. More hide more,
+            and make smaller products.
+        overlapped: False: each transfer is waited for where it is posted. The numbers are the same.
+        hierarchical_sizes: of ``a2a+p2p``: ranks that exchange heads, which are neighbours, and ranks that exchange pieces.
+
+    Raises:
+        ConfigError: ``hierarchical_sizes`` do not fit the method or the group.
+    """
+
+    def __init__(
+        self,
+        group: Group,
+        method: Method = "p2p",
+        *,
+        pieces: int = 8,
+        overlapped: bool = True,
+        hierarchical_sizes: tuple[int, int] | None = None,
+    ) -> None:
+        if (hierarchical_sizes is None) == (method == "a2a+p2p"):
+            raise ConfigError(
+                f"method={method!r} with hierarchical_sizes={hierarchical_sizes}: method='a2a+p2p' needs the numbers of ranks that "
+                "exchange heads and pieces, such as (2, 2); other methods have none"
+            )
+        inner, outer = hierarchical_sizes or ((group.size, 1) if method == "a2a" else (1, group.size))
+        if inner * outer != group.size:
+            raise ConfigError(
+                f"hierarchical_sizes={hierarchical_sizes} make {inner * outer} ranks of {group.size}: choose sizes whose product it is"
+            )
+        self._overlapped = overlapped
+        self._sets = [range(first, first + inner) for first in range(0, group.size, inner)]
+        self._group = group
+        self._inner = Peers(group, self._sets[group.rank // inner])
+        self._outer = Peers(group, range(group.rank % inner, group.size, inner))
+        self._pieces: PieceMethod = "all_gather" if method == "all_gather" else "p2p"
+        self._plans = Plans(self._pieces, pieces)
+
+    def __call__(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        mask: Mask,
+        layout: TokenLayout,
+        *,
+        scale: float | None = None,
+        dropout: float = 0.0,
+        softcap: float | None = None,
+        sinks: Tensor | None = None,
+    ) -> Tensor:
+        """The output for this rank's tokens. Collective over the group; differentiable once.
+
+        Under autocast it computes in autocast's dtype, as torch's attention does. Where a query sees nothing the output is 0.
+
+        Args:
+            q: ``(B, H, s, D)``, this rank's tokens in the order of the layout.
+            k: ``(B, heads, s, D)``; H is a multiple of the heads, which are not repeated.
+            v: ``(B, heads, s, D)``; its D may be another one.
+            mask: of the whole sequence, the same on all ranks.
+            layout: which tokens each rank has, the same on all ranks.
+            scale: the logits are multiplied by it; None: 1 / sqrt(D).
+            dropout: probability with which a pair is dropped, by numbers of torch's generator.
+            softcap: the logits become ``softcap * tanh(logits / softcap)``, before the mask.
+            sinks: ``(H,)``, a logit a head that takes weight and has no value. Its gradient is that of this rank's tokens and heads.
+
+        Returns:
+            ``(B, H, s, D of v)``, in the dtype of ``q``.
+
+        Raises:
+            ConfigError: the ranks do not divide the heads that they exchange; the mask's bias needs a gradient.
+            ValueError: the tensors do not fit each other, the mask or the layout.
+        """
+        self._check(q, k, v, mask, layout)
+        device = q.device.type
+        if torch.is_autocast_enabled(device) and q.dtype != torch.float64:
+            q, k, v = (x.to(torch.get_autocast_dtype(device)) for x in (q, k, v))
+        seed = int(torch.randint(1 << 62, ()).item()) if dropout else 0
+        kernel = kernel_for(q, v, 1 / math.sqrt(q.shape[-1]) if scale is None else scale, dropout, softcap, seed)
+        with torch.autocast(device, enabled=False):
+            if self._inner.size > 1:
+                return HeadAttention.apply(q, k, v, sinks, self._by_heads(q.shape[1], k.shape[1], kernel, mask, layout))
+            part = PartOfHeads(mask, range(q.shape[1]), kernel, self._overlapped)
+            plan = self._plans.of(mask, layout, self._group.rank)
+            return _PieceAttention.apply(q, k, v, sinks, part, self._outer, plan, self._pieces)
+
+    def _by_heads(self, heads: int, kv_heads: int, kernel: Kernel, mask: Mask, layout: TokenLayout) -> ByHeads:
+        shares = HeadShares.of(heads, kv_heads, self._inner.size, kv_heads_apart=self._outer.size > 1)
+        exchange = HeadExchange(self._inner, [layout.ranges[rank] for rank in self._inner.members])
+        plan = self._plans.of(mask, layout.merged(self._sets), self._outer.rank)
+        parts = tuple(PartOfHeads(mask, mine, kernel, self._overlapped) for mine in shares.queries[self._inner.rank])
+        return ByHeads(shares, exchange, self._outer, plan, parts)
+
+    def _check(self, q: Tensor, k: Tensor, v: Tensor, mask: Mask, layout: TokenLayout) -> None:
+        if mask.bias is not None and mask.bias.requires_grad:
+            raise ConfigError(
+                "the attention's bias needs a gradient, and context parallelism gives none to masks: detach the bias, or set "
+                "context_parallel: 1"
+            )
+        tokens = layout.count(self._group.rank)
+        alike = q.shape[0] == k.shape[0] == v.shape[0] and k.shape[1] == v.shape[1] and q.shape[3] == k.shape[3]
+        fits = mask.tokens == layout.tokens and layout.size == self._group.size and {x.shape[2] for x in (q, k, v)} == {tokens}
+        if not (alike and fits) or q.shape[1] % k.shape[1] or len({x.dtype for x in (q, k, v)}) > 1:
+            raise ValueError(
+                f"queries {tuple(q.shape)} {q.dtype}, keys {tuple(k.shape)} {k.dtype}, values {tuple(v.shape)} {v.dtype}, a mask of "
+                f"{mask.tokens} tokens, a layout of {layout.tokens} over {layout.size} ranks of {self._group.size}: give tensors "
+                f"(B, heads, {tokens}, D) of one dtype, query heads a multiple of the others, for one sequence"
+            )

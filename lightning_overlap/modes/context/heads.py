@@ -1,0 +1,306 @@
+"""Attention by heads: ranks exchange tokens for heads, so that each computes whole sequences of some heads, group by group.
+
+(S. A. Jacobs et al., DeepSpeed Ulysses, 2023; by groups of heads as R. Ghadia et al., UPipe, 2026.)
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
+
+from lightning_overlap.decision import ConfigError
+from lightning_overlap.modes.context.exchange import Peers, PointToPoint, PostedAhead, posted
+from lightning_overlap.modes.context.kernel import accumulator, grad_of_sinks
+from lightning_overlap.modes.context.part import PartOfHeads
+from lightning_overlap.modes.context.pieces import Plan
+from lightning_overlap.ranks.group import Pending
+
+HEAD_GROUPS = 4
+"""Groups of a rank's heads at most: one group's exchange travels while another one is computed."""
+FIRST_HEAD_KEY = 1 << 11
+"""Keys of exchanges of heads start here, above those of pieces."""
+
+
+@dataclass(frozen=True)
+class HeadShares:
+    """The heads that each rank computes, in groups. A key/value head goes to every rank that has a query head of it.
+
+    Args:
+        heads: number of query heads.
+        kv_heads: number of key/value heads.
+        queries: by rank and group, numbers of query heads.
+        keys: by rank and group, numbers of the key/value heads that these use.
+    """
+
+    heads: int
+    kv_heads: int
+    queries: tuple[tuple[range, ...], ...]
+    keys: tuple[tuple[range, ...], ...]
+
+    @classmethod
+    def of(cls, heads: int, kv_heads: int, ranks: int, *, kv_heads_apart: bool) -> HeadShares:
+        """Even shares.
+
+        Args:
+            heads: number of query heads.
+            kv_heads: number of key/value heads, which divides it.
+            ranks: over which the heads are spread.
+            kv_heads_apart: no key/value head is in two groups of a rank, since each group's keys and values travel on.
+
+        Raises:
+            ConfigError: the ranks do not divide the query heads.
+        """
+        if heads % ranks:
+            raise ConfigError(
+                f"{heads} query heads cannot be shared evenly by {ranks} ranks that exchange heads: choose a number that divides "
+                f'{heads}, or method="p2p", which exchanges no heads'
+            )
+        share, each = heads // ranks, heads // kv_heads
+
+        def used(part: range) -> range:
+            return range(part.start // each, (part.stop - 1) // each + 1)
+
+        groups = min(share, HEAD_GROUPS)
+        if kv_heads_apart and share % each:
+            groups = 1
+        elif kv_heads_apart:
+            groups = min(share // each, HEAD_GROUPS)
+        unit = each if kv_heads_apart and groups > 1 else 1
+        edges = [share // unit * i // groups * unit for i in range(groups + 1)]
+        queries = tuple(
+            tuple(range(rank * share + a, rank * share + b) for a, b in itertools.pairwise(edges)) for rank in range(ranks)
+        )
+        return cls(heads, kv_heads, queries, tuple(tuple(map(used, groups)) for groups in queries))
+
+    @property
+    def groups(self) -> int:
+        """Number of groups, on each rank."""
+        return len(self.queries[0])
+
+    def first(self, rank: int, group: int) -> range:
+        """The key/value heads that no earlier group of a rank uses."""
+        mine = self.keys[rank]
+        return mine[0] if group == 0 else range(max(mine[group].start, mine[group - 1].stop), mine[group].stop)
+
+    def last(self, rank: int, group: int) -> range:
+        """The key/value heads that no later group of a rank uses."""
+        mine = self.keys[rank]
+        return mine[-1] if group == self.groups - 1 else range(mine[group].start, min(mine[group].stop, mine[group + 1].start))
+
+    def index(self, rank: int, group: int) -> list[int] | None:
+        """The key/value head of each query head of a group, counted from the group's first one.
+
+        None: each is used by as many query heads as the others, one after another, which is what kernels expect.
+        """
+        queries, keys = self.queries[rank][group], self.keys[rank][group]
+        index = [head // (self.heads // self.kv_heads) - keys.start for head in queries]
+        times = len(queries) // len(keys)
+        return None if index == [i // times for i in range(len(queries))] else index
+
+
+class HeadExchange:
+    """Moves tensors between *tokens* (a rank's tokens of all heads) and *heads* (all the peers' tokens of a rank's heads).
+
+    Args:
+        peers: the ranks.
+        ranges: by rank, its ranges of positions. All ranks' tokens are in ascending order.
+    """
+
+    def __init__(self, peers: Peers, ranges: Sequence[Sequence[range]]) -> None:
+        self.peers = peers
+        self.counts = [sum(map(len, mine)) for mine in ranges]
+        starts, start = {}, 0
+        for part in sorted((part for mine in ranges for part in mine), key=lambda part: part.start):
+            starts[part] = start
+            start += len(part)
+        self._rows = [[range(starts[part], starts[part] + len(part)) for part in mine] for mine in ranges]
+        self.tokens = start
+
+    def to_heads(self, tensors: Sequence[tuple[Tensor, Sequence[range]]], *, key: int, label: str) -> Pending:
+        """Posts tensors of this rank's tokens ``(B, heads, s, D)``, each with the heads that go to each rank."""
+        messages = [torch.cat([x[:, _slice(heads[rank])].reshape(-1) for x, heads in tensors]) for rank in range(self.peers.size)]
+        mine, count = self.peers.rank, self.counts[self.peers.rank]
+        each = sum(x.shape[0] * len(heads[mine]) * x.shape[3] for x, heads in tensors)
+        assert all(x.shape[2] == count for x, _ in tensors)
+        return self.peers.exchange(messages, [each * tokens for tokens in self.counts], key=key, label=label)
+
+    def place_heads(self, received: Tensor, into: Sequence[Tensor]) -> None:
+        """Writes what :meth:`to_heads` has brought into tensors ``(B, this rank's heads, tokens, D)``."""
+        for tokens, rows in zip(self.counts, self._rows, strict=True):
+            for x in into:
+                part, received = _first(received, (*x.shape[:2], tokens, x.shape[3]))
+                for target, source in zip(rows, part.split([len(each) for each in rows], 2), strict=True):
+                    x[:, :, _slice(target)] = source
+
+    def to_tokens(
+        self, tensors: Sequence[Tensor], receives: Sequence[tuple[Tensor, Sequence[range]]], *, key: int, label: str
+    ) -> Pending:
+        """Posts tensors ``(B, this rank's heads, tokens, D)``; ``receives`` is what :meth:`place_tokens` will be given."""
+        messages = [torch.cat([_tokens(x, rows).reshape(-1) for x in tensors]) for rows in self._rows]
+        sizes = [
+            sum(x.shape[0] * len(heads[rank]) * x.shape[2] * x.shape[3] for x, heads in receives) for rank in range(self.peers.size)
+        ]
+        return self.peers.exchange(messages, sizes, key=key, label=label)
+
+    def place_tokens(self, received: Tensor, into: Sequence[tuple[Tensor, Sequence[range]]]) -> None:
+        """Adds what :meth:`to_tokens` has brought to tensors of this rank's tokens, each with the heads that come from each rank."""
+        for rank in range(self.peers.size):
+            for x, heads in into:
+                part, received = _first(received, (x.shape[0], len(heads[rank]), *x.shape[2:]))
+                x[:, _slice(heads[rank])] += part
+
+
+def _slice(part: range) -> slice:
+    return slice(part.start, part.stop)
+
+
+def _tokens(x: Tensor, rows: Sequence[range]) -> Tensor:
+    return torch.cat([x[:, :, _slice(part)] for part in rows], 2) if rows else x[:, :, :0]
+
+
+def _first(message: Tensor, shape: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """A tensor of a message, and the rest of it."""
+    size = torch.Size(shape)
+    return message[: size.numel()].view(size), message[size.numel() :]
+
+
+@dataclass(frozen=True)
+class ByHeads:
+    """What an attention by heads is.
+
+    Args:
+        shares: which heads each rank computes.
+        exchange: moves heads and tokens.
+        outer: the ranks that compute the same heads of other tokens; this rank alone where each computes whole sequences.
+        plan: of the pieces that travel among these.
+        parts: by group of heads.
+    """
+
+    shares: HeadShares
+    exchange: HeadExchange
+    outer: Peers
+    plan: Plan
+    parts: tuple[PartOfHeads, ...]
+
+    @property
+    def rank(self) -> int:
+        return self.exchange.peers.rank
+
+    def by_rank(self, group: int, heads: Callable[[int, int], range]) -> list[range]:
+        """Which heads of a group belong to each rank."""
+        return [heads(rank, group) for rank in range(self.exchange.peers.size)]
+
+    def queries(self, rank: int, group: int) -> range:
+        """Query heads of a group."""
+        return self.shares.queries[rank][group]
+
+    def mine(self, x: Tensor, heads: range, *, keys: bool = False) -> Tensor:
+        """Some heads of a tensor that has those of this rank."""
+        first = (self.shares.keys if keys else self.shares.queries)[self.rank][0].start
+        return x[:, heads.start - first : heads.stop - first]
+
+    def keys_of(self, k: Tensor, group: int) -> Tensor:
+        """Keys or values of a group, as kernels expect them."""
+        k, index = self.mine(k, self.shares.keys[self.rank][group], keys=True), self.shares.index(self.rank, group)
+        return k if index is None else k[:, index]
+
+    def add_to_keys(self, of_k: Tensor, group: int, gradient: Tensor) -> None:
+        """Adds the gradient of :meth:`keys_of`."""
+        into, index = self.mine(of_k, self.shares.keys[self.rank][group], keys=True), self.shares.index(self.rank, group)
+        if index is None:
+            into += gradient
+        else:
+            into.index_add_(1, torch.tensor(index, device=into.device), gradient)
+
+    def new(self, like: Tensor, *, keys: bool = False, features: int | None = None) -> Tensor:
+        """Room for the tokens of this rank's heads."""
+        shares = (self.shares.keys if keys else self.shares.queries)[self.rank]
+        return like.new_empty(like.shape[0], shares[-1].stop - shares[0].start, self.exchange.tokens, features or like.shape[3])
+
+
+class HeadAttention(Function):
+    """Attention by heads. The exchange of a group of heads travels while another group is computed.
+
+    Forward: ``q`` ``(B, H, s, D)``, ``k``, ``v`` ``(B, heads, s, D)``, ``sinks`` ``(H)`` or None -> ``(B, H, s, D)`` in the dtype of
+    ``q``. Backward: gradients of the inputs' shapes and dtypes. What is kept for it are the tensors of this rank's heads.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, by_heads: ByHeads) -> Tensor:
+        shares, exchange, overlapped = by_heads.shares, by_heads.exchange, by_heads.parts[0].overlapped
+        by_rank, mine, rank = by_heads.by_rank, by_heads.mine, by_heads.rank
+
+        def post(group: int) -> Pending:
+            keys = by_rank(group, shares.first)
+            tensors = [(q, by_rank(group, by_heads.queries)), (k, keys), (v, keys)]
+            return exchange.to_heads(tensors, key=FIRST_HEAD_KEY + group, label=f"context.heads[{group}]")
+
+        arrivals = PostedAhead(post, shares.groups, 1, overlapped)
+        queries, keys, values = by_heads.new(q), by_heads.new(k, keys=True), by_heads.new(v, keys=True)
+        outputs = by_heads.new(q, features=v.shape[3])
+        lse = outputs.new_empty(outputs.shape[:3], dtype=accumulator(q.dtype))
+        result = q.new_zeros(*q.shape[:3], v.shape[3])
+        leaving = []
+        for group, (received, part) in enumerate(zip(arrivals, by_heads.parts, strict=True)):
+            heads, new = shares.queries[rank][group], shares.first(rank, group)
+            exchange.place_heads(received, [mine(queries, heads), mine(keys, new, keys=True), mine(values, new, keys=True)])
+            pieces = PointToPoint(by_heads.outer, by_heads.plan, by_heads.keys_of(keys, group), by_heads.keys_of(values, group))
+            of_group = None if sinks is None else sinks[heads.start : heads.stop]
+            output, mine(lse.unsqueeze(3), heads)[..., 0] = part.forward(mine(queries, heads), pieces, of_group)
+            mine(outputs, heads).copy_(output)
+            into = [(result, by_rank(group, by_heads.queries))]
+            key, label = FIRST_HEAD_KEY + shares.groups + group, f"context.head_outputs[{group}]"
+            leaving.append((posted(exchange.to_tokens([mine(outputs, heads)], into, key=key, label=label), overlapped), into))
+        for pending, into in leaving:
+            exchange.place_tokens(pending.wait(), into)
+        ctx.save_for_backward(queries, keys, values, sinks, outputs, lse)
+        ctx.by_heads, ctx.shapes = by_heads, (q.shape, k.shape, v.shape)
+        return result
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        queries, keys, values, sinks, outputs, lse = ctx.saved_tensors
+        by_heads: ByHeads = ctx.by_heads
+        shares, exchange, overlapped = by_heads.shares, by_heads.exchange, by_heads.parts[0].overlapped
+        by_rank, mine, rank = by_heads.by_rank, by_heads.mine, by_heads.rank
+
+        def post(group: int) -> Pending:
+            tensors = [(grad, by_rank(group, by_heads.queries))]
+            return exchange.to_heads(tensors, key=FIRST_HEAD_KEY + group, label=f"context.head_output_grads[{group}]")
+
+        arrivals = PostedAhead(post, shares.groups, 1, overlapped)
+        dtype = accumulator(queries.dtype)
+        grads, of_queries = torch.empty_like(outputs), torch.empty_like(queries)
+        of_keys, of_values = (torch.zeros_like(x, dtype=dtype) for x in (keys, values))
+        results = [grad.new_zeros(shape, dtype=dtype) for shape in ctx.shapes]
+        leaving = []
+        for group, (received, part) in enumerate(zip(arrivals, by_heads.parts, strict=True)):
+            heads, done = shares.queries[rank][group], shares.last(rank, group)
+            exchange.place_heads(received, [mine(grads, heads)])
+            pieces = PointToPoint(by_heads.outer, by_heads.plan, by_heads.keys_of(keys, group), by_heads.keys_of(values, group))
+            tensors = [mine(x, heads) for x in (grads, queries, outputs)]
+            of_q, of_k, of_v = part.backward(*tensors, mine(lse.unsqueeze(3), heads)[..., 0], pieces)
+            mine(of_queries, heads).copy_(of_q)
+            by_heads.add_to_keys(of_keys, group, of_k)
+            by_heads.add_to_keys(of_values, group, of_v)
+            sent = [mine(of_queries, heads), *(mine(x, done, keys=True).to(queries.dtype) for x in (of_keys, of_values))]
+            heads_by_rank = [by_rank(group, by_heads.queries), *[by_rank(group, shares.last)] * 2]
+            into = list(zip(results, heads_by_rank, strict=True))
+            key, label = FIRST_HEAD_KEY + shares.groups + group, f"context.head_grads[{group}]"
+            leaving.append((posted(exchange.to_tokens(sent, into, key=key, label=label), overlapped), into))
+        of_sinks = None
+        if sinks is not None:
+            of_sinks = torch.zeros_like(sinks)
+            first, last = shares.queries[rank][0].start, shares.queries[rank][-1].stop
+            of_sinks[first:last] = grad_of_sinks(sinks[first:last], grads, outputs, lse)
+        for pending, into in leaving:
+            exchange.place_tokens(pending.wait(), into)
+        return *(x.to(queries.dtype) for x in results), of_sinks, None

@@ -1,0 +1,156 @@
+"""The attention of some heads on one rank, whose keys and values come in pieces: forward and backward."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lightning_overlap.modes.context.exchange import PieceExchange, PostedAhead, posted
+from lightning_overlap.modes.context.kernel import Kernel, Merger, Tile, accumulator, finite
+from lightning_overlap.modes.context.mask import Mask, Relation
+from lightning_overlap.modes.context.pieces import Pair, Piece, Use
+from lightning_overlap.ranks.group import Pending
+
+
+@dataclass(frozen=True)
+class PartOfHeads:
+    """What the attention of some heads is.
+
+    Args:
+        mask: of all heads.
+        heads: numbers of the query heads.
+        kernel: computes a tile.
+        overlapped: transfers are posted ahead of their use; otherwise they are waited for where they are posted.
+    """
+
+    mask: Mask
+    heads: range
+    kernel: Kernel
+    overlapped: bool
+
+    def forward(self, q: Tensor, exchange: PieceExchange, sinks: Tensor | None) -> tuple[Tensor, Tensor]:
+        """The output ``(B, heads, s, D)`` and the log-sum-exp ``(B, heads, s)`` of this rank's queries.
+
+        Both are in the accumulator's dtype; the log-sum-exp is finite.
+
+        Args:
+            q: queries, ``(B, heads, s, D)``.
+            exchange: has the keys and values.
+            sinks: a logit a head, or None.
+        """
+        rounds = self._rounds(exchange)
+        merger = Merger(q.new_zeros(*q.shape[:-1], exchange.v.shape[-1], dtype=accumulator(q.dtype)))
+
+        def add(use: Use, k: Tensor, v: Tensor) -> None:
+            for pair in use.pairs:
+                queries, keys, values = _rows(q, pair.queries), _rows(k, pair.keys), _rows(v, pair.keys)
+                merger.add(pair.queries, *self.kernel.forward(queries, keys, values, self._tile(pair, q)))
+
+        for use in exchange.plan.local:
+            add(use, _rows(exchange.k, use.piece.rows), _rows(exchange.v, use.piece.rows))
+        for number, received in enumerate(rounds):
+            pieces = exchange.pieces_of(number, received)
+            for use in exchange.plan.rounds[number].uses:
+                add(use, *pieces[use.piece])
+        if sinks is not None:
+            merger.add_sinks(sinks)
+        return merger.output, finite(merger.lse)
+
+    def backward(self, grad: Tensor, q: Tensor, output: Tensor, lse: Tensor, exchange: PieceExchange) -> tuple[Tensor, Tensor, Tensor]:
+        """The gradients of this rank's queries, keys and values, in the accumulator's dtype. Arguments as in :meth:`forward`.
+
+        Half of the local keys are used before the others' pieces, while the first of these come, and half after them, while the
+        last gradients leave.
+        """
+        rounds = self._rounds(exchange)
+        gradients = _Gradients(self, grad, q, output, lse)
+        of_k, of_v = (x.new_zeros(x.shape, dtype=accumulator(q.dtype)) for x in (exchange.k, exchange.v))
+
+        def add_local(uses: Iterable[Use]) -> None:
+            for use in uses:
+                rows = use.piece.rows
+                gradients.add(use, _rows(exchange.k, rows), _rows(exchange.v, rows), _rows(of_k, rows), _rows(of_v, rows))
+
+        returning: deque[tuple[int, Pending]] = deque()
+
+        def add_returned() -> None:
+            number, pending = returning.popleft()
+            for piece, k, v in exchange.gradients_of(number, pending.wait()):
+                _rows(of_k, piece.rows).add_(k)
+                _rows(of_v, piece.rows).add_(v)
+
+        local = exchange.plan.local
+        half = (len(local) + 1) // 2
+        add_local(local[:half])
+        for number, received in enumerate(rounds):
+            pieces = exchange.pieces_of(number, received)
+            made = gradients.of_round(exchange.plan.rounds[number].uses, pieces)
+            returning.append((number, posted(exchange.post_gradients(number, made), self.overlapped)))
+            if len(returning) > exchange.plan.ahead:
+                add_returned()
+        add_local(local[half:])
+        while returning:
+            add_returned()
+        return gradients.of_q, of_k, of_v
+
+    def _rounds(self, exchange: PieceExchange) -> PostedAhead:
+        return PostedAhead(exchange.post, len(exchange.plan.rounds), exchange.plan.ahead, self.overlapped)
+
+    def _tile(self, pair: Pair, q: Tensor) -> Tile:
+        key = (pair.query_positions[0].start, pair.key_positions.start, self.heads.start)
+        if pair.relation is not Relation.PARTIAL:
+            return Tile(causal=pair.relation is Relation.DIAGONAL, key=key)
+        queries, keys = _positions(pair.query_positions, q), _positions([pair.key_positions], q)
+        return Tile(visible=self.mask.visible(queries, keys, len(q), self.heads), key=key)
+
+
+class _Gradients:
+    """Adds up the gradients of one rank's queries, and of the keys and values that they see.
+
+    Args:
+        part: which attention.
+        grad: of the output.
+        q: queries.
+        output: of forward.
+        lse: of forward.
+
+    Attributes:
+        of_q: gradients of the queries so far.
+    """
+
+    def __init__(self, part: PartOfHeads, grad: Tensor, q: Tensor, output: Tensor, lse: Tensor) -> None:
+        self._part, self._grad, self._q, self._output, self._lse = part, grad, q, output, lse
+        self.of_q = q.new_zeros(q.shape, dtype=accumulator(q.dtype))
+
+    def add(self, use: Use, k: Tensor, v: Tensor, of_k: Tensor, of_v: Tensor) -> None:
+        """Adds those of a piece with keys ``k`` and values ``v`` into ``of_k`` and ``of_v``."""
+        for pair in use.pairs:
+            grad, q, output = (_rows(x, pair.queries) for x in (self._grad, self._q, self._output))
+            lse = self._lse[:, :, pair.queries.start : pair.queries.stop]
+            tile = self._part._tile(pair, q)
+            made = self._part.kernel.backward(grad, q, _rows(k, pair.keys), _rows(v, pair.keys), output, lse, tile)
+            for into, rows, gradient in zip((self.of_q, of_k, of_v), (pair.queries, pair.keys, pair.keys), made, strict=True):
+                _rows(into, rows).add_(gradient)
+
+    def of_round(self, uses: Sequence[Use], pieces: dict[Piece, tuple[Tensor, Tensor]]) -> dict[Piece, tuple[Tensor, Tensor]]:
+        """Those of the keys and values of a round, by piece."""
+        made = {}
+        for use in uses:
+            k, v = pieces[use.piece]
+            of_k, of_v = (x.new_zeros(x.shape, dtype=self.of_q.dtype) for x in (k, v))
+            self.add(use, k, v, of_k, of_v)
+            made[use.piece] = of_k, of_v
+        return made
+
+
+def _rows(x: Tensor, rows: range) -> Tensor:
+    """Some tokens of ``(B, heads, s, D)``."""
+    return x[:, :, rows.start : rows.stop]
+
+
+def _positions(parts: Iterable[range], like: Tensor) -> Tensor:
+    return torch.cat([torch.arange(part.start, part.stop, device=like.device) for part in parts])
