@@ -25,11 +25,17 @@ __all__ = [
 
 PRIVATE_NAMES: tuple[tuple[Any, str, str], ...] = (
     (PreTrainedConfig, "_attn_implementation", "the name of the attention function, by which a model finds it in the registry"),
+    (PreTrainedModel, "_can_set_attn_implementation", "whether a model finds its attention function in the registry"),
 )
 """The object that has the name, the name, what it is used for."""
 for _owner, _name, _use in PRIVATE_NAMES:
     if not hasattr(_owner, _name):
         raise ImportError(f"this version of transformers has no {_name} of {_owner!r} ({_use}). {SUPPORTED}")
+
+
+def has_registered_attention(model: PreTrainedModel) -> bool:
+    """Whether the model calls the attention function that its config names. Older models call torch's, or have their own."""
+    return bool(model._can_set_attn_implementation())
 
 
 def attention_of(config: PreTrainedConfig) -> str | None:

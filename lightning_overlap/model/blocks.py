@@ -61,5 +61,5 @@ def names_by_role(model: nn.Module, given: Mapping[str, str], role: str) -> list
 
 
 def is_from_transformers(block: nn.Module) -> bool:
-    """Whether a block, or a module in it, is of the library transformers."""
-    return any(type(module).__module__.startswith("transformers.") for module in block.modules())
+    """Whether a block, or a module in it, is of the library transformers, or of code that it has loaded (transformers_modules)."""
+    return any(type(module).__module__.startswith("transformers") for module in block.modules())
