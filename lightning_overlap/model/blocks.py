@@ -58,3 +58,8 @@ def names_by_role(model: nn.Module, given: Mapping[str, str], role: str) -> list
     plan = getattr(model, "parallel_plan", None)
     roles = {**plan, **given} if isinstance(plan, Mapping) else given
     return [name for pattern, each in roles.items() if each == role for name in names_matching(model, pattern)]
+
+
+def is_from_transformers(block: nn.Module) -> bool:
+    """Whether a block, or a module in it, is of the library transformers, or of code that it has loaded (transformers_modules)."""
+    return any(type(module).__module__.startswith("transformers") for module in block.modules())

@@ -126,5 +126,5 @@ TABLE: dict[str, Row] = {
     "gpt_oss, balanced": {**BALANCED, "tp*": NO_PLAN},
     "llama4": {"tp*": UNKNOWN_STYLE},
     **{f"{name}, balanced": BALANCED for name in ("mixtral", "qwen2_moe", "qwen3_moe", "olmoe")},
-    "mixtral, balanced, plan": {**BALANCED, "tp*": UNFOLLOWED, "tp_whole_tokens": EQUAL},
+    "mixtral, balanced, plan": BALANCED,
 }

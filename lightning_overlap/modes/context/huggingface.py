@@ -30,6 +30,7 @@ from lightning_overlap.transformers_seams import (
     attention_of,
     bidirectional_mask_function,
     causal_mask_function,
+    has_registered_attention,
     set_attention,
 )
 
@@ -244,6 +245,8 @@ class Switch:
         self._undo: list[Callable[[], None]] = []
         around = _models_around(model, blocks)
         parts = [*around[-1:], *(module for block in blocks for module in block.modules())]
+        if not all(map(has_registered_attention, around[-1:])):
+            parts = []  # what calls torch's attention is taken over where it does
         configs = {id(c): c for part in parts if isinstance(c := getattr(part, "config", None), PreTrainedConfig)}
         self._names = [(config, attention_of(config)) for config in configs.values()]
         for config, _ in self._names:

@@ -99,7 +99,7 @@ def install(
     undo: list[Callable[[], None]] = []
     inside = _Inside()
     for name, block in blocks.items():
-        for path, module in [(name, block), *_own_parts(block, name)]:
+        for path, module in [(name, block), *_parts(block, name)]:
             must_attend = module is block and name not in attentionless
             forward = _forward(module, path, attend, local, inside, must_attend=must_attend)
             undo.append(replace_method(module, "forward", forward))
@@ -111,13 +111,13 @@ def install(
     return remove
 
 
-def _own_parts(module: nn.Module, name: str) -> Iterator[tuple[str, nn.Module]]:
-    """The modules in a module whose code may checkpoint an attention. Torch's do not, and compiled ones would lose their code."""
+def _parts(module: nn.Module, name: str) -> Iterator[tuple[str, nn.Module]]:
+    """The modules in a module that an attention may be called in: not torch's single layers. Compiled ones would lose their code."""
     for key, part in module.named_children():
         if not is_compiled(part):
-            if not type(part).__module__.startswith("torch.nn."):
+            if any(part.children()) or not type(part).__module__.startswith("torch.nn."):
                 yield f"{name}.{key}", part
-            yield from _own_parts(part, f"{name}.{key}")
+            yield from _parts(part, f"{name}.{key}")
 
 
 def _forward(

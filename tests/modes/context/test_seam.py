@@ -145,6 +145,20 @@ def test_a_checkpoint_that_runs_again_reaches_the_seam(around: str, reentrant: b
     assert len(recorder.calls) == 2
 
 
+def test_a_checkpoint_of_torchs_attention_reaches_the_seam():
+    class OfTorch(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
+
+        def forward(self, x: Tensor) -> Any:
+            return checkpoint(self.attention, x, x, x, need_weights=False, use_reentrant=False)[0]  # type: ignore[index]
+
+    recorder, _ = installed(block := OfTorch(), SOME)
+    block(x_of(len(SOME)).requires_grad_()).sum().backward()
+    assert len(recorder.calls) == 2
+
+
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_a_checkpoint_of_a_function_in_a_block_is_refused(reentrant: bool):
     def call(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
