@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torchmetrics import SumMetric
 
-from lightning_overlap.model.snapshots import unchanged, within_reach
+from lightning_overlap.model.snapshots import preserve_attributes, reachable_objects
 
 
 @dataclass
@@ -57,7 +57,7 @@ def test_nothing_is_left_of_what_a_step_writes():
     module(torch.ones(3, 2))
     before = module.told()
     del module.made_here
-    with unchanged(within_reach(module)):
+    with preserve_attributes(reachable_objects(module)):
         module(torch.randn(3, 2))
         assert module.told() != before
     assert module.told() == before
@@ -71,4 +71,4 @@ def test_what_belongs_to_libraries_is_not_gone_into():
     module.optimizer = torch.optim.SGD(module.parameters(), 0.1)
     module.function = test_nothing_is_left_of_what_a_step_writes
     module._trainer = Tracker()
-    assert within_reach(module) == [module]
+    assert reachable_objects(module) == [module]
