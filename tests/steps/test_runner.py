@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_overlap.steps.microbatches import cut
+from lightning_overlap.steps.microbatches import split_batch
 from lightning_overlap.steps.runner import Runner
 from lightning_overlap.steps.schedule import Action, Schedule, build, parse
 
@@ -46,7 +46,7 @@ def batch():
 
 def whole(stages):
     reference = Chain(stages, [])
-    for part in cut(batch(), 4):
+    for part in split_batch(batch(), 4):
         y = part
         for layer in reference.layers:
             y = layer(y)
@@ -60,7 +60,7 @@ def whole(stages):
     ids=["gpipe", "1f1b", "two stages"],
 )
 def test_microbatches_without_a_pipeline_are_those_of_a_loop(schedule: Schedule) -> None:
-    chain = Chain(schedule.stages, cut(batch(), 4))
+    chain = Chain(schedule.stages, split_batch(batch(), 4))
     Runner(schedule, 0).run(chain)
     assert chain.order == list(schedule.actions[0])
     assert all(map(torch.equal, chain.gradients(), whole(schedule.stages)))

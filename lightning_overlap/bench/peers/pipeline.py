@@ -69,7 +69,7 @@ class _TorchPipelining(PipelineMode):
     def run_step(self, step: Step) -> None:
         assert self._stack is not None, "the model is parallelized before it is trained"
         count = self.config.count
-        parts = microbatches.cut(step.batch, count)
+        parts = microbatches.split_batch(step.batch, count)
         if not hasattr(self, "_torch_stages"):
             stages = len(self._stages)
             mine = [stage for stage, rank in enumerate(self._placement) if rank == self._rank]

@@ -183,8 +183,8 @@ class PipelineMode(Driver, Holder):
     def _tell_how_it_is_cut(self, batch: Any, count: int) -> None:
         if self._rank > 0 or self.group.ranks[0] > 0:
             return
-        size = microbatches.samples(batch, self.config.batch_dims)
-        if whole := microbatches.in_every_part(batch, self.config.batch_dims):
+        size = microbatches.count_samples(batch, self.config.batch_dims)
+        if whole := microbatches.unsplit_tensors(batch, self.config.batch_dims):
             said = ", ".join(f"{path} {shape}" for path, shape in whole.items())
             warnings.warn(
                 f"the batch has {size} samples, and each microbatch has all of {said}. If that is no table or mask of the whole "
@@ -244,11 +244,11 @@ class PipelineMode(Driver, Holder):
     def _parts(self, step: Step) -> tuple[list[Any], Weights]:
         """The microbatches of a step, and what each one counts."""
         dims = self.config.batch_dims
-        size = microbatches.samples(step.batch, dims)
+        size = microbatches.count_samples(step.batch, dims)
         if self._checked <= 1:  # the last batch of an epoch may be smaller
             microbatches.refuse_other_dim(step.batch, size, step.batch_size, dims)
         count = min(self.config.count, size)
-        parts = microbatches.cut(step.batch, count, dims)
+        parts = microbatches.split_batch(step.batch, count, dims)
         sizes = [size // count + (number < size % count) for number in range(count)]
         return parts, weigh(parts, sizes, self.config.microbatch_weight, step.weight)
 
