@@ -250,7 +250,7 @@ class FirstStep:
                 if loss.requires_grad and share:  # a loss that is not a number stays so if it counts for 0
                     self._step.backward(loss, share)
                 del loss
-            result.loss = float(self._step.logged(shares))
+            result.loss = float(self._step.merge_logs(shares))
             result.buffers = self._buffers()
         if len(shares) > 1:
             result.at_once = self._run_at_once()

@@ -94,7 +94,7 @@ class DrivenStep:
         for mode in self._modes:
             mode.finish_backward()
 
-    def aside(self, modules: Sequence[torch.nn.Module], *, metrics: bool) -> AbstractContextManager[None]:
+    def preserve(self, modules: Sequence[torch.nn.Module], *, metrics: bool) -> AbstractContextManager[None]:
         return preserve_attributes([*modules, *(self._metrics if metrics else ())])
 
     @cached_property
@@ -112,7 +112,7 @@ class DrivenStep:
     def weight(self) -> Callable[[Any], Any] | None:
         return getattr(self._module, "microbatch_weight", None)
 
-    def logged(self, shares: Sequence[float], weights: Sequence[float] | None = None) -> Any:
+    def merge_logs(self, shares: Sequence[float], weights: Sequence[float] | None = None) -> Any:
         """The mean over the parts, each with its weight, unless ``reduce_fx`` says otherwise.
 
         Args:

@@ -226,7 +226,7 @@ def test_every_schedule_runs_on_paper(made, forward, backward, part, transfer):
         assert run.peak == free.peak
         assert run.busy == pytest.approx([work] * made.ranks)
         assert run.bubble == pytest.approx(1 - work / run.seconds)
-        end_of = {action.gives: end for _, action, _, end in run.spans}
+        end_of = {action.result: end for _, action, _, end in run.spans}
         free_at = [0.0] * made.ranks
         for rank, action, start, end in run.spans:
             assert start >= max([free_at[rank], *(end_of[need] for need in made.needs(action))])
@@ -422,7 +422,7 @@ def test_a_head_put_off(made, block, head, limit):
     validate(later)
     last, rank = made.stages - 1, made.placement[-1]
     row = later.actions[rank]
-    assert [a.gives for a in row if a.kind != "W"] == list(made.actions[rank])
+    assert [a.result for a in row if a.kind != "W"] == list(made.actions[rank])
     assert [a.microbatch for a in row if a.kind == "W"] == [
         a.microbatch for a in made.actions[rank] if a.kind == "B" and a.stage == last
     ]
@@ -462,7 +462,7 @@ def test_times_by_stage():
     split = simulate(build("zb_h1", 2, 1, 1), backward=[2.0, 5.0], weight=[0.5, 4.0])
     assert [end - start for _, action, start, end in split.spans if action.kind in "IW" and action.stage == 1] == [1.0, 4.0]
     assert split.seconds == 7.0
-    with pytest.raises(ConfigError, match="backward has 3 times, and schedule 1f1b 2 stages"):
+    with pytest.raises(ConfigError, match="backward has 3 times, but schedule 1f1b has 2 stages"):
         simulate(build("1f1b", 2, 1, 1), backward=[1.0, 2.0, 3.0])
 
 
@@ -488,11 +488,11 @@ WRONG = [
     ("1f1b", lambda row: row.remove(Action("F", 1, 2)), "F1.2 missing"),
     ("zb_h1", lambda row: row.remove(Action("W", 1, 2)), "W1.2 missing"),
     ("zb_h1", lambda row: row.remove(Action("I", 1, 2)), "I1.2 missing"),
-    ("1f1b", lambda row: row.append(Action("B", 1, 2)), "B1.2 is run twice, by ranks 1 and 1"),
-    ("1f1b", lambda row: row.append(Action("B", 0, 0)), "B0.0 is run twice, by ranks 0 and 1"),
-    ("1f1b", lambda row: row.append(Action("W", 0, 0)), "W0.0 is run by rank 1, and its stage is on rank 0"),
-    ("1f1b", lambda row: row.append(Action("W", 1, 0)), "W1.0 too much"),
-    ("zb_h1", lambda row: row.append(Action("B", 1, 0)), "I1.0, W1.0 too much"),
+    ("1f1b", lambda row: row.append(Action("B", 1, 2)), "ranks 1 and 1 both run B1.2"),
+    ("1f1b", lambda row: row.append(Action("B", 0, 0)), "ranks 0 and 1 both run B0.0"),
+    ("1f1b", lambda row: row.append(Action("W", 0, 0)), "rank 1 runs W0.0, but its stage is on rank 0"),
+    ("1f1b", lambda row: row.append(Action("W", 1, 0)), "W1.0 redundant"),
+    ("zb_h1", lambda row: row.append(Action("B", 1, 0)), "I1.0, W1.0 redundant"),
     ("1f1b", lambda row: row.append(Action("X", 1, 0)), "rank 1 runs X1.0"),
     ("1f1b", lambda row: row.append(Action("F", 2, 0)), "rank 1 runs F2.0"),
     ("1f1b", lambda row: row.append(Action("F", 1, 4)), "rank 1 runs F1.4"),
@@ -513,7 +513,7 @@ def test_what_is_wrong_is_named(name, change, said):
 
 
 def test_a_rank_without_a_stage_is_named():
-    with pytest.raises(ConfigError, match=r"has 2 ranks, and its placement names the ranks \[0\]"):
+    with pytest.raises(ConfigError, match=r"has 2 ranks, but its placement names the ranks \[0\]"):
         validate(Schedule("odd", 1, (0,), ((Action("F", 0, 0), Action("B", 0, 0)), ())))
 
 
@@ -522,10 +522,10 @@ def test_a_rank_without_a_stage_is_named():
     [
         ("F0.0 X0.0", "line 1 of the schedule: 'X0.0' is no action"),
         ("# mine\n\nF0.0 B0.0\nF1.0 B1", "line 4 of the schedule: 'B1' is no action"),
-        ("F0.0 B0.0\nF1.0 B1.0 W0.0", "line 2 of the schedule: 'W0.0' is of stage 0, which line 1 has"),
+        ("F0.0 B0.0\nF1.0 B1.0 W0.0", "line 2 of the schedule: 'W0.0' is an action of stage 0, which is on line 1"),
         ("F0.0 B0.0\n\nF2.0 B2.0", r"stages \[0, 2\]"),
         ("", r"stages \[\]"),
-        ("F0.0 B0.0\nB1.0 F1.0", "stands still"),
+        ("F0.0 B0.0\nB1.0 F1.0", "deadlocks"),
         ("F0.0 B0.0 F0.999999999 B0.999999999", "F0.1, B0.1 missing"),
     ],
 )
@@ -544,14 +544,14 @@ def test_a_file_has_room_for_remarks():
 @pytest.mark.parametrize(
     ("name", "virtual", "group", "said"),
     [
-        ("none", 1, None, "there is no schedule 'none'; there are gpipe, 1f1b"),
-        ("1f1b", 2, None, "1f1b needs virtual_stages: 1, and there are 2"),
-        ("zb_h1", 3, None, "zb_h1 needs virtual_stages: 1, and there are 3"),
-        ("zb_v", 1, None, "zb_v needs virtual_stages: 2, and there are 1"),
-        ("dualpipev", 3, None, "dualpipev needs virtual_stages: 2, and there are 3"),
+        ("none", 1, None, "schedule 'none' does not exist; known are gpipe, 1f1b"),
+        ("1f1b", 2, None, "1f1b needs virtual_stages: 1, not 2"),
+        ("zb_h1", 3, None, "zb_h1 needs virtual_stages: 1, not 3"),
+        ("zb_v", 1, None, "zb_v needs virtual_stages: 2, not 1"),
+        ("dualpipev", 3, None, "dualpipev needs virtual_stages: 2, not 3"),
         ("interleaved", 1, None, "interleaved needs virtual_stages of at least 2"),
         ("interleaved_zb", 1, None, "interleaved_zb needs virtual_stages of at least 2"),
-        ("1f1b", 1, 4, "1f1b has no groups of microbatches: leave out group=4"),
+        ("1f1b", 1, 4, "1f1b has no groups of microbatches: remove group=4"),
         ("gpipe", 0, None, "gpipe cannot have virtual=0"),
         ("interleaved", 2, 0, "interleaved cannot have group=0"),
     ],

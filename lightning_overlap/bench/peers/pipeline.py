@@ -92,7 +92,7 @@ class _TorchPipelining(PipelineMode):
         with preserve_random_state(self._device):
             self._schedule.step(*inputs, **target)
         step.finish_backward()
-        step.log(self.with_the_loss(lambda: step.logged([1 / count] * count)))
+        step.log(self.with_the_loss(lambda: step.merge_logs([1 / count] * count)))
 
 
 class TorchPipelining(OverlapConfig):

@@ -163,7 +163,7 @@ class PipelineMode(Driver, Holder):
             transfers.start_batch([shapes_of(part) for part in parts])
             runner.run(stages, self.timeline)
         stages.finish()
-        step.log(self.with_the_loss(lambda: step.logged(weights.loss, weights.logs)))
+        step.log(self.with_the_loss(lambda: step.merge_logs(weights.loss, weights.logs)))
 
     def _run_of(self, count: int, flow: Flow) -> tuple[Runner, PipelineTransfers]:
         """The schedule of a batch of ``count`` microbatches, ready to run."""

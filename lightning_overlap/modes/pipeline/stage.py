@@ -112,7 +112,7 @@ class Stages:
         seed_all(*step.key, microbatch)
         loss: Tensor | None = None
         # Every stage runs the code before the blocks, and a rank may have several: it counts once.
-        aside = step.aside(() if stage == 0 else self._model.first_stage, metrics=not is_last)
+        aside = step.preserve(() if stage == 0 else self._model.first_stage, metrics=not is_last)
         running = self._model.forwards.running(self._forwards[microbatch])
         with running, self._model.stack.running(current_pass), self._splitting(stage, microbatch), aside:
             loss = step.forward(self._batch.parts[microbatch], microbatch)
