@@ -138,6 +138,7 @@ class Pass:
         restart: called when the user's code calls block 0 again after the last block. None in training, where this is an error.
         kept: the tensors that ``is_kept`` chose.
         placeholder: the NaN values that remote tensors share.
+        progress: how far the forward has come.
     """
 
     run: frozenset[int]
