@@ -1,4 +1,4 @@
-"""The stack of blocks: what a pass runs, and what it refuses."""
+"""The stack of blocks: a pass runs its blocks, stands in for the others, and refuses loops that it cannot follow."""
 
 import contextlib
 import pickle
@@ -80,7 +80,7 @@ def test_the_middle_of_the_stack(loop):
     sent = current_pass.kept[2, 0]
     assert sent.tolist() == [13.0]
     assert told == [1, 2]
-    sent.sum().backward()  # a checkpoint runs its block again, with what was received
+    sent.sum().backward()  # a checkpoint runs its block again, with the received tensor
     assert received.grad.tolist() == [1.0]
     assert told in ([1, 2], [1, 2, 2, 1])
 
@@ -119,7 +119,7 @@ def test_blocks_that_return_tuples():
 
 
 class Remembers(Add):
-    """Returns a dictionary, with the first block's input and what was handed to it."""
+    """Returns a dictionary with the input of the first block and the inputs of all blocks so far."""
 
     def forward(self, hidden_states, first=None, memory=()):
         first = hidden_states if first is None else first
@@ -134,7 +134,7 @@ def remembering(s, x):
     return x + sum(memory) + first
 
 
-def test_whatever_blocks_return_is_found_by_name_and_place():
+def test_nested_outputs_of_blocks():
     s = stack(Remembers)
     expected = remembering(s, torch.ones(1))
     whole = Pass(frozenset({0, 1}), 2, is_kept=lambda leaf: True)
@@ -146,7 +146,7 @@ def test_whatever_blocks_return_is_found_by_name_and_place():
         asked.append(leaf)
         return whole.kept[leaf]
 
-    nan = torch.full((1,), float("nan"))  # of parameters that are elsewhere
+    nan = torch.full((1,), float("nan"))  # computed from parameters of another stage
     with s.running(Pass(frozenset({2, 3}), 4, structures=dict(whole.structures), fetch=fetch)):
         assert remembering(s, nan).tolist() == expected.tolist()
     assert asked == [(1, 0), (1, 1), (1, 2), (1, 3)]
@@ -210,7 +210,7 @@ class ReturnsMore(Add):
         return super().forward(hidden_states), Other()
 
 
-def test_what_is_no_tensor_is_refused_where_it_is_read():
+def test_a_value_that_is_no_tensor_is_refused_where_it_is_read():
     s = stack(ReturnsMore)
     outputs = {block: pickle.loads(pickle.dumps(structure(block, (torch.ones(1), Other())))) for block in range(4)}
     current_pass = Pass(frozenset({2}), 3, {(1, 0): torch.zeros(1)}, outputs)
@@ -223,13 +223,13 @@ def test_what_is_no_tensor_is_refused_where_it_is_read():
         through(torch.zeros(1))
 
 
-def test_sequential_and_what_is_left_of_it():
+def test_a_sequential_is_ordinary_without_a_pass():
     s = stack(container=nn.Sequential)
     current_pass = Pass(frozenset({0}), 1, is_kept=lambda leaf: leaf == (0, 0))
     with s.running(current_pass):
         s.blocks(torch.ones(1))
     assert current_pass.kept[0, 0].tolist() == [1.0]
-    assert s.blocks(torch.ones(1)).tolist() == [7.0]  # outside of a pass it is the user's
+    assert s.blocks(torch.ones(1)).tolist() == [7.0]  # without a pass the list is ordinary
     assert [b.amount for b in s.blocks[1:3]] == [1.0, 2.0]
     s.remove()
     assert type(s.blocks) is nn.Sequential

@@ -1,4 +1,4 @@
-"""What a microbatch gets of a batch."""
+"""Batches are split into microbatches, or refused if their samples are ambiguous."""
 
 from collections import OrderedDict, defaultdict, namedtuple
 from dataclasses import dataclass
@@ -24,7 +24,7 @@ def rows(*numbers: int) -> torch.Tensor:
 
 
 def plain(value: Any) -> Any:
-    """Of tensors, the first column."""
+    """Returns the value with the first column in place of each tensor."""
     if isinstance(value, torch.Tensor):
         return [int(row.flatten()[0]) for row in value] if value.dim() else value.item()
     if isinstance(value, dict):
@@ -59,7 +59,7 @@ IDS = rows(0, 1, 2, 3)
         (0.5, 0.5),
     ],
 )
-def test_what_the_first_half_of_a_batch_gets(what, first):
+def test_the_first_half_of_a_batch(what, first):
     part, _ = split_batch({"ids": IDS, "what": what, "labels": IDS}, 2)
     assert plain(part) == {"ids": [0, 1], "what": first, "labels": [0, 1]}
     assert type(part["what"]) is type(what)
@@ -81,7 +81,7 @@ def test_parts_differ_by_one_sample():
     assert [count_samples(part) for part in split_batch(rows(*range(8)), 3)] == [3, 3, 2]
 
 
-def test_how_many_samples_there_are():
+def test_the_number_of_samples():
     assert count_samples({"scale": torch.tensor(1.0), "images": [rows(1), rows(1, 2)], "ids": IDS}) == 4
     assert count_samples(([IDS, IDS], [IDS])) == 4
     assert count_samples({"epoch": torch.tensor([3]), "ids": IDS}) == 4
@@ -102,12 +102,12 @@ X, MASK = rows(0, 1, 2), torch.zeros(4, 4)
         ({"ids": X, "x": [X, X, X]}, "x has as many items as the batch has samples, 3, and so has each of its items"),
     ],
 )
-def test_what_does_not_tell_is_refused_by_name(batch, said):
+def test_ambiguous_batches_are_refused_by_name(batch, said):
     with pytest.raises(ConfigError, match=said):
         split_batch(batch, 2)
 
 
-def test_what_the_user_says_of_a_batch():
+def test_dims_that_the_user_names():
     turned = torch.arange(12).view(4, 3)  # four tokens of three samples
     batch = {"x": turned, "mask": MASK, "ids": X, "table": rows(5, 6, 7)}
     first, second = split_batch(batch, 2, {"x": 1, "mask": None, "table": None})
@@ -122,7 +122,7 @@ def test_what_the_user_says_of_a_batch():
             split_batch(batch, 2, dims)
 
 
-def test_what_every_part_has_is_told():
+def test_unsplit_tensors_are_listed():
     batch = {"x": X, "ids": X, "mask": MASK, "scale": torch.tensor(1.0), "epoch": torch.tensor([3])}
     assert unsplit_tensors(batch) == {"mask": (4, 4)}
     assert unsplit_tensors(batch, {"mask": None}) == {}
@@ -149,5 +149,5 @@ def test_other_batches_are_not_refused(batch: Any, batch_size: int | None, dims:
     refuse_other_dim(batch, count_samples(batch, dims), batch_size, dims)
 
 
-def test_a_batch_that_is_a_tensor_is_named_by_nothing() -> None:
+def test_the_empty_path_names_a_batch_that_is_a_tensor() -> None:
     assert [part.shape for part in split_batch(torch.zeros(3, 4), 2, {"": 1})] == [(3, 2), (3, 2)]

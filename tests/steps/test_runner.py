@@ -12,7 +12,7 @@ TWO_STAGES = "F0.0 F1.0 B1.0 F0.1 F1.1 B1.1 B0.0 B0.1 F0.2 F1.2 B1.2 F0.3 F1.3 B
 
 
 class Chain:
-    """Stages that are linear layers, and a loss: the mean of the output's squares, of a share of the batch."""
+    """Linear layers as stages. The loss is the mean of the squared outputs, times the microbatch's share of the batch."""
 
     def __init__(self, stages, parts):
         torch.manual_seed(0)

@@ -35,7 +35,7 @@ def test_the_table_is_the_references(group, microbatches, microbatch_ids, chunk_
 
 
 def chunks(schedule, rank):
-    """A rank's actions as the reference writes them: which of its stages, from 1; negative for a backward."""
+    """Returns a rank's actions in the reference's notation: the index of its stage, from 1; negative for a backward."""
     return [(a.stage // schedule.ranks + 1) * (1 if a.kind == "F" else -1) for a in schedule.actions[rank]]
 
 
@@ -70,7 +70,7 @@ def test_the_references_invariants(ranks, group, microbatches, virtual):
 
 
 def warmup(schedule):
-    """By rank, the forwards before the first backward, less the one with which the turns begin."""
+    """Returns the number of warm-up forwards of each rank."""
     return [[a.kind for a in row].index("B") - 1 for row in schedule.actions]
 
 
@@ -85,14 +85,14 @@ def test_warm_up_is_the_references():
     [(5, 9, [5, 4]), (4, 8, [4, 4]), (4, 10, [3, 3, 4]), (9, 8, [8]), (3, 8, [4, 4]), (4, 3, [3])],
 )
 def test_groups_of_any_size(group, microbatches, counts):
-    """The first two are the reference's; the others it refuses."""
+    """The first two cases are the reference's. It refuses the others."""
     made = build("interleaved", 4, 2, microbatches, group=group)
     forwards = [chunk for chunk in chunks(made, 0) if chunk > 0]
     assert forwards == [chunk for count in counts for chunk in (1, 2) for _ in range(count)]
 
 
 def dualpipev_oracle(rank, text):
-    """As the reference writes it: F and B with way and microbatch, b with a W left, pairs in brackets, Ws in the order left."""
+    """Reads the reference's notation: F and B with direction and microbatch, b for I, pairs in brackets, W for the oldest pending."""
     order, left = [], []
     for word in text.replace("[", "").replace("]", "").replace("|", " ").split():
         if word == "W":
@@ -125,7 +125,7 @@ def test_dualpipev_counts_are_the_references():
 
 
 class TorchStage:
-    """What torch's schedules ask of a stage before they run."""
+    """A stage with the attributes that torch's schedules need before they run."""
 
     def __init__(self, index, ranks, stages):
         self.stage_index, self.num_stages, self.group_size, self.group_rank = index, stages, ranks, index % ranks
@@ -134,7 +134,7 @@ class TorchStage:
 
 
 def torch_order(made):
-    """By rank, the order in which torch runs the schedule of the same name, without bubbles and sums over ranks."""
+    """Returns the order of each rank in torch's schedule of the same name, without bubbles and sums over ranks."""
     name = {"gpipe": "GPipe", "1f1b": "1F1B", "dualpipev": "DualPipeV"}.get(made.name, "Interleaved1F1B")
     stages = [TorchStage(s, made.ranks, made.stages) for s in made.stages_of(0)]
     single = name in ("GPipe", "1F1B")
@@ -159,7 +159,7 @@ def torch_order(made):
 def test_torch_runs_the_same_order(name, ranks, virtual, microbatches):
     made = build(name, ranks, virtual, microbatches)
     ours = [[f"{a.stage}{a.kind}{a.microbatch}" for a in row] for row in made.actions]
-    # What torch prints of the last rank's 1F1B counts forwards from 1; it is not what it runs.
+    # Torch's printed order of the last rank's 1F1B counts forwards from 1; torch does not run that order.
     ranks -= name == "1f1b"
     assert ours[:ranks] == torch_order(made)[:ranks]
 
@@ -172,7 +172,7 @@ def test_torch_runs_the_same_order(name, ranks, virtual, microbatches):
 def test_every_schedule_is_complete_and_in_order(made):
     virtual = made.stages // made.ranks
     validate(made)
-    if made.name != "dualpipev" or made.microbatches >= 2 * made.ranks:  # which splits the last ones
+    if made.name != "dualpipev" or made.microbatches >= 2 * made.ranks:  # it splits only the last of at least 2 x ranks
         assert made.splits_backward == (made.name in SPLIT)
     for rank, row in enumerate(made.actions):
         assert {a.stage for a in row} == set(made.stages_of(rank))
@@ -185,7 +185,7 @@ def test_every_schedule_is_complete_and_in_order(made):
     assert parse(made.text()) == made
 
 
-# -- what is wrong is named ----------------------------------------------------------------------------------------------
+# -- errors --------------------------------------------------------------------------------------------------------------
 
 
 def changed(schedule, rank, change):
@@ -218,16 +218,16 @@ WRONG = [
     ("1f1b", swapped(Action("F", 1, 0), Action("B", 1, 0)), "rank 1 at B1.0, which needs F1.0"),
     ("zb_h1", swapped(Action("I", 1, 0), Action("W", 1, 0)), "rank 1 at W1.0, which needs I1.0"),
     (
-        "1f1b",  # rank 1 waits for a microbatch that rank 0 begins only after the backward of the first
+        "1f1b",  # rank 1 waits for a microbatch that rank 0 starts only after the backward of the first
         swapped(Action("F", 1, 0), Action("F", 1, 2)),
         "rank 0 at B0.0, which needs B1.0; rank 1 at F1.2, which needs F0.2",
     ),
 ]
 
 
-@pytest.mark.parametrize(("name", "change", "said"), WRONG)
-def test_what_is_wrong_is_named(name, change, said):
-    with pytest.raises(ConfigError, match=said):
+@pytest.mark.parametrize(("name", "change", "message"), WRONG)
+def test_errors_name_the_actions(name, change, message):
+    with pytest.raises(ConfigError, match=message):
         validate(changed(build(name, 2, 1, 4), 1, change))
 
 
@@ -237,7 +237,7 @@ def test_a_rank_without_a_stage_is_named():
 
 
 @pytest.mark.parametrize(
-    ("text", "said"),
+    ("text", "message"),
     [
         ("F0.0 X0.0", "line 1 of the schedule: 'X0.0' is no action"),
         ("# mine\n\nF0.0 B0.0\nF1.0 B1", "line 4 of the schedule: 'B1' is no action"),
@@ -248,12 +248,12 @@ def test_a_rank_without_a_stage_is_named():
         ("F0.0 B0.0 F0.999999999 B0.999999999", "F0.1, B0.1 missing"),
     ],
 )
-def test_a_file_that_is_wrong_is_refused(text, said):
-    with pytest.raises(ConfigError, match=said):
+def test_a_wrong_file_is_refused(text, message):
+    with pytest.raises(ConfigError, match=message):
         parse(text)
 
 
-def test_a_file_has_room_for_remarks():
+def test_a_file_may_have_comments():
     made = parse("F0.0 B0.0  # both\n\n   # of the other\nF1.0 B1.0 # too")
     assert made.placement == (0, 1)
     assert made.actions == build("1f1b", 2, 1, 1).actions
@@ -261,7 +261,7 @@ def test_a_file_has_room_for_remarks():
 
 
 @pytest.mark.parametrize(
-    ("name", "virtual", "group", "said"),
+    ("name", "virtual", "group", "message"),
     [
         ("none", 1, None, "schedule 'none' does not exist; known are gpipe, 1f1b"),
         ("1f1b", 2, None, "1f1b needs virtual_stages: 1, not 2"),
@@ -275,6 +275,6 @@ def test_a_file_has_room_for_remarks():
         ("interleaved", 2, 0, "interleaved cannot have group=0"),
     ],
 )
-def test_schedules_that_there_are_not(name, virtual, group, said):
-    with pytest.raises(ConfigError, match=said):
+def test_schedules_that_do_not_exist(name, virtual, group, message):
+    with pytest.raises(ConfigError, match=message):
         build(name, 2, virtual, 4, group=group)

@@ -22,7 +22,7 @@ from tests.helpers.schedules import schedules
     part=st.floats(0, 1),
     transfer=st.floats(0, 2),
 )
-def test_every_schedule_runs_on_paper(made, forward, backward, part, transfer):
+def test_every_schedule_can_be_simulated(made, forward, backward, part, transfer):
     costs = {"forward": forward, "backward": backward, "weight": part * backward}
     free = simulate(made, **costs)
     late = simulate(made, **costs, transfer=transfer)
@@ -46,7 +46,7 @@ def test_every_schedule_runs_on_paper(made, forward, backward, part, transfer):
             free_at[rank] = end
 
 
-# -- what they cost and hold, with forwards of 1 and backwards of 2, half of it for weights ----------------------------------
+# -- time and activations, with forwards of 1 and backwards of 2, half of it for weights ------------------------------------
 
 
 def seconds(name, ranks, virtual, microbatches):
@@ -74,7 +74,7 @@ def test_bubbles_of_interleaved_stages(ranks, virtual, rounds, forward):
 @settings(deadline=None, max_examples=100)
 @given(ranks=st.integers(1, 8), virtual=st.integers(2, 4), microbatches=st.integers(1, 20))
 def test_interleaved_counts_without_groups(ranks, virtual, microbatches):
-    """No longer than with the last group filled up, and nothing more is held, since a last batch is often smaller."""
+    """An incomplete group, as in the last batch, takes no longer than a full one, and holds no more activations."""
     filled = -(-microbatches // ranks) * ranks
     for name in ("interleaved", "interleaved_zb"):
         run, full = (simulate(build(name, ranks, virtual, m)) for m in (microbatches, filled))
@@ -84,7 +84,7 @@ def test_interleaved_counts_without_groups(ranks, virtual, microbatches):
     assert seconds("interleaved_zb", ranks, virtual, microbatches) <= seconds("interleaved", ranks, virtual, microbatches)
     if microbatches >= ranks and virtual * microbatches < (virtual + 1) * ranks:  # one larger group holds no more
         assert seconds("interleaved", ranks, virtual, microbatches) == 3 * (virtual * microbatches + ranks - 1)
-    if microbatches <= ranks:  # a group of its own: as long as the way through all stages, and what follows the first
+    if microbatches <= ranks:  # one group: the first microbatch passes all stages, and the others follow it
         assert seconds("interleaved", ranks, virtual, microbatches) == 3 * (ranks * virtual + microbatches - 1)
 
 
@@ -121,9 +121,9 @@ def test_activations_held_by_interleaved_stages(ranks, virtual, name):
 
 @pytest.mark.parametrize("ranks", [2, 4, 8])
 @pytest.mark.parametrize("transfer", [0.2, 0.5])
-def test_eager_hides_what_is_exposed_in_steady_state(ranks, transfer):
+def test_eager_hides_transfers_in_steady_state(ranks, transfer):
     plain, eager = (simulate(build(name, ranks, 1, 4 * ranks), transfer=transfer) for name in ("1f1b", "eager_1f1b"))
-    # A way through all stages and back is left, at the beginning and at the end.
+    # Only the first way through all stages, and the last way back, are exposed.
     assert eager.exposed == pytest.approx(2 * (ranks - 1) * transfer)
     assert plain.exposed > 1.5 * eager.exposed
 
@@ -131,7 +131,7 @@ def test_eager_hides_what_is_exposed_in_steady_state(ranks, transfer):
 # -- the simulator, by hand ----------------------------------------------------------------------------------------------
 
 
-def test_a_transfer_stands_between_stages():
+def test_a_transfer_delays_the_next_stage():
     run = simulate(build("1f1b", 2, 1, 1), transfer=0.5)
     assert run.spans == (
         (0, Action("F", 0, 0), 0.0, 1.0),
@@ -150,14 +150,14 @@ def test_a_link_carries_one_transfer_at_a_time():
     assert [starts[f"B0.{m}"] for m in range(3)] == [12.0, 14.0, 16.0]
 
 
-def test_what_goes_on_and_what_goes_back_share_a_ranks_link():
+def test_both_directions_share_a_ranks_link():
     made = parse("F0.0 F0.1 B0.0 B0.1\nF1.0 B1.0 F1.1 B1.1\nF2.0 B2.0 F2.1 B2.1\n")
     starts = {str(action): start for _, action, start, _ in simulate(made, transfer=4.0).spans}
-    # B1.0 ends at 19 and sends until 23; F1.1 ends at 20, and what it gives is there 4 after that.
+    # B1.0 ends at 19 and sends until 23. F1.1 ends at 20, and its result arrives 4 after 23.
     assert (starts["B0.0"], starts["F1.1"], starts["F2.1"]) == (23.0, 19.0, 27.0)
 
 
-def test_the_plain_twin_stands_still_at_both_ends():
+def test_both_ranks_of_the_plain_twin_wait_for_a_transfer():
     run = simulate(build("gpipe", 2, 1, 3), transfer=2.0, overlapped=False)
     spans = {str(action): (start, end) for _, action, start, end in run.spans}
     assert [spans[f"F0.{m}"] for m in range(3)] == [(0.0, 1.0), (3.0, 4.0), (6.0, 7.0)]
@@ -168,8 +168,8 @@ def test_the_plain_twin_stands_still_at_both_ends():
 
 @settings(deadline=None, max_examples=150)
 @given(made=schedules)
-def test_the_plain_twin_never_waits_for_ever(made):
-    """Run by ranks that know their own places only: a transfer is over when both ends have come to it."""
+def test_the_plain_twin_never_deadlocks(made):
+    """Simulates ranks that know only their own transfers: a transfer is complete when both ranks have reached it."""
     places = [between(made, rank) for rank in range(made.ranks)]
     at, posted, over = [0] * made.ranks, Counter(), []
     for rank in range(made.ranks):
@@ -192,7 +192,7 @@ def test_the_plain_twin_never_waits_for_ever(made):
     assert Counter(posted.values()) == Counter({2: 2 * hops * made.microbatches} if hops else {})
 
 
-def test_nothing_is_sent_within_a_rank():
+def test_stages_of_one_rank_need_no_transfer():
     made = build("zb_v", 1, 2, 3)
     assert simulate(made, transfer=5.0).seconds == simulate(made).seconds
 
