@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_overlap.decision import ConfigError
-from lightning_overlap.state.shards import absent_like, is_absent
+from lightning_overlap.state.absent import absent_like, is_absent
 from lightning_overlap.torch_seams import apply_to, buffers_of, parameters_of, version_of
 
 _LOST = "_lightning_overlap_lost"
@@ -45,7 +45,7 @@ def materialize(module: nn.Module, device: torch.device, holds: Callable[[str], 
         holds: whether this rank holds a parameter or buffer, by name. Each other parameter gets the memory of one element.
 
     Returns:
-        The names of the tensors that got memory. Their values are NaN (0 for integers) until :func:`initialize`.
+        The names of the tensors that got memory. They are NaN until :func:`initialize`, see :mod:`lightning_overlap.state.absent`.
     """
     names: list[str] = []
 

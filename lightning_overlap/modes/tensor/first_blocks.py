@@ -14,7 +14,7 @@ from lightning_overlap.modes.tensor.partition import Partition
 from lightning_overlap.modes.tensor.regions import Regions, RegionState
 from lightning_overlap.modes.tensor.replicated import ReplicatedGradients
 from lightning_overlap.modes.tensor.sequence import leave, own_tokens
-from lightning_overlap.state.shards import is_absent
+from lightning_overlap.state.absent import is_absent
 
 
 def first_of_each_kind(blocks: Sequence[nn.Module], name: str) -> list[BlockCheck]:
