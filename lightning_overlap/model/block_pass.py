@@ -10,8 +10,8 @@ stage runs them. A pass receives their outputs before it needs them, and keeps t
 A remote block returns the tensors that were received (the hidden states that block 2 needs, a position bias that all blocks share, a
 loss), and a :class:`RemoteTensor` for each other tensor.
 
-The code around the blocks runs on every stage, because it alone knows how blocks are called. Parameters that it uses may be absent, and
-so NaN, see :mod:`lightning_overlap.state.absent`: a value that a stage should have received, and did not, shows as NaN.
+The code around the blocks runs on every stage, because it alone knows how blocks are called. Its parameters may be absent, and so
+NaN, see :mod:`lightning_overlap.state.absent`: a value that a stage should have received, and did not, shows as NaN.
 """
 
 from __future__ import annotations
