@@ -1,6 +1,6 @@
 """A pass: one forward of the user's model on one rank, which runs some of the blocks and stands in for the others.
 
-In a pipeline every rank calls the user's whole forward, but runs only the blocks of its stage. The others are *remote* blocks: another
+In a pipeline every rank calls the user's forward, but runs only the blocks of its stage. The others are *remote* blocks: another
 stage runs them. A pass receives their outputs before it needs them, and keeps those of its own outputs that it has to send::
 
     the user's loop calls         | block 0 | block 1 | block 2 | block 3 | block 4 ...
