@@ -42,9 +42,6 @@ from lightning_overlap.steps.runner import Runner
 from lightning_overlap.steps.step import Step
 from lightning_overlap.torch_seams import parameters_of
 
-CHECKED_BATCHES = 3
-"""Batches at the start of a fit whose losses are looked at."""
-
 
 class PipelineMode(Driver, Holder):
     """See the module's docstring."""
@@ -148,8 +145,8 @@ class PipelineMode(Driver, Holder):
     # -- training ----------------------------------------------------------------------------------------------------
 
     def run_step(self, step: Step) -> None:
-        # Where the first step is compared with that of the model whole, a loss that is no number is the user's.
-        checking = self._checked < CHECKED_BATCHES and not self.setup.first_step_is_verified
+        # Where the first step is compared with that of the model whole, or has had a loss, a later NaN is the user's.
+        checking = not self._checked and not self.setup.first_step_is_verified
         self._checked += 1
         parts, weights = self._parts(step)
         if self._checked == 1:

@@ -132,7 +132,7 @@ class Stages:
             raise ConfigError("training_step gave no loss: a microbatch of a pipeline cannot be left out")
         if self._check and self._batch.shares[microbatch] and loss.isnan().any():
             raise ConfigError(
-                f"the loss of microbatch {microbatch} of one of the first batches is not a number. If it is one without a "
+                f"the loss of microbatch {microbatch} of the first batch is not a number. If it is one without a "
                 "pipeline, a parameter is used on a stage that does not hold it: what is registered before "
                 f"{self._model.stack.name} is held by the first stage, what is registered after it by the last. Register modules in "
                 "the order of their use, and tie a head by `head.weight = tokens.weight`. A mean over labels is not a number where a "
