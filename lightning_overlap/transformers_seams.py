@@ -9,6 +9,7 @@ try:
     from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig, PreTrainedModel
     from transformers.cache_utils import Cache
     from transformers.masking_utils import bidirectional_mask_function, causal_mask_function
+    from transformers.utils.output_capturing import _active_collector as active_recording
 except ImportError as error:
     raise ImportError(f"this version of transformers lacks a part that is needed ({error}). {SUPPORTED}") from error
 
@@ -46,3 +47,10 @@ def attention_of(config: PreTrainedConfig) -> str | None:
 def set_attention(config: PreTrainedConfig, name: str | None) -> None:
     """Names the attention function of the modules with this config; configs in it (of a vision tower, say) keep theirs."""
     config._attn_implementation = {"": name}
+
+
+def recorded_outputs() -> dict[str, list[Any]]:
+    """What hooks in the modules of the model that runs in this thread have recorded so far, in order, by kind of output: the model
+    reads these lists when its modules have run. Empty: it records nothing."""
+    recording = active_recording.get() or {}
+    return {kind: values for kind, values in recording.items() if isinstance(values, list)}

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from lightning_overlap.decision import ConfigError
 from lightning_overlap.model.block_stack import BlockStack
-from lightning_overlap.model.blocks import Blocks
+from lightning_overlap.model.blocks import Blocks, is_from_transformers
 from lightning_overlap.model.hidden_states import find_hidden, hidden_of, replace_hidden, with_hidden
 from lightning_overlap.model.patches import Hook
 from lightning_overlap.model.trees import replaced
@@ -112,6 +112,7 @@ class Boundary:
         self.has_remote_blocks = False
         self._cuts: list[TokenCut] = []
         self._blocks: Sequence[nn.Module] = ()
+        self._may_record = False
         self._hooks: list[Any] = []
 
     def make_stack(self, blocks: Blocks, name: str, *, has_remote_blocks: bool) -> BlockStack:
@@ -151,6 +152,7 @@ class Boundary:
 
     def _install(self, blocks: Sequence[nn.Module]) -> None:
         self._blocks = blocks
+        self._may_record = any(map(is_from_transformers, blocks))
         for block in dict.fromkeys(blocks):
             self._hooks.append(block.register_forward_pre_hook(Hook(self._before_block), with_kwargs=True))
         self._hooks.append(blocks[-1].register_forward_hook(Hook(self._after_last_block)))
@@ -175,11 +177,24 @@ class Boundary:
         return args, kwargs
 
     def _after_last_block(self, block: nn.Module, args: Any, output: Any) -> Any:
-        x = hidden_of(output)
-        for cut in reversed(self._cuts):
-            x = cut.leave(x)
+        x = self._leave(hidden_of(output))
         self._position.is_inside = False
         return with_hidden(output, x)
+
+    def _leave(self, x: Tensor) -> Tensor:
+        """All tokens of the last block's hidden states ``x``, and of what a model of transformers has recorded in the blocks."""
+
+        def leave(x: Tensor) -> Tensor:
+            for cut in reversed(self._cuts):
+                x = cut.leave(x)
+            return x
+
+        left = leave(x)
+        if left is not x and self._may_record:
+            from lightning_overlap.model.recorded import leave_recorded  # which needs transformers
+
+            leave_recorded(x, leave, " and ".join(cut.remedy for cut in self._cuts))
+        return left
 
     def is_first(self, block: nn.Module) -> bool:
         """Whether a block is the first one, before which tokens are sharded."""

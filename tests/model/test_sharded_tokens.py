@@ -1,13 +1,10 @@
 """Tensors whose tokens are sharded over the ranks against whole ones: what each function gives, and the gradients."""
 
 import copy
-import threading
 import warnings
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable
 from datetime import timedelta
 from functools import cache, partial
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -25,63 +22,20 @@ from lightning_overlap.modes.tensor.vocab import CutLogits, Vocabulary, head_for
 from lightning_overlap.ranks.group import Group
 from lightning_overlap.ranks.world import make_group
 from lightning_overlap.torch_seams import tree_leaves
+from tests.helpers.threads import on_ranks
 
 SAMPLES, TOKENS, FEATURES = 2, 7, 6
 POSITIONS = {2: ((0, 1, 5, 6), (2, 3, 4)), 3: ((0, 6), (1, 2, 4, 5), (3,)), 4: ((0, 5, 6), (1, 4), (), (2, 3))}
 """By ranks: uneven, early and late ones, and a rank that has none."""
 
 
-class ThreadGroup:
-    """A group whose ranks are threads of this process. It has the transfers that tokens need."""
-
-    name = "context"
-
-    def __init__(self, rank: int, size: int, parts: list[Any], barrier: threading.Barrier) -> None:
-        self.rank, self.size, self._parts, self._barrier = rank, size, parts, barrier
-
-    def all_gather(self, x: Tensor, bounds: Sequence[int], *, key: int, label: str) -> Any:
-        for part, low, high in zip(self._exchange(x), bounds[:-1], bounds[1:], strict=True):
-            x[low:high] = part[low:high]
-        return SimpleNamespace(wait=lambda: x)
-
-    def all_reduce(self, x: Tensor, *, label: str) -> Any:
-        total = torch.stack(self._exchange(x)).sum(0)
-        return SimpleNamespace(wait=lambda: total)
-
-    def reduce_scatter(self, x: Tensor, bounds: Sequence[int], *, key: int, label: str) -> Any:
-        piece = torch.stack(self._exchange(x)).sum(0)[bounds[self.rank] : bounds[self.rank + 1]]
-        return SimpleNamespace(wait=lambda: piece)
-
-    def _exchange(self, x: Any) -> list[Any]:
-        self._parts[self.rank] = x.clone()
-        self._barrier.wait(10)
-        parts = list(self._parts)
-        self._barrier.wait(10)
-        return parts
-
-
-def on_ranks(size: int, function: Callable[..., Any], *arguments: Any) -> list[Any]:
-    """What ``function(shards, *arguments)`` gives on each rank."""
-    parts, barrier = [None] * size, threading.Barrier(size)
-
-    def run(rank: int) -> Any:
-        try:
-            group: Any = ThreadGroup(rank, size, parts, barrier)
-            return function(TokenShards(group, positions(size), TOKENS), *arguments)
-        except BaseException:
-            barrier.abort()
-            raise
-
-    with ThreadPoolExecutor(size) as pool:
-        calls = [pool.submit(run, rank) for rank in range(size)]
-    errors = [error for call in calls if (error := call.exception()) is not None]
-    if errors:
-        raise next((e for e in errors if not isinstance(e, threading.BrokenBarrierError)), errors[0])
-    return [call.result() for call in calls]
-
-
 def positions(size: int) -> tuple[Tensor, ...]:
     return tuple(torch.tensor(p, dtype=torch.long) for p in POSITIONS[size])
+
+
+def run_shards(size: int, function: Callable[..., Any], *arguments: Any) -> list[Any]:
+    """What ``function(shards, *arguments)`` gives on each rank, a thread."""
+    return on_ranks(size, lambda group: function(TokenShards(group, positions(size), TOKENS), *arguments))
 
 
 def numbers(*shape: int, seed: int = 0) -> Tensor:
@@ -231,7 +185,7 @@ def messages(*arguments: Any) -> list[str]:
     """The warnings of a comparison on all ranks."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        on_ranks(*arguments)
+        run_shards(*arguments)
     return [str(w.message) for w in caught if "sharded" in str(w.message)]
 
 
@@ -318,7 +272,7 @@ def error(cut: TokenShards | None, name: str) -> str:
 def test_errors_are_those_of_whole_tensors_on_all_ranks(name: str) -> None:
     expected = error(None, name)
     assert expected != "none"
-    assert on_ranks(4, error, name) == [expected] * 4
+    assert run_shards(4, error, name) == [expected] * 4
 
 
 def divided(x: Tensor) -> Tensor:
@@ -360,7 +314,7 @@ def changed(cut: TokenShards, name: str) -> str:
 
 @pytest.mark.parametrize("name", CHANGES)
 def test_a_change_in_place_is_refused_on_every_rank(name: str) -> None:
-    for text in on_ranks(3, changed, name):
+    for text in run_shards(3, changed, name):
         assert "a tensor whose tokens are sharded over the ranks in place, where the change would be lost" in text
 
 
@@ -379,7 +333,7 @@ def described(cut: TokenShards) -> None:
 
 
 def test_what_can_be_asked_needs_no_gather() -> None:
-    on_ranks(4, described)
+    run_shards(4, described)
 
 
 # -- worlds -------------------------------------------------------------------------------------------------------------------------
@@ -490,4 +444,4 @@ def test_logits_exist_for_local_tokens_only() -> None:
     def run(cut: TokenShards) -> int:
         return memory(TokenShards(cut.group, tuple(torch.arange(16) + 16 * r for r in range(4)), 64))
 
-    assert on_ranks(4, run) == [16] * 4
+    assert run_shards(4, run) == [16] * 4

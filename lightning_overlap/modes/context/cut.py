@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.autograd import Function
 
@@ -29,11 +30,13 @@ class ContextState:
         layout: which tokens each rank has; None before the first block.
         local: the tokens of this rank; None before the first block, and in a forward that is not sharded.
         shards: the same as ``layout``, for tensors that stay sharded after the blocks.
+        gathers: tokens are gathered after the last block.
     """
 
     layout: TokenLayout | None = None
     local: LocalTokens | None = None
     shards: TokenShards | None = None
+    gathers: bool = False
 
 
 class ContextCut(TokenCut):
@@ -77,6 +80,9 @@ class ContextCut(TokenCut):
         positions = tuple(state.layout.positions(rank) for rank in range(self.ranks))
         state.shards = TokenShards(self._group, positions, tokens)
         state.local = LocalTokens(tokens, state.shards.local)
+        if not self._boundary.forwards.current.in_backward:
+            # A reentrant checkpoint, which alone trains without gradients, takes ordinary tensors from a block.
+            state.gathers = self._exit == "blocks" or (block.training and not torch.is_grad_enabled())
 
     def _lay_out(self, tokens: int, mask: Mask | None) -> TokenLayout:
         order = self._order
@@ -95,7 +101,7 @@ class ContextCut(TokenCut):
         state = self.state
         if state.local is None or state.shards is None:
             return x
-        return state.shards.gather(x, -2) if self._exit == "blocks" else ShardedTokens.of(x, -2, state.shards)
+        return state.shards.gather(x, -2) if state.gathers else ShardedTokens.of(x, -2, state.shards)
 
     def shard_argument(self, x: Tensor) -> Tensor:
         local = self.state.local

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_overlap.model.blocks import Blocks, find_blocks, names_by_role
+from lightning_overlap.model.blocks import Blocks, find_blocks, is_from_transformers, names_by_role
 from lightning_overlap.model.boundary import Nesting
 from lightning_overlap.model.patches import replace_method
 from lightning_overlap.modes.base import Setup, Sharder
@@ -83,7 +83,7 @@ class ContextMode(Sharder):
 
     def _switch_hugging_face(self, model: nn.Module, blocks: Sequence[nn.Module]) -> Callable[[], bool]:
         """Has a model of transformers call the seam; whether its present forward runs with all tokens on every rank."""
-        if not any(type(module).__module__.startswith("transformers") for block in blocks for module in block.modules()):
+        if not any(map(is_from_transformers, blocks)):
             return lambda: False
         from lightning_overlap.modes.context.huggingface import Switch  # which needs transformers
 

@@ -1,0 +1,44 @@
+"""What models of transformers record in their blocks: hidden states and the logits of routers, which they read after the blocks.
+
+They are recorded by hooks of modules in the blocks, and so with this rank's tokens. Import this module only where a model is one of
+transformers'.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch import Tensor
+
+from lightning_overlap.decision import ConfigError
+from lightning_overlap.transformers_seams import recorded_outputs
+
+
+def leave_recorded(x: Tensor, leave: Callable[[Tensor], Tensor], remedy: str) -> None:
+    """Gives what was recorded in the blocks all tokens, as the hidden states get them. Collective.
+
+    Args:
+        x: the hidden states of the last block, with this rank's tokens, ``(..., tokens, features)``.
+        leave: gives hidden states of that shape all tokens.
+        remedy: the setting with which tokens are not sharded, for the error.
+
+    Raises:
+        ConfigError: the model records attention weights.
+    """
+
+    def left(y: Tensor | None) -> Tensor | None:
+        if y is None:  # of a layer that was not asked for
+            return None
+        if y.shape[:-1] == x.shape[:-1]:
+            return leave(y)
+        if y.dim() == 2 and len(y) == x.shape[:-1].numel():  # a router's: samples and tokens in one dim
+            return leave(y.unflatten(0, x.shape[:-1])).flatten(0, -2)
+        return y  # of a module that has all tokens
+
+    for kind, outputs in recorded_outputs().items():
+        if "attentions" in kind:
+            raise ConfigError(
+                f"the model is asked for output_{kind}, the weights of all pairs of tokens, of which this rank has a part or none. "
+                f"Leave output_{kind} out, or {remedy}"
+            )
+        outputs[:] = map(left, outputs)
