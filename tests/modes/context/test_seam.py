@@ -11,6 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 from lightning_overlap.decision import ConfigError
 from lightning_overlap.model.patches import replace_method
+from lightning_overlap.model.trees import leaves, replaced
 from lightning_overlap.modes.context.arguments import per_token_forward, shard_argument
 from lightning_overlap.modes.context.local_tokens import LocalTokens
 from lightning_overlap.modes.context.mask import Mask
@@ -286,6 +287,12 @@ def test_what_mixes_tokens_is_known(mixer: nn.Module, message: str):
     assert find_mixers("blocks", blocks, ["blocks.0.mixer"]) == []
     block.mixer = nn.Conv1d(8, 8, 1)
     assert find_mixers("blocks", blocks) == []
+
+
+def test_a_mask_is_one_argument():
+    mask = Mask(TOKENS, documents=torch.zeros(1, TOKENS, dtype=torch.long))
+    assert list(leaves({"mask": [mask]})) == [mask]
+    assert replaced({"mask": mask}, lambda leaf: leaf)["mask"] is mask
 
 
 # -- arguments -----------------------------------------------------------------------------------------------------------------------
