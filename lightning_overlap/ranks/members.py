@@ -58,8 +58,9 @@ class Members:
         now = time.perf_counter()
         incomplete = [f"{t.label} ({now - t.posted:.1f} s ago)" for t in list(self.recent) if not t.complete]
         more = f" and {len(incomplete) - LISTED_TRANSFERS} more" if incomplete[LISTED_TRANSFERS:] else ""
+        posted = f" Incomplete transfers of this rank: {', '.join(incomplete[:LISTED_TRANSFERS])}{more}." if incomplete else ""
         return TransferError(
             f"transfer {label!r} of group {self.name!r} between rank {self.ranks[self.rank]} and {who} failed: {error}. "
-            "The peer has ended or cannot be reached. Look for its error, and resume from the last checkpoint. "
-            f"Incomplete transfers of this rank: {', '.join(incomplete[:LISTED_TRANSFERS])}{more}.{flight_record}"
+            "The peer has ended or cannot be reached. Look for its error, and resume from the last checkpoint."
+            f"{posted}{flight_record}"
         )
