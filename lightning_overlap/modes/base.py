@@ -123,6 +123,13 @@ class OverlapMode:
     def start_forward(self) -> None:
         """Called before each training step."""
 
+    def explain_failure(self) -> None:
+        """Called when a training step has failed.
+
+        Raises:
+            ConfigError: the mode knows the cause.
+        """
+
     def start_backward(self) -> None:
         """Called before each backward."""
 

@@ -289,6 +289,8 @@ class FirstStep:
         except (ConfigError, TransferError, torch.OutOfMemoryError):
             raise
         except Exception as error:
+            for mode in self._modes:
+                mode.explain_failure()
             raise ConfigError(
                 "verify_first_step: the unsharded model ran the first batch, but the sharded model failed: "
                 f"{type(error).__name__}: {error}. {_CAUSES}"

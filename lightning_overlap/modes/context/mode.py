@@ -127,6 +127,9 @@ class ContextMode(Sharder):
     def start_forward(self) -> None:
         self.setup.boundary.start_forward()
 
+    def explain_failure(self) -> None:
+        self.setup.boundary.explain_failure()
+
     def start_backward(self) -> None:
         self.setup.boundary.start_backward()
 

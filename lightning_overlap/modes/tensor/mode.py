@@ -219,6 +219,9 @@ class TensorMode(Holder):
         self._regions.has_trained = True
         self.setup.boundary.start_forward()
 
+    def explain_failure(self) -> None:
+        self.setup.boundary.explain_failure()
+
     def start_backward(self) -> None:
         self.setup.boundary.start_backward()
         self._replicated.start_backward()
