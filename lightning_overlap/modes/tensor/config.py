@@ -140,24 +140,24 @@ def decide(config: TensorParallel, degrees: Degrees, facts: Facts, *, overlap: b
     _refuse_what_cannot_run(config, facts)
     model = facts.of(TensorFacts)
     sequence = _sequence(config, model)
-    scattered = sequence.value
+    sharded = sequence.value
     overlapped = settle(
         "tensor_parallel.overlap",
         config.overlap,
         best=True,
         otherwise=False,
         because="parts of the tokens are multiplied as they arrive, and sent as they are ready"
-        if scattered
+        if sharded
         else "sums of inputs' gradients travel while weights' gradients are computed, outputs' while the rest of them is",
         blockers=[
             (
-                config.overlap is True and not scattered,
+                config.overlap is True and not sharded,
                 "it hides gathers and reduce-scatters, which only sequence_parallel has: set overlap to auto",
             )
         ],
         overlap=overlap,
     )
-    backend = _backend(config, degrees, facts, scattered=scattered, overlapped=overlapped.value, overlap=overlap)
+    backend = _backend(config, degrees, facts, sharded=sharded, overlapped=overlapped.value, overlap=overlap)
     fused = backend.value != "p2p"
     return TensorChoices(
         size=Choice(config.size, config.size, "the model is not known yet" if model is None else model.summary),
@@ -167,8 +167,8 @@ def decide(config: TensorParallel, degrees: Degrees, facts: Facts, *, overlap: b
         sequence_parallel=sequence,
         overlap=overlapped,
         vocab_parallel=_vocabulary(config, model),
-        methods=_methods(config, scattered=scattered, overlapped=overlapped.value),
-        keep_gathered_input=_kept_input(config) if scattered else None,
+        methods=_methods(config, sharded=sharded, overlapped=overlapped.value),
+        keep_gathered_input=_kept_input(config) if sharded else None,
         backend=backend,
     )
 
@@ -215,7 +215,7 @@ def _vocabulary(config: TensorParallel, model: TensorFacts | None) -> Choice[boo
     )
 
 
-def _methods(config: TensorParallel, *, scattered: bool, overlapped: bool) -> dict[str, Choice[str]]:
+def _methods(config: TensorParallel, *, sharded: bool, overlapped: bool) -> dict[str, Choice[str]]:
     """Products whose method is not the default.
 
     Raises:
@@ -225,7 +225,7 @@ def _methods(config: TensorParallel, *, scattered: bool, overlapped: bool) -> di
         refuse(
             f"tensor_parallel.methods: {config.methods}",
             [
-                (not scattered, "gathers and reduce-scatters are of sequence_parallel, which is off"),
+                (not sharded, "gathers and reduce-scatters are of sequence_parallel, which is off"),
                 (config.overlap is False, "overlap: false makes all of them plain: leave it out"),
                 (config.backend != "p2p", f"backend: {config.backend} has methods of its own: set backend: p2p"),
                 (
@@ -251,9 +251,7 @@ def _kept_input(config: TensorParallel) -> Choice[bool]:
     return Choice(kept, kept, "backward reads the input that forward has gathered" if kept else "backward gathers the input again")
 
 
-def _backend(
-    config: TensorParallel, degrees: Degrees, facts: Facts, *, scattered: bool, overlapped: bool, overlap: bool
-) -> Choice[str]:
+def _backend(config: TensorParallel, degrees: Degrees, facts: Facts, *, sharded: bool, overlapped: bool, overlap: bool) -> Choice[str]:
     """Raises:
     ConfigError: with every reason against the one that was asked for.
     """
@@ -265,7 +263,7 @@ def _backend(
         f"tensor_parallel.backend: {config.backend}",
         [
             (facts.device != "cuda", f"its operators are CUDA's, and this is {facts.device}"),
-            (not scattered, "it needs sequence_parallel"),
+            (not sharded, "it needs sequence_parallel"),
             (not overlapped, "it has no plain twin: overlap is off"),
             (config.keep_gathered_input, "it gathers inputs again in backward: set keep_gathered_input: false"),
             *(_against_userbuffers(config, degrees, facts) if config.backend == "userbuffers" else []),

@@ -13,7 +13,7 @@ from lightning_overlap.modes.tensor.check import BlockCheck, Cutting, structure,
 from lightning_overlap.modes.tensor.partition import Partition
 from lightning_overlap.modes.tensor.regions import Regions, RegionState
 from lightning_overlap.modes.tensor.replicated import ReplicatedGradients
-from lightning_overlap.modes.tensor.sequence import leave, own_tokens
+from lightning_overlap.modes.tensor.sequence import gather_tokens, local_tokens
 from lightning_overlap.state.shards import is_absent
 
 
@@ -83,7 +83,7 @@ class FirstBlocks:
     def _cutting(self, check: BlockCheck, x: Tensor) -> Cutting:
         """How the ranks have what the block reads and gives, for hidden states ``x``."""
         exchange, group = self._regions.exchange, self._regions.exchange.group
-        parted = exchange.scattered and not check.enters
+        parted = exchange.sharded and not check.enters
         tokens = self._regions.tokens_of(x, check.name) if parted else x.shape[-2]
 
         def piece(parameter: nn.Parameter, grad: Tensor) -> Tensor:
@@ -96,9 +96,9 @@ class FirstBlocks:
 
         return Cutting(
             group,
-            lambda x: leave(x, tokens, exchange) if parted else x,
-            lambda y: leave(y, tokens, exchange) if exchange.scattered and not check.leaves else y,
-            lambda grad: own_tokens(grad, exchange) if parted else grad,
+            lambda x: gather_tokens(x, tokens, exchange) if parted else x,
+            lambda y: gather_tokens(y, tokens, exchange) if exchange.sharded and not check.leaves else y,
+            lambda grad: local_tokens(grad, exchange) if parted else grad,
             piece,
             complete,
         )

@@ -32,14 +32,14 @@ from lightning_overlap.modes.tensor.gemm import (
     Exchange,
     Gathered,
     Reduced,
-    add_arriving_product,
-    add_weight_gradient,
+    add_remote_product,
+    add_remote_weight_gradient,
     gathered_product,
-    own_product,
-    own_weight_gradient,
+    local_product,
+    local_weight_gradient,
     part,
 )
-from lightning_overlap.modes.tensor.stand_in import ASKED, StandIn, View
+from lightning_overlap.modes.tensor.stand_in import METADATA, StandIn, View
 from lightning_overlap.torch_seams import WithoutSubclasses, is_node_of
 
 
@@ -47,7 +47,7 @@ class RegionInput(Function):
     """A node where a region begins: what is computed from it sums its gradients over the ranks."""
 
 
-class RowResult(Function):
+class RowOutput(Function):
     """A node that gives a row layer's output, whose gradient is the same on all ranks, or of this rank's tokens."""
 
 
@@ -57,7 +57,7 @@ class Reading:
 
     It holds no tensor that has a graph. The nodes hold it, and a tensor of theirs in it would close a circle through C++, which
     Python's garbage collector does not see: every step's graph would stay in memory. Who reads holds such tensors: see
-    :class:`Prepared` and :class:`Arriving`.
+    :class:`Prepared` and :class:`PendingInput`.
     """
 
     exchange: Exchange
@@ -137,7 +137,7 @@ class _Rest(Function):
         for grad in reading.left.pop(ctx.number, []):
             assert reading.again is not None, "the column layer has had it gathered"
             assert total is not None, "this rank's part comes first"
-            add_weight_gradient(total, grad, reading.again, reading.exchange)
+            add_remote_weight_gradient(total, grad, reading.again, reading.exchange)
         if not reading.left:
             reading.again = None
         return total, None, None
@@ -164,7 +164,7 @@ class _Own(Function):
         for grad in reading.left.get(ctx.number, []):
             if ctx.needs_input_grad[0]:
                 assert reading.again is not None, "the column layer has had it gathered"
-                found = own_weight_gradient(grad, reading.again, reading.exchange)
+                found = local_weight_gradient(grad, reading.again, reading.exchange)
                 of_weight = found if of_weight is None else of_weight.add_(found)
             if ctx.needs_input_grad[1]:
                 summed = grad.flatten(0, -2).sum(0)
@@ -214,7 +214,7 @@ class _Column(Function):
         ctx.set_materialize_grads(False)
         ctx.reading, ctx.number = reading, number
         ctx.kept = gathered if reading.exchange.keep_gathered else None
-        ctx.save_for_backward(gathered.own, weight)
+        ctx.save_for_backward(gathered.local, weight)
         return gathered_product(gathered, weight, bias, reading.exchange)
 
     @staticmethod
@@ -242,14 +242,14 @@ class _Whole(Function):
 
     @staticmethod
     def forward(ctx: Any, handle: Tensor, gathered: Gathered) -> Tensor:
-        return gathered.whole()
+        return gathered.wait()
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
         return grad, None
 
 
-class _Alike(Function):
+class _ScaleGradient(Function):
     """Divides a gradient by the number of ranks. Forward: ``x``, any shape and floating dtype -> ``x``."""
 
     @staticmethod
@@ -262,7 +262,7 @@ class _Alike(Function):
         return grad / ctx.ranks, None
 
 
-def alike(x: Any, ranks: int) -> Any:
+def scale_gradient(x: Any, ranks: int) -> Any:
     """Divides the gradient of a region's further output by the number of ranks: inputs of a region sum their gradients over them.
 
     All ranks compute such an output alike (a router's loss). What is computed from a row layer's output is exempt: its gradient does
@@ -280,11 +280,11 @@ def alike(x: Any, ranks: int) -> Any:
         node = waiting.pop()
         if node is None or node in visited or is_node_of(node, RegionInput):
             continue
-        if is_node_of(node, RowResult):
+        if is_node_of(node, RowOutput):
             return x
         visited.add(node)
         waiting += [before for before, _ in node.next_functions]
-    return _Alike.apply(x, ranks)
+    return _ScaleGradient.apply(x, ranks)
 
 
 @dataclass
@@ -321,16 +321,16 @@ class _RowInput(Function):
         gathered, of_x, of_weight = state.gathered, state.of_x, state.of_weight
         state.gathered = state.of_x = state.of_weight = None
         if gathered is not None and of_x is not None:
-            add_arriving_product(of_x, gathered, weight.t(), None, state.exchange)
+            add_remote_product(of_x, gathered, weight.t(), None, state.exchange)
         if gathered is not None and of_weight is not None:
-            bounds = state.exchange.parts(x.shape[-2])
+            bounds = state.exchange.bounds(x.shape[-2])
             for number in range(len(bounds) - 1):
-                if number != state.exchange.own:
+                if number != state.exchange.part_index:
                     of_weight.addmm_(gathered.rows(number).t(), part(x, bounds, number))
         return of_x, of_weight, None
 
 
-class _RowOutput(RowResult):
+class _RowProduct(RowOutput):
     """A row layer's product, summed over the ranks.
 
     Forward: ``x`` ``(..., tokens, own features)``, ``weight`` ``(out, own features)`` -> ``(..., own tokens, out)``; all tokens where
@@ -355,13 +355,13 @@ class _RowOutput(RowResult):
             # What the region's column layers will need, behind what is needed now: the link would be idle until then.
             state.reading.gather_again(own)
         if ctx.needs_input_grad[0]:
-            state.of_x = own_product(gathered, weight.t(), None, state.exchange)
+            state.of_x = local_product(gathered, weight.t(), None, state.exchange)
         if ctx.needs_input_grad[1]:
-            state.of_weight = gathered.own.t() @ part(x, state.exchange.parts(tokens), state.exchange.own)
+            state.of_weight = gathered.local.t() @ part(x, state.exchange.bounds(tokens), state.exchange.part_index)
         return None, None, None, None
 
 
-class Arriving(StandIn):
+class PendingInput(StandIn):
     """Activations of all tokens whose numbers are on their way. A column linear of its reading takes them as they come; for
     everything else it is the whole tensor, which is waited for."""
 
@@ -370,16 +370,16 @@ class Arriving(StandIn):
     ports: dict[int, tuple[Tensor, Tensor | None]]
     """By id of a weight, what stands for it and its bias in the graph."""
 
-    what = "the input of an attention or mlp, whose tokens are cut over the ranks of tensor_parallel,"
+    description = "the input of an attention or mlp, whose tokens are sharded over the ranks of tensor_parallel,"
 
     @classmethod
     def compute(cls, func: Any, args: Any, kwargs: Any) -> Any:
-        if func in ASKED:
+        if func in METADATA:
             with WithoutSubclasses():
                 return func(*args, **kwargs)
         if func is F.linear:
             found = _arguments(*args, **kwargs)
-            if isinstance(found[0], Arriving) and id(found[1]) in found[0].ports:
+            if isinstance(found[0], PendingInput) and id(found[1]) in found[0].ports:
                 return found[0].times(id(found[1]))
         return super().compute(func, args, kwargs)
 
@@ -389,7 +389,7 @@ class Arriving(StandIn):
         with WithoutSubclasses():
             return _Column.apply(self, stand_in, bias, self.gathered, self.reading, weight)
 
-    def whole(self, reader: Any = None) -> Tensor:
+    def complete(self, reader: Any = None) -> Tensor:
         with WithoutSubclasses():
             return _Whole.apply(self, self.gathered)
 
@@ -425,7 +425,7 @@ def prepare(layers: Sequence[nn.Module], exchange: Exchange, name: str) -> Prepa
     return prepared
 
 
-def read(x: Tensor, layers: Sequence[nn.Module], prepared: Prepared, tokens: int) -> Arriving:
+def read(x: Tensor, layers: Sequence[nn.Module], prepared: Prepared, tokens: int) -> PendingInput:
     """Starts a region's reading.
 
     Args:
@@ -446,7 +446,7 @@ def read(x: Tensor, layers: Sequence[nn.Module], prepared: Prepared, tokens: int
         ports[number] = _Own.apply(*of_layer, reading, number)
     # Detached, since a view would hold what it is a view of, which has the graph: in backward the reading holds what is gathered.
     gathered = Gathered(x.detach(), tokens, reading.exchange, f"tensor.input[{reading.name}]", "column_fprop")
-    handle = _Gather.apply(x, reading).as_subclass(Arriving)
+    handle = _Gather.apply(x, reading).as_subclass(PendingInput)
     handle.reading, handle.gathered, handle.ports = reading, gathered, ports
     return handle
 
@@ -455,7 +455,7 @@ def column_forward(layer: nn.Module) -> Callable[[Tensor], Tensor]:
     """The forward of a layer whose own does not call ``F.linear`` on its weight."""
 
     def forward(x: Tensor) -> Tensor:
-        if isinstance(x, Arriving) and id(layer.weight) in x.ports:
+        if isinstance(x, PendingInput) and id(layer.weight) in x.ports:
             return x.times(id(layer.weight))
         return F.linear(x, matrix(layer), layer.bias)  # type: ignore[arg-type]
 
@@ -489,5 +489,5 @@ def row_product(
     state = _RowState(exchange, name, reading)
     x, weight = _RowInput.apply(cast(x), cast(matrix(layer)), state)
     between()
-    y: Tensor = _RowOutput.apply(x, weight, state, own)
+    y: Tensor = _RowProduct.apply(x, weight, state, own)
     return y if layer.bias is None else y + cast(layer.bias)  # type: ignore[arg-type]

@@ -48,10 +48,10 @@ class TensorMode(Holder):
     def __init__(self, config: TensorParallel, choices: TensorChoices, setup: Setup) -> None:
         super().__init__(config, choices, setup)
         self.group: Group = self.mesh.group("tensor", self.timeout, "tensor")
-        self._scattered = choices.sequence_parallel.value
+        self._sharded = choices.sequence_parallel.value
         self._exchange = Exchange(
             self.group,
-            scattered=self._scattered,
+            sharded=self._sharded,
             overlapped=choices.overlap.value,
             splits=None if config.splits == "auto" else config.splits,
             keep_gathered=config.keep_gathered_input,
@@ -69,7 +69,7 @@ class TensorMode(Holder):
 
     def refuse(self, model: nn.Module) -> None:
         shared = find(model, self.setup.roles, self.group.size).shared_by_regions
-        if shared and not self._scattered:
+        if shared and not self._sharded:
             raise ConfigError(
                 f"{', '.join(shared[:3])} belongs to an attention or mlp, where a rank has a part of its gradient, and to something "
                 "else: with tensor_parallel.sequence_parallel off a parameter must be in one of the two only"
@@ -123,11 +123,11 @@ class TensorMode(Holder):
             self._replace(region.module, "forward", region.module.forward)
         # However it is left: an activation checkpoint ends in the middle of what it runs again.
         direct = {cut.name for cut in cuts}
-        for module in (*blocks, *[region.module for region in found.regions if not self._scattered and region.name not in direct]):
+        for module in (*blocks, *[region.module for region in found.regions if not self._sharded and region.name not in direct]):
             self._hook(module.register_forward_hook, lambda *_: self._numbers.stop(), always_call=True)
         for check in self._first_blocks.waiting:  # before the boundary's hooks: the check is given what the block is called with
             self._hook(check.block.register_forward_pre_hook, partial(self._first_blocks.check, check), with_kwargs=True)
-        if self._scattered:
+        if self._sharded:
             for cut in found.cuts:
                 if cut.role == "vocab_head":  # this rank's tokens against all labels would fail in other words
                     self._hook(cut.module.register_forward_pre_hook, lambda *_: self.setup.boundary.refuse_inside())
@@ -178,9 +178,9 @@ class TensorMode(Holder):
 
     def _summands(self, found: TensorPlan, blocks: Sequence[nn.Module]) -> dict[int, nn.Parameter]:
         """Replicated parameters of whose gradients each rank has a summand, by id."""
-        inside = list(blocks) if self._scattered else [region.module for region in found.regions]
+        inside = list(blocks) if self._sharded else [region.module for region in found.regions]
         # Where all ranks have all tokens, these are used after the sum, on the same numbers on each.
-        after = {id(parameter) for cut in found.cuts if not self._scattered for parameter in cut.after_sum}
+        after = {id(parameter) for cut in found.cuts if not self._sharded for parameter in cut.after_sum}
         return {
             id(parameter): parameter
             for module in inside

@@ -20,9 +20,9 @@ from lightning_overlap.model.hidden_states import find_hidden, replace_hidden
 from lightning_overlap.model.trees import leaves
 from lightning_overlap.modes.tensor import symm_mem
 from lightning_overlap.modes.tensor.gemm import Exchange
-from lightning_overlap.modes.tensor.linear import Prepared, Reading, alike, matrix, prepare, read, row_product
+from lightning_overlap.modes.tensor.linear import Prepared, Reading, matrix, prepare, read, row_product, scale_gradient
 from lightning_overlap.modes.tensor.random_state import CommonNumbers
-from lightning_overlap.modes.tensor.sequence import enter, leave
+from lightning_overlap.modes.tensor.sequence import gather_tokens, scatter_tokens
 from lightning_overlap.modes.tensor.userbuffers import Engine
 
 
@@ -94,12 +94,12 @@ class Regions:
             ConfigError: they are no part of what has entered the blocks.
         """
         group = self.exchange.group
-        if not self.exchange.scattered:
+        if not self.exchange.sharded:
             return x.shape[-2]
         if self.boundary.is_spread:  # the blocks of a stage get what another stage has sent
             return x.shape[-2] * group.size
         tokens = self.state.tokens
-        low, high = self.exchange.parts(tokens)[group.rank : group.rank + 2]
+        low, high = self.exchange.bounds(tokens)[group.rank : group.rank + 2]
         if x.shape[-2] != high - low:
             raise ConfigError(
                 f"{name} is called with {x.shape[-2]} tokens, where rank {group.rank} has {high - low} of the {tokens} that have "
@@ -127,10 +127,10 @@ class Regions:
         if self._engine is not None and self._engine.fits((*x.shape[:-2], tokens), x.shape[-1], x, columns):
             return self._engine.read(x, columns, tokens, name)
         handle = read(x, columns, self._reading(name), tokens)
-        gathers_again = self.exchange.scattered and not self.exchange.keep_gathered and torch.is_grad_enabled()
+        gathers_again = self.exchange.sharded and not self.exchange.keep_gathered and torch.is_grad_enabled()
         if gathers_again and any(layer.weight.requires_grad for layer in columns):
-            self.state.latest[name] = (handle.reading, handle.gathered.own)
-        if not self.exchange.scattered and module.training:
+            self.state.latest[name] = (handle.reading, handle.gathered.local)
+        if not self.exchange.sharded and module.training:
             self._numbers.start()
         return handle
 
@@ -147,7 +147,7 @@ class Regions:
         state = self.state
         state.row = row
         region = self._next.get(row)
-        if region is not None and self.exchange.scattered and self.exchange.overlapped and torch.is_grad_enabled():
+        if region is not None and self.exchange.sharded and self.exchange.overlapped and torch.is_grad_enabled():
             state.prepared = region, prepare(self.columns[region], self.exchange, region)
 
     def after_region(self, module: nn.Module, args: Any, output: Any) -> Any:
@@ -157,8 +157,8 @@ class Regions:
         size = self.exchange.group.size
         for part in module.modules():
             tensors = {name: value for name, value in vars(part).items() if isinstance(value, Tensor)}
-            vars(part).update({name: alike(value, size) for name, value in tensors.items()})
-        return (output[0], *(alike(x, size) for x in output[1:])) if isinstance(output, tuple) else output
+            vars(part).update({name: scale_gradient(value, size) for name, value in tensors.items()})
+        return (output[0], *(scale_gradient(x, size) for x in output[1:])) if isinstance(output, tuple) else output
 
     # -- row layers --------------------------------------------------------------------------------------------------
 
@@ -176,7 +176,7 @@ class Regions:
                 return self._engine.row_product(x, layer, name, region)
             between = partial(self.prepare_next, name)
             y = row_product(x, layer, self.exchange, name, reading=reading, own=own, between=between)
-            if not self.exchange.scattered:
+            if not self.exchange.sharded:
                 self._numbers.stop()  # from here on all ranks have the same activations again
             return y
 
@@ -205,11 +205,11 @@ class SequenceCut(TokenCut):
                 f"a sequence of {tokens} tokens is not divisible by tensor_parallel.size={self._exchange.group.size}, which it must "
                 "be with sequence_parallel in a pipeline: pad it, or set tensor_parallel.sequence_parallel: false"
             )
-        return enter(x, self._exchange, partial(self._regions.prepare_next, ""))
+        return scatter_tokens(x, self._exchange, partial(self._regions.prepare_next, ""))
 
     def leave(self, x: Tensor) -> Tensor:
         tokens = x.shape[-2] * self._exchange.group.size if self._boundary.is_spread else self._regions.state.tokens
-        return leave(x, tokens, self._exchange)
+        return gather_tokens(x, tokens, self._exchange)
 
     def start_block(self, block: nn.Module, x: Tensor, inputs: Any) -> None:
         if block.training:

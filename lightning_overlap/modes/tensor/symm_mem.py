@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from lightning_overlap.modes.tensor.gemm import Exchange, Gathered, Reduced
-from lightning_overlap.modes.tensor.linear import Arriving, Reading, RegionInput, RowResult, cast, matrix
+from lightning_overlap.modes.tensor.linear import PendingInput, Reading, RegionInput, RowOutput, cast, matrix
 from lightning_overlap.ranks.group import Group
 from lightning_overlap.torch_seams import WithoutSubclasses, register_symmetric_memory
 
@@ -87,7 +87,7 @@ class _Read(RegionInput):
                 of_x = Reduced(known, ctx.exchange, f"tensor.input_grad[{ctx.name}]", "column_dgrad", of_whole).wait()
             elif known:
                 of_x = ctx.fused.reduce(torch.cat([grad for grad, _ in known], -1), torch.cat([weight for _, weight in known]))
-        read = None if again is None else again.whole().flatten(0, -2)
+        read = None if again is None else again.wait().flatten(0, -2)
         of_weights = [
             grad.flatten(0, -2).t() @ read if read is not None and grad is not None and needed else None
             for grad, needed in zip(grads, ctx.needs_input_grad[4:], strict=True)
@@ -95,7 +95,7 @@ class _Read(RegionInput):
         return of_x, None, None, None, *of_weights
 
 
-class Ready(Arriving):
+class Ready(PendingInput):
     """The input of a region, whose column layers' products are there already."""
 
     products: dict[int, Tensor]
@@ -103,7 +103,7 @@ class Ready(Arriving):
     def times(self, weight: int) -> Tensor:
         return self.products[weight]
 
-    def whole(self, reader: Any = None) -> Tensor:
+    def complete(self, reader: Any = None) -> Tensor:
         with WithoutSubclasses():
             return self.as_subclass(Tensor)
 
@@ -121,7 +121,7 @@ def read(x: Tensor, layers: Sequence[nn.Module], fused: Operators, exchange: Exc
     return handle
 
 
-class _Row(RowResult):
+class _Row(RowOutput):
     """A row layer's product, summed over the ranks, in one operator.
 
     Forward: ``x`` ``(..., tokens, own features)``, ``weight`` ``(out, own features)`` -> ``(..., own tokens, out)``.

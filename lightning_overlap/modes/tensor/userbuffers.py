@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from lightning_overlap.modes.tensor.gemm import Exchange, Gathered, Reduced
-from lightning_overlap.modes.tensor.linear import Arriving, Reading, RegionInput, cast, matrix
+from lightning_overlap.modes.tensor.linear import PendingInput, Reading, RegionInput, cast, matrix
 
 NAMES = (("qkv", "proj"), ("fc1", "fc2"))
 """What Transformer Engine calls the buffers of column and row layers. Layers that run one after the other can have the same."""
@@ -64,7 +64,7 @@ class _Sum(RegionInput):
         return Reduced([], ctx.reading.exchange, f"tensor.input_grad[{ctx.reading.name}]", "column_dgrad", grad).wait(), None
 
 
-class Multiplied(Arriving):
+class Multiplied(PendingInput):
     """The input of a region, whose column layers' products are there. For what else reads it, it is gathered, by our own exchange."""
 
     own: Tensor

@@ -52,7 +52,7 @@ def against_whole(settings: dict[str, Any], tokens: int, leading: tuple[int, ...
     cut.out.forward = partial(row_product, layer=cut.out, exchange=exchange, name="region")  # type: ignore[method-assign]
     x = torch.randn(*leading, tokens, 8, dtype=kind, generator=torch.Generator().manual_seed(1))
     weights = torch.randn(*leading, tokens, 8, dtype=kind, generator=torch.Generator().manual_seed(2))
-    a, b = exchange.parts(tokens)[exchange.own : exchange.own + 2]
+    a, b = exchange.bounds(tokens)[exchange.part_index : exchange.part_index + 2]
     mine = slice(*shares(12, group.size)[group.rank : group.rank + 2])
 
     expected_in = x.clone().requires_grad_()
@@ -71,7 +71,7 @@ def against_whole(settings: dict[str, Any], tokens: int, leading: tuple[int, ...
     pairs += [(cut.out.weight.grad, whole.out.weight.grad[:, mine])]  # type: ignore[index]
     if bias:
         of_bias = cut.out.bias.grad
-        if exchange.scattered:
+        if exchange.sharded:
             of_bias = group.all_reduce(of_bias.clone(), label="tensor.test").wait()
         pairs += [(of_bias, whole.out.bias.grad)]
     assert all(p.shape == q.shape for p, q in pairs)
@@ -82,11 +82,11 @@ def _params(*layers: nn.Module) -> list[Any]:
     return list(itertools.chain.from_iterable(layer.parameters() for layer in layers))
 
 
-def in_every_way(scattered: bool) -> list[Any]:
+def in_every_way(sharded: bool) -> list[Any]:
     """What differs, in which ways."""
     ways = [{}, {"overlapped": False}, {"splits": 3}, {"splits": 2, "keep_gathered": True}]
     shapes: list[tuple[int, tuple[int, ...]]] = [(8, (1,)), (7, (2,)), (9, ()), (1, (3,)), (5, (2, 2))]
-    settings = [{"scattered": scattered, **way} for way in ways]
+    settings = [{"sharded": sharded, **way} for way in ways]
     several = itertools.product(settings, shapes, [True, False], [True, False])
     found = [(case, against_whole(case[0], *case[1], case[2], "float64", case[3])) for case in several]
     return [(case, difference) for case, difference in found if difference > 1e-11]
@@ -101,7 +101,7 @@ def by_every_method() -> list[Any]:
     ways: list[dict[str, str]] = [*({product: method} for product, method in OTHERS), dict(OTHERS)]
     several = itertools.product(ways, [(7, (2,)), (9, ())])
     found = [
-        (way, against_whole({"scattered": True, "splits": 3, "methods": way}, *shape, True, "float64", True)) for way, shape in several
+        (way, against_whole({"sharded": True, "splits": 3, "methods": way}, *shape, True, "float64", True)) for way, shape in several
     ]
     return [(way, difference) for way, difference in found if difference > 1e-11]
 
@@ -111,16 +111,16 @@ def test_numbers_do_not_depend_on_the_method(world: Any, size: int) -> None:
     assert world(size).run(by_every_method) == [[]] * size
 
 
-@pytest.mark.parametrize("scattered", [True, False])
+@pytest.mark.parametrize("sharded", [True, False])
 @pytest.mark.parametrize("size", [2, 4])
-def test_a_cut_region_is_the_whole_one(world: Any, size: int, scattered: bool) -> None:
-    assert world(size).run(in_every_way, scattered) == [[]] * size
+def test_a_cut_region_is_the_whole_one(world: Any, size: int, sharded: bool) -> None:
+    assert world(size).run(in_every_way, sharded) == [[]] * size
 
 
 def only_beside() -> float:
     """Where no column layer is called, but something else reads the input: the largest difference of its gradient."""
     group = tensor_group(dist.get_world_size())
-    exchange = Exchange(group, scattered=True)
+    exchange = Exchange(group, sharded=True)
     region = Region(True, torch.float64)
     own = torch.randn(4, 8, dtype=torch.float64, requires_grad=True)
     handle = read(own * 1, [region.q, region.k], prepare([region.q, region.k], exchange, "region"), 4 * group.size)
@@ -136,7 +136,7 @@ def test_a_region_whose_columns_are_left_out(world: Any) -> None:
 @pytest.mark.parametrize(("dtype", "close"), [("float32", 1e-5), ("bfloat16", 0.3)])
 def test_in_lower_precision(world: Any, dtype: str, close: float) -> None:
     for overlapped in (True, False):
-        settings = {"scattered": True, "overlapped": overlapped}
+        settings = {"sharded": True, "overlapped": overlapped}
         assert max(world(2).run(against_whole, settings, 6, (2,), True, dtype, False)) < close
 
 
@@ -152,9 +152,9 @@ def transfers(settings: dict[str, Any], beside: bool) -> list[str]:
 
 def test_what_is_transferred_and_in_which_order(world: Any) -> None:
     forward, backward = ["input", "output"], ["output_grad", "input", "input_grad"]
-    assert world(2).run(transfers, {"scattered": True}, False)[0] == forward + backward  # one gather for both columns
-    assert world(2).run(transfers, {"scattered": True, "keep_gathered": True}, False)[0] == [*forward, "output_grad", "input_grad"]
-    assert world(2).run(transfers, {"scattered": False}, False)[0] == ["output", "input_grad"]
+    assert world(2).run(transfers, {"sharded": True}, False)[0] == forward + backward  # one gather for both columns
+    assert world(2).run(transfers, {"sharded": True, "keep_gathered": True}, False)[0] == [*forward, "output_grad", "input_grad"]
+    assert world(2).run(transfers, {"sharded": False}, False)[0] == ["output", "input_grad"]
 
 
 class Products(TorchDispatchMode):
@@ -173,7 +173,7 @@ class Products(TorchDispatchMode):
 def order(overlapped: bool, prepared: bool, methods: dict[str, str] | None = None) -> list[str]:
     """Of one forward and backward of two regions, one after the other, on two ranks."""
     group = tensor_group(2)
-    exchange = Exchange(group, scattered=True, overlapped=overlapped, splits=1, methods=methods or {})
+    exchange = Exchange(group, sharded=True, overlapped=overlapped, splits=1, methods=methods or {})
     first, second = Region(False, torch.float32), Region(False, torch.float32)
     seen: list[str] = []
     readings: list[Any] = [None, None]
@@ -200,7 +200,7 @@ def order(overlapped: bool, prepared: bool, methods: dict[str, str] | None = Non
             make(number)
         handle = read(x, [region.q, region.k], readings[number], 8)
         between = partial(make, 1) if prepared and number == 0 else lambda: None
-        more = {"reading": handle.reading, "own": handle.gathered.own, "between": between}
+        more = {"reading": handle.reading, "own": handle.gathered.local, "between": between}
         region.out.forward = partial(row_product, layer=region.out, exchange=exchange, name=f"{number}", **more)  # type: ignore[method-assign]
         return region(handle, False)
 
@@ -276,7 +276,7 @@ def test_an_inputs_gradient_in_bulk(world: Any) -> None:
 
 def pieces(methods: dict[str, str]) -> list[str]:
     """Labels of the transfers of which there is one piece, although three were asked for."""
-    sent = transfers({"scattered": True, "splits": 3, "methods": methods}, False)
+    sent = transfers({"sharded": True, "splits": 3, "methods": methods}, False)
     return sorted(label for label in set(sent) if sent.count(label) % 3)
 
 
@@ -327,11 +327,11 @@ def what_is_left(settings: dict[str, Any]) -> list[str]:
             region = Region(True, torch.float32)
             region.cut(group.rank, group.size)
             columns = [region.q, region.k]
-            own = torch.randn(*((4, 8) if exchange.scattered else (4 * group.size, 8)), requires_grad=True)
+            own = torch.randn(*((4, 8) if exchange.sharded else (4 * group.size, 8)), requires_grad=True)
             prepared = prepare(columns, exchange, "region")
             handle = read(own * 1, columns, prepared, 4 * group.size)
             region.out.forward = partial(  # type: ignore[method-assign]
-                row_product, layer=region.out, exchange=exchange, name="region", reading=handle.reading, own=handle.gathered.own
+                row_product, layer=region.out, exchange=exchange, name="region", reading=handle.reading, own=handle.gathered.local
             )
             if end is _fails:
                 region.q.register_forward_hook(lambda _, __, y: _Fails.apply(y))
@@ -344,8 +344,8 @@ def what_is_left(settings: dict[str, Any]) -> list[str]:
     return kept
 
 
-@pytest.mark.parametrize("scattered", [True, False])
-def test_nothing_is_left_of_a_reading(world: Any, scattered: bool) -> None:
+@pytest.mark.parametrize("sharded", [True, False])
+def test_nothing_is_left_of_a_reading(world: Any, sharded: bool) -> None:
     ways: list[dict[str, Any]] = [{}, {"overlapped": False}, {"keep_gathered": True}, {"methods": dict(OTHERS)}]
     for way in ways:
-        assert world(2).run(what_is_left, {"scattered": scattered, **way}) == [[], []], way
+        assert world(2).run(what_is_left, {"sharded": sharded, **way}) == [[], []], way

@@ -31,7 +31,7 @@ def slow_operators(group: Group) -> symm_mem.Operators:
 def differences(dtype: str) -> list[Any]:
     """Cases in which output, the input's gradient or a parameter's differ from those of the uncut region."""
     group = tensor_group(dist.get_world_size())
-    exchange, fused, kind = Exchange(group, scattered=True), slow_operators(group), getattr(torch, dtype)
+    exchange, fused, kind = Exchange(group, sharded=True), slow_operators(group), getattr(torch, dtype)
     mine = slice(*shares(12, group.size)[group.rank : group.rank + 2])
     wrong = []
     for tokens, leading, bias, beside in itertools.product([4, 8], [(), (3,), (2, 2)], [True, False], [True, False]):
@@ -40,7 +40,7 @@ def differences(dtype: str) -> list[Any]:
         cut.out.forward = partial(symm_mem.row_product, layer=cut.out, fused=fused)  # type: ignore[method-assign]
         x = torch.randn(*leading, tokens, 8, dtype=kind, generator=torch.Generator().manual_seed(1))
         weights = torch.randn(*leading, tokens, 8, dtype=kind, generator=torch.Generator().manual_seed(2))
-        a, b = exchange.parts(tokens)[group.rank : group.rank + 2]
+        a, b = exchange.bounds(tokens)[group.rank : group.rank + 2]
         everything, own = x.clone().requires_grad_(), x[..., a:b, :].clone().requires_grad_()
         expected = whole(everything, beside)
         (expected * weights).sum().backward()
