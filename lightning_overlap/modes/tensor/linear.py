@@ -28,6 +28,7 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from lightning_overlap.model.stand_in import METADATA, StandIn, View
 from lightning_overlap.modes.tensor.gemm import (
     Exchange,
     Gathered,
@@ -39,7 +40,6 @@ from lightning_overlap.modes.tensor.gemm import (
     local_weight_gradient,
     part,
 )
-from lightning_overlap.modes.tensor.stand_in import METADATA, StandIn, View
 from lightning_overlap.torch_seams import WithoutSubclasses, is_node_of
 
 

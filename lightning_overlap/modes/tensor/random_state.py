@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lightning_overlap.modes.tensor.stand_in import StandIn
+from lightning_overlap.model.stand_in import StandIn
 from lightning_overlap.steps.forward import Forwards
 
 _BITS = 47

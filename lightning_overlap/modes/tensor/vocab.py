@@ -18,9 +18,9 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
+from lightning_overlap.model.stand_in import METADATA, StandIn
 from lightning_overlap.modes.tensor.linear import cast
 from lightning_overlap.modes.tensor.loss import cross_entropy
-from lightning_overlap.modes.tensor.stand_in import METADATA, StandIn
 from lightning_overlap.ranks.group import Group
 from lightning_overlap.torch_seams import WithoutSubclasses, tree_leaves
 
