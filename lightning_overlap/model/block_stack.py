@@ -201,6 +201,11 @@ def structure(block: int, output: Any) -> Any:
     return replaced(output, describe)
 
 
+def count_slots(output: Any) -> int:
+    """The number of tensors in what a block returns, from its :func:`structure`."""
+    return sum(isinstance(leaf, Slot) for leaf in leaves(output))
+
+
 def tensors_of(value: Any) -> list[Tensor]:
     """The tensors in what a block takes or returns."""
     return [leaf for leaf in leaves(value) if isinstance(leaf, Tensor)]

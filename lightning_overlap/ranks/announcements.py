@@ -21,6 +21,8 @@ from lightning_overlap.torch_seams import default_store
 
 LONGEST_NAP = 0.5
 """Seconds between two looks at which ranks have written a key."""
+CAUSE_FOLLOWS = 2.0
+"""Seconds in which a rank announces its error after another rank has heard of it by other ways: it still unwinds its stack."""
 STORE_LINGERS = 5.0
 """Seconds that the process with the store lives on after its error, for ranks that have not read it yet."""
 
@@ -98,6 +100,17 @@ class Announcements:
         except dist.DistError:  # the process with the store has ended: its connections tell
             return None
         return None if words is None else _from_words(words)
+
+    def cause_of(self, error: BaseException) -> BaseException:
+        """The error of another rank that this rank's error follows from, once that rank has announced it; else ``error``."""
+        until = time.monotonic() + CAUSE_FOLLOWS
+        while follows_from_another(error):
+            if (announced := self.announced()) is not None:
+                return error if str(announced) == str(error) else announced
+            if time.monotonic() > until:
+                break
+            time.sleep(0.05)
+        return error
 
     def look(self) -> None:
         """Raises the error that has ended this attempt, if there is one. Whoever waits calls it now and then.

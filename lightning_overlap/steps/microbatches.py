@@ -63,6 +63,30 @@ def samples(batch: Any, dims: Dims | None = None) -> int:
     return size
 
 
+def refuse_other_dim(batch: Any, size: int, batch_size: int | None, dims: Dims) -> None:
+    """Refuses a batch whose samples seem to be along another dim than the first one.
+
+    Args:
+        batch: a full batch.
+        size: the number of samples, from the tensors' first dims.
+        batch_size: the data loader's; None if it does not tell.
+        dims: the dims of samples that the user names.
+
+    Raises:
+        ConfigError: ``size`` is not that of the data loader, and another dim of a tensor is.
+    """
+    if batch_size is None or size % batch_size == 0 or any(dim is not None for dim in dims.values()):
+        return
+    for path, leaf in _walk(batch):
+        if isinstance(leaf, Tensor) and batch_size in leaf.shape[1:]:
+            dim = 1 + list(leaf.shape[1:]).index(batch_size)
+            raise ConfigError(
+                f"{path or 'the batch'} has shape {tuple(leaf.shape)}, and the data loader's batch_size is {batch_size}: samples seem "
+                f"to be along dim {dim}, but microbatches are taken along dim 0. Name the dim of samples: "
+                f"PipelineParallel(batch_dims={{{path!r}: {dim}}}), or {{{path!r}: 0}} if it is the first one"
+            )
+
+
 def _samples_in_lists(batch: Any) -> int:
     lists = {path: value for path, value in _walk(batch) if isinstance(value, list | tuple)}
     lengths = {len(leaf) for leaf in leaves(batch) if isinstance(leaf, Tensor) and leaf.dim()}
@@ -100,7 +124,7 @@ def _named(batch: Any, dims: Dims) -> dict[str, int]:
     found: dict[str, int] = {}
     for path, dim in dims.items():
         value = batch
-        for name in path.split("."):
+        for name in path.split(".") if path else ():  # an empty one names a batch that is a tensor
             value = dict(items(value)).get(name) if is_container(value) else None
         if value is None:
             known = ", ".join(path for path, _ in _walk(batch))

@@ -14,6 +14,8 @@ class Step(Protocol):
 
     batch: Any
     """The whole batch, the same on all ranks that share it."""
+    batch_size: int | None
+    """The data loader's; None if it does not tell."""
     key: tuple[int, ...]
     """Identifies the step in the run: the seed, the rank among those with other samples, the epoch, the batch's number."""
 

@@ -14,7 +14,6 @@ from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from lightning_overlap.decision import ConfigError
-from lightning_overlap.ranks.announcements import follows_from_another
 from lightning_overlap.ranks.world import WORLD
 from lightning_overlap.strategy.seams import MultiProcessingLauncher, SubprocessScriptLauncher, TunerExit
 
@@ -78,11 +77,11 @@ class Watched:
         except TunerExit:
             raise
         except BaseException as error:
-            told = WORLD.announcements.announced()
+            cause = WORLD.announcements.cause_of(error)
             WORLD.announcements.announce(error)
             self._strategy.has_failed(self._trainer)
-            if told is not None and follows_from_another(error) and str(told) != str(error):
-                raise told from error
+            if cause is not error:
+                raise cause from error
             raise
         finally:
             WORLD.announcements.leave()

@@ -58,6 +58,11 @@ class DrivenStep:
         self._outputs: dict[int, Any] = {}
         self._logs: dict[int, list[LogRecord]] = {}
 
+    @property
+    def batch_size(self) -> int | None:
+        size = getattr(self._module.trainer.train_dataloader, "batch_size", None)
+        return size if isinstance(size, int) else None
+
     def forward(self, part: Any, number: int) -> Tensor | None:
         logs = self._logs[number] = []
         seed_generators(self._module, *self.key, number)  # all stages run the user's draws, and must get the same numbers

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from lightning_overlap.decision import ConfigError
-from lightning_overlap.steps.microbatches import cut, in_every_part, samples
+from lightning_overlap.steps.microbatches import cut, in_every_part, refuse_other_dim, samples
 
 Pair = namedtuple("Pair", "ids name")
 
@@ -126,3 +126,28 @@ def test_what_every_part_has_is_told():
     batch = {"x": X, "ids": X, "mask": MASK, "scale": torch.tensor(1.0), "epoch": torch.tensor([3])}
     assert in_every_part(batch) == {"mask": (4, 4)}
     assert in_every_part(batch, {"mask": None}) == {}
+
+
+@pytest.mark.parametrize("shape", [(9, 8), (5, 8)])
+def test_samples_along_another_dim_are_refused(shape: tuple[int, ...]) -> None:
+    batch = {"ids": torch.zeros(shape)}
+    with pytest.raises(ConfigError, match=r"samples seem to be along dim 1.*'ids': 1"):
+        refuse_other_dim(batch, samples(batch), 8, {})
+
+
+@pytest.mark.parametrize(
+    ("batch", "batch_size", "dims"),
+    [
+        (torch.zeros(8, 9), 8, {}),
+        (torch.zeros(16, 8), 8, {}),  # two rows a sample
+        (torch.zeros(9, 7), 8, {}),  # nothing looks like the samples
+        (torch.zeros(9, 8), None, {}),
+        ({"ids": torch.zeros(9, 8)}, 8, {"ids": 0}),  # the user knows
+    ],
+)
+def test_other_batches_are_not_refused(batch: Any, batch_size: int | None, dims: dict[str, int | None]) -> None:
+    refuse_other_dim(batch, samples(batch, dims), batch_size, dims)
+
+
+def test_a_batch_that_is_a_tensor_is_named_by_nothing() -> None:
+    assert [part.shape for part in cut(torch.zeros(3, 4), 2, {"": 1})] == [(3, 2), (3, 2)]

@@ -11,7 +11,14 @@ from tests.zoo.keeper import Keeper, cases, expectation
 from tests.zoo.models import MODELS
 from tests.zoo.verdict import FAILURES, Verdict, unexpected
 
-SIGNS = {"equal": "=", "refused": "refused", "DDP": "as DDP", "microbatches in one process": "as mb", "random": "random"}
+SIGNS = {
+    "equal": "=",
+    "refused": "refused",
+    "DDP": "as DDP",
+    "microbatches in one process": "as mb",
+    "random": "random",
+    "told": "told",
+}
 
 
 def table(verdicts: dict[tuple[str, str, str], Verdict]) -> list[str]:
@@ -74,7 +81,7 @@ def main() -> None:
         "",
         "## Refused, and different by nature",
         "",
-        *told(verdicts, ("refused", "DDP", "microbatches in one process")),
+        *told(verdicts, ("refused", "DDP", "microbatches in one process", "told")),
         "",
         f"Slowest: {'; '.join(f'{seconds:.1f} s {case}' for seconds, case in slow[:10])}",
     ]

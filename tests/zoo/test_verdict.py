@@ -11,7 +11,7 @@ import torch
 from tests.zoo.case import STEPS
 from tests.zoo.models import MODELS
 from tests.zoo.training import Report, Result, differing
-from tests.zoo.verdict import EQUAL, WHOLE, as_microbatches, expected_of, judge, known_fault, refused, unexpected
+from tests.zoo.verdict import EQUAL, OTHER_OBJECTIVE, WHOLE, as_microbatches, expected_of, judge, refused, unexpected
 
 GPT = MODELS["gpt"]
 LOSSES = [4.0, 3.0, 2.0, 1.0, 1.5]
@@ -60,7 +60,6 @@ def test_what_is_not_expected() -> None:
     assert unexpected(verdict, refused("cannot be cut")) is None
     assert "not by the words" in str(unexpected(verdict, refused("has no plan")))
     assert "expected equal" in str(unexpected(verdict, EQUAL))
-    assert "expected crash" in str(unexpected(verdict, known_fault("crash", "of old")))
 
 
 def test_the_most_particular_entry_of_a_row_counts() -> None:
@@ -80,3 +79,8 @@ def test_weights_are_compared_with_their_own_update() -> None:
     assert [name for name, _ in differing(replace(reference, state={"w": far, "n": torch.tensor(4)}), reference)] == ["n", "w"]
     assert differing(replace(reference, state={"w": near * math.nan, "n": torch.tensor(3)}), reference)
     assert differing(replace(reference, state={"w": near}), reference)
+
+
+def test_numbers_of_its_own_are_told() -> None:
+    report = replace(FINE, losses=[*LOSSES[:4], 1.6], words=f"the loss is 3 in microbatches: {OTHER_OBJECTIVE}")
+    assert judge(GPT, "pp", [report, report]).word == "told"

@@ -116,7 +116,7 @@ class Evaluation:
 
     def _goes_on(self, how: Pass, stage: int, leaf: Leaf) -> bool:
         """Whether a stage hands on a tensor."""
-        if self._flow is None or leaf == (self._last_block(stage), how.hidden):
+        if self._flow is None or leaf == (self._last_block(stage), how.hidden) or self._flow.is_new(leaf):
             return True
         if stage < self._end:
             return leaf in self._flow.after(max(stage, 0))

@@ -16,7 +16,7 @@ from typing import Any
 
 from torch import Tensor, device
 
-from lightning_overlap.model.block_stack import ARGUMENTS, Leaf, Pass
+from lightning_overlap.model.block_stack import ARGUMENTS, Leaf, Pass, count_slots
 from lightning_overlap.ranks.announcements import in_words, raise_from_words
 from lightning_overlap.ranks.group import Group
 
@@ -38,6 +38,11 @@ class Flow:
     def stage_of(self, block: int) -> int:
         """The stage that runs a block."""
         return 0 if block == ARGUMENTS else next(stage for stage, blocks in enumerate(self.stages) if block in blocks)
+
+    def is_new(self, leaf: Leaf) -> bool:
+        """Whether a block returns a tensor that it did not return in training (a state or cache, made in evaluation only)."""
+        block, number = leaf
+        return block in self.outputs and number >= count_slots(self.outputs[block])
 
     def after(self, stage: int) -> tuple[Leaf, ...]:
         """What a stage hands on: all that later stages use and that is made in it, or before it."""

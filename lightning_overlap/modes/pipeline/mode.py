@@ -244,6 +244,8 @@ class PipelineMode(Driver, Holder):
         """The microbatches of a step, and what each one counts."""
         dims = self.config.batch_dims
         size = microbatches.samples(step.batch, dims)
+        if self._checked <= 1:  # the last batch of an epoch may be smaller
+            microbatches.refuse_other_dim(step.batch, size, step.batch_size, dims)
         count = min(self.config.count, size)
         parts = microbatches.cut(step.batch, count, dims)
         sizes = [size // count + (number < size % count) for number in range(count)]
