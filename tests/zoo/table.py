@@ -13,7 +13,7 @@ CUT_FAILS = refused("and the model as it is cut over the ranks fails")
 """The same, where the user's code fails on what it gets."""
 BETWEEN_BLOCKS = refused("of blocks the loop does something with the hidden states")
 OTHER_STAGE = refused("of another stage: what is registered before")
-SECOND_TENSOR = refused("is called with a second tensor that gradients flow through")
+SECOND_TENSOR = refused("is called with a second tensor that needs a gradient")
 NO_ROLES = refused("tensor_parallel needs to know which layers to cut")
 NO_PLAN = refused("has no plan of its own for tensor_parallel")
 UNKNOWN_STYLE = refused("which is not in this version")

@@ -76,7 +76,7 @@ class FirstBlocks:
         cutting = self._cutting(check, find_hidden(args, kwargs, check.name)[1])
         forward = boundary.forwards.current.branch()
         state = forward.of(RegionState)
-        state.prepared, state.latest = None, {}
+        state.prepared, state.inputs = None, {}
         with boundary.forwards.backward(forward):  # an activation checkpoint in the block runs again in a thread of autograd's
             check.check(self._whole_block(check), args, kwargs, cutting, backward=not defers)
 

@@ -265,7 +265,7 @@ REFUSED: dict[str, tuple[Any, str]] = {
     "slopes": (False, "ALiBi's slopes"),
     "counted tokens": ("auto", "set tensor_parallel.sequence_parallel: false"),
     "changed input": (False, "masked_fill_ changes the input of an attention or mlp"),
-    "condition": ("auto", "a block is called with a second tensor that gradients flow through"),
+    "condition": ("auto", "a block is called with a second tensor that needs a gradient"),
     "between": ("auto", "share a batch and come to the losses"),
     "kept output": ("auto", "share a batch and come to the losses"),
     "own backward": ("auto", "call self.manual_backward(loss)"),
