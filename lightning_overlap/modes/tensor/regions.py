@@ -152,7 +152,7 @@ class Regions:
         return prepare_input(self.columns[region], self.exchange, region)
 
     def prepare_next(self, row: str) -> None:
-        """Prepares the input of the region after a row layer (the first region for an empty name), if an earlier forward has shown it."""
+        """Prepares the input of the region that follows a row layer, if an earlier forward has shown which. Empty name: the first one."""
         state = self.state
         state.row = row
         region = self._next.get(row)
