@@ -152,7 +152,7 @@ class Regions:
         return prepare_input(self.columns[region], self.exchange, region)
 
     def prepare_next(self, row: str) -> None:
-        """Prepares the input of the region that follows a row layer, if an earlier forward has shown which. Empty name: the first one."""
+        """Prepares the input of the region after a row layer (empty name: the first region), if an earlier forward has shown it."""
         state = self.state
         state.row = row
         region = self._next.get(row)
