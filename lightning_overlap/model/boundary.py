@@ -1,12 +1,12 @@
-"""The boundary of the block stack: the one place where hidden states enter and leave the stack.
+"""The boundary of the block stack: tokens are sharded before the first block and gathered after the last one.
 
-Modes register what they cut, with a nesting that they declare. Whatever the order of registration, the outer cut enters first and
-leaves last:
+A mode that shards tokens registers a :class:`TokenCut`, which declares its nesting. The outer cut enters first and leaves last, in
+whatever order the modes register:
 
-    whole sequence  ->  pipeline  ->  context  ->  sequence  ->  blocks  ->  sequence  ->  context  ->  pipeline  ->  whole sequence
+    all tokens  ->  context  ->  sequence  ->  blocks  ->  sequence  ->  context  ->  all tokens
 
-The pipeline lends the list of blocks stand-ins (:class:`~lightning_overlap.model.block_stack.BlockStack`), which call the blocks; the
-other cuts are hooks of the blocks, and so inside the pipeline's. Embeddings and the loss see whole sequences.
+Cuts are hooks of the blocks. The pipeline is outside of them: it replaces the list of blocks
+(:class:`~lightning_overlap.model.block_stack.BlockStack`). Embeddings and the loss see all tokens.
 """
 
 from __future__ import annotations
@@ -30,24 +30,24 @@ from lightning_overlap.steps.forward import Forward, Forwards
 
 
 class Nesting(IntEnum):
-    """What a mode cuts, from the outside to the inside. Modes are applied in this order, and undone in the reverse order."""
+    """What a mode shards, from the outside to the inside. Modes shard the model in this order and restore it in the reverse order."""
 
     STAGES = 1
-    """The list of blocks: other modes see the blocks of this rank only."""
+    """The list of blocks (pipeline parallelism). Inner modes see only the blocks of this rank."""
     TOKENS = 2
     """The tokens of a sequence (context parallelism)."""
     LAYERS = 3
     """The layers inside a block, and the tokens between these layers (tensor and sequence parallelism)."""
     PARAMETERS = 4
-    """The parameters that are left, flattened (data parallelism)."""
+    """The flattened parameters that this rank holds after all outer modes (data parallelism)."""
 
 
 class TokenCut(ABC):
-    """How a mode cuts the tokens of hidden states, ``(..., tokens, features)``, between the first and the last block.
+    """Shards the tokens of hidden states, ``(..., tokens, features)``, between the first and the last block.
 
     Attributes:
-        nesting: outer cuts have smaller ones.
-        remedy: what to set so that tokens are not cut, for errors.
+        nesting: the position among several cuts; outer cuts have smaller numbers.
+        remedy: the setting that turns this cut off, for errors: "set ...".
     """
 
     nesting: ClassVar[Nesting]
@@ -55,72 +55,80 @@ class TokenCut(ABC):
 
     @abstractmethod
     def enter(self, x: Tensor) -> Tensor:
-        """This rank's tokens of hidden states. Called before the first block."""
+        """Takes this rank's tokens from ``x``. Called before the first block.
+
+        Args:
+            x: hidden states with the tokens that the outer cuts gave this rank, ``(..., tokens, features)``.
+
+        Returns:
+            Hidden states with this rank's share of these tokens. The dtype and the other dims stay.
+        """
 
     @abstractmethod
     def leave(self, x: Tensor) -> Tensor:
-        """All tokens of hidden states of which this rank has its part. Called after the last block."""
+        """Gathers the tokens of all ranks of this cut, the inverse of :meth:`enter`. Called after the last block."""
 
-    def cut_argument(self, x: Tensor) -> Tensor:
-        """This rank's part of another tensor that a block is called with (positions, rotary tables, a mask). Called at every block."""
+    def shard_argument(self, x: Tensor) -> Tensor:
+        """Takes this rank's part of another argument of a block (positions, rotary tables, a mask). Called before each block for each
+        tensor except the hidden states; a tensor that does not depend on tokens is returned as it is."""
         return x
 
     def start_block(self, block: nn.Module, x: Tensor, inputs: Any) -> None:  # noqa: B027  # optional
-        """Called before each block, with what the cuts around this one leave of its arguments.
+        """Checks the arguments of a block, and prepares its call. Called before each block, before this cut shards anything.
 
         Args:
             block: the block.
-            x: its hidden states; before the first block, before they enter.
-            inputs: all arguments.
+            x: its hidden states. At the first block, :meth:`enter` has not been called yet.
+            inputs: all arguments, which the outer cuts have sharded.
 
         Raises:
-            ConfigError: tokens cannot be cut with such arguments.
+            ConfigError: this cut does not support such arguments.
         """
 
 
 @dataclass
-class _Passage:
-    """A forward's way through the stack."""
+class _Position:
+    """How far one forward is in the stack of blocks."""
 
     is_inside: bool = False
-    """The first block was called, and the last one has not returned."""
+    """The first block was called, and the last one has not returned yet."""
 
 
 class Boundary:
-    """The boundary of one model's block stack, during one fit.
+    """Applies all cuts at the block stack of one model, during one fit.
 
     Attributes:
-        forwards: tells hooks which forward they are called for.
-        is_spread: whether other ranks run some of the blocks: then this rank may see neither the first nor the last one.
+        forwards: the forwards under way, each with its state.
+        has_remote_blocks: whether other ranks run some of the blocks. Then this rank may call neither the first nor the last block.
     """
 
     def __init__(self) -> None:
         self.forwards = Forwards()
-        self.is_spread = False
+        self.has_remote_blocks = False
         self._cuts: list[TokenCut] = []
         self._blocks: Sequence[nn.Module] = ()
         self._hooks: list[Any] = []
 
-    def lend_stack(self, blocks: Blocks, name: str, *, spread: bool) -> BlockStack:
-        """Stand-ins for the blocks: the outermost cut, a pipeline's.
+    def make_stack(self, blocks: Blocks, name: str, *, has_remote_blocks: bool) -> BlockStack:
+        """Replaces the list of blocks, for a pipeline.
 
         Args:
-            blocks: the list of blocks.
-            name: of the list in the model.
-            spread: whether other ranks run some of the blocks.
+            blocks: the user's list.
+            name: its name in the model.
+            has_remote_blocks: whether other ranks run some of the blocks.
         """
-        self.is_spread = spread
+        self.has_remote_blocks = has_remote_blocks
         return BlockStack(blocks, name)
 
     def register(self, blocks: Sequence[nn.Module], cut: TokenCut) -> Callable[[], None]:
-        """Cuts tokens at the blocks from here on.
+        """Adds a cut.
 
         Args:
-            blocks: of the model, the same for every cut.
-            cut: how.
+            blocks: the blocks of the model, the same for every cut.
+            cut: the cut.
 
         Returns:
-            A function that takes the cut away.
+            A function that removes the cut.
         """
         assert not self._cuts or list(blocks) == list(self._blocks), "the model has one stack of blocks"
         self._cuts = sorted([*self._cuts, cut], key=lambda cut: cut.nesting)
@@ -145,15 +153,15 @@ class Boundary:
     def _before_block(self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
         is_first = block is self._blocks[0]
         position, x = find_hidden(args, kwargs, "the first block" if is_first else "a block")
-        # An activation checkpoint calls blocks in backward, when the forward has left them.
-        if not is_first and not (self.is_spread or self.forwards.current.in_backward or self._passage.is_inside):
-            raise self._left_out("first")
+        # An activation checkpoint calls blocks during backward, after the forward has left the stack.
+        if not is_first and not (self.has_remote_blocks or self.forwards.current.in_backward or self._position.is_inside):
+            raise self._not_called("first", "each rank takes its part of the tokens before it")
         if is_first:
-            self._passage.is_inside = True
+            self._position.is_inside = True
         for cut in self._cuts:
             cut.start_block(block, x, (args, kwargs))
-            if type(cut).cut_argument is not TokenCut.cut_argument:
-                args, kwargs = replaced((args, kwargs), partial(_cut_argument, cut, x))
+            if type(cut).shard_argument is not TokenCut.shard_argument:
+                args, kwargs = replaced((args, kwargs), partial(_shard_argument, cut, x))
             if is_first:
                 x = cut.enter(x)
                 args, kwargs = replace_hidden(args, kwargs, position, x)
@@ -163,48 +171,48 @@ class Boundary:
         x = hidden_of(output)
         for cut in reversed(self._cuts):
             x = cut.leave(x)
-        self._passage.is_inside = False
+        self._position.is_inside = False
         return with_hidden(output, x)
 
     # -- one forward -------------------------------------------------------------------------------------------------
 
     @property
-    def _passage(self) -> _Passage:
-        return self.forwards.current.of(_Passage)
+    def _position(self) -> _Position:
+        return self.forwards.current.of(_Position)
 
     def start_forward(self) -> Forward:
-        """A new forward starts in this thread. Each mode with a cut may call it, before the forward."""
+        """Starts the state of a new forward in this thread. Each mode with a cut may call it before the forward."""
         return self.forwards.start()
 
     def start_backward(self) -> None:
-        """The backward of this thread's forward starts. Each mode with a cut calls it.
+        """Marks the start of the backward of this thread's forward. Each mode with a cut calls it.
 
         Raises:
-            ConfigError: the forward has not left the blocks.
+            ConfigError: the last block was not called.
         """
-        self.refuse_inside()
+        self.require_outside()
         self.forwards.start_backward()
 
     def finish_backward(self) -> None:
-        """The backward is over. Each mode with a cut calls it."""
-        self._passage.is_inside = False  # what activation checkpoints have run again
+        """Marks the end of the backward. Each mode with a cut calls it."""
+        self._position.is_inside = False  # an activation checkpoint may have called the first block again
         self.forwards.finish_backward()
 
-    def refuse_inside(self) -> None:
-        """Called where all tokens are read.
+    def require_outside(self) -> None:
+        """Checks that the forward is not between the first and the last block. Call it where code needs all tokens.
 
         Raises:
-            ConfigError: the forward has entered the blocks and not left them.
+            ConfigError: the first block was called, and the last one was not.
         """
-        if self._cuts and self._passage.is_inside and not self.is_spread:
-            raise self._left_out("last")
+        if self._cuts and self._position.is_inside and not self.has_remote_blocks:
+            raise self._not_called("last", "the ranks gather all tokens after it")
 
-    def _left_out(self, which: str) -> ConfigError:
+    def _not_called(self, which: str, reason: str) -> ConfigError:
+        remedies = " and ".join(cut.remedy for cut in self._cuts)
         return ConfigError(
-            f"the {which} block was left out in this step, and it is where a rank takes, or gives back, its part of the tokens: run "
-            f"the {which} block always, or {self._cuts[-1].remedy}"
+            f"the {which} block was not called in this step, but {reason}. Call the {which} block in every step, or {remedies}"
         )
 
 
-def _cut_argument(cut: TokenCut, hidden: Tensor, leaf: Any) -> Any:
-    return cut.cut_argument(leaf) if isinstance(leaf, Tensor) and leaf is not hidden else leaf
+def _shard_argument(cut: TokenCut, hidden: Tensor, leaf: Any) -> Any:
+    return cut.shard_argument(leaf) if isinstance(leaf, Tensor) and leaf is not hidden else leaf

@@ -1,4 +1,4 @@
-"""Where the hidden states stand in the arguments of a block, an attention or an mlp."""
+"""Finds and replaces the hidden states among the arguments and outputs of a block, an attention or an mlp."""
 
 from __future__ import annotations
 
@@ -10,22 +10,22 @@ from torch import Tensor
 from lightning_overlap.decision import ConfigError
 
 HIDDEN_ARGUMENTS = ("hidden_states", "hidden_state", "x", "hidden", "inputs", "input", "inputs_embeds")
-"""Names under which blocks take the hidden states, where they are not the first positional argument."""
+"""Argument names of hidden states that are not the first positional argument."""
 
 
-def find_hidden(args: tuple[Any, ...], kwargs: Mapping[str, Any], who: str) -> tuple[int | str, Tensor]:
+def find_hidden(args: tuple[Any, ...], kwargs: Mapping[str, Any], caller: str) -> tuple[int | str, Tensor]:
     """Finds the hidden states in a module's arguments.
 
     Args:
         args: the positional arguments.
-        kwargs: the others.
-        who: is called, for the error.
+        kwargs: the keyword arguments.
+        caller: the module, for the error.
 
     Returns:
-        Their position or name, and the hidden states, ``(..., tokens, features)``.
+        The position or name of the hidden states, and the hidden states, ``(..., tokens, features)``.
 
     Raises:
-        ConfigError: there are none.
+        ConfigError: no argument is known to be the hidden states.
     """
     if args and isinstance(args[0], Tensor):
         return 0, args[0]
@@ -33,21 +33,21 @@ def find_hidden(args: tuple[Any, ...], kwargs: Mapping[str, Any], who: str) -> t
         if isinstance(kwargs.get(name), Tensor):
             return name, kwargs[name]
     raise ConfigError(
-        f"{who} is called without hidden states that can be found: pass them as the first argument, or as one of "
+        f"no hidden states were found in the arguments of {caller}. Pass them as the first argument, or by one of the names "
         f"{', '.join(HIDDEN_ARGUMENTS)}"
     )
 
 
 def replace_hidden(args: tuple[Any, ...], kwargs: Mapping[str, Any], position: int | str, x: Tensor) -> tuple[Any, dict[str, Any]]:
-    """The arguments with ``x`` in the place of the hidden states, whose position :func:`find_hidden` has found."""
+    """Returns the arguments with ``x`` as the hidden states, at the position that :func:`find_hidden` returned."""
     return (args, {**kwargs, position: x}) if isinstance(position, str) else ((x, *args[1:]), dict(kwargs))
 
 
 def hidden_of(output: Any) -> Tensor:
-    """The hidden states in what a block returns: the output, or its first item."""
+    """Returns the hidden states of a block's output: the output itself, or the first item of a tuple."""
     return output[0] if isinstance(output, tuple) else output
 
 
 def with_hidden(output: Any, x: Tensor) -> Any:
-    """What a block returns, with ``x`` as the hidden states."""
+    """Returns a block's output with ``x`` as the hidden states."""
     return (x, *output[1:]) if isinstance(output, tuple) else x

@@ -264,7 +264,7 @@ def without(s, x):
         (between, "between block 0 and block 1 of blocks the loop does something"),
         (twice, "block 0 of blocks is called where block 4 is next"),
         (some, "ended with 2 of the 4 blocks of blocks called"),
-        (without, "called without hidden states that can be found"),
+        (without, "no hidden states were found in the arguments of a block of blocks"),
     ],
 )
 def test_loops_that_cannot_be_cut_are_refused(loop, said):

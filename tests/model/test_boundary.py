@@ -41,7 +41,7 @@ class Half(TokenCut):
 
 
 class WithPositions(Half):
-    def cut_argument(self, x: Tensor) -> Tensor:
+    def shard_argument(self, x: Tensor) -> Tensor:
         return x[: len(x) // 2]
 
 
@@ -78,7 +78,7 @@ def test_outer_cuts_enter_first_and_leave_last(inner_first: bool) -> None:
 
 
 @pytest.mark.parametrize("reentrant", [True, False])
-def test_checkpoints_cut_arguments_again(reentrant: bool) -> None:
+def test_checkpoints_shard_arguments_again(reentrant: bool) -> None:
     events: list[Any] = []
     blocks, boundary = model(events), Boundary()
     boundary.register(blocks, WithPositions("context", Nesting.TOKENS, events))
@@ -96,7 +96,7 @@ def test_checkpoints_cut_arguments_again(reentrant: bool) -> None:
 
 
 @pytest.mark.parametrize(("called", "which"), [(slice(1, 3), "first"), (slice(0, 2), "last")])
-def test_a_block_that_is_left_out_is_refused(called: slice, which: str) -> None:
+def test_the_first_and_the_last_block_must_be_called(called: slice, which: str) -> None:
     blocks, boundary = model([]), Boundary()
     boundary.register(blocks, Half("sequence", Nesting.LAYERS, []))
 
@@ -105,8 +105,8 @@ def test_a_block_that_is_left_out_is_refused(called: slice, which: str) -> None:
         run(blocks[called], torch.zeros(2, 8, 3))
         boundary.start_backward()
 
-    with pytest.raises(ConfigError, match=f"the {which} block was left out.*cut nothing"):
+    with pytest.raises(ConfigError, match=f"the {which} block was not called in this step.*cut nothing"):
         step()
     boundary.start_forward()
     run(blocks, torch.zeros(2, 8, 3))
-    boundary.refuse_inside()
+    boundary.require_outside()

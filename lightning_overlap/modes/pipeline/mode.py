@@ -100,7 +100,7 @@ class PipelineMode(Driver, Holder):
         self.partition.keep(self._rank)
         self._device = next(model.parameters()).device
         self._before = self.partition.before(model)
-        self._stack = self.setup.boundary.lend_stack(blocks, name, spread=own.size > 1)
+        self._stack = self.setup.boundary.make_stack(blocks, name, has_remote_blocks=own.size > 1)
         deferring = self.choices.defer_embedding_wgrad.value
         if own.plan(own.count).splits_backward or deferring:
             mine = own.plan(own.count).stages_of(self._rank)

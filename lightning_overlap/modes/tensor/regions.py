@@ -104,7 +104,7 @@ class Regions:
         group = self.exchange.group
         if not self.exchange.sharded:
             return x.shape[-2]
-        if self.boundary.is_spread:  # a stage receives hidden states that are sharded already
+        if self.boundary.has_remote_blocks:  # a stage receives hidden states that are sharded already
             return x.shape[-2] * group.size
         tokens = self.state.tokens
         low, high = self.exchange.bounds(tokens)[group.rank : group.rank + 2]
@@ -209,7 +209,7 @@ class SequenceCut(TokenCut):
 
     def enter(self, x: Tensor) -> Tensor:
         tokens = self._regions.state.tokens = x.shape[-2]
-        if self._boundary.is_spread and tokens % self._exchange.group.size:
+        if self._boundary.has_remote_blocks and tokens % self._exchange.group.size:
             raise ConfigError(
                 f"a sequence of {tokens} tokens is not divisible by tensor_parallel.size={self._exchange.group.size}. In a pipeline "
                 "sequence_parallel needs that: pad the sequence, or set tensor_parallel.sequence_parallel: false"
@@ -217,7 +217,7 @@ class SequenceCut(TokenCut):
         return scatter_tokens(x, self._exchange, partial(self._regions.prepare_next, ""))
 
     def leave(self, x: Tensor) -> Tensor:
-        tokens = x.shape[-2] * self._exchange.group.size if self._boundary.is_spread else self._regions.state.tokens
+        tokens = x.shape[-2] * self._exchange.group.size if self._boundary.has_remote_blocks else self._regions.state.tokens
         return gather_tokens(x, tokens, self._exchange)
 
     def start_block(self, block: nn.Module, x: Tensor, inputs: Any) -> None:

@@ -257,11 +257,11 @@ def test_the_numbers_of_one_process(world: Any, kind: str, sequence: Any) -> Non
 
 
 REFUSED: dict[str, tuple[Any, str]] = {
-    "residual": (False, "other gradients when its layers are cut over the ranks, of "),
-    "scale": (False, "other gradients when its layers are cut over the ranks, of blocks.0.mlp.scale"),
-    "unequal heads": ("auto", "blocks.0 fails when its layers are cut over the ranks: "),
-    "eval mode": ("auto", "blocks.0 gives another output when its layers are cut"),
-    "another mlp": ("auto", "blocks.2 gives another output when its layers are cut"),
+    "residual": (False, "other gradients when its layers are sharded, of "),
+    "scale": (False, "other gradients when its layers are sharded, of blocks.0.mlp.scale"),
+    "unequal heads": ("auto", "blocks.0 fails when its layers are sharded: "),
+    "eval mode": ("auto", "blocks.0 computes another output when its layers are sharded"),
+    "another mlp": ("auto", "blocks.2 computes another output when its layers are sharded"),
     "slopes": (False, "ALiBi's slopes"),
     "counted tokens": ("auto", "set tensor_parallel.sequence_parallel: false"),
     "changed input": (False, "masked_fill_ changes the input of an attention or mlp"),
@@ -270,7 +270,7 @@ REFUSED: dict[str, tuple[Any, str]] = {
     "kept output": ("auto", "share a batch and come to the losses"),
     "own backward": ("auto", "call self.manual_backward(loss)"),
     "searched rate": ("auto", "weights are loaded in the middle of a fit"),
-    "left out": ("auto", "the last block was left out in this step"),
+    "left out": ("auto", "the last block was not called in this step"),
 }
 
 

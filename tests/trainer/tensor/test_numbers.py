@@ -391,8 +391,8 @@ def refused(kind: str, strategy: dict[str, Any], plan: dict[str, Any] | None = N
 
 
 REFUSED: dict[str, tuple[str, dict[str, Any], dict[str, Any] | None, str]] = {
-    "cut heads": ("heads", {"tensor_parallel": 2}, None, "blocks.0 gives another output when its layers are cut"),
-    "parts not told": ("", {"tensor_parallel": 2}, {"attention.qkv": "column[1]"}, "blocks.0 gives another output"),
+    "cut heads": ("heads", {"tensor_parallel": 2}, None, "blocks.0 computes another output when its layers are sharded"),
+    "parts not told": ("", {"tensor_parallel": 2}, {"attention.qkv": "column[1]"}, "blocks.0 computes another output"),
     "a layer that mixes tokens": (
         "convolution",
         {"tensor_parallel": TensorParallel(size=2, sequence_parallel=True)},
