@@ -248,7 +248,7 @@ def test_tensor_parallelism_says_what_it_does():
     choices = plan.choices["tensor"]
     assert choices.sequence_parallel.value
     assert choices.overlap.value
-    assert "parts of the tokens are multiplied as they arrive" in choices.overlap.why
+    assert "tokens are multiplied piece by piece as they are received" in choices.overlap.why
     assert choices.vocab_parallel.value
     assert choices.size.why == "plan of Llama: 4 column"
     assert tensor_plan(found=None).choices["tensor"].size.value == 2, "before the model is known"
@@ -266,21 +266,21 @@ def test_tensor_parallelism_says_what_it_does():
     ("given", "words"),
     [
         ({"found": ("", ("blocks.0.conv",), 0), "sequence_parallel": True}, "blocks.0.conv may mix tokens"),
-        ({"sequence_parallel": False, "overlap": True}, "which only sequence_parallel has"),
+        ({"sequence_parallel": False, "overlap": True}, "only sequence_parallel has these"),
         ({"sequence_parallel": False, "methods": {"row_fprop": "plain"}}, "of sequence_parallel, which is off"),
-        ({"overlap": False, "methods": {"row_fprop": "pipeline"}}, "overlap: false makes all of them plain: leave it out"),
+        ({"overlap": False, "methods": {"row_fprop": "pipeline"}}, "overlap: false makes all of them plain: remove it"),
         (
             {"keep_gathered_input": True, "methods": {"column_wgrad": "plain"}},
-            "gathers nothing for column_wgrad: leave one of them out",
+            "nothing is gathered for column_wgrad: remove one of the two",
         ),
         ({"backend": "symm_mem", "methods": {"row_fprop": "plain"}, "facts": {"device": "cuda"}}, "set backend: p2p"),
         ({"size": 1, "methods": {"row_fprop": "plain"}}, "needs tensor_parallel.size of at least 2"),
         ({"found": ("", (), 0), "vocab_parallel": True}, "no embedding or head has the role"),
         ({"facts": {"precision": "16-mixed"}}, "precision 16-mixed scales the loss"),
-        ({"facts": {"optimizers": (OptimizerFacts("Muon", True, False, True, ""),)}}, "Muon looks at whole matrices"),
+        ({"facts": {"optimizers": (OptimizerFacts("Muon", True, False, True, ""),)}}, "Muon needs complete matrices"),
         (
             {"facts": {"clippers": ("Net.configure_gradient_clipping",)}},
-            "clips by a norm over the gradients that a rank has, its pieces",
+            "clips by the norm of this rank's gradients only, which are pieces",
         ),
         ({"facts": {"optimizers": (REFUSES,)}}, "Shy refuses to be tried (TypeError: no)"),
         ({"facts": {"averagers": ("EMAWeightAveraging",)}}, "EMAWeightAveraging averages copies of whole weights"),

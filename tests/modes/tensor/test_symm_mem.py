@@ -66,12 +66,12 @@ def test_training_is_close_to_one_process(world: Any, tokens: int) -> None:
     expected = train(None, {"tokens": tokens}, accumulate_grad_batches=2, gradient_clip_val=0.1)
     for found in world(2).run(trained, tokens):
         compare(found, expected)
-        assert bool(found["used"]) == (tokens == 8)  # what the ranks do not divide goes by p2p
+        assert bool(found["used"]) == (tokens == 8)  # p2p for a length that the ranks do not divide
 
 
 def test_it_is_refused_where_it_cannot_run() -> None:
     own = OverlapStrategy(tensor_parallel=TensorParallel(size=2, backend="symm_mem", sequence_parallel=False)).config
-    with pytest.raises(ConfigError, match="its operators are CUDA's, and this is cpu; it needs sequence_parallel"):
+    with pytest.raises(ConfigError, match="it needs CUDA, and the device is cpu; it needs sequence_parallel"):
         resolve(own, Facts(world_size=2))
     own = OverlapConfig(tensor_parallel=TensorParallel(size=2, backend="symm_mem"))
     assert "symm_mem" in resolve(own, Facts(world_size=2, device="cuda")).explain()

@@ -261,16 +261,16 @@ def planned(tensor: dict[str, Any] | None = None, facts: dict[str, Any] | None =
 @pytest.mark.parametrize(
     ("given", "words"),
     [
-        ({"facts": {"device": "cpu"}}, "its operators are CUDA's, and this is cpu"),
+        ({"facts": {"device": "cpu"}}, "it needs CUDA, and the device is cpu"),
         ({"facts": {"transformer_engine": None}}, r"not installed: pip install 'lightning-overlap\[te\]'"),
         ({"facts": {"precision": "32-true"}}, "precision is 32-true: set precision: bf16-mixed or bf16-true"),
         ({"facts": {"of_modes": (TensorFacts("", (), 0, ("h.0.attn.c_attn",)),)}}, r"weights are \(in, out\) in h.0.attn.c_attn"),
         ({"tensor": {"sequence_parallel": False}}, "it needs sequence_parallel"),
-        ({"tensor": {"overlap": False}}, "it has no plain twin: overlap is off"),
+        ({"tensor": {"overlap": False}}, "it cannot run without overlap, which is off"),
         ({"tensor": {"keep_gathered_input": True}}, "set keep_gathered_input: false"),
         ({"tensor": {"splits": 2}}, "set splits: auto"),
         ({"pipeline_parallel": PipelineParallel(size=2, microbatches=2)}, "set pipeline_parallel: 1"),
-        ({"facts": {"device": "cpu"}, "tensor": {"splits": 2}}, "CUDA's, and .*splits: auto.*Or use backend: p2p"),
+        ({"facts": {"device": "cpu"}, "tensor": {"splits": 2}}, "CUDA, and .*splits: auto.*Or use backend: p2p"),
     ],
 )
 def test_it_is_refused_where_it_cannot_run(given: dict[str, Any], words: str) -> None:

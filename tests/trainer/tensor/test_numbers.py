@@ -232,7 +232,7 @@ def test_a_whole_vocabulary(world: Any) -> None:
     expected = train(None, {})
     for found in world(2).run(train_with, {"tensor_parallel": 2}, {}, {}):
         compare(found, expected)
-        assert "31 entries: summing" in found["plan"]
+        assert "31 entries: sums over the ranks" in found["plan"]
 
 
 def test_off_and_keeping_inputs_are_the_same_layout(world: Any) -> None:
@@ -403,7 +403,7 @@ REFUSED: dict[str, tuple[str, dict[str, Any], dict[str, Any] | None, str]] = {
         "",
         {"tensor_parallel": TensorParallel(size=2, sequence_parallel=False, overlap=True)},
         None,
-        "which only sequence_parallel has",
+        "only sequence_parallel has these",
     ),
 }
 
