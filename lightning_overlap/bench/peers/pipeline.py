@@ -79,8 +79,8 @@ class _TorchPipelining(PipelineMode):
                 PipelineStage(module, stage, stages, self._device, group=self.group.process_group)
                 for module, stage in zip(self._torch_stages, mine, strict=True)
             ]
-            schedule = SCHEDULES[self.config.chosen]
-            of_rank = made if self.config.chosen == "interleaved" else made[0]
+            schedule = SCHEDULES[self.config.schedule_name]
+            of_rank = made if self.config.schedule_name == "interleaved" else made[0]
             self._schedule = schedule(of_rank, count, loss_fn=lambda out, _: out.sum() / count)
         for stage in self._torch_stages:
             stage.step, stage.parts, stage.number = step, parts, 0
@@ -102,7 +102,7 @@ class TorchPipelining(OverlapConfig):
 
 def peers(config: OverlapConfig, ranks: int, backend: str) -> dict[str, Peer]:
     """See :func:`lightning_overlap.bench.peers.find_peers`; none for schedules that torch does not have."""
-    if config.pipeline_parallel.chosen not in SCHEDULES:
+    if config.pipeline_parallel.schedule_name not in SCHEDULES:
         return {}
 
     def strategy() -> OverlapStrategy:

@@ -19,7 +19,7 @@ from lightning_overlap.model.markers import LATE_GRADIENT, STAGE, clear_markers
 from lightning_overlap.model.trees import copied
 from lightning_overlap.modes.base import Driver, Holder, Setup
 from lightning_overlap.modes.pipeline import layout
-from lightning_overlap.modes.pipeline.config import PipelineChoices, PipelineFacts, PipelineParallel, scheduled
+from lightning_overlap.modes.pipeline.config import PipelineChoices, PipelineFacts, PipelineParallel, build_schedule
 from lightning_overlap.modes.pipeline.evaluation import Evaluation
 from lightning_overlap.modes.pipeline.flow import Flow, rehearse
 from lightning_overlap.modes.pipeline.misplaced import Misplaced
@@ -167,7 +167,7 @@ class PipelineMode(Driver, Holder):
     def _run_of(self, count: int, flow: Flow) -> tuple[Runner, PipelineTransfers]:
         """The schedule of a batch of ``count`` microbatches, ready to run."""
         if count not in self._runs:
-            schedule = scheduled(self.config, self.choices, count)
+            schedule = build_schedule(self.config, self.choices, count)
             counts = [len(flow.after(stage)) for stage in range(len(self._stages))]
             transfers = PipelineTransfers(schedule, self._rank, self.channels, self._known, self._device, self._prefetch, counts)
             self._runs[count] = Runner(schedule, self._rank, transfers), transfers

@@ -264,7 +264,7 @@ def planned(tensor: dict[str, Any] | None = None, facts: dict[str, Any] | None =
         ({"facts": {"device": "cpu"}}, "it needs CUDA, and the device is cpu"),
         ({"facts": {"transformer_engine": None}}, r"not installed: pip install 'lightning-overlap\[te\]'"),
         ({"facts": {"precision": "32-true"}}, "precision is 32-true: set precision: bf16-mixed or bf16-true"),
-        ({"facts": {"of_modes": (TensorFacts("", (), 0, ("h.0.attn.c_attn",)),)}}, r"weights are \(in, out\) in h.0.attn.c_attn"),
+        ({"facts": {"of_modes": (TensorFacts("", (), 0, ("h.0.attn.c_attn",)),)}}, r"weights of h.0.attn.c_attn are \(in, out\)"),
         ({"tensor": {"sequence_parallel": False}}, "it needs sequence_parallel"),
         ({"tensor": {"overlap": False}}, "it cannot run without overlap, which is off"),
         ({"tensor": {"keep_gathered_input": True}}, "set keep_gathered_input: false"),

@@ -114,7 +114,7 @@ def test_an_error_of_an_early_stage_in_validation_reaches_the_others(world):
         (Swallows, {}, "catches every exception"),
         (NoLoss, {}, "training_step gave no loss"),
         (Trims, {"microbatches": 8}, "for an input of the same shapes"),
-        (Net, {"microbatch_group": 1}, "is below size=2"),
+        (Net, {"microbatch_group": 1}, "must be at least size=2"),
         (TiedByHand, {}, "that does not hold it"),
         (Manual, {}, "manual optimization"),
         (NoBlocks, {}, "equally long"),
