@@ -43,14 +43,14 @@ class _Trainer(Trainer):
         schedule: bool = False,
         times: str | None = None,
     ) -> None:
-        """Resolves the plan for the trainer's devices and nodes and prints it; starts nothing.
+        """Prints the plan for the trainer's devices and nodes, without a run.
 
         Args:
             model: the module.
             datamodule: not used.
-            schedule: also print and draw the schedule of microbatches; the printed text in a file is a schedule to configure.
-            times: milliseconds of a stage's forward of a microbatch, of its backward and of a transfer, such as 30,60,8: tells how
-                long the schedule takes.
+            schedule: also print and draw the schedule of microbatches. A file with the printed text can be configured as schedule.
+            times: milliseconds of a microbatch's forward on a stage, its backward, and a transfer, such as 30,60,8: also print the
+                time that the schedule takes.
         """
         strategy = self._overlap()
         facts = facts_of(
@@ -81,18 +81,18 @@ class _Trainer(Trainer):
         json: str | None = None,
         report: str | None = None,
     ) -> None:
-        """Measures what overlap buys: overlapped, plain, compute alone, communication alone, and peers.
+        """Measures the gain of overlap: overlapped, plain, compute alone, communication alone, and peers.
 
         Args:
             model: the module.
-            datamodule: its data.
+            datamodule: the data.
             steps: timed steps of a run.
-            warmup: steps before them.
-            repeats: runs of each; the medians count.
-            peers: also Lightning's DDP and ModelParallel strategies.
-            sweep: instead, values of one setting to rank, such as data_parallel.bucket_size=100000,400000,auto.
-            json: a file for all the figures.
-            report: a file for a page with the table and its bars.
+            warmup: untimed steps before them.
+            repeats: runs of each variant; medians are printed.
+            peers: also measure Lightning's DDP and ModelParallel strategies.
+            sweep: instead, compare values of one setting, such as data_parallel.bucket_size=100000,400000,auto.
+            json: file for all figures.
+            report: file for a page with the table and its bars.
         """
         if report is not None:
             import_plotly()  # fails now, not after hours of measurements
@@ -120,13 +120,13 @@ class _Trainer(Trainer):
         steps: int = 5,
         against: Literal["off", "single"] = "off",
     ) -> None:
-        """Trains a few steps with overlap on and off and compares every number. The exit status is 1 if one differs.
+        """Trains some steps with overlap on and off, and compares every number. The exit status is 1 if one differs.
 
         Args:
             model: the module.
-            datamodule: its data.
-            steps: how many are trained.
-            against: "single" compares with one process on the batches of all ranks, too.
+            datamodule: the data.
+            steps: number of training steps.
+            against: "single" also compares with one process on the batches of all ranks.
         """
         verdicts = verify(model, datamodule, self._overlap(), self._given, steps=steps, against=against)
         if self.is_global_zero:
@@ -143,8 +143,8 @@ class _CLI(LightningCLI):
 
 
 def main() -> None:
-    """Runs the command. ``plan`` takes ``--devices`` and ``--num-nodes`` as short for the trainer's."""
-    # class paths such as examples.train_gpt.GPTModule are found from the folder in which the command is given
+    """Runs the command. ``plan`` accepts ``--devices`` and ``--num-nodes`` in place of the trainer's arguments."""
+    # so that class paths such as examples.train_gpt.GPTModule are found in the current folder
     sys.path.insert(0, os.getcwd())
     if sys.argv[1:2] == ["plan"]:
         sys.argv[1:] = _ranks(sys.argv[1:])
@@ -156,7 +156,7 @@ def main() -> None:
 
 
 def _ranks(arguments: list[str]) -> list[str]:
-    """``--devices 8 --num-nodes 2`` as 16 nodes of one device: a plan needs no such machine."""
+    """Replaces ``--devices 8 --num-nodes 2`` by 16 nodes of one device, because a plan needs no machine with 8 devices."""
     numbers, rest = {"--devices": 0, "--num-nodes": 0}, []
     words = iter(word for given in arguments for word in (given.split("=", 1) if given.startswith("--") else [given]))
     for word in words:

@@ -1,4 +1,4 @@
-"""What the user asks for, and the number of ranks along each axis that follows from it."""
+"""The user's request, and the number of ranks along each axis that follows from it."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ from lightning_overlap.ranks.degrees import Degrees
 
 @dataclass(frozen=True, kw_only=True)
 class OverlapConfig:
-    """What the user asks for: the five modes' configurations, and what concerns all of them.
+    """The user's request: the configurations of all modes, and settings that concern all of them.
 
-    A mode from outside of the package takes part by a subclass that lists it in ``modes`` and has a field for its configuration.
+    To add a mode from outside the package, list it in ``modes`` of a subclass, with a field for its configuration.
 
     Attributes:
         modes: descriptors of all modes.
@@ -49,14 +49,14 @@ class OverlapConfig:
         check_switch("verify_first_step", self.verify_first_step)
 
     def of(self, mode: ModeDescriptor) -> Any:
-        """The configuration of a mode, an object of the mode's class."""
+        """Returns the configuration of a mode, an object of the mode's class."""
         return getattr(self, mode.section)
 
     def degrees(self, world_size: int) -> Degrees:
-        """The size of each kind of parallelism, in a world of so many ranks.
+        """Returns the size of each kind of parallelism in a world of ``world_size`` ranks.
 
         Raises:
-            ConfigError: the sizes do not multiply to ``world_size``, or that of the experts does not divide the ranks of a stage.
+            ConfigError: the product of the sizes is not ``world_size``, or the expert size does not divide the ranks of a stage.
         """
         others = {
             "pipeline_parallel": self.pipeline_parallel.size,
@@ -67,18 +67,18 @@ class OverlapConfig:
         named = " x ".join(f"{name}={size}" for name, size in others.items() if size > 1) or "the other axes"
         if world_size % product:
             raise ConfigError(
-                f"{named} need a multiple of {product} ranks, and there are {world_size}: change devices, num_nodes or a size"
+                f"{named} needs a multiple of {product} ranks, and there are {world_size}. Change devices, num_nodes or a size"
             )
-        left = world_size // product
+        data = world_size // product
         asked = self.data_parallel.size
-        if asked not in ("auto", left):
+        if asked not in ("auto", data):
             raise ConfigError(
                 f"data_parallel.size={asked} with {named} (x {product}) needs {int(asked) * product} ranks, and there are "
-                f"{world_size}: start that many, or set data_parallel.size: {left} or auto"
+                f"{world_size}. Start that many, or set data_parallel.size: {data} or auto"
             )
         return Degrees(
             pipeline=self.pipeline_parallel.size,
-            data=left,
+            data=data,
             context=self.context_parallel.size,
             tensor=self.tensor_parallel.size,
             expert=self.expert_parallel.size,

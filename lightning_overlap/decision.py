@@ -1,4 +1,4 @@
-"""What was decided, and why; and the checks that all configurations share. Standard library only."""
+"""Decisions with their reasons, and the checks that all configurations share. Standard library only."""
 
 from __future__ import annotations
 
@@ -11,23 +11,23 @@ T_co = TypeVar("T_co", covariant=True)
 
 
 class ConfigError(ValueError):
-    """A request that cannot be met. Says what was asked, why it cannot be, and what to do."""
+    """A request that cannot be met. The message has the request, the reason and the remedy."""
 
 
 MOST = 1 << 16
-"""Ranks, stages, microbatches: more of them is a mistake, and plans for it would never be made."""
+"""Largest number of ranks, stages or microbatches. A larger one is a mistake, and its plan would take forever."""
 
 
 def check_count(name: str, value: object, *, most: int | None = MOST) -> None:
-    """Refuses what is no count of at least 1: also True, 2.0 and "2", which Python would take for one somewhere.
+    """Refuses a value that is not an integer of at least 1; also True, 2.0 and "2", which Python accepts in places.
 
     Args:
         name: as in the configuration.
-        value: what was given.
-        most: the largest.
+        value: the configured value.
+        most: the largest valid value; None: there is none.
 
     Raises:
-        ConfigError: naming all three.
+        ConfigError: the value is not valid.
     """
     if type(value) is not int or value < 1:
         raise ConfigError(f"{name} must be an integer of at least 1, got {value!r}")
@@ -36,29 +36,29 @@ def check_count(name: str, value: object, *, most: int | None = MOST) -> None:
 
 
 def check_switch(name: str, value: object) -> None:
-    """Refuses what is neither True, False nor ``"auto"``: also 1 and 0.0, which compare equal to a bool.
+    """Refuses a value other than True, False and ``"auto"``; also 1 and 0.0, which are equal to a bool.
 
     Args:
         name: as in the configuration.
-        value: what was given.
+        value: the configured value.
 
     Raises:
-        ConfigError: naming both.
+        ConfigError: the value is not valid.
     """
     if type(value) is not bool and value != "auto":
         raise ConfigError(f"{name} must be true, false or auto, got {value!r}")
 
 
 def check_word(name: str, value: object, words: Sequence[str]) -> None:
-    """Refuses what is none of some words.
+    """Refuses a value that is not in a list of words.
 
     Args:
         name: as in the configuration.
-        value: what was given.
-        words: the values that are allowed.
+        value: the configured value.
+        words: the valid values, at least two.
 
     Raises:
-        ConfigError: naming all three.
+        ConfigError: the value is not valid.
     """
     if value not in words:
         raise ConfigError(f"{name} must be {', '.join(words[:-1])} or {words[-1]}, got {value!r}")
@@ -66,12 +66,12 @@ def check_word(name: str, value: object, words: Sequence[str]) -> None:
 
 @dataclass(frozen=True)
 class Choice(Generic[T_co]):
-    """What runs of one feature, what was asked for, and why.
+    """The decision about one feature.
 
     Attributes:
-        value: what runs; code reads this.
-        asked: the request as it was configured; None if there is nothing to configure.
-        why: the reason, as a sentence of the plan.
+        value: the decision; code reads this.
+        asked: the configured value; None if there is nothing to configure.
+        why: the reason, as the plan prints it.
     """
 
     value: T_co
@@ -81,9 +81,9 @@ class Choice(Generic[T_co]):
 
 @dataclass(frozen=True, kw_only=True)
 class Choices:
-    """What was decided for one mode. A mode's subclass has a :class:`Choice` for each feature; the plan prints all of them.
+    """The decisions for one mode. A mode's subclass has a :class:`Choice` for each feature; the plan prints all of them.
 
-    A field that is no ``Choice`` (and no mapping of names to them) is for the mode itself, and is not printed.
+    A field that is neither a ``Choice`` nor a mapping of names to them is for the mode itself, and is not printed.
 
     Attributes:
         size: the number of ranks over which the mode shards.
@@ -94,7 +94,7 @@ class Choices:
     first_step_blocker: str = ""
 
     def features(self) -> dict[str, Choice[object]]:
-        """The choices by feature; those of a mapping are named ``field.key``."""
+        """Returns the choices by feature; those of a mapping are named ``field.key``."""
         named: dict[str, Choice[object]] = {}
         for field in fields(self):
             value = getattr(self, field.name)
@@ -107,7 +107,7 @@ class Choices:
 
 @dataclass(frozen=True)
 class Setting:
-    """A value that a mode wants an environment variable to have before CUDA starts, and the reason."""
+    """A value that a mode needs in an environment variable before CUDA starts, and the reason."""
 
     variable: str
     value: str
@@ -129,14 +129,14 @@ def settle(
     Args:
         feature: name as in the configuration, ``data_parallel.overlap_grad_reduce``.
         asked: False, True or ``"auto"``.
-        best: what runs if nothing is in the way.
-        otherwise: what runs if something is, or if False was asked for.
+        best: the value if no blocker applies.
+        otherwise: the value if a blocker applies, or False is configured.
         because: the reason for ``best``.
-        blockers: (applies, reason and fix) of whatever can be in the way.
-        overlap: False if the feature is an overlap, and ``overlap="off"`` turns it off, whatever was asked for.
+        blockers: (applies, reason and fix) of everything that can prevent ``best``.
+        overlap: False if the feature is an overlap and ``overlap="off"`` is configured, which decides alone.
 
     Raises:
-        ConfigError: an explicit request is blocked; with every reason.
+        ConfigError: a blocker applies to an explicit request. The message has the reasons of all that apply.
     """
     if not overlap:
         return Choice(otherwise, asked, 'overlap="off" turns every overlap off')
@@ -149,15 +149,15 @@ def settle(
 
 
 def refuse(request: str, reasons: Sequence[tuple[bool, str]], advice: str = "") -> None:
-    """Refuses a request that something is in the way of.
+    """Refuses a request if a reason against it applies.
 
     Args:
         request: as configured, ``tensor_parallel.size=2``.
-        reasons: (applies, reason and fix) of whatever can be in the way.
-        advice: what helps against all of them.
+        reasons: (applies, reason and fix) of everything that can prevent it.
+        advice: a remedy for all of them, appended to the message.
 
     Raises:
-        ConfigError: with every reason that applies.
+        ConfigError: a reason applies. The message has all that apply.
     """
     if applying := [reason for applies, reason in reasons if applies]:
         raise ConfigError(f"{request} cannot run here: {'; '.join(applying)}{advice}")

@@ -1,6 +1,6 @@
-"""Environment variables that the modes want on CUDA, set before it starts. No number depends on them.
+"""Sets environment variables that modes need on CUDA, before CUDA starts. They change the speed, and no number.
 
-A value that is set already stays, whoever has set it: the user, or a mode that is applied before.
+A value that the user or an earlier mode has set stays.
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ from lightning_overlap.decision import Setting
 from lightning_overlap.modes.descriptor import in_order
 
 
-def wanted(config: OverlapConfig, capability: int | None) -> list[Setting]:
-    """Lists what the modes want, in the order in which they are applied; nothing if overlap is off.
+def settings_for(config: OverlapConfig, capability: int | None) -> list[Setting]:
+    """Lists the settings of the modes, in the order in which modes are applied; none if overlap is off.
 
     Args:
-        config: what was asked for.
+        config: the request.
         capability: the device's compute capability (major); None if it is not known.
     """
     if config.overlap == "off":
@@ -26,25 +26,25 @@ def wanted(config: OverlapConfig, capability: int | None) -> list[Setting]:
 
 
 def apply(settings: Sequence[Setting], environ: MutableMapping[str, str], *, started: bool) -> list[str]:
-    """Sets what can be set.
+    """Applies settings to the environment.
 
     Args:
-        settings: the first of a variable counts.
-        environ: the variables, which are changed.
-        started: whether CUDA has started: it has read its variables then.
+        settings: of a variable the first one counts.
+        environ: the variables; changed in place.
+        started: whether CUDA has started, and so read its variables.
 
     Returns:
-        A sentence about each.
+        A sentence about each setting.
     """
     report = []
     for setting in settings:
         value, line = environ.get(setting.variable), f"{setting.variable}={setting.value} ({setting.why})"
         if value == setting.value:
-            report.append(f"{line}: is set")
+            report.append(f"{line}: already set")
         elif value is not None:
-            report.append(f"{line}: it is {value} already, which stays")
+            report.append(f"{line}: not set, because it is {value} already")
         elif started:
-            report.append(f"{line}: too late, CUDA has started; set it in the shell")
+            report.append(f"{line}: not set, because CUDA has started. Set it in the shell")
         else:
             environ[setting.variable] = setting.value
             report.append(f"{line}: set")
@@ -52,7 +52,7 @@ def apply(settings: Sequence[Setting], environ: MutableMapping[str, str], *, sta
 
 
 def capability() -> int | None:
-    """The first device's compute capability (major), asked of the driver's own tool, since torch would start CUDA."""
+    """Returns the first device's compute capability (major), or None. Asks ``nvidia-smi``, because torch would start CUDA."""
     try:
         command = ["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"]
         output = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True).stdout

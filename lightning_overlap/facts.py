@@ -1,4 +1,4 @@
-"""What this machine, torch, the backend, the run and the model offer: the input of the plan, besides the configuration.
+"""Facts about the machine, torch, the backend, the run and the model: with the configuration, the input of the plan.
 
 Standard library only: modes read facts, and know neither Lightning nor each other.
 """
@@ -15,15 +15,15 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class OptimizerFacts:
-    """What an optimizer does, as :func:`lightning_overlap.strategy.probe.examine` found it.
+    """Properties of an optimizer that :func:`lightning_overlap.strategy.probe.examine` has found.
 
     Attributes:
         name: of its class.
-        independent: it updates each parameter without a look at the others.
-        elementwise: it updates each element without a look at the others.
-        separable: it may step a part of its parameters at a time.
-        reason: why, as a sentence.
-        known: False if it refuses to be tried; ``reason`` then has its error.
+        independent: the update of a parameter depends on no other parameter.
+        elementwise: the update of an element depends on no other element.
+        separable: a step may update some of its parameters at a time.
+        reason: the finding, as a sentence.
+        known: False if it failed on test matrices; ``reason`` then has its error.
         methods: its public methods, beside the step, that read its state.
     """
 
@@ -37,7 +37,7 @@ class OptimizerFacts:
 
 
 def installed(package: str) -> str | None:
-    """A package's version, without importing it; None if it is not there."""
+    """Returns a package's version, without importing it; None if it is not installed."""
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
@@ -45,16 +45,16 @@ def installed(package: str) -> str | None:
 
 
 def versions() -> dict[str, str | None]:
-    """The versions that decide numbers and formats."""
+    """Returns the versions of the packages that decide numbers and formats."""
     return {"python": platform.python_version(), "torch": installed("torch"), "lightning": installed("lightning")}
 
 
 @dataclass(frozen=True)
 class Facts:
-    """Facts about a run.
+    """Facts about a run. The class has more than 15 attributes, because every mode reads other ones.
 
     Attributes:
-        world_size: ranks in all.
+        world_size: number of ranks.
         device: type of the device, ``"cpu"`` or ``"cuda"``.
         backend: of the process group, ``"gloo"`` or ``"nccl"``.
         versions: of Python and packages.
@@ -62,15 +62,15 @@ class Facts:
         gradient_clip_val: as in Lightning's Trainer.
         automatic_optimization: as in the LightningModule.
         gradient_readers: hooks that may read or change gradients.
-        clippers: hooks of the user's that clip gradients by a norm that they compute.
-        unfreezers: callbacks that give the optimizer parameters while training.
+        clippers: the user's hooks that compute a norm of gradients and clip by it.
+        unfreezers: callbacks that add parameters to the optimizer during training.
         averagers: callbacks that average weights.
         compiled: the module is compiled by ``torch.compile``.
         deferred: the model was made on the meta device.
         optimizers: None until the model is known.
-        parameters: trained elements of the whole model; None until it is known.
+        parameters: trainable elements of the unsharded model; None until it is known.
         transformer_engine: its version; None if it is not installed.
-        of_modes: what each mode looked for in the model, an object of the mode's class; empty until the model is known.
+        of_modes: for each mode, an object of its class with its facts about the model; empty until the model is known.
     """
 
     world_size: int
@@ -92,5 +92,5 @@ class Facts:
     of_modes: tuple[object, ...] = ()
 
     def of(self, kind: type[T]) -> T | None:
-        """A mode's facts about the model, by their class; None if the model is not known, or the mode has nothing to do."""
+        """Returns a mode's facts about the model, by their class; None if the model is not known, or the mode has nothing to do."""
         return next((facts for facts in self.of_modes if isinstance(facts, kind)), None)

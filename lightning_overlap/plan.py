@@ -1,4 +1,4 @@
-"""The resolved plan: what runs in every mode, and why."""
+"""The resolved plan: the decisions for every mode, with their reasons."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from lightning_overlap.tables import WIDTH, as_text
 
 @dataclass(frozen=True)
 class Plan:
-    """What runs, and why.
+    """The decisions for a run.
 
     Attributes:
         degrees: ranks along each axis.
-        facts: what the plan was made from, besides the configuration.
+        facts: with the configuration, the input of the plan.
         modes: descriptors of all modes, also of those that are off.
-        choices: what was decided for each mode that runs, by the mode's name.
+        choices: by the name of each mode that runs, its decisions.
         verify_first_step: whether the first step is compared with that of the unsharded model.
     """
 
@@ -33,7 +33,7 @@ class Plan:
     verify_first_step: Choice[bool]
 
     def features(self) -> dict[str, Choice[object]]:
-        """All choices by feature, named as in the configuration: ``data_parallel.bucket_size``."""
+        """Returns all choices by feature, named as in the configuration: ``data_parallel.bucket_size``."""
         return {
             f"{mode.section}.{feature}": choice
             for mode in self.modes
@@ -42,7 +42,7 @@ class Plan:
         }
 
     def explain(self) -> str:
-        """The plan as text: a head, then a line for each feature: what was asked for, what runs, and why."""
+        """Formats the plan: a head, then a line for each feature with the configured value, the decision and the reason."""
         running = [mode for mode in self.modes if mode.name in self.choices]
         off = [mode.section for mode in self.modes if mode.name not in self.choices]
         axes = " x ".join(f"{mode.name} {self.choices[mode.name].size.value}" for mode in running) or "nothing to shard"
@@ -68,7 +68,7 @@ def _row(name: str, choice: Choice[object]) -> tuple[str, str, str, str]:
 
 
 def _words(value: object) -> str:
-    """A value as the plan prints it, and as the configuration takes it."""
+    """Formats a value as the plan prints it and the configuration accepts it."""
     if isinstance(value, bool):
         return "on" if value else "off"
     return "" if value is None else f"{value:,}" if isinstance(value, int) else str(value)
@@ -76,6 +76,10 @@ def _words(value: object) -> str:
 
 def resolve(config: OverlapConfig, facts: Facts) -> Plan:
     """Decides every feature.
+
+    Args:
+        config: the request.
+        facts: about the run.
 
     Raises:
         ConfigError: an explicit request cannot be met.
@@ -88,7 +92,7 @@ def resolve(config: OverlapConfig, facts: Facts) -> Plan:
 
 
 def _first_step(config: OverlapConfig, facts: Facts, choices: Mapping[str, Choices], *, is_sharded: bool) -> Choice[bool]:
-    """Whether the first step is compared with that of the unsharded model; without a reason where nothing shards the model."""
+    """Decides whether the first step is compared with that of the unsharded model. No mode shards the model: no reason is printed."""
     if not is_sharded:
         return Choice(False, config.verify_first_step, "")
     return settle(
@@ -96,12 +100,12 @@ def _first_step(config: OverlapConfig, facts: Facts, choices: Mapping[str, Choic
         config.verify_first_step,
         best=True,
         otherwise=False,
-        because="the first batch is computed twice more, by the unsharded and the sharded model: loss, gradients and buffers must be "
-        "the same; each rank holds the whole model for that time",
+        because="the first batch is computed twice before training, by the unsharded and the sharded model: loss, gradients and "
+        "buffers must be equal; each rank holds the unsharded model for that time",
         blockers=[
-            (facts.deferred, "the model was made on the meta device, and is whole on no rank"),
-            (not facts.automatic_optimization, "with manual optimization training_step steps optimizers itself"),
-            (facts.compiled, "compiled code would be compiled once more for it"),
+            (facts.deferred, "the model was made on the meta device, so no rank has the unsharded model"),
+            (not facts.automatic_optimization, "with manual optimization training_step would update the parameters"),
+            (facts.compiled, "the compiled model would be compiled a second time for it"),
             *((bool(mode.first_step_blocker), mode.first_step_blocker) for mode in choices.values()),
         ],
     )

@@ -10,16 +10,16 @@ from rich.table import Table
 from rich.text import Text
 
 WIDTH = 100
-"""Columns of what is printed: two windows side by side on a usual screen."""
+"""Columns of printed text, so that two windows fit side by side on a usual screen."""
 
 
 def as_text(head: Sequence[str], rows: Iterable[Sequence[str]], *, numbers: bool = False) -> str:
-    """Lays rows out in columns, in at most :data:`WIDTH` characters a line; long cells are wrapped under their column.
+    """Formats rows as a table with lines of at most :data:`WIDTH` characters; long cells are wrapped.
 
     Args:
         head: a title for each column.
-        rows: a cell for each column. Spaces in front of a cell stay.
-        numbers: all columns but the first one have numbers, which are aligned on the right.
+        rows: with a cell for each column. Leading spaces of a cell stay.
+        numbers: align all columns but the first on the right.
     """
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="")
     for number, title in enumerate(head):

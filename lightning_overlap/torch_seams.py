@@ -20,52 +20,52 @@ try:
     from torch.nn.modules.batchnorm import _BatchNorm as BatchNorm
     from torch.utils._pytree import tree_leaves, tree_map
 except ImportError as error:
-    raise ImportError(f"this version of torch lacks a part that is needed ({error}). {SUPPORTED}") from error
+    raise ImportError(f"lightning_overlap needs a name that this version of torch lacks ({error}). {SUPPORTED}") from error
 
 __all__ = ["BatchNorm", "CompiledModule", "MemoryFormatEncoding", "WithoutSubclasses", "c10d", "tree_leaves", "tree_map"]
 
 PRIVATE_NAMES: tuple[tuple[Any, str, str], ...] = (
-    (nn.Module(), "_parameters", "guarded, so that weights are complete before anybody reads them"),
-    (nn.Module(), "_buffers", "buffers by their module, which may register others"),
-    (nn.Module(), "_modules", "the blocks of a list that a stand-in has taken the place of"),
-    (nn.Module(), "_apply", "moves to a device what is not absent"),
-    (nn.Module(), "_compiled_call_impl", "whether a module was compiled in place"),
-    (Tensor, "_version", "whether a tensor was written since"),
-    (getattr(Function, "_backward_cls", None), "_forward_cls", "by which a node of autograd's graph tells its Function"),
+    (nn.Module(), "_parameters", "guarded, so that weights are complete before a read"),
+    (nn.Module(), "_buffers", "buffers by module, which may register others"),
+    (nn.Module(), "_modules", "the blocks of a list that a stand-in replaces"),
+    (nn.Module(), "_apply", "moves all but absent parameters to a device"),
+    (nn.Module(), "_compiled_call_impl", "shows that a module was compiled in place"),
+    (Tensor, "_version", "counts the writes to a tensor"),
+    (getattr(Function, "_backward_cls", None), "_forward_cls", "the Function of a node of autograd's graph"),
     (Variable, "_execution_engine", "calls a function at the end of a backward"),
-    (profiler, "_is_profiler_enabled", "spans cost 20 microseconds each, also while none runs"),
+    (profiler, "_is_profiler_enabled", "shows whether a profiler runs: a span costs 20 microseconds even if none does"),
     (Optimizer, "register_step_pre_hook", "fills _optimizer_step_pre_hooks"),
     (dist.distributed_c10d, "_get_default_store", "the store of the world, over which errors are announced"),
-    (dist.distributed_c10d, "_world", "the count of groups, by which ranks name them"),
+    (dist.distributed_c10d, "_world", "the count of groups, from which torch makes their names"),
 )
-"""The object that has the name, the name, what it is used for."""
+"""The object with the attribute, its name, its use."""
 for _owner, _name, _use in PRIVATE_NAMES:
     if not hasattr(_owner, _name):
         raise ImportError(f"this version of torch has no {_name} of {_owner!r} ({_use}). {SUPPORTED}")
 
 
 def parameters_of(module: nn.Module) -> dict[str, nn.Parameter | None]:
-    """The module's own dictionary of parameters, without those of modules in it."""
+    """Returns the module's dictionary of parameters, without those of its submodules."""
     return module._parameters
 
 
 def set_parameters(module: nn.Module, parameters: dict[str, nn.Parameter | None]) -> None:
-    """Gives the module another dictionary of parameters."""
+    """Replaces the module's dictionary of parameters."""
     module._parameters = parameters
 
 
 def buffers_of(module: nn.Module) -> dict[str, Tensor | None]:
-    """The module's own dictionary of buffers, without those of modules in it."""
+    """Returns the module's dictionary of buffers, without those of its submodules."""
     return module._buffers
 
 
 def children_of(module: nn.Module) -> dict[str, Any]:
-    """The module's own dictionary of modules."""
+    """Returns the module's dictionary of its direct submodules."""
     return module._modules
 
 
 def apply_to(module: nn.Module, function: Callable[[Tensor], Tensor]) -> None:
-    """Replaces the module's parameters and buffers, as ``module.to`` does, by what a function gives for each."""
+    """Replaces each parameter and buffer of the module by the result of a function, as ``module.to`` does."""
     module._apply(function)
 
 
@@ -81,42 +81,42 @@ def is_node_of(node: Any, kind: type[Function]) -> bool:
 
 
 def version_of(tensor: Tensor) -> int:
-    """The number of times that a tensor was written in place."""
+    """Returns the number of in-place writes to a tensor."""
     return tensor._version
 
 
 def after_backward(function: Callable[[], None]) -> None:
-    """Calls a function when the backward that runs has ended. To be called inside it."""
+    """Calls a function at the end of the backward under way. Call it inside a backward."""
     Variable._execution_engine.queue_callback(function)
 
 
 def is_profiled() -> bool:
-    """Whether torch's profiler, or another one that records its spans, runs."""
+    """Whether torch's profiler runs, or another profiler that records its spans."""
     return profiler._is_profiler_enabled
 
 
 def has_step_hooks(optimizer: Optimizer) -> bool:
-    """Whether something is to be called before or after each step of an optimizer."""
+    """Whether an optimizer has hooks before or after its step."""
     return bool(optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks)
 
 
 def forget_step_hooks(optimizer: Optimizer) -> None:
-    """Leaves an optimizer without hooks of its steps."""
+    """Removes the hooks of an optimizer's step."""
     optimizer._optimizer_step_pre_hooks, optimizer._optimizer_step_post_hooks = OrderedDict(), OrderedDict()
 
 
 def default_store() -> Any:
-    """The store of the process group of all ranks."""
+    """Returns the store of the process group of all ranks."""
     return dist.distributed_c10d._get_default_store()
 
 
 def group_count() -> int:
-    """The number of groups that this process has made, by which torch names the next one."""
+    """Returns the number of groups of this process, from which torch makes the next group's name."""
     return dist.distributed_c10d._world.group_count
 
 
 def set_group_count(count: int) -> None:
-    """Sets the number by which torch names the next group: ranks must agree in it."""
+    """Sets the number from which torch makes the next group's name. Ranks must agree on it."""
     dist.distributed_c10d._world.group_count = count
 
 

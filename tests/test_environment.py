@@ -12,7 +12,7 @@ from lightning.pytorch.plugins import MixedPrecision
 
 from lightning_overlap import OverlapStrategy, PipelineParallel, TensorParallel, environment
 from lightning_overlap.config import OverlapConfig
-from lightning_overlap.environment import Setting, apply, capability, wanted
+from lightning_overlap.environment import Setting, apply, capability, settings_for
 
 
 @pytest.mark.parametrize(
@@ -27,24 +27,24 @@ from lightning_overlap.environment import Setting, apply, capability, wanted
     ],
 )
 def test_one_queue_for_tensor_parallelism_before_blackwell(size: int, overlap: Any, major: int | None, value: str | None) -> None:
-    found = wanted(OverlapConfig(tensor_parallel=TensorParallel(size=size), overlap=overlap), major)
+    found = settings_for(OverlapConfig(tensor_parallel=TensorParallel(size=size), overlap=overlap), major)
     assert [(s.variable, s.value) for s in found] == ([("CUDA_DEVICE_MAX_CONNECTIONS", value)] if value else [])
 
 
 def test_room_for_the_transfers_of_transformer_engine() -> None:
     own = TensorParallel(size=2, backend="userbuffers")
     margins = [("NVTE_FWD_LAYERNORM_SM_MARGIN", "16"), ("NVTE_BWD_LAYERNORM_SM_MARGIN", "16")]
-    assert [(s.variable, s.value) for s in wanted(OverlapConfig(tensor_parallel=own), None)] == margins
-    found = wanted(OverlapConfig(tensor_parallel=own), 9)
+    assert [(s.variable, s.value) for s in settings_for(OverlapConfig(tensor_parallel=own), None)] == margins
+    found = settings_for(OverlapConfig(tensor_parallel=own), 9)
     assert [(s.variable, s.value) for s in found] == [("CUDA_DEVICE_MAX_CONNECTIONS", "1"), *margins]
-    assert wanted(OverlapConfig(tensor_parallel=own, overlap="off"), 9) == []
+    assert settings_for(OverlapConfig(tensor_parallel=own, overlap="off"), 9) == []
 
 
 def test_a_pipeline_wants_many_queues_and_comes_first() -> None:
     """With one, what is launched after two receives waits for the first of them: it stands still on the device."""
     config = OverlapConfig(tensor_parallel=TensorParallel(size=2), pipeline_parallel=PipelineParallel(size=2))
-    assert [s.value for s in wanted(config, 9)] == ["32", "1"]
-    assert [s.value for s in wanted(OverlapConfig(pipeline_parallel=PipelineParallel(size=2), overlap="off"), 9)] == []
+    assert [s.value for s in settings_for(config, 9)] == ["32", "1"]
+    assert [s.value for s in settings_for(OverlapConfig(pipeline_parallel=PipelineParallel(size=2), overlap="off"), 9)] == []
 
 
 def test_what_is_set_stays_and_the_first_mode_counts() -> None:
@@ -53,12 +53,14 @@ def test_what_is_set_stays_and_the_first_mode_counts() -> None:
     said = apply(settings, environ, started=False)
     assert environ == {"A": "user's", "B": "1", "C": "1"}
     assert [line.split(": ", 1)[1] for line in said] == [
-        "it is user's already, which stays",
-        "is set",
+        "not set, because it is user's already",
+        "already set",
         "set",
-        "it is 1 already, which stays",
+        "not set, because it is 1 already",
     ]
-    assert apply([Setting("D", "1", "x")], environ, started=True) == ["D=1 (x): too late, CUDA has started; set it in the shell"]
+    assert apply([Setting("D", "1", "x")], environ, started=True) == [
+        "D=1 (x): not set, because CUDA has started. Set it in the shell"
+    ]
     assert "D" not in environ
 
 

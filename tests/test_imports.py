@@ -16,7 +16,7 @@ ROOT = Path(lightning_overlap.__file__).parent
 FILES = {str(path.relative_to(ROOT)): path for path in ROOT.rglob("*.py")}
 
 FLOORS = (
-    ("decision", "tables", "torch_seams"),
+    ("decision", "messages", "tables", "torch_seams"),
     ("ranks",),
     ("model", "steps", "state", "profiling.intervals", "profiling.trace"),
     ("facts", "modes.base", "modes.descriptor", "config", "plan", "environment", "modes", "nn"),
@@ -195,6 +195,23 @@ def test_axes_are_known_to_the_mesh_only():
             if isinstance(text, str) and text in axes:
                 broken.add(f"{module}: {text}")
     check("axes", broken)
+
+
+PRINTS = {"cli", "bench.peers.tensor_products"}
+"""The command, and a program that a measurement starts and whose output it reads."""
+
+
+def test_messages_go_through_one_logger():
+    """Others call neither ``print`` nor Lightning's ``rank_zero_info``, and make no logger."""
+    broken = set()
+    for module in set(MODULES) - PRINTS - {"messages"}:
+        for node in ast.walk(tree_of(module)):
+            if isinstance(node, ast.Call):
+                name = getattr(node.func, "id", getattr(node.func, "attr", None))
+                # rich's Console.print writes to a string
+                if name in ("rank_zero_info", "getLogger") or (name == "print" and isinstance(node.func, ast.Name)):
+                    broken.add(f"{module}: {name}")
+    check("messages", broken)
 
 
 # -- private names of other libraries ------------------------------------------------------------------------------------------

@@ -30,7 +30,7 @@ from lightning_overlap.bench.advice import advise
 from lightning_overlap.bench.measure import measure
 from lightning_overlap.bench.rows import Row
 from lightning_overlap.decision import Choice, Choices, Setting, check_count, settle
-from lightning_overlap.environment import wanted
+from lightning_overlap.environment import settings_for
 from lightning_overlap.facts import Facts
 from lightning_overlap.modes import MODES
 from lightning_overlap.modes.base import Nesting, OverlapMode, Setup
@@ -181,8 +181,8 @@ def test_it_is_in_the_plan_the_environment_and_the_advice() -> None:
     config = ConfigWithToy(toy=Toy(size=2))
     assert "toy" in resolve(config, Facts(world_size=2)).choices
     assert "off, with a size of 1: " in resolve(ConfigWithToy(), Facts(world_size=2)).explain()
-    assert [setting.variable for setting in wanted(config, None)] == ["TOYS"]
-    assert wanted(ConfigWithToy(toy=Toy(size=2), overlap="off"), None) == []
+    assert [setting.variable for setting in settings_for(config, None)] == ["TOYS"]
+    assert settings_for(ConfigWithToy(toy=Toy(size=2), overlap="off"), None) == []
     rows = {
         name: Row(name, [seconds]) for name, seconds in {"overlapped": 1, "plain": 2, "compute": 0.9, "communication": 0.5}.items()
     }

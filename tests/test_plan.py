@@ -57,7 +57,7 @@ def choices(config=None, **facts):
 ADAM = OptimizerFacts("AdamW", True, True, True, "AdamW updates each element on its own")
 NORM = OptimizerFacts("Norm", False, False, False, "Norm looks at all parameters at once")
 MUON = OptimizerFacts("Muon", True, False, False, "Muon does not update each element on its own")
-REFUSES = OptimizerFacts("Shy", False, False, False, "Shy refuses to be tried (TypeError: no), so nothing is known", known=False)
+REFUSES = OptimizerFacts("Shy", False, False, False, "Shy fails on test matrices (TypeError: no), so it is unknown", known=False)
 SWAPS = OptimizerFacts("Free", True, True, True, "Free updates each element on its own", methods=("eval", "train"))
 
 
@@ -133,7 +133,7 @@ def test_overlap_off_keeps_the_layout():
         ({}, {"precision": "16-mixed"}, "use bf16-mixed"),
         ({"distributed_optimizer": True}, {"unfreezers": ("BackboneFinetuning",)}, "BackboneFinetuning brings in parameters"),
         ({"distributed_optimizer": True}, {"optimizers": (NORM,)}, "looks at all parameters at once"),
-        ({"distributed_optimizer": True}, {"optimizers": (REFUSES,)}, r"Shy refuses to be tried \(TypeError: no\)"),
+        ({"distributed_optimizer": True}, {"optimizers": (REFUSES,)}, r"Shy fails on test matrices \(TypeError: no\)"),
         ({"distributed_optimizer": True}, {"optimizers": (SWAPS,)}, "Free.eval, Free.train reads the optimizer's state outside"),
         ({}, {"optimizers": (OptimizerFacts("LBFGS", False, False, False, ""),)}, "L-BFGS"),
     ],
@@ -282,8 +282,13 @@ def test_tensor_parallelism_says_what_it_does():
             {"facts": {"clippers": ("Net.configure_gradient_clipping",)}},
             "clips by the norm of this rank's gradients only, which are pieces",
         ),
+<<<<<<< HEAD
         ({"facts": {"optimizers": (REFUSES,)}}, "Shy refuses to be tried (TypeError: no)"),
         ({"facts": {"averagers": ("EMAWeightAveraging",)}}, "EMAWeightAveraging averages copies of complete weights"),
+=======
+        ({"facts": {"optimizers": (REFUSES,)}}, "Shy fails on test matrices (TypeError: no)"),
+        ({"facts": {"averagers": ("EMAWeightAveraging",)}}, "EMAWeightAveraging averages copies of whole weights"),
+>>>>>>> house
         ({"pipeline": PipelineParallel(size=2, microbatches=4, schedule="zb_h1")}, "zb_h1 splits backward"),
         (
             {

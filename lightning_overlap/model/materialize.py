@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_overlap.decision import ConfigError
-from lightning_overlap.state.shards import absent_like, is_absent
+from lightning_overlap.state.absent import absent_like, is_absent
 from lightning_overlap.torch_seams import apply_to, buffers_of, parameters_of, version_of
 
 _LOST = "_lightning_overlap_lost"
@@ -45,7 +45,8 @@ def materialize(module: nn.Module, device: torch.device, holds: Callable[[str], 
         holds: whether this rank holds a parameter or buffer, by name. What it does not gets the memory of one element.
 
     Returns:
-        The names of what this rank holds of it. It is not a number (zero where integers are) until :func:`initialize`.
+        The names of the parameters and buffers that got memory. They are NaN until :func:`initialize`, see
+        :mod:`lightning_overlap.state.absent`.
     """
     made: list[str] = []
 

@@ -1,1 +1,1 @@
-"""What is hidden, and what is not."""
+"""Measures hidden and exposed communication."""

@@ -2,50 +2,51 @@
 
 from __future__ import annotations
 
-import time
 from collections import deque
 from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_warn
 
 from lightning_overlap.decision import ConfigError
+from lightning_overlap.messages import log_on_rank_zero
 from lightning_overlap.modes.base import OverlapMode
+from lightning_overlap.profiling.recorder import StepRecorder
 from lightning_overlap.profiling.report import import_plotly, write_report
 from lightning_overlap.profiling.trace import BETWEEN, Step, Summary, write_chrome_trace
-from lightning_overlap.ranks.clock import Clock, DeviceClock, Timeline
-from lightning_overlap.ranks.group import Group, Transfer
+from lightning_overlap.ranks.clock import Clock, DeviceClock
+from lightning_overlap.ranks.group import Group
 from lightning_overlap.ranks.world import make_group
 
 DRAWN = 8
-"""The last so many measured steps are drawn; the table and the log know of all."""
+"""How many of the last measured steps are drawn; the table and the log cover all."""
 
 
 class OverlapProfiler(Callback):
-    """Tells how much communication was hidden: in the log, in a table at the end of fit, in a report and in a trace.
+    """Measures how much communication is hidden: in the log, a table at the end of fit, a report and a trace.
 
-    Every transfer of :class:`~lightning_overlap.ranks.group.Group` is recorded; nothing is added to a mode. At the trainer's logging
-    steps the ranks exchange the records of the steps that were measured since, on one clock. Means over the ranks:
+    It records every transfer of :class:`~lightning_overlap.ranks.group.Group`, and adds nothing to a mode. At the trainer's logging
+    steps the ranks exchange the records of the steps measured since the last exchange, on one clock. It logs means over the ranks:
 
-    ``overlap/exposed_ms``: milliseconds a step in which a rank did nothing but wait for the wire.
-    ``overlap/late_ms``: in which it waited for a rank that had not come yet.
-    ``overlap/core_taken_ms``: in which it waited for nothing and had no core, as transfers have a CPU's (0 on CUDA).
-    ``overlap/hidden_percent``: the part of the time with transfers on the wire under which the ranks went on.
+    ``overlap/exposed_ms``: milliseconds of a step in which a rank only waited for the wire.
+    ``overlap/late_ms``: milliseconds in which it waited for a rank that had not posted its transfer yet.
+    ``overlap/core_taken_ms``: milliseconds in which it waited for no transfer and had no core, because transfers used it (0 on CUDA).
+    ``overlap/hidden_percent``: the part of the time with transfers on the wire in which the ranks computed.
     ``overlap/<mode>/exposed_ms`` and ``overlap/<mode>/hidden_percent``: the same for one mode.
 
     Args:
-        every_n_steps: steps from one that is measured to the next.
-        warmup: steps before the first one.
+        every_n_steps: steps from one measured step to the next.
+        warmup: steps before the first measured step.
         prog_bar: also show ``overlap/exposed_ms`` on the progress bar.
-        report: a file for a page that a browser opens without a network: plan, table, bars, timeline of every rank.
-        trace: a file for the same steps in Chrome's trace format, which Perfetto opens.
+        report: file for a page with plan, table, bars and the timeline of every rank; a browser opens it without a network.
+        trace: file for the same steps in Chrome's trace format, which Perfetto opens.
 
     Attributes:
-        summary: of all steps that were measured and exchanged in this fit, on the first rank.
+        summary: on rank 0, of all steps measured and exchanged in this fit.
 
     Raises:
-        ConfigError: ``every_n_steps`` or ``warmup`` make no sense; or a report is asked for and plotly is not installed.
+        ConfigError: ``every_n_steps`` or ``warmup`` is too small; or ``report`` is set and plotly is not installed.
     """
 
     def __init__(
@@ -63,147 +64,98 @@ class OverlapProfiler(Callback):
         self._trace = None if trace is None else Path(trace)
         if self._report is not None:
             import_plotly()
-        self._modes: list[OverlapMode] = []
-        self._groups: list[Group] = []
-        self._everyone: Group | None = None
-        self._log: list[Transfer] = []
-        self._clock = Clock()
-        self._phases, self._work = Timeline(self._clock), Timeline(self._clock)
-        self._open: tuple[int, Any] | None = None  # the step that is measured, and the stamp of its start
-        self._phase: tuple[str, Any] = ("", None)
-        self._ran: float | None = None  # as Step.ran, and when it was counted last
-        self._at: float | None = None
-        self._begun = -1
-        self._last = 0.0  # when the step before began
-        self._measured: list[Step] = []  # on this rank, not exchanged yet
+        self._recorder: StepRecorder | None = None  # from the start to the end of training
+        self._world: Group | None = None
+        self._current = -1  # number of the current step
         self.summary = Summary()
         self._drawn: deque[list[Step]] = deque(maxlen=DRAWN)
 
-    # -- a step ------------------------------------------------------------------------------------------------------
+    # -- this rank ---------------------------------------------------------------------------------------------------
 
     def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
         if not hasattr(trainer.strategy, "modes"):
-            rank_zero_warn("OverlapProfiler knows the transfers of OverlapStrategy only: nothing is measured")
-        self._modes = list(getattr(trainer.strategy, "modes", ()))
-        self._groups = [group for mode in self._modes for group in mode.groups if group.size > 1]
-        self.summary = Summary(remarks={mode.name: mode.remark for mode in self._modes})
-        self._measured, self._open, self._begun = [], None, -1
+            rank_zero_warn("OverlapProfiler measures nothing, because it records transfers of OverlapStrategy only")
+        modes: list[OverlapMode] = list(getattr(trainer.strategy, "modes", ()))
+        groups = [group for mode in modes for group in mode.groups if group.size > 1]
+        self.summary = Summary(remarks={mode.name: mode.remark for mode in modes})
+        self._current = -1
         self._drawn.clear()
-        self._log = []
-        self._clock = DeviceClock() if trainer.strategy.root_device.type == "cuda" else Clock()
-        self._clock.start()
-        self._phases, self._work = Timeline(self._clock), Timeline(self._clock)
-        for group in self._groups:
-            group.log, group.clock = self._log, self._clock
-        if self._groups:
+        self._recorder = self._world = None  # a fit that failed leaves them
+        if groups:
+            clock = DeviceClock() if trainer.strategy.root_device.type == "cuda" else Clock()
+            self._recorder = StepRecorder(modes, groups, clock)
             limit = trainer.strategy.time_limit  # type: ignore[attr-defined]
-            self._everyone = make_group([range(trainer.world_size)], "profiler", limit, backend="gloo", gathers=False, threads=False)
+            self._world = make_group([range(trainer.world_size)], "profiler", limit, backend="gloo", gathers=False, threads=False)
 
     def on_train_batch_start(self, trainer: Trainer, module: LightningModule, batch: Any, batch_idx: int) -> None:
+        if self._recorder is None:
+            return
         step = trainer.global_step
-        if step != self._begun:  # otherwise another batch of the same accumulation window
-            self._close()
-            self._begun = step
-            if self._groups and step >= self._warmup and (step - self._warmup) % self._every == 0:
-                self._clock.start()
-                self._open = step, self._clock.now()
-                self._ran = 0.0
-                for mode in self._modes:
-                    mode.timeline = self._work
-            self._forget(self._last)
-            self._last = time.perf_counter()
-        self._phase, self._at = ("forward", self._clock.now()), self._clock.ran()
-
-    def _forget(self, before: float) -> None:
-        """What is over is no step's any more. What only comes to this rank is over at some time before it was waited for; nobody waits
-        for what a pipeline sends."""
-        self._log[:] = [t for t in self._log if (t.posted if t.waited is None else t.waited[1] if t.done is None else 0.0) >= before]
+        if step != self._current:  # otherwise the batch belongs to the same accumulation window
+            self._current = step
+            self._recorder.start_step(step, record=step >= self._warmup and (step - self._warmup) % self._every == 0)
+        self._recorder.start_batch()
 
     def on_before_backward(self, trainer: Trainer, module: LightningModule, loss: Any) -> None:
-        self._next_phase("backward and step")
+        if self._recorder is not None:
+            self._recorder.next_phase("backward and step")
 
     def on_train_batch_end(self, trainer: Trainer, module: LightningModule, *_: Any) -> None:
-        self._next_phase(BETWEEN)
-        if trainer.global_step != self._begun and trainer.global_step % trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
-            self._close()
-            if (told := self._exchange()) is not None:
-                self._log_values(module, told)
+        if self._recorder is None:
+            return
+        self._recorder.next_phase(BETWEEN)
+        if trainer.global_step != self._current and trainer.global_step % trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
+            self._recorder.end_step()
+            if (summary := self._exchange()) is not None:
+                self._log_values(module, summary)
 
     def on_validation_start(self, trainer: Trainer, module: LightningModule) -> None:
-        self._close()
+        if self._recorder is not None:
+            self._recorder.end_step()
 
     def on_train_epoch_end(self, trainer: Trainer, module: LightningModule) -> None:
-        self._close()
-
-    def _next_phase(self, name: str) -> None:
-        self._count()
-        self._phase = (name, self._clock.now() if self._open is None else self._phases.add(*self._phase))
-
-    def _count(self) -> None:
-        """What the main thread has run since the last phase began."""
-        now = self._clock.ran()
-        if now is None or self._at is None:
-            self._ran = None
-        elif self._phase[0] != BETWEEN and self._ran is not None:
-            self._ran += now - self._at
-        self._at = now
-
-    def _close(self) -> None:
-        if self._open is None:
-            return
-        self._count()
-        (index, start), self._open = self._open, None
-        end = self._phases.add(*self._phase)
-        for transfer in self._log:
-            transfer.read()
-        read = self._clock.read
-        step = Step(index, read(start), read(end), self._phases.take(), list(self._log), self._work.take(), self._ran)
-        self._measured.append(step)
-        for mode in self._modes:
-            mode.timeline = None
+        if self._recorder is not None:
+            self._recorder.end_step()
 
     # -- all ranks ---------------------------------------------------------------------------------------------------
 
     def _exchange(self) -> Summary | None:
-        """What was measured since the last time, on the first rank. Collective."""
-        if self._everyone is None:
-            return None
-        offset = self._everyone.clock_offset()
-        mine, self._measured = [step.on_clock(offset) for step in self._measured], []
-        everyone = self._everyone.gather_objects(mine)
+        """Gathers the steps measured since the last exchange. Returns their summary on rank 0, if there are any. Collective."""
+        assert self._recorder is not None, "on_train_start made it"
+        assert self._world is not None, "on_train_start made it"
+        offset = self._world.clock_offset()
+        everyone = self._world.gather_objects([step.on_clock(offset) for step in self._recorder.take()])
         steps = [list(step) for step in zip(*everyone, strict=True)]
         if not steps:
             return None
         self._drawn.extend(steps)
-        told = Summary()
+        summary = Summary()
         for step in steps:
-            told.add(step)
-        self.summary.merge(told)
-        return told
+            summary.add(step)
+        self.summary.merge(summary)
+        return summary
 
-    def _log_values(self, module: LightningModule, told: Summary) -> None:
-        together = told.mean()
+    def _log_values(self, module: LightningModule, summary: Summary) -> None:
+        together = summary.mean()
         module.log("overlap/exposed_ms", together.exposed * 1e3, prog_bar=self._prog_bar, rank_zero_only=True)
         values = {"overlap/late_ms": together.late * 1e3, "overlap/hidden_percent": together.hidden_percent}
-        values |= {"overlap/core_taken_ms": told.core_taken * 1e3}
-        for mode in told.names:
-            own = told.mean(mode)
-            values |= {f"overlap/{mode}/exposed_ms": own.exposed * 1e3, f"overlap/{mode}/hidden_percent": own.hidden_percent}
+        values |= {"overlap/core_taken_ms": summary.core_taken * 1e3}
+        for mode in summary.names:
+            mean = summary.mean(mode)
+            values |= {f"overlap/{mode}/exposed_ms": mean.exposed * 1e3, f"overlap/{mode}/hidden_percent": mean.hidden_percent}
         module.log_dict(values, rank_zero_only=True)
 
     def on_train_end(self, trainer: Trainer, module: LightningModule) -> None:
-        self._close()
-        for group in self._groups:
-            group.log = group.clock = None
-        if self._everyone is None:
+        if self._recorder is None or self._world is None:
             return
+        self._recorder.detach()
         self._exchange()
-        self._everyone.close()
-        self._everyone = None
+        self._world.close()
+        self._recorder = self._world = None
         if not self.summary.steps:
-            rank_zero_info(f"OverlapProfiler: no step was measured (warmup={self._warmup}, every_n_steps={self._every})")
+            log_on_rank_zero(f"OverlapProfiler: no step was measured (warmup={self._warmup}, every_n_steps={self._every})")
             return
-        rank_zero_info(self.summary.table())
+        log_on_rank_zero(self.summary.table())
         if self._trace is not None:
             self._trace.parent.mkdir(parents=True, exist_ok=True)
             write_chrome_trace(list(self._drawn), self._trace)

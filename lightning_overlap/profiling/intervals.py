@@ -1,4 +1,4 @@
-"""Arithmetic of intervals of time. What overlaps counts once: durations are lengths of unions, never sums."""
+"""Arithmetic of time intervals. Overlapping intervals count once: durations are lengths of unions, never sums."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ Interval = tuple[float, float]
 
 
 def union(intervals: Iterable[Interval]) -> list[Interval]:
-    """The same instants as disjoint intervals in order; empty ones are left out."""
+    """Returns disjoint intervals, in order and not empty, that cover the same instants."""
     merged: list[Interval] = []
     for start, end in sorted(i for i in intervals if i[0] < i[1]):
         if merged and start <= merged[-1][1]:
@@ -19,7 +19,7 @@ def union(intervals: Iterable[Interval]) -> list[Interval]:
 
 
 def intersection(first: Iterable[Interval], second: Iterable[Interval]) -> list[Interval]:
-    """The instants in both, as :func:`union` gives them."""
+    """Returns the instants in both, as :func:`union` does."""
     a, b = union(first), union(second)
     common: list[Interval] = []
     i = j = 0
@@ -35,21 +35,21 @@ def intersection(first: Iterable[Interval], second: Iterable[Interval]) -> list[
 
 
 def difference(first: Iterable[Interval], second: Iterable[Interval]) -> list[Interval]:
-    """The instants of the first that are not in the second, as :func:`union` gives them."""
-    left: list[Interval] = []
+    """Returns the instants of the first that are not in the second, as :func:`union` does."""
+    remaining: list[Interval] = []
     holes = union(second)
     for start, end in union(first):
         for a, b in holes:
             if b <= start or a >= end:
                 continue
             if a > start:
-                left.append((start, a))
+                remaining.append((start, a))
             start = min(b, end)
         if start < end:
-            left.append((start, end))
-    return left
+            remaining.append((start, end))
+    return remaining
 
 
 def length(intervals: Iterable[Interval]) -> float:
-    """Of the union."""
+    """Returns the length of the union."""
     return sum(end - start for start, end in union(intervals))

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning_overlap.decision import ConfigError
-from lightning_overlap.profiling.trace import Spent, Step, compare, spans, spent
+from lightning_overlap.profiling.trace import Step, TransferTime, observe_transfers, spans, transfer_time
 
 COLOURS = {
     "compute": "#4c72b0",
@@ -26,19 +26,21 @@ COLOURS = {
     "gradients of inputs": "#8172b3",
     "gradients of weights": "#937860",
 }
-"""Of what is drawn; transfers take plotly's own."""
+"""Colours of bars by name; transfers have plotly's default colours."""
 ACTIONS = {"F": "forwards", "B": "backwards", "I": "gradients of inputs", "W": "gradients of weights"}
-"""What the letters of a schedule's actions mean."""
+"""Names of a schedule's actions by their letters."""
 
 
 def import_plotly() -> Any:
-    """Raises:
-    ConfigError: it is not installed.
+    """Imports plotly's graph objects.
+
+    Raises:
+        ConfigError: plotly is not installed.
     """
     try:
         import plotly.graph_objects
     except ImportError as error:
-        raise ConfigError("a report is drawn by plotly: pip install 'lightning-overlap[report]'") from error
+        raise ConfigError("a report needs plotly. Run: pip install 'lightning-overlap[report]'") from error
     return plotly.graph_objects
 
 
@@ -46,12 +48,12 @@ def write_report(table: str, steps: Sequence[Sequence[Step]], plan: str, path: P
     """Writes the plan, the table, bars for each step, and the timeline of every rank.
 
     Args:
-        table: of all measured steps, as text.
-        steps: those to draw, at least one, each as all ranks saw it, on one clock.
+        table: the summary of all measured steps, as text.
+        steps: the steps to draw, at least one; of each the records of all ranks, on one clock.
         plan: as text.
-        path: the file.
+        path: of the file.
     """
-    _write(path, "What was hidden, and what was not", table, [_bars(steps), _timeline(steps)], plan)
+    _write(path, "Hidden and exposed communication", table, [_bars(steps), _timeline(steps)], plan)
 
 
 def write_figures(table: str, medians: dict[str, float], limit: float, plan: str, path: Path) -> None:
@@ -59,21 +61,21 @@ def write_figures(table: str, medians: dict[str, float], limit: float, plan: str
 
     Args:
         table: as text.
-        medians: seconds a step by row.
-        limit: seconds; a line across the bars.
+        medians: seconds of a step, by row.
+        limit: in seconds; drawn as a line across the bars.
         plan: as text.
-        path: the file.
+        path: of the file.
     """
     graphs = import_plotly()
     milliseconds = [seconds * 1e3 for seconds in medians.values()]
     bars = graphs.Bar(x=milliseconds, y=list(medians), orientation="h", texttemplate="%{x:.0f}", marker_color=COLOURS["compute"])
     figure = graphs.Figure([bars]).add_vline(limit * 1e3, line_dash="dash", annotation_text="limit")
     figure.update_layout(title="Milliseconds a step", height=140 + 34 * len(medians)).update_yaxes(autorange="reversed")
-    _write(path, "What overlap buys", table, [figure], plan)
+    _write(path, "Gain of overlap", table, [figure], plan)
 
 
 def _write(path: Path, title: str, table: str, figures: Sequence[Any], plan: str) -> None:
-    # plotly's script is in the page itself, once.
+    # The first figure includes plotly's script, so that the page needs no network.
     drawn = "\n".join(
         f.to_html(full_html=False, include_plotlyjs=i == 0, config={"displaylogo": False}) for i, f in enumerate(figures)
     )
@@ -93,16 +95,16 @@ def _write(path: Path, title: str, table: str, figures: Sequence[Any], plan: str
 
 
 def _bars(steps: Sequence[Sequence[Step]]) -> Any:
-    """A bar for each step: the means over ranks, stacked."""
+    """Draws a stacked bar for each step, of means over the ranks."""
     graphs = import_plotly()
     parts: dict[str, list[float]] = {"compute": [], "exposed": [], "late peers": [], "core taken": []}
     for step in steps:
-        together = Spent()
-        for seen in compare(step):
-            together.add(spent(seen))
+        together = TransferTime()
+        for observed in observe_transfers(step):
+            together.add(transfer_time(observed))
         mean = together.over(len(step))
-        length = sum(own.end - own.start for own in step) / len(step)
-        taken = sum(own.taken for own in step) / len(step)
+        length = sum(record.end - record.start for record in step) / len(step)
+        taken = sum(record.core_taken for record in step) / len(step)
         shares = (length - mean.exposed - mean.late - taken, mean.exposed, mean.late, taken)
         for name, seconds in zip(parts, shares, strict=True):
             parts[name].append(seconds * 1e3)
@@ -112,9 +114,9 @@ def _bars(steps: Sequence[Sequence[Step]]) -> Any:
 
 
 def _timeline(steps: Sequence[Sequence[Step]]) -> Any:
-    """A row for each rank's compute, waits, and kinds of transfers."""
+    """Draws a row for each rank's compute, waits and kinds of transfers."""
     graphs = import_plotly()
-    origin = min(own.start for step in steps for own in step)
+    origin = min(record.start for step in steps for record in step)
     drawn: dict[str, dict[str, list[Any]]] = defaultdict(lambda: defaultdict(list))
     rows: dict[str, None] = {}
     for step in steps:
@@ -140,8 +142,9 @@ def _timeline(steps: Sequence[Sequence[Step]]) -> Any:
             for kind, bars in drawn.items()
         ]
     )
-    title = "Timeline of the last measured step, in milliseconds (drag to zoom, double click for all that is drawn)"
+    title = "Timeline of the last measured step, in milliseconds (drag to zoom, double click for all steps)"
     figure.update_layout(title=title, barmode="overlay", height=140 + 34 * len(rows), bargap=0.15)
     last = steps[-1]
-    figure.update_xaxes(range=[(min(own.start for own in last) - origin) * 1e3, (max(own.end for own in last) - origin) * 1e3])
+    start, end = min(record.start for record in last), max(record.end for record in last)
+    figure.update_xaxes(range=[(start - origin) * 1e3, (end - origin) * 1e3])
     return figure.update_yaxes(categoryorder="array", categoryarray=sorted(rows, reverse=True))

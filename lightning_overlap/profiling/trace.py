@@ -1,4 +1,4 @@
-"""What the ranks' records of a step say: what was hidden, what was exposed, and who kept the others waiting."""
+"""Evaluates the ranks' records of steps: hidden and exposed transfer time, and the ranks that others waited for."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ if TYPE_CHECKING:
 
 
 BETWEEN = "between batches"
-"""The phase in which the data loader may be waited for."""
+"""The phase in which the main thread may wait for the data loader."""
 BLOCKED = 1e-4
-"""Seconds: a wait that is shorter found its transfer complete."""
+"""Seconds. A shorter wait means that the transfer was complete before it."""
 
 
 @dataclass
@@ -27,12 +27,12 @@ class Step:
 
     Attributes:
         index: the optimizer step.
-        start: when its first batch began.
-        end: when what belongs to it was over.
-        phases: name, start and end of what the main thread did.
-        transfers: those that were posted, in flight or waited for in it.
-        work: name, start and end of what modes computed: a pipeline's actions.
-        ran: seconds of the phases, but for those between batches, in which the main thread had a core; None: on a device.
+        start: of its first batch.
+        end: of its last phase.
+        phases: name, start and end of the main thread's phases.
+        transfers: the transfers that were posted, under way or waited for in the step.
+        work: name, start and end of computations of modes, such as a pipeline's actions.
+        cpu_seconds: time in which the main thread had a core, without the phases between batches; None on a device.
     """
 
     index: int
@@ -41,23 +41,23 @@ class Step:
     phases: list[tuple[str, float, float]] = field(default_factory=list)
     transfers: list[Transfer] = field(default_factory=list)
     work: list[tuple[str, float, float]] = field(default_factory=list)
-    ran: float | None = None
+    cpu_seconds: float | None = None
 
     @property
-    def taken(self) -> float:
-        """Seconds in which the main thread waited for nothing and yet stood: others had its core.
+    def core_taken(self) -> float:
+        """Seconds in which the main thread waited for no transfer and had no core, because other threads used it.
 
-        On a CPU these are mostly transfers: the threads that post and wait, and the kernel's part of sending and receiving.
+        On a CPU these are mostly the threads that carry out transfers, and the kernel's part of sending and receiving.
         """
-        if self.ran is None:
+        if self.cpu_seconds is None:
             return 0.0
-        going_on = difference(
+        runnable = difference(
             [(a, b) for name, a, b in self.phases if name != BETWEEN], [t.waited for t in self.transfers if t.waited]
         )
-        return max(0.0, length(going_on) - self.ran)
+        return max(0.0, length(runnable) - self.cpu_seconds)
 
     def on_clock(self, offset: float) -> Step:
-        """The same on a clock that is ``offset`` seconds behind."""
+        """Returns the same step on a clock that is ``offset`` seconds behind."""
 
         def moved(t: float | None) -> float | None:
             return None if t is None else t - offset
@@ -74,20 +74,20 @@ class Step:
             for t in self.transfers
         ]
         phases, work = ([(name, a - offset, b - offset) for name, a, b in spans] for spans in (self.phases, self.work))
-        return Step(self.index, self.start - offset, self.end - offset, phases, transfers, work, self.ran)
+        return Step(self.index, self.start - offset, self.end - offset, phases, transfers, work, self.cpu_seconds)
 
 
 @dataclass
-class Seen:
-    """A transfer as one rank saw it, in the light of what the others say of it.
+class ObservedTransfer:
+    """A transfer on one rank, evaluated with the records of all its ranks.
 
     Attributes:
-        label: the transfer's.
-        nbytes: the bytes that this rank sends, if it was posted in this step.
-        wire: from when the last participant had begun to when all were done.
-        exposed: when this rank did nothing but wait for the wire.
-        late: when it waited for a participant that had not asked for the transfer yet.
-        last: the rank that asked last.
+        label: of the transfer.
+        nbytes: bytes that this rank sends, if it posted the transfer in this step.
+        wire: from the start of the last rank to the end of all.
+        exposed: when this rank only waited for the wire.
+        late: when this rank waited for a rank that had not posted the transfer yet.
+        last: the rank that posted last.
     """
 
     label: str
@@ -102,29 +102,28 @@ class Seen:
         return self.label.split(".")[0]
 
 
-def compare(ranks: Sequence[Step]) -> list[list[Seen]]:
-    """One step's transfers, for each rank; its records have one clock.
+def observe_transfers(ranks: Sequence[Step]) -> list[list[ObservedTransfer]]:
+    """Evaluates the transfers of one step, and returns a list for each rank. The records have one clock.
 
-    A transfer cannot begin before its last participant has asked for it: what the others waited until then was for that
-    rank, not for the wire.
+    A transfer cannot start before its last rank has posted it. Until then the others wait for that rank, not for the wire.
     """
-    everywhere: dict[tuple[object, ...], dict[int, Transfer]] = {}
+    by_rank: dict[tuple[object, ...], dict[int, Transfer]] = {}
     for rank, step in enumerate(ranks):
         for t in step.transfers:
-            everywhere.setdefault((t.ranks, t.label, t.number), {})[rank] = t
-    seen: list[list[Seen]] = [[] for _ in ranks]
-    for held in everywhere.values():
-        last = max(held, key=lambda rank: held[rank].posted)
-        posted = held[last].posted
-        started = max(posted, *(t.started or t.posted for t in held.values()))
-        for rank, t in held.items():
+            by_rank.setdefault((t.ranks, t.label, t.number), {})[rank] = t
+    observed: list[list[ObservedTransfer]] = [[] for _ in ranks]
+    for records in by_rank.values():
+        last = max(records, key=lambda rank: records[rank].posted)
+        posted = records[last].posted
+        started = max(posted, *(t.started or t.posted for t in records.values()))
+        for rank, t in records.items():
             step = ranks[rank]
-            known = [end for r, other in held.items() if (end := _done(other, ranks[r].end)) is not None]
+            known = [end for r, other in records.items() if (end := _done(other, ranks[r].end)) is not None]
             done = max(known, default=t.waited[1] if t.waited else step.end)
             waited = t.waited or (done, done)
             turn = min(max(posted, waited[0]), waited[1])
-            seen[rank].append(
-                Seen(
+            observed[rank].append(
+                ObservedTransfer(
                     t.label,
                     t.nbytes if step.start <= t.posted < step.end else 0,
                     wire=_within(step, started, done),
@@ -133,11 +132,11 @@ def compare(ranks: Sequence[Step]) -> list[list[Seen]]:
                     last=last,
                 )
             )
-    return seen
+    return observed
 
 
 def _done(t: Transfer, end: float) -> float | None:
-    """When it was over, as far as this rank knows: one that did not block when it was waited for had come at some time before."""
+    """Returns the end of a transfer as this rank knows it; None if the wait did not block, so that it ended at some earlier time."""
     if t.done is not None or t.waited is None:
         return end if t.done is None else t.done
     return t.waited[1] if t.waited[1] - t.waited[0] > BLOCKED else None
@@ -149,15 +148,15 @@ def _within(step: Step, start: float, end: float) -> Interval:
 
 
 @dataclass
-class Spent:
-    """Seconds and bytes, added up or on average.
+class TransferTime:
+    """Seconds and bytes of transfers: a sum or a mean.
 
     Attributes:
-        communication: something was on the wire.
-        hidden: the part of it under which the rank went on.
-        exposed: the rank did nothing but wait for the wire.
-        late: the rank did nothing but wait for another rank to come.
-        nbytes: sent.
+        communication: time with a transfer on the wire.
+        hidden: the part of it in which the rank computed.
+        exposed: time in which the rank only waited for the wire.
+        late: time in which the rank only waited for another rank to post.
+        nbytes: bytes sent.
     """
 
     communication: float = 0.0
@@ -168,117 +167,117 @@ class Spent:
 
     @property
     def bandwidth(self) -> float:
-        """Bits a second, while something was on the wire."""
+        """Bits a second, while a transfer was on the wire."""
         return 8 * self.nbytes / self.communication if self.communication else 0.0
 
     @property
     def hidden_percent(self) -> float:
-        """Of the time of communication."""
+        """The hidden part of the communication, in percent."""
         return 100 * self.hidden / self.communication if self.communication else 100.0
 
-    def add(self, other: Spent) -> None:
+    def add(self, other: TransferTime) -> None:
         for each in fields(self):
             setattr(self, each.name, getattr(self, each.name) + getattr(other, each.name))
 
-    def over(self, shares: int) -> Spent:
-        """The mean over so many shares."""
-        return Spent(*(getattr(self, each.name) / max(1, shares) for each in fields(self)))
+    def over(self, count: int) -> TransferTime:
+        """Divides by a count."""
+        return TransferTime(*(getattr(self, each.name) / max(1, count) for each in fields(self)))
 
 
-def spent(seen: Sequence[Seen]) -> Spent:
-    """By transfers that one rank saw in one step."""
-    wire = union(s.wire for s in seen)
-    late = union(s.late for s in seen)
-    exposed = difference([s.exposed for s in seen], late)
+def transfer_time(observed: Sequence[ObservedTransfer]) -> TransferTime:
+    """Sums the transfers of one rank in one step. Time with several transfers counts once."""
+    wire = union(t.wire for t in observed)
+    late = union(t.late for t in observed)
+    exposed = difference([t.exposed for t in observed], late)
     hidden = difference(wire, [*exposed, *late])
-    return Spent(length(wire), length(hidden), length(exposed), length(late), sum(s.nbytes for s in seen))
+    return TransferTime(length(wire), length(hidden), length(exposed), length(late), sum(t.nbytes for t in observed))
 
 
 @dataclass
 class Summary:
-    """Of steps on all ranks. Everything is added up here; the methods give means over ranks and steps.
+    """Sums over steps on all ranks. The methods return means over ranks and steps.
 
     Attributes:
-        steps: how many.
-        ranks: how many.
+        steps: number of steps.
+        ranks: number of ranks.
         seconds: of all steps on all ranks.
-        taken: of them, those in which the main thread had no core, as :attr:`Step.taken` says.
-        modes: by name, and all together under ``""``.
-        blocked: seconds for which a transfer was waited for, by label.
-        stragglers: seconds for which others waited, by the rank they waited for.
+        seconds_core_taken: the part of them that :attr:`Step.core_taken` describes.
+        modes: transfer times by mode, and of all modes together under ``""``.
+        blocked: exposed seconds by the transfer's label.
+        stragglers: seconds for which ranks waited for another rank, by that rank.
         remarks: by mode, a sentence that the table adds if the mode has communicated.
     """
 
     steps: int = 0
     ranks: int = 0
     seconds: float = 0.0
-    taken: float = 0.0
-    modes: dict[str, Spent] = field(default_factory=lambda: {"": Spent()})
+    seconds_core_taken: float = 0.0
+    modes: dict[str, TransferTime] = field(default_factory=lambda: {"": TransferTime()})
     blocked: dict[str, float] = field(default_factory=dict)
     stragglers: dict[int, float] = field(default_factory=dict)
     remarks: Mapping[str, str] = field(default_factory=dict)
 
     def add(self, step: Sequence[Step]) -> None:
-        """One step more, as all ranks saw it, on one clock."""
+        """Adds a step: the records of all ranks, on one clock."""
         self.steps, self.ranks = self.steps + 1, len(step)
-        for own, seen in zip(step, compare(step), strict=True):
-            self.seconds += own.end - own.start
-            self.taken += own.taken
-            self.modes[""].add(spent(seen))
-            for mode in sorted({s.mode for s in seen}):
-                self.modes.setdefault(mode, Spent()).add(spent([s for s in seen if s.mode == mode]))
-            for s in seen:
-                _more(self.blocked, s.label, length([s.exposed]))
-                _more(self.stragglers, s.last, length([s.late]))
+        for record, observed in zip(step, observe_transfers(step), strict=True):
+            self.seconds += record.end - record.start
+            self.seconds_core_taken += record.core_taken
+            self.modes[""].add(transfer_time(observed))
+            for mode in sorted({t.mode for t in observed}):
+                self.modes.setdefault(mode, TransferTime()).add(transfer_time([t for t in observed if t.mode == mode]))
+            for t in observed:
+                _add(self.blocked, t.label, length([t.exposed]))
+                _add(self.stragglers, t.last, length([t.late]))
 
     def merge(self, other: Summary) -> None:
-        """The steps of another one."""
+        """Adds the steps of another summary."""
         self.steps, self.ranks = self.steps + other.steps, other.ranks
-        self.seconds, self.taken = self.seconds + other.seconds, self.taken + other.taken
+        self.seconds, self.seconds_core_taken = self.seconds + other.seconds, self.seconds_core_taken + other.seconds_core_taken
         for mode, one in other.modes.items():
-            self.modes.setdefault(mode, Spent()).add(one)
+            self.modes.setdefault(mode, TransferTime()).add(one)
         for label, seconds in other.blocked.items():
-            _more(self.blocked, label, seconds)
+            _add(self.blocked, label, seconds)
         for rank, seconds in other.stragglers.items():
-            _more(self.stragglers, rank, seconds)
+            _add(self.stragglers, rank, seconds)
 
-    def mean(self, mode: str = "") -> Spent:
-        """A rank's step, of one mode or of all together."""
+    def mean(self, mode: str = "") -> TransferTime:
+        """Transfer time of a rank in a step, of one mode or of all together."""
         return self.modes[mode].over(self.steps * self.ranks)
 
     @property
     def names(self) -> list[str]:
-        """Of the modes that have communicated."""
+        """Names of the modes that have communicated."""
         return [mode for mode in self.modes if mode]
 
     @property
     def step(self) -> float:
-        """Seconds of a step."""
+        """Seconds of a step, a mean."""
         return self.seconds / max(1, self.steps * self.ranks)
 
     @property
     def core_taken(self) -> float:
         """Seconds of a step in which the main thread had no core."""
-        return self.taken / max(1, self.steps * self.ranks)
+        return self.seconds_core_taken / max(1, self.steps * self.ranks)
 
     @property
     def compute(self) -> float:
-        """What is left of it: nothing was waited for."""
+        """Seconds of a step in which the main thread computed."""
         return self.step - self.mean().exposed - self.mean().late - self.core_taken
 
     def waited_for(self) -> list[tuple[str, float]]:
-        """Labels, and the seconds a rank waits for them in a step; the longest first."""
+        """Returns labels of transfers with the exposed seconds of a rank in a step; the longest first."""
         longest = sorted(self.blocked.items(), key=lambda item: -item[1])
         return [(label, seconds / (self.steps * self.ranks)) for label, seconds in longest if seconds > 0]
 
     def straggler(self) -> tuple[int, float] | None:
-        """The rank for which the others wait longest, and the seconds in a step; None if it is less than a hundredth of it."""
+        """Returns the rank that others wait for longest, and the seconds in a step; None if they are below 1% of it."""
         rank, seconds = max(self.stragglers.items(), key=lambda item: item[1], default=(0, 0.0))
         seconds /= max(1, self.steps)
         return (rank, seconds) if seconds > 0.01 * self.step else None
 
     def table(self) -> str:
-        """As text; times in milliseconds."""
+        """Formats the summary as text, times in milliseconds."""
         rows = [self._cells(name) for name in [*self.names, *([""] if len(self.names) > 1 else [])]]
         head = ("ms a step", "communication", "hidden", "exposed", "late peers", "MB sent", "Mbit/s")
         lines = [f"lightning_overlap: {self.steps} steps measured, means over {self.ranks} ranks", as_text(head, rows, numbers=True)]
@@ -303,26 +302,26 @@ class Summary:
 K = TypeVar("K")
 
 
-def _more(counts: dict[K, float], key: K, seconds: float) -> None:
+def _add(counts: dict[K, float], key: K, seconds: float) -> None:
     counts[key] = counts.get(key, 0.0) + seconds
 
 
 def spans(steps: Sequence[Step]) -> Iterator[tuple[int, str, str, Interval, int]]:
-    """One step of all ranks as what can be drawn: rank, lane, name, interval, bytes."""
-    for rank, (step, seen) in enumerate(zip(steps, compare(steps), strict=True)):
+    """Yields the bars of a drawing of one step of all ranks: rank, lane, name, interval, bytes."""
+    for rank, (step, observed) in enumerate(zip(steps, observe_transfers(steps), strict=True)):
         for name, start, end in step.phases:
             yield rank, "compute", name, (start, end), 0
         for name, start, end in step.work:
             yield rank, "compute, stages", name, (start, end), 0
-        for s in seen:
-            yield rank, s.label.split("[")[0], s.label, s.wire, s.nbytes
-            for what, waited in (("waited", s.exposed), ("late peer", s.late)):
-                if waited[0] < waited[1]:
-                    yield rank, "waits", f"{what}: {s.label}", waited, 0
+        for t in observed:
+            yield rank, t.label.split("[")[0], t.label, t.wire, t.nbytes
+            for kind, wait in (("waited", t.exposed), ("late peer", t.late)):
+                if wait[0] < wait[1]:
+                    yield rank, "waits", f"{kind}: {t.label}", wait, 0
 
 
 def write_chrome_trace(steps: Sequence[Sequence[Step]], path: Path) -> None:
-    """Writes steps of all ranks in Chrome's trace event format, which Perfetto opens: a process a rank, a thread a lane."""
+    """Writes steps of all ranks in Chrome's trace event format, which Perfetto opens: ranks as processes, lanes as threads."""
     events: list[dict[str, object]] = []
     lanes: dict[str, int] = {}
     origin = min((s.start for step in steps for s in step), default=0.0)

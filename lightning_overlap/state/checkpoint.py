@@ -1,5 +1,5 @@
-"""Checkpoints on disk: written beside and moved into place, in the background if asked, compared with their checksums, and read
-without running their code."""
+"""Checkpoint files: written under a temporary name and renamed, in the background if asked; compared with their checksums and read
+without running code."""
 
 from __future__ import annotations
 
@@ -27,22 +27,22 @@ class CheckpointError(RuntimeError):
     """A checkpoint cannot be written or read."""
 
 
-# -- places ------------------------------------------------------------------------------------------------------------
+# -- paths ---------------------------------------------------------------------------------------------------------------
 
 
 def is_local(path: str | Path) -> bool:
-    """Whether it is a path of this machine's file system, and no address."""
+    """Whether a path is in the file system, and not the address of a remote one (``s3://...``)."""
     return "://" not in str(path)
 
 
 LONGEST_NAME = 143
-"""Bytes of a name that common file systems take (most take 255; eCryptfs takes these)."""
+"""Bytes of a file name that common file systems accept (most accept 255; eCryptfs accepts 143)."""
 _KEPT = 60
-"""Bytes of a longer name that are kept in one that is made from it."""
+"""How many bytes of a longer name its replacement keeps."""
 
 
-def _fitting(begin: str, middle: str, end: str) -> str:
-    """The three together; if that is longer than LONGEST_NAME, with a part of ``middle`` and a digest in its place."""
+def _short_name(begin: str, middle: str, end: str) -> str:
+    """Concatenates the three; if they are longer than LONGEST_NAME, a part of ``middle`` and its digest replace ``middle``."""
     name = begin + middle + end
     if len(os.fsencode(name)) <= LONGEST_NAME:
         return name
@@ -51,25 +51,25 @@ def _fitting(begin: str, middle: str, end: str) -> str:
 
 
 def beside(path: Path) -> Path:
-    """Where a checkpoint is while it is written. Hidden, since it is not complete."""
-    return path.with_name(_fitting(".", path.name, ".writing"))
+    """Returns the path of a checkpoint while it is written: a hidden name in the same folder."""
+    return path.with_name(_short_name(".", path.name, ".writing"))
 
 
 def aside(path: Path) -> Path:
-    """Where a checkpoint is while another one takes its place.
+    """Returns the path of an old checkpoint while a new one replaces it.
 
-    Its name begins and ends as that of ``path``: if a crash leaves it there, ``ckpt_path="last"`` finds it by that.
+    The name begins and ends like ``path``, so that ``ckpt_path="last"`` finds the old checkpoint after a crash.
     """
     stem, suffix = (path.stem, path.suffix) if len(os.fsencode(path.suffix)) < _KEPT else (path.name, "")
-    return path.with_name(_fitting("", stem, f".replaced{suffix}"))
+    return path.with_name(_short_name("", stem, f".replaced{suffix}"))
 
 
 def remove(path: Path) -> None:
-    """Removes a file or a folder, if there is one; a link, and not what it points to."""
+    """Removes a file or folder, if it exists. Of a link only the link is removed."""
     if path.is_dir() and not path.is_symlink():
-        # First out of the way: a crash in the middle must not leave half a folder under the name of a checkpoint.
-        going = path.with_name(_fitting(".", path.name, ".removing"))
-        shutil.rmtree(going, ignore_errors=True)  # what such a crash has left
+        # Renamed first: a crash while it is removed must not leave half a folder under the name of a checkpoint.
+        going = path.with_name(_short_name(".", path.name, ".removing"))
+        shutil.rmtree(going, ignore_errors=True)  # left by such a crash
         os.rename(path, going)
         shutil.rmtree(going)
     else:
@@ -77,10 +77,10 @@ def remove(path: Path) -> None:
 
 
 def put_in_place(path: Path) -> None:
-    """Moves what was written beside ``path`` there."""
+    """Renames a checkpoint from :func:`beside` to its path."""
     new, old = beside(path), aside(path)
     if path.exists() and (path.is_dir() or new.is_dir()):
-        # No call that every file system has replaces a folder. A crash between these two leaves the old one aside.
+        # No call of every file system replaces a folder. A crash between the two renames leaves the old one at `aside`.
         remove(old)
         os.rename(path, old)
     os.replace(new, path)
@@ -88,7 +88,7 @@ def put_in_place(path: Path) -> None:
 
 
 def in_place(path: Path) -> Path:
-    """Where the last good checkpoint of this name is."""
+    """Returns the path of the last complete checkpoint of this name."""
     return aside(path) if aside(path).exists() and not path.exists() else path
 
 
@@ -96,40 +96,46 @@ def in_place(path: Path) -> Path:
 
 
 def what_is_broken(file: Path | IO[bytes]) -> str | None:
-    """How a file that ``torch.save`` has written differs from its checksums; None if it does not, or has none.
+    """Describes the damage of a file that ``torch.save`` has written; None if its checksums match, or if it has none.
 
-    Such a file is a zip archive with a CRC-32 of each record. ``torch.load`` does not look at them, so a byte that a disk has
-    changed would become a weight. Reads the file once, at about the speed of ``torch.load``.
+    The file is a zip archive with a CRC-32 of each record. ``torch.load`` ignores them, so a byte that changed on disk would become a
+    wrong weight. Reads the file once, at about the speed of ``torch.load``.
     """
     try:
-        if not zipfile.is_zipfile(file):  # of an earlier format of torch's, or cut off, which loading tells
+        if not zipfile.is_zipfile(file):  # an earlier format of torch, or truncated: loading reports that
             return None
         with zipfile.ZipFile(file) as archive:
-            if not any(record.CRC for record in archive.infolist()):  # torch was told to compute none
+            if not any(record.CRC for record in archive.infolist()):  # torch was configured to compute none
                 return None
             record = archive.testzip()
-    except Exception as error:  # of whatever kind: what says where a record is may be changed too
-        return f"its table of records is not what was written: {error}"
-    return None if record is None else f"its record {record!r} is not what was written: the checksum differs"
+    except Exception as error:  # of any type, because the table of records may be damaged too
+        return f"its table of records changed on disk: {error}"
+    return None if record is None else f"its record {record!r} changed on disk: the checksum differs"
 
 
 def refuse_broken(path: Any, broken: str | None) -> None:
-    """Raises:
-    CheckpointError: something is broken.
+    """Refuses a damaged file.
+
+    Args:
+        path: of the file, for the error.
+        broken: from :func:`what_is_broken`.
+
+    Raises:
+        CheckpointError: there is damage.
     """
     if broken is not None:
-        raise CheckpointError(f"{path} is damaged: {broken}. Load another checkpoint, or copy this one again from where it is whole")
+        raise CheckpointError(f"{path} is damaged: {broken}. Load another checkpoint, or copy this one again from an intact source")
 
 
 def refuse_damaged(path: Path, *, read_here: bool) -> None:
-    """Compares a checkpoint that is one file with its checksums. Collective.
+    """Compares a checkpoint file with its checksums. Collective.
 
     Args:
         path: the file.
-        read_here: this rank reads it; one of each machine does for all.
+        read_here: whether this rank reads it; one rank of each machine must.
 
     Raises:
-        CheckpointError: on every rank, if it is damaged on one machine.
+        CheckpointError: on every rank, if the file is damaged on one machine.
     """
     broken = all_gather_objects(what_is_broken(path) if read_here else None)
     refuse_broken(path, next(filter(None, broken), None))
@@ -139,7 +145,7 @@ def refuse_damaged(path: Path, *, read_here: bool) -> None:
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
-    """Lightning's own, but a local file is streamed beside and moved into place: a crash leaves the last good one."""
+    """Lightning's ``TorchCheckpointIO``, except that a crash while a local file is written leaves the previous checkpoint."""
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
         if storage_options is not None or not is_local(path):
@@ -148,14 +154,14 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
-            remove(beside(path))  # a file that a killed process has left; or a link, which must not be followed
+            remove(beside(path))  # a file of a killed process, or a link, which must not be followed
             with beside(path).open("xb") as file:
                 torch.save(checkpoint, file)
                 file.flush()
                 os.fsync(file.fileno())
             put_in_place(path)
         except BaseException:
-            remove(beside(path))  # of a full disk, say, which it would keep full
+            remove(beside(path))  # it may fill the disk
             raise
 
     def remove_checkpoint(self, path: Any) -> None:
@@ -166,71 +172,82 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 
 
 def compact(checkpoint: Any, *, copy: bool) -> Any:
-    """The same with tensors of their own on the CPU, if ``copy``; without, only where a tensor is a view of a larger storage.
+    """Copies the tensors that are views of a larger storage, because torch.save would write all of it. Tied tensors stay tied.
 
-    torch.save writes a view's whole storage. What is tied stays tied.
+    Args:
+        checkpoint: nested dictionaries, lists and tuples.
+        copy: copy every tensor, to the CPU.
     """
-    made: dict[Any, Tensor] = {}
+    copies: dict[Any, Tensor] = {}
 
-    def own(value: Any) -> Any:
+    def convert(value: Any) -> Any:
         if isinstance(value, dict):
             new = shallow_copy(value)  # a state_dict has attributes beside its items
-            new.update({key: own(item) for key, item in value.items()})
+            new.update({key: convert(item) for key, item in value.items()})
             return new
         if type(value) in (list, tuple):
-            return type(value)(own(item) for item in value)
-        return own_tensor(value) if isinstance(value, Tensor) else value
+            return type(value)(convert(item) for item in value)
+        return convert_tensor(value) if isinstance(value, Tensor) else value
 
-    def own_tensor(tensor: Tensor) -> Tensor:
+    def convert_tensor(tensor: Tensor) -> Tensor:
         if tensor.layout != torch.strided or not (copy or tensor.untyped_storage().nbytes() > tensor.nbytes):
             return tensor
         key = (tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride()) if tensor.numel() else id(tensor)
-        if key not in made:
-            made[key] = tensor.detach().to("cpu", copy=True) if copy else tensor.detach().clone()
-        return made[key]
+        if key not in copies:
+            copies[key] = tensor.detach().to("cpu", copy=True) if copy else tensor.detach().clone()
+        return copies[key]
 
-    return own(checkpoint)
+    return convert(checkpoint)
 
 
 def load_trusting(weights_only: bool, path: Any, load: Callable[[], Any]) -> Any:
-    """What ``load`` gives.
+    """Calls ``load`` and returns its result.
+
+    Args:
+        weights_only: whether ``load`` refuses objects whose loading may run code.
+        path: of the checkpoint, for the error.
+        load: reads the checkpoint.
 
     Raises:
-        CheckpointError: it holds objects whose loading may run code, and ``weights_only``; or it cannot be read.
+        CheckpointError: the checkpoint holds such objects and ``weights_only`` is set; or it cannot be read.
     """
     try:
         return load()
     except CheckpointError:
         raise
     except (RuntimeError, EOFError) as error:
-        words = str(error) or type(error).__name__
-        raise CheckpointError(f"{path} cannot be read, it may have been cut off: {words}. Load another checkpoint") from error
+        message = str(error) or type(error).__name__
+        raise CheckpointError(f"{path} cannot be read, it may be truncated: {message}. Load another checkpoint") from error
     except pickle.UnpicklingError as error:
         if not weights_only:
             raise CheckpointError(f"{path} cannot be read: {error}. Load another checkpoint") from error
-        found = re.search(r"GLOBAL (\S+)", str(error))
-        what = found.group(1).rstrip(",") if found else str(error).splitlines()[0]
+        match = re.search(r"GLOBAL (\S+)", str(error))
+        name = match.group(1).rstrip(",") if match else str(error).splitlines()[0]
         raise CheckpointError(
-            f"{path} holds more than tensors and plain values: {what}. Loading that may run code of whoever wrote the file. "
-            "If you trust it, pass weights_only=False (trainer.fit(..., ckpt_path=..., weights_only=False))."
+            f"{path} holds more than tensors and plain values: {name}. Loading it may run code in the file. If you trust the file, "
+            "pass weights_only=False (trainer.fit(..., ckpt_path=..., weights_only=False))"
         ) from error
 
 
 def load_file(checkpoint_io: CheckpointIO, path: Any, *, weights_only: bool) -> dict[str, Any]:
-    """A checkpoint that is one file."""
+    """Reads a checkpoint file.
+
+    Raises:
+        CheckpointError: as in :func:`load_trusting`.
+    """
     return load_trusting(weights_only, path, lambda: checkpoint_io.load_checkpoint(path, weights_only=weights_only))
 
 
 def load_lazily(path: Path, *, weights_only: bool) -> dict[str, Any]:
-    """As :func:`load_file`, of a local one: what is not read of it takes no memory."""
+    """As :func:`load_file`, for a local file. Tensors are mapped, and take memory only when they are read."""
     return load_trusting(weights_only, path, lambda: torch.load(path, map_location="cpu", mmap=True, weights_only=weights_only))
 
 
-# -- when --------------------------------------------------------------------------------------------------------------
+# -- background saves -------------------------------------------------------------------------------------------------------
 
 
 class Saves:
-    """Saves, and what follows on them, in order: at once, or on a thread. What fails on one rank is an error on all."""
+    """Runs saves, and actions that depend on them, in order: at once or on a thread. A failure of one rank is an error on all."""
 
     def __init__(self) -> None:
         self._thread: ThreadPoolExecutor | None = None
@@ -238,15 +255,15 @@ class Saves:
         self._path: Any = None
 
     def run(self, prepare: Callable[[], Callable[[], None]], path: Any, *, background: bool) -> None:
-        """Collective, and waits for what runs before.
+        """Waits for earlier saves, and starts one. Collective.
 
         Args:
-            prepare: takes what is to be saved, and gives what writes it.
-            path: for the error.
-            background: write while training goes on.
+            prepare: collects the state, and returns a function that writes it.
+            path: of the checkpoint, for the error.
+            background: write on a thread, while training continues.
 
         Raises:
-            CheckpointError: on every rank, if preparing, an earlier save, or writing at once has failed on one.
+            CheckpointError: on every rank, if an earlier save, ``prepare``, or a write that is not in the background failed on one.
         """
         self.wait()
         self._path = path
@@ -257,38 +274,38 @@ class Saves:
         else:
             self._agree(_outcome(writes[0]))
 
-    def then(self, do: Callable[[], None]) -> None:
-        """After the save that is running, and only if it succeeds: what is removed may be the last good checkpoint."""
+    def then(self, action: Callable[[], None]) -> None:
+        """Runs an action after the save under way, if it succeeds: the action may remove the last complete checkpoint."""
         if self._running:
-            self._submit(do)
+            self._submit(action)
         else:
-            do()
+            action()
 
     def wait(self) -> None:
-        """Until nothing runs. Collective.
+        """Waits until all saves and actions are done. Collective.
 
         Raises:
-            CheckpointError: on every rank, if what ran has failed on one.
+            CheckpointError: on every rank, if one of them failed on one.
         """
-        if self._running:  # on all ranks or on none, whatever followed
+        if self._running:  # on all ranks or on none
             self._agree(self._finish())
 
     def close(self) -> None:
-        """Waits without the other ranks, which may be gone; an error is told."""
+        """Waits without the other ranks, which may have ended; warns of an error."""
         error = self._finish()
         if error is not None:
             rank_zero_warn(f"the checkpoint {self._path} was not written: {error!r}")
 
-    def _submit(self, do: Callable[[], None]) -> None:
+    def _submit(self, action: Callable[[], None]) -> None:
         if self._thread is None:
             self._thread = ThreadPoolExecutor(1, "checkpoint")
-        before = tuple(self._running)
+        earlier = tuple(self._running)
 
-        def in_order() -> None:
-            if all(done.exception() is None for done in before):
-                do()
+        def run_unless_failed() -> None:
+            if all(future.exception() is None for future in earlier):
+                action()
 
-        self._running.append(self._thread.submit(in_order))
+        self._running.append(self._thread.submit(run_unless_failed))
 
     def _finish(self) -> BaseException | None:
         running, self._running = self._running, []
@@ -299,15 +316,16 @@ class Saves:
         return next((error for error in errors if error is not None), None)
 
     def _agree(self, error: BaseException | None) -> None:
-        everyone = all_gather_objects(None if error is None else f"{type(error).__name__}: {error}")
-        failed = [f"rank {rank}: {text}" for rank, text in enumerate(everyone) if text is not None]
-        if failed:
-            raise CheckpointError(f"the checkpoint {self._path} was not written. {failed[0]}") from error
+        messages = all_gather_objects(None if error is None else f"{type(error).__name__}: {error}")
+        failures = [f"rank {rank}: {message}" for rank, message in enumerate(messages) if message is not None]
+        if failures:
+            raise CheckpointError(f"the checkpoint {self._path} was not written. {failures[0]}") from error
 
 
-def _outcome(do: Callable[[], None]) -> BaseException | None:
+def _outcome(action: Callable[[], None]) -> BaseException | None:
+    """Runs an action; returns its error, or None."""
     try:
-        do()
+        action()
     except Exception as error:
         return error
     return None

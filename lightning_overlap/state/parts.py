@@ -1,4 +1,4 @@
-"""Which part of the model each rank holds, and which of the ranks that hold the same part writes it to a checkpoint."""
+"""Decides which rank writes each part of a sharded model to a checkpoint, so that no part is written twice."""
 
 from __future__ import annotations
 
@@ -14,26 +14,26 @@ from lightning_overlap.state.shards import Place
 
 
 class PartHolder(Protocol):
-    """A mode under which a rank holds a part of the model, as far as a checkpoint knows it."""
+    """The part of :class:`~lightning_overlap.modes.base.Holder` that checkpoints use."""
 
     def layout_of(self, name: str) -> Hashable:
-        """Identifies how a parameter or buffer is cut: those with the same layout are cut over the ranks alike."""
+        """Identifies how a parameter or buffer is sharded: those with the same layout are sharded over the ranks alike."""
 
     def part_of(self, layout: Hashable, rank: int) -> Hashable:
         """Identifies the part that a rank holds of a tensor with this layout; None if it holds no part."""
 
     def place_of(self, name: str) -> Place | None:
-        """Where this rank's part lies in what the modes before this one have left of a tensor; None if it is all of that."""
+        """Position of this rank's part in the shard that the modes before this one made; None if this mode does not shard it."""
 
 
 @dataclass
 class _Layout:
-    """How all modes together cut a tensor.
+    """How all modes together shard a tensor.
 
     Attributes:
-        parts: the part of each rank, one item a mode; None: the rank holds no part.
+        parts: by rank, its part, with an item for each mode; None if the rank holds no part.
         sharers: by part, the ranks that hold it, in ascending order.
-        first: ranks before which no rank holds the same part and the same shard of the optimizer's state of it.
+        first: the first rank of each set that holds the same part and the same shard of its optimizer state.
     """
 
     parts: list[tuple[Hashable, ...] | None]
@@ -42,12 +42,12 @@ class _Layout:
 
 
 class Parts:
-    """The parts of a model that modes have cut. Arithmetic, with the same results on all ranks.
+    """The parts of a sharded model. Every rank computes the same results, without communication.
 
-    How a tensor is cut is worked out once for each layout: a model has few of them, and many names.
+    The work is done once for each layout, because a model has few layouts and many names.
 
     Args:
-        holders: the modes that have cut the model, in their order; none: every rank has all of it.
+        holders: the modes that shard the model, in the order in which they were applied; empty if every rank has the unsharded model.
         mesh: the ranks.
     """
 
@@ -81,7 +81,7 @@ class Parts:
         return self._layout(name).parts[self._mesh.rank] is not None
 
     def place(self, name: str) -> Place | None:
-        """Where this rank's piece lies in a parameter or buffer; None if no mode cuts it."""
+        """Position of this rank's shard of a parameter or buffer; None if no mode shards it."""
         place: Place | None = None
         for holder in self._holders:
             if (inner := holder.place_of(name)) is not None:
@@ -89,10 +89,12 @@ class Parts:
         return place
 
     def deal(self, tensors: Mapping[str, Tensor]) -> set[str]:
-        """The names of what this rank writes: the largest first, each part by the rank of its holders that has least to write so far.
+        """Returns the names of the tensors that this rank writes.
+
+        The largest come first. Each part goes to the rank that has least to write so far, among those that hold it.
 
         Args:
-            tensors: those of this rank, by name: all names, on every rank.
+            tensors: of this rank, by name. Every rank passes all names.
         """
         places = {name: self.place(name) for name in tensors}
         sizes = {name: (tensors[name] if place is None else place).shape.numel() for name, place in places.items()}
@@ -103,7 +105,7 @@ class Parts:
             layout = self._layout(name)
             heaps = waiting.setdefault(id(layout), [[(0, rank) for rank in ranks] for ranks in layout.sharers])
             for heap in heaps:
-                # Another layout may have given a rank more to write since: its entry is brought up to date when it comes to the top.
+                # Another layout may have given this rank more to write: its entry is corrected when it reaches the top.
                 while heap[0][0] != load[heap[0][1]]:
                     heapq.heapreplace(heap, (load[heap[0][1]], heap[0][1]))
                 writer = heap[0][1]
@@ -113,5 +115,5 @@ class Parts:
         return mine
 
     def is_first(self, name: str) -> bool:
-        """Whether no rank before this one holds the same part, and the same shard of the optimizer's state of it."""
+        """Whether this is the first rank with the same part and the same shard of its optimizer state."""
         return self._mesh.rank in self._layout(name).first

@@ -1,16 +1,14 @@
-"""Sharded checkpoints: a folder in the format of torch.distributed.checkpoint (DCP), laid out as Lightning's FSDP does.
+"""Sharded checkpoints: each rank writes its part of the state into a common folder, and any number of ranks reads it.
 
-``model.*`` and ``optimizer_<i>.state.<parameter>.<key>`` are DCP's, tensors only, in the shapes of the model whatever the number
-of ranks. All else is in ``meta.pt``, and optimizers name their parameters there. No rank writes or holds more than its share.
+The folder has the layout of Lightning's FSDP checkpoints. ``model.<name>`` and ``optimizer_<i>.state.<parameter>.<key>`` are tensors
+in the format of torch.distributed.checkpoint, in the shapes of the unsharded model. The file ``meta.pt`` holds everything else;
+optimizers refer to parameters by name there. No rank writes or holds more than its share.
 """
 
 from __future__ import annotations
 
 import io
-import os
-import pickle
-import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -19,37 +17,17 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
-from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
-from torch.distributed.checkpoint.metadata import (
-    BytesStorageMetadata,
-    Metadata,
-    MetadataIndex,
-    StorageMeta,
-)
-from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, SavePlan
+from torch.distributed.checkpoint.planner import SavePlan
 from torch.distributed.checkpoint.state_dict_loader import load
-from torch.distributed.checkpoint.utils import find_tensor_shard
-from torch.futures import Future
 from torch.optim import Optimizer
 
 from lightning_overlap.ranks.group import Group
 from lightning_overlap.ranks.world import all_gather_objects, make_group, rank, world_size
-from lightning_overlap.state.checkpoint import (
-    CheckpointError,
-    beside,
-    is_local,
-    load_trusting,
-    put_in_place,
-    refuse_broken,
-    remove,
-    what_is_broken,
-)
+from lightning_overlap.state.checkpoint import CheckpointError, is_local, load_trusting, refuse_broken, what_is_broken
+from lightning_overlap.state.dcp import INDEX, META, FolderReader, FolderWriter, ShardLoadPlanner, ShardSavePlanner
 from lightning_overlap.state.parts import Parts
 from lightning_overlap.state.shards import Place, Run
-from lightning_overlap.torch_seams import MemoryFormatEncoding
 
-INDEX, META = ".metadata", "meta.pt"
 T = TypeVar("T")
 R = TypeVar("R")
 State = dict[str, dict[str, Any]]
@@ -57,68 +35,70 @@ State = dict[str, dict[str, Any]]
 
 
 def is_folder(path: Path) -> bool:
-    """Whether ``path`` is a sharded checkpoint, or would be one.
+    """Whether a path is a sharded checkpoint; False if it is a file or does not exist.
 
     Raises:
-        CheckpointError: it is a folder without an index.
+        CheckpointError: it is a folder without an index or without ``meta.pt``.
     """
     if not path.is_dir():
         return False
     missing = [name for name in (INDEX, META) if not (path / name).is_file()]
     if missing:
-        raise CheckpointError(f"{path} is no complete checkpoint: it has no {' and no '.join(missing)}")
+        raise CheckpointError(f"{path} is not a complete checkpoint: it has no {' and no '.join(missing)}")
     return True
 
 
-# -- what is saved -----------------------------------------------------------------------------------------------------
+# -- states by parameter name ------------------------------------------------------------------------------------------
 
 
 def names_of(module: nn.Module) -> dict[int, str]:
-    """Names of the parameters, by id."""
+    """Maps the ids of parameters to their names."""
     return {id(parameter): name for name, parameter in module.named_parameters()}
 
 
 def describe(optimizer: Optimizer, shards: State | None, names: Mapping[int, str], parts: Parts) -> dict[str, Any]:
-    """This rank's part of the state, and the groups with the names of their parameters.
+    """Returns the state that this rank writes, and the parameter groups with names in the place of parameters.
 
     Args:
-        optimizer: the user's.
-        shards: the part, if a mode shards the state; else every rank has that of all it holds, and gets a part dealt out.
-        names: of the parameters.
-        parts: which of the parameters each rank holds.
+        optimizer: the user's optimizer.
+        shards: this rank's part of the state, if a mode shards it. None: each rank has the state of all parameters that it holds, and
+            the ranks divide the writing.
+        names: of the parameters, by id.
+        parts: which parameters each rank holds.
     """
     groups = [
         {**group, "params": _names(group["params"], names, group_number)} for group_number, group in enumerate(optimizer.param_groups)
     ]
     if shards is None:
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        everything = {name: (p, optimizer.state.get(p)) for name, p in zip(_all_names(groups), parameters, strict=True)}
-        mine = parts.deal({name: p for name, (p, _) in everything.items()})
-        shards = {name: dict(state) for name, (_, state) in everything.items() if state and name in mine}
+        states = {name: (p, optimizer.state.get(p)) for name, p in zip(_all_names(groups), parameters, strict=True)}
+        mine = parts.deal({name: p for name, (p, _) in states.items()})
+        shards = {name: dict(state) for name, (_, state) in states.items() if state and name in mine}
     else:
         shards = {name: state for name, state in shards.items() if parts.is_first(name)}
-    placed = {name: {key: _put(value, parts.place(name)) for key, value in state.items()} for name, state in shards.items()}
+    placed = {name: {key: _placed(value, parts.place(name)) for key, value in state.items()} for name, state in shards.items()}
     return {"state": placed, "param_groups": groups}
 
 
-def _put(value: Any, place: Place | None) -> Any:
-    """A part of a state as it lies in the whole one, which has the shape of the parameter."""
+def _placed(value: Any, place: Place | None) -> Any:
+    """Adds to a sharded tensor where it lies in the unsharded one; other values are returned unchanged."""
     if place is not None and isinstance(value, Run):
-        return value.put(place)
+        return value.at(place)
     if place is not None and isinstance(value, Tensor) and value.shape == place.piece:
         return Run(value.shape, 0, value.detach().view(-1), place)
     return value
 
 
-def _cut(value: Any, place: Place | None) -> Any:
-    """This rank's part of a state on the meta device."""
-    cut = place is not None and isinstance(value, Tensor) and value.shape == place.shape
-    return value.new_empty(place.piece) if cut and place is not None else value
+def _local_shape(value: Any, place: Place | None) -> Any:
+    """Returns this rank's part of a tensor on the meta device; other values are returned unchanged."""
+    if place is None or not isinstance(value, Tensor) or value.shape != place.shape:
+        return value
+    return value.new_empty(place.piece)
 
 
 def _names(parameters: Iterable[Tensor], names: Mapping[int, str], group: int) -> list[str]:
-    # One that is not the module's (one process may have such) goes by its place.
-    return [names.get(id(p), f"group {group}, parameter {place}") for place, p in enumerate(parameters)]
+    # A parameter outside the module (one process may have such) is named by its position.
+    return [names.get(id(p), f"group {group}, parameter {index}") for index, p in enumerate(parameters)]
 
 
 def _all_names(groups: Iterable[Mapping[str, Any]]) -> list[str]:
@@ -128,8 +108,8 @@ def _all_names(groups: Iterable[Mapping[str, Any]]) -> list[str]:
 # -- folders -----------------------------------------------------------------------------------------------------------
 
 
-class Folders:
-    """Writes and reads the folders.
+class ShardedCheckpoints:
+    """Writes and reads sharded checkpoints.
 
     Args:
         timeout: how long a rank waits for the others.
@@ -137,42 +117,48 @@ class Folders:
 
     def __init__(self, timeout: timedelta) -> None:
         self._timeout = timeout
-        self._made: Group | None = None
-        self._reader: _Reader | None = None
+        self._connected: Group | None = None
+        self._reader: FolderReader | None = None
 
     @property
     def _group(self) -> Group:
-        """Its own, so that a save in the background meets nothing of training's, and on the CPU. Made collectively."""
-        if self._made is None:
-            self._made = make_group([range(world_size())], "checkpoint", self._timeout, "gloo", gathers=False, threads=False)
-        return self._made
+        """All ranks, over gloo; apart from training's groups, so that a background save cannot mix with them. Made collectively."""
+        if self._connected is None:
+            self._connected = make_group([range(world_size())], "checkpoint", self._timeout, "gloo", gathers=False, threads=False)
+        return self._connected
 
     def close(self, *, complete: bool) -> None:
-        """Ends the connections. No save may be running.
+        """Closes the connections. No save may be running.
 
         Args:
-            complete: False after a failure, when a transfer may be in the middle: connections then end with the garbage.
+            complete: False after a failure, when a transfer may be under way: the garbage collector then closes the connections.
         """
-        if self._made is not None and complete:
-            self._made.close()
-        self._made = None
+        if self._connected is not None and complete:
+            self._connected.close()
+        self._connected = None
 
     def save(self, checkpoint: dict[str, Any], path: Path, parts: Parts, *, copy: bool) -> Callable[[], None]:
-        """What writes the folder, on every rank; on a thread as well, if ``copy``. Collective.
+        """Prepares a save. Collective.
 
         Args:
-            checkpoint: Lightning's, with optimizers as :func:`describe` gives them.
+            checkpoint: Lightning's, with optimizer states from :func:`describe`.
             path: the folder.
-            parts: which of the weights each rank holds.
-            copy: tensors are copied, so that training may go on.
+            parts: which weights each rank holds.
+            copy: copy the tensors, so that training may go on while they are written.
+
+        Returns:
+            A function that writes the folder. Every rank must call it, on any thread if ``copy``.
+
+        Raises:
+            CheckpointError: the path is the address of a remote file system.
         """
         if not is_local(path):
-            raise CheckpointError(f"{path}: sharded checkpoints need a file system that all ranks share")
-        group = self._group  # before anything that may fail on one rank only
+            raise CheckpointError(f"cannot write a sharded checkpoint to {path}: it needs a file system that all ranks share")
+        group = self._group  # before any operation that may fail on one rank only
         checkpoint = dict(checkpoint)
         model, optimizers = checkpoint.pop("state_dict"), checkpoint.pop("optimizer_states", None)
         mine = parts.deal({name: value for name, value in model.items() if isinstance(value, Tensor)})
-        shares: dict[str, Any] = {"model": {name: _put(model[name], parts.place(name)) for name in mine}}
+        shares: dict[str, Any] = {"model": {name: _placed(model[name], parts.place(name)) for name in mine}}
         checkpoint["state_dict"] = {name: value for name, value in model.items() if not isinstance(value, Tensor)}
         if optimizers is not None:
             checkpoint["optimizer_states"] = self._gather_values(optimizers)
@@ -188,13 +174,13 @@ class Folders:
         meta = io.BytesIO()
         if rank() == 0:
             torch.save(checkpoint, meta)
-        writer = _Writer(path, meta.getvalue())
+        writer = FolderWriter(path, meta.getvalue())
         return lambda: _write(shares, writer, group)
 
     @staticmethod
     def _gather_values(optimizers: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        """The groups, and of the states what is no tensor, from all ranks."""
-        found = [{"state": {}, "param_groups": optimizer["param_groups"]} for optimizer in optimizers]
+        """Returns the parameter groups, and from all ranks the values in the states that are not tensors. Collective."""
+        merged = [{"state": {}, "param_groups": optimizer["param_groups"]} for optimizer in optimizers]
         mine = [
             {
                 name: values
@@ -204,33 +190,36 @@ class Folders:
             for optimizer in optimizers
         ]
         for share in all_gather_objects(mine):
-            for optimizer, state in zip(found, share, strict=True):
+            for optimizer, state in zip(merged, share, strict=True):
                 for name, values in state.items():
                     optimizer["state"].setdefault(name, {}).update(values)
-        return found
+        return merged
 
-    def load(self, path: Path, own: Mapping[str, Any], *, weights_only: bool) -> dict[str, Any]:
-        """Lightning's checkpoint. Collective.
+    def load(self, path: Path, module_state: Mapping[str, Any], *, weights_only: bool) -> dict[str, Any]:
+        """Reads a checkpoint in Lightning's format. Collective.
 
-        Weights that the module has in the same shape are read into it; those that it has on the meta device are left on disk, for
-        :meth:`read`. Optimizers are left there, as :class:`SavedOptimizer`.
+        Weights are read into the module's tensors of the same shape. Weights that the module has on the meta device stay on disk, for
+        :meth:`read`; optimizer states stay there too, as :class:`SavedOptimizer`.
 
         Args:
             path: the folder.
-            own: the module's ``state_dict()``.
+            module_state: the module's ``state_dict()``.
             weights_only: refuse objects whose loading may run code.
+
+        Raises:
+            CheckpointError: on every rank, if reading fails on one.
         """
-        reader = _Reader(path)
+        reader = FolderReader(path)
         refuse_broken(path / META, what_is_broken(path / META))
         checkpoint: dict[str, Any] = load_trusting(
             weights_only, path / META, lambda: torch.load(path / META, map_location="cpu", weights_only=weights_only)
         )
         model: dict[str, Tensor] = {}
-        for fqn, entry in reader.under("model."):
+        for fqn, entry in reader.tensors("model."):
             name = fqn.removeprefix("model.")
-            there = own.get(name)
-            fits = isinstance(there, Tensor) and there.shape == entry.shape
-            model[name] = there.detach() if fits else torch.empty_like(entry, device="cpu")  # type: ignore[union-attr]
+            target = module_state.get(name)
+            fits = isinstance(target, Tensor) and target.shape == entry.shape
+            model[name] = target.detach() if fits else torch.empty_like(entry, device="cpu")  # type: ignore[union-attr]
         self._reader = reader
         self.read({name: tensor for name, tensor in model.items() if not tensor.is_meta})
         checkpoint["state_dict"] = {**model, **checkpoint.get("state_dict", {})}
@@ -242,7 +231,7 @@ class Folders:
         return checkpoint
 
     def read(self, weights: Mapping[str, Tensor]) -> None:
-        """Reads weights, in place, from the folder that :meth:`load` was last called with. Collective."""
+        """Reads weights, in place, from the folder of the last :meth:`load`. Collective."""
         if self._reader is not None:
             self._read(self._reader, {f"model.{name}": tensor.detach() for name, tensor in weights.items()})
 
@@ -252,74 +241,110 @@ class Folders:
         optimizer: Optimizer,
         names: Mapping[int, str],
         parts: Parts,
-        room: Callable[[State], State | None],
+        allocate: Callable[[State], State | None],
     ) -> None:
-        """Loads into an optimizer. Collective.
+        """Loads a saved state into an optimizer. Collective.
 
         Args:
             saved: from :meth:`load`.
-            optimizer: the user's.
-            names: of the parameters.
-            parts: which of them this rank holds.
-            room: makes room for such a state and gives this rank's part of it, to be read into; None if no mode shards it.
+            optimizer: the user's optimizer.
+            names: of the parameters, by id.
+            parts: which parameters this rank holds.
+            allocate: for a state on the meta device, allocates this rank's shards and returns them; None if no mode shards the state.
+
+        Raises:
+            CheckpointError: the optimizer has other parameters than the saved one; or, on every rank, reading fails on one.
         """
         groups = [_names(group["params"], names, number) for number, group in enumerate(optimizer.param_groups)]
-        _same_parameters([group["params"] for group in saved.param_groups], groups, saved.reader.path)
-        whole_state, places = saved.entries()
+        _refuse_other_parameters([group["params"] for group in saved.param_groups], groups, saved.reader.path)
+        unsharded, fqns = saved.entries()
         state = {
-            name: {key: _cut(value, parts.place(name)) for key, value in values.items()}
-            for name, values in whole_state.items()
+            name: {key: _local_shape(value, parts.place(name)) for key, value in values.items()}
+            for name, values in unsharded.items()
             if parts.holds(name)
         }
-        shards = room(state)
-        whole: State = {}
-        if shards is None:
-            whole = {
-                name: {key: torch.empty_like(v, device="cpu") if isinstance(v, Tensor) else v for key, v in values.items()}
-                for name, values in state.items()
-            }
+        shards = allocate(state)
+        loaded = _allocated(state) if shards is None else shards
         targets = {
-            places[name, key]: _put(target, parts.place(name))
-            for name, values in (whole if shards is None else shards).items()
+            fqns[name, key]: _placed(target, parts.place(name))
+            for name, values in loaded.items()
             for key, target in values.items()
-            if (name, key) in places
+            if (name, key) in fqns
         }
         self._read(saved.reader, targets)
         if shards is None:
-            # torch's own way puts each value where its kernels want it.
+            # load_state_dict moves each value to the device and dtype that torch's kernels need.
             numbers = {name: number for number, name in enumerate(_all_names({"params": group} for group in groups))}
-            by_number = {numbers[name]: values for name, values in whole.items()}
-            saved_groups = [
-                {**group, "params": [numbers[name] for name in own]} for group, own in zip(saved.param_groups, groups, strict=True)
+            by_number = {numbers[name]: values for name, values in loaded.items()}
+            numbered_groups = [
+                {**group, "params": [numbers[n] for n in params]} for group, params in zip(saved.param_groups, groups, strict=True)
             ]
-            optimizer.load_state_dict({"state": by_number, "param_groups": saved_groups})
+            optimizer.load_state_dict({"state": by_number, "param_groups": numbered_groups})
         else:
             for group, values in zip(optimizer.param_groups, saved.param_groups, strict=True):
                 group.update({key: value for key, value in values.items() if key not in ("params", "param_names")})
 
     @staticmethod
-    def _read(reader: _Reader, targets: dict[str, Any]) -> None:
-        """Each rank reads for itself what it needs; an error of one is an error on all."""
+    def _read(reader: FolderReader, targets: dict[str, Any]) -> None:
+        """Reads this rank's tensors. Collective.
+
+        Raises:
+            CheckpointError: on every rank, if one rank failed.
+        """
+        error = None
         try:
-            load(targets, storage_reader=reader, planner=_LoadPlanner(), no_dist=True)
-            mine = None
-        except CheckpointException as error:  # which is no Exception
-            ((cause, _),) = error.failures.values()
-            mine = cause
-        failed = _first_failure(all_gather_objects(None if mine is None else _in_words(mine)))
-        if failed is not None:
-            raise CheckpointError(f"reading {reader.path} failed on {failed}") from mine
+            load(targets, storage_reader=reader, planner=ShardLoadPlanner(), no_dist=True)
+        except CheckpointException as exception:  # a BaseException of torch's
+            ((error, _),) = exception.failures.values()
+        failure = _first_failure(all_gather_objects(None if error is None else _in_words(error)))
+        if failure is not None:
+            raise CheckpointError(f"cannot read {reader.path}: {failure}") from error
 
 
-def _same_parameters(saved: list[list[str]], own: list[list[str]], path: Any) -> None:
-    there = {name: number for number, group in enumerate(saved) for name in group}
-    here = {name: number for number, group in enumerate(own) for name in group}
-    if there == here and len(saved) == len(own):
+@dataclass
+class SavedOptimizer:
+    """An optimizer's state on disk.
+
+    Attributes:
+        reader: of the folder.
+        prefix: of the names of its tensors in the folder.
+        state: values that are not tensors, by parameter and key.
+        param_groups: with names in the place of parameters.
+    """
+
+    reader: FolderReader
+    prefix: str
+    state: State
+    param_groups: list[dict[str, Any]]
+
+    def entries(self) -> tuple[State, dict[tuple[str, str], str]]:
+        """Returns the state with tensors on the meta device, and each tensor's name in the folder by parameter and key."""
+        state = {name: dict(values) for name, values in self.state.items()}
+        fqns = {}
+        for fqn, entry in self.reader.tensors(self.prefix):
+            name, key = self.reader.index.planner_data[fqn][-2:]
+            state.setdefault(name, {})[key] = entry
+            fqns[name, key] = fqn
+        return state, fqns
+
+
+def _allocated(state: State) -> State:
+    """Returns a state with memory on the CPU, without values, for each tensor on the meta device."""
+    return {
+        name: {key: torch.empty_like(v, device="cpu") if isinstance(v, Tensor) else v for key, v in values.items()}
+        for name, values in state.items()
+    }
+
+
+def _refuse_other_parameters(saved: list[list[str]], current: list[list[str]], path: Any) -> None:
+    saved_groups = {name: number for number, group in enumerate(saved) for name in group}
+    current_groups = {name: number for number, group in enumerate(current) for name in group}
+    if saved_groups == current_groups and len(saved) == len(current):
         return
-    differ = sorted(name for name in {**there, **here} if there.get(name) != here.get(name))
+    differ = sorted(name for name in {**saved_groups, **current_groups} if saved_groups.get(name) != current_groups.get(name))
     raise CheckpointError(
         f"the optimizer in {path} has {len(saved)} parameter groups of {[len(g) for g in saved]} parameters, this one has "
-        f"{len(own)} of {[len(g) for g in own]}. Absent or in another group are: {', '.join(differ[:8]) or 'none'}"
+        f"{len(current)} of {[len(g) for g in current]}. Absent or in another group are: {', '.join(differ[:8]) or 'none'}"
     )
 
 
@@ -329,42 +354,44 @@ def _copied(value: Any) -> Any:
     return value.copy() if isinstance(value, Run) else value.detach().to("cpu", copy=True)
 
 
+# -- writing together --------------------------------------------------------------------------------------------------
+
+
 def _in_words(error: BaseException) -> str:
     return str(error) if isinstance(error, CheckpointError) else f"{type(error).__name__}: {error}"
 
 
 def _first_failure(errors: Iterable[str | None]) -> str | None:
-    """The rank and the words of the first of the errors, which come by rank."""
-    return next((f"rank {number}: {words}" for number, words in enumerate(errors) if words is not None), None)
+    """Returns the first error with its rank, from a list by rank; None if there is none."""
+    return next((f"rank {number}: {message}" for number, message in enumerate(errors) if message is not None), None)
 
 
-def _attempt(do: Callable[[], T]) -> tuple[str | None, T | None]:
-    """What went wrong, or what ``do`` gives."""
+def _attempt(call: Callable[[], T]) -> tuple[str | None, T | None]:
+    """Returns the message of the call's error, and its result; one of the two is None."""
     try:
-        return None, do()
+        return None, call()
     except Exception as error:
         return _in_words(error), None
 
 
 def _each_then_first(group: Group, each: Callable[[], T], first: Callable[[list[Any]], R]) -> R:
-    """Calls ``each`` on every rank, and ``first`` on the first one with what all have given. Gives every rank what that gives.
+    """Calls ``each`` on every rank, then ``first`` with all results on the first rank, and broadcasts its result. Collective.
 
     Raises:
-        CheckpointError: on every rank, if one has failed.
+        CheckpointError: on every rank, if one call failed.
     """
-    everyone = group.gather_objects(_attempt(each))
-    failed = _first_failure(error for error, _ in everyone)
-    answer = (failed, None) if failed is not None or group.rank else _attempt(lambda: first([given for _, given in everyone]))
-    error, given = group.share_object(answer)
+    outcomes = group.gather_objects(_attempt(each))
+    failure = _first_failure(error for error, _ in outcomes)
+    outcome = (failure, None) if failure is not None or group.rank else _attempt(lambda: first([result for _, result in outcomes]))
+    error, result = group.share_object(outcome)
     if error is not None:
         raise CheckpointError(error)
-    return given  # type: ignore[return-value]
+    return result  # type: ignore[return-value]
 
 
-def _write(shares: dict[str, Any], writer: _Writer, group: Group) -> None:
-    """What torch's ``save`` does, by this package's group: its members hear of an error that another rank has announced, and of a
-    rank that is gone. Collective."""
-    planner, index = _SavePlanner(flatten_sharded_tensors=False), []
+def _write(shares: dict[str, Any], writer: FolderWriter, group: Group) -> None:
+    """Writes a folder as torch's ``save`` does, but over a group in which every rank learns of another's error. Collective."""
+    planner, index = ShardSavePlanner(flatten_sharded_tensors=False), []
 
     def plan() -> SavePlan:
         planner.set_up_planner(shares, writer.storage_meta(), is_coordinator=group.rank == 0)
@@ -377,169 +404,5 @@ def _write(shares: dict[str, Any], writer: _Writer, group: Group) -> None:
         return writer.prepare_global_plan(plans)
 
     plans = _each_then_first(group, plan, plan_together)
-    own = planner.finish_plan(plans[group.rank])
-    _each_then_first(group, lambda: writer.write_data(own, planner).wait(), lambda results: writer.finish(index[0], results))
-
-
-# -- DCP's parts -------------------------------------------------------------------------------------------------------
-
-
-class _SavePlanner(DefaultSavePlanner):
-    def lookup_object(self, index: MetadataIndex) -> Any:
-        return find_tensor_shard(self.state_dict[index.fqn], index)  # torch's own asks for tensors, which a Run is not
-
-
-class _LoadPlanner(DefaultLoadPlanner):
-    def set_up_planner(self, state_dict: dict[str, Any], metadata: Metadata | None = None, is_coordinator: bool = False) -> None:
-        # torch's own drops what is no tensor, and flattens what is flat here.
-        self.flatten_state_dict = False
-        self.state_dict, self.metadata, self.is_coordinator = state_dict, metadata, is_coordinator
-
-    def lookup_tensor(self, index: MetadataIndex) -> Tensor:
-        return find_tensor_shard(self.state_dict[index.fqn], index)
-
-
-class _Writer(FileSystemWriter):
-    """Writes beside; the coordinator moves the folder into place once all ranks have written."""
-
-    def __init__(self, path: Path, meta: bytes) -> None:
-        super().__init__(beside(path))
-        self._place = path
-        self._meta = meta
-
-    def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
-        return plan
-
-    def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
-        """On the coordinator, before any rank writes."""
-        remove(Path(self.path))
-        Path(self.path).mkdir(parents=True)
-        return super().prepare_global_plan(plans)
-
-    def storage_meta(self) -> StorageMeta:
-        return StorageMeta(checkpoint_id=str(self._place), save_id=self.save_id)
-
-    def finish(self, metadata: Metadata, results: Any) -> None:
-        with (Path(self.path) / META).open("wb") as file:
-            file.write(self._meta)
-            file.flush()
-            os.fsync(file.fileno())
-        super().finish(metadata, results)
-        _append_checksum(Path(self.path) / INDEX)
-        put_in_place(self._place)
-
-
-_CHECKSUM = b"crc32:"
-"""What comes after the index, which is a pickle: readers stop at its end."""
-
-
-def _append_checksum(index: Path) -> None:
-    with index.open("r+b") as file:
-        checksum = zlib.crc32(file.read())
-        file.write(_CHECKSUM + b"%08x" % checksum)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _what_is_broken_in_index(content: bytes) -> str | None:
-    """None as well if it has no checksum: another one's, or of an earlier version."""
-    pickled, checksum = content[:-8], content[-8:]
-    if not pickled.endswith(_CHECKSUM):
-        return None
-    written = b"%08x" % zlib.crc32(pickled.removesuffix(_CHECKSUM))
-    return None if checksum == written else "the checksum differs"
-
-
-_DCP = "torch.distributed.checkpoint"
-_HARMLESS = {
-    *((f"{_DCP}.metadata", name) for name in ("Metadata", "MetadataIndex", "StorageMeta", "TensorProperties", "_MEM_FORMAT_ENCODING")),
-    *((f"{_DCP}.metadata", f"{name}StorageMetadata") for name in ("Tensor", "Chunk", "Bytes")),
-    (f"{_DCP}.filesystem", "_StorageInfo"),
-    ("torch", "Size"),
-    ("torch.serialization", "_get_layout"),
-    ("pathlib", "PosixPath"),
-    ("pathlib._local", "PosixPath"),
-}
-
-
-class _IndexUnpickler(pickle.Unpickler):
-    """DCP's index is a pickle: nothing but its own classes is looked up."""
-
-    def find_class(self, module: str, name: str) -> Any:
-        if (module, name) in _HARMLESS or (module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)):
-            return super().find_class(module, name)
-        if (module, name) == ("builtins", "getattr"):
-            return _member  # how some versions of Python (3.11.2) write the member of an enum
-        raise pickle.UnpicklingError(f"it names {module}.{name}")
-
-
-def _member(kind: Any, name: Any) -> Any:
-    """What ``getattr`` may do in an index: name a member of the one enum in it."""
-    if kind is not MemoryFormatEncoding or name not in MemoryFormatEncoding.__members__:
-        raise pickle.UnpicklingError(f"it names {kind!r}.{name}")
-    return MemoryFormatEncoding[name]
-
-
-class _Reader(FileSystemReader):
-    """Reads the index once, and trusts it with nothing.
-
-    Raises:
-        CheckpointError: the index is no index or is damaged, has more than tensors, or names files outside of the folder.
-    """
-
-    def __init__(self, path: Path) -> None:
-        super().__init__(path)
-        content = (path / INDEX).read_bytes()
-        refuse_broken(path / INDEX, _what_is_broken_in_index(content))
-        try:
-            self.index: Metadata = _IndexUnpickler(io.BytesIO(content)).load()
-        except (pickle.UnpicklingError, EOFError, AttributeError, TypeError, ValueError) as error:
-            raise CheckpointError(
-                f"{path / INDEX} is no index of a checkpoint, and may be code of whoever wrote it: {error}"
-            ) from error
-        if not isinstance(self.index, Metadata):
-            raise CheckpointError(f"{path / INDEX} is no index of a checkpoint: it holds a {type(self.index).__name__}")
-        for fqn, entry in self.index.state_dict_metadata.items():
-            if isinstance(entry, BytesStorageMetadata):
-                raise CheckpointError(f"{path} holds a pickled object, {fqn}, which torch would load with the code in it")
-        for name in {place.relative_path for place in (self.index.storage_data or {}).values()}:
-            if not isinstance(name, str) or name in ("", ".", "..") or "/" in name or os.sep in name:
-                raise CheckpointError(f"{path / INDEX} names {name!r}, which is no file of this folder")
-
-    def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
-        """Compares what is to be read with its checksums, and reads it."""
-        places = [self.storage_data[item.storage_index] for item in plan.items]
-        for name, offset, length in sorted({(place.relative_path, place.offset, place.length) for place in places}):
-            with (Path(self.path) / name).open("rb") as file:
-                file.seek(offset)
-                refuse_broken(file.name, what_is_broken(io.BytesIO(file.read(length))))
-        return super().read_data(plan, planner)
-
-    def read_metadata(self) -> Metadata:  # with kwargs torch would look for an index of each rank
-        return self.index
-
-    def under(self, prefix: str) -> Iterator[tuple[str, Tensor]]:
-        """Names that begin so, and tensors of their shapes on the meta device."""
-        for fqn, entry in self.index.state_dict_metadata.items():
-            if fqn.startswith(prefix):
-                yield fqn, torch.empty(entry.size, dtype=entry.properties.dtype, device="meta")  # type: ignore[union-attr]
-
-
-@dataclass
-class SavedOptimizer:
-    """An optimizer's state on disk. ``state`` has what is no tensor."""
-
-    reader: _Reader
-    prefix: str
-    state: State
-    param_groups: list[dict[str, Any]]
-
-    def entries(self) -> tuple[State, dict[tuple[str, str], str]]:
-        """The state with tensors on the meta device, and each tensor's name in the folder."""
-        state = {name: dict(values) for name, values in self.state.items()}
-        places = {}
-        for fqn, entry in self.reader.under(self.prefix):
-            name, key = self.reader.index.planner_data[fqn][-2:]
-            state.setdefault(name, {})[key] = entry
-            places[name, key] = fqn
-        return state, places
+    mine = planner.finish_plan(plans[group.rank])
+    _each_then_first(group, lambda: writer.write_data(mine, planner).wait(), lambda results: writer.finish(index[0], results))

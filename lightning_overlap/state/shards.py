@@ -1,4 +1,4 @@
-"""A rank's part of a tensor, as torch's distributed checkpoints read and write it: in boxes of the whole tensor."""
+"""Shards of tensors for torch.distributed.checkpoint, which reads and writes them as boxes of the unsharded tensor."""
 
 from __future__ import annotations
 
@@ -9,17 +9,15 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorProperties
 from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
 
-from lightning_overlap.torch_seams import WithoutSubclasses
-
 
 def boxes(shape: Sequence[int], start: int, end: int) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
-    """Offsets and sizes of the boxes that tile the run [start, end) of a tensor's elements, in their order.
+    """Returns offsets and sizes of the boxes that tile the elements [start, end) of a tensor, in the order of the elements.
 
-    At most ``2 * len(shape) - 1``: the end of a first row, whole rows, the start of a last one, and so on inside a row.
+    At most ``2 * len(shape) - 1`` boxes: the end of the first row, complete rows, the start of the last row, and so on inside a row.
     """
     if start >= end:
         return []
@@ -31,42 +29,42 @@ def boxes(shape: Sequence[int], start: int, end: int) -> list[tuple[tuple[int, .
     last, into_last = divmod(end, row)
     if first == last:
         return [((first, *offsets), (1, *sizes)) for offsets, sizes in boxes(inner, into_first, into_last)]
-    found = []
+    tiles = []
     if into_first:
-        found += [((first, *offsets), (1, *sizes)) for offsets, sizes in boxes(inner, into_first, row)]
+        tiles += [((first, *offsets), (1, *sizes)) for offsets, sizes in boxes(inner, into_first, row)]
         first += 1
     if first < last:
-        found.append(((first, *[0] * len(inner)), (last - first, *inner)))
+        tiles.append(((first, *[0] * len(inner)), (last - first, *inner)))
     if into_last:
-        found += [((last, *offsets), (1, *sizes)) for offsets, sizes in boxes(inner, 0, into_last)]
-    return found
+        tiles += [((last, *offsets), (1, *sizes)) for offsets, sizes in boxes(inner, 0, into_last)]
+    return tiles
 
 
 Spans = tuple[tuple[int, int], ...]
-"""Runs along a dim of a tensor: where each starts, and its length."""
+"""Ranges along a dim of a tensor: start and length of each."""
 
 
 def _ranges(spans: Spans, start: int, length: int) -> Iterator[tuple[int, int, int]]:
-    """A run of a piece that was put together from spans, in parts that lie together in the whole.
+    """Divides a range of a piece, which is a concatenation of spans, into parts that are contiguous in the unsharded tensor.
 
     Yields:
-        Where a part starts in the run, its length, and where it starts in the whole.
+        The start of a part in the range, its length, and its start in the unsharded tensor.
     """
     first = 0
-    for in_whole, n in spans:
+    for offset, n in spans:
         low, high = max(first, start), min(first + n, start + length)
         if low < high:
-            yield low - start, high - low, in_whole + low - first
+            yield low - start, high - low, offset + low - first
         first += n
 
 
 @dataclass(frozen=True)
 class Place:
-    """Where a piece that was cut out of a tensor lies in it: a product of cuts along dims.
+    """The position of a shard in the unsharded tensor: a product of spans along dims.
 
     Attributes:
-        shape: of the whole.
-        spans: by dim that is cut: of what the piece is put together, in its order.
+        shape: of the unsharded tensor.
+        spans: by sharded dim, the ranges of the unsharded tensor whose concatenation is the shard.
     """
 
     shape: torch.Size
@@ -74,7 +72,7 @@ class Place:
 
     @property
     def piece(self) -> torch.Size:
-        """The piece's shape."""
+        """The shard's shape."""
         sizes = {dim: sum(n for _, n in spans) for dim, spans in self.spans.items()}
         return torch.Size([sizes.get(dim, n) for dim, n in enumerate(self.shape)])
 
@@ -82,32 +80,36 @@ class Place:
         return self.spans.get(dim, ((0, self.shape[dim]),))
 
     def cut(self, inner: Place) -> Place:
-        """Where a piece of this piece lies in the whole.
+        """Returns the position, in the unsharded tensor, of a shard of this shard.
 
         Args:
-            inner: where it lies in this piece.
+            inner: its position in this shard.
         """
-        assert inner.shape == self.piece, "the inner cut is one of this piece"
+        assert inner.shape == self.piece, "the inner position is one in this shard"
         spans = dict(self.spans)
         for dim, parts in inner.spans.items():
-            spans[dim] = tuple((there, n) for start, length in parts for _, n, there in _ranges(self._along(dim), start, length))
+            spans[dim] = tuple((offset, n) for start, length in parts for _, n, offset in _ranges(self._along(dim), start, length))
         return Place(self.shape, spans)
 
     def boxes(self, offsets: Sequence[int], sizes: Sequence[int]) -> Iterator[tuple[tuple[slice, ...], tuple[int, ...]]]:
-        """A box of the piece as boxes of the whole: each is a part of the box, and has offsets in the whole."""
+        """Divides a box of the shard into boxes that are contiguous in the unsharded tensor.
+
+        Yields:
+            A part of the box, as slices of it, and the part's offsets in the unsharded tensor.
+        """
         ranges = [list(_ranges(self._along(dim), start, n)) for dim, (start, n) in enumerate(zip(offsets, sizes, strict=True))]
         for parts in itertools.product(*ranges):
-            yield tuple(slice(low, low + n) for low, n, _ in parts), tuple(there for _, _, there in parts)
+            yield tuple(slice(low, low + n) for low, n, _ in parts), tuple(offset for _, _, offset in parts)
 
 
 class Run:
-    """A contiguous run of the elements of a tensor, or of a piece that was cut out of one.
+    """A contiguous run of the elements of a tensor or of a shard.
 
     Args:
-        shape: the tensor's, or the piece's.
-        start: where the run starts in it, in elements.
-        flat: the run's elements: a view, when it is to be loaded into.
-        place: of the piece; None for a tensor that is whole.
+        shape: of the tensor or the shard.
+        start: the first element's index in it.
+        flat: the elements, 1-dimensional; a view, if the caller loads into it.
+        place: position of the shard; None for an unsharded tensor.
     """
 
     def __init__(self, shape: torch.Size, start: int, flat: Tensor, place: Place | None = None) -> None:
@@ -117,23 +119,23 @@ class Run:
         self.place = place
 
     def size(self) -> torch.Size:
-        """The whole tensor's, which torch compares with what was saved."""
+        """The shape of the unsharded tensor, which torch compares with the saved one."""
         return self.shape if self.place is None else self.place.shape
 
-    def put(self, place: Place | None) -> Run:
-        """The same, of a piece that lies there."""
+    def at(self, place: Place | None) -> Run:
+        """Returns the same run of a shard with this position."""
         return Run(self.shape, self.start, self.flat, place)
 
-    def of(self, whole: Tensor) -> Tensor:
-        """This run of a whole tensor."""
-        return whole.reshape(-1)[self.start : self.start + self.flat.numel()]
+    def of(self, tensor: Tensor) -> Tensor:
+        """Returns the elements of this run in another tensor of the same shape."""
+        return tensor.reshape(-1)[self.start : self.start + self.flat.numel()]
 
     def copy(self) -> Run:
-        """The same in memory of its own, on the CPU."""
+        """Returns a copy on the CPU."""
         return Run(self.shape, self.start, self.flat.to("cpu", copy=True), self.place)
 
     def _boxes(self) -> Iterator[tuple[torch.Size, Tensor]]:
-        """Offsets in the whole tensor, and the elements there: views."""
+        """Yields offsets in the unsharded tensor, and a view of the elements there."""
         first = 0
         for offsets, sizes in boxes(self.shape, self.start, self.start + self.flat.numel()):
             box = self.flat[first : first + math.prod(sizes)].view(sizes)
@@ -141,8 +143,8 @@ class Run:
             if self.place is None:
                 yield torch.Size(offsets), box
             else:
-                for part, offsets_in_whole in self.place.boxes(offsets, sizes):
-                    yield torch.Size(offsets_in_whole), box[part]
+                for part, unsharded_offsets in self.place.boxes(offsets, sizes):
+                    yield torch.Size(unsharded_offsets), box[part]
 
     def __create_chunk_list__(self) -> list[ChunkStorageMetadata]:
         return [ChunkStorageMetadata(offsets, box.shape) for offsets, box in self._boxes()]
@@ -162,75 +164,4 @@ class Run:
         for offsets, box in self._boxes():
             if offsets == index.offset:
                 return box
-        raise ValueError(f"{index} is no box of this run")
-
-
-def is_absent(tensor: Tensor) -> bool:
-    """Whether it stands for a tensor that is on another rank: of its shape, and with the memory of one element."""
-    return tensor.numel() > 1 and all(stride == 0 for n, stride in zip(tensor.shape, tensor.stride(), strict=True) if n > 1)
-
-
-_WRITES = frozenset(["__setitem__", "__iadd__", "__isub__", "__imul__", "__itruediv__", "__ifloordiv__", "__imod__", "__ipow__"])
-_NO_WRITES = frozenset(["requires_grad_", "share_memory_"])
-
-
-class _Absent:
-    """What stands for a tensor that is on another rank. Whatever writes to it writes nothing, as the rank that has it does that."""
-
-    @classmethod
-    def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs, name = kwargs or {}, getattr(function, "__name__", "")
-        target = args[0] if args else next(iter(kwargs.values()), None)
-        if name in _WRITES or (name.endswith("_") and not name.endswith("__") and name not in _NO_WRITES):
-            if isinstance(target, _Absent):
-                return target
-            if name.startswith("_foreach") and isinstance(target, list | tuple):
-                here = [place for place, tensor in enumerate(target) if not isinstance(tensor, _Absent)]
-                if not here:
-                    return target  # torch takes no empty list
-                args = [[x[i] for i in here] if isinstance(x, list | tuple) and len(x) == len(target) else x for x in args]
-        with WithoutSubclasses():
-            result = function(*args, **kwargs)
-            view = isinstance(target, _Absent) and isinstance(result, Tensor) and _share_memory(target, result)
-            return result.as_subclass(AbsentTensor) if view else result
-
-
-def _share_memory(one: Any, other: Tensor) -> bool:
-    return bool(one.untyped_storage().data_ptr() == other.untyped_storage().data_ptr())
-
-
-class AbsentTensor(_Absent, Tensor):
-    """A view of an :class:`AbsentParameter`: its data, or a slice."""
-
-
-class AbsentParameter(_Absent, nn.Parameter):
-    """The class of a parameter while it is absent. A copy is absent, too; one that is pickled is an ordinary parameter."""
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> AbsentParameter:
-        if id(self) not in memo:
-            memo[id(self)] = AbsentParameter(absent_like(self), self.requires_grad)
-        return memo[id(self)]
-
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        return nn.Parameter(absent_like(self), self.requires_grad).__reduce_ex__(protocol)
-
-
-def leave(parameter: nn.Parameter) -> None:
-    """The parameter is on other ranks from here on: it keeps its shape, without memory for it."""
-    parameter.data = absent_like(parameter)
-    if type(parameter) is nn.Parameter:
-        parameter.__class__ = AbsentParameter
-
-
-def take(parameter: nn.Parameter, *, room: bool) -> None:
-    """The parameter will be here again; with ``room``, it has memory, of no values yet."""
-    if isinstance(parameter, AbsentParameter):
-        parameter.__class__ = nn.Parameter  # type: ignore[assignment]
-    if room:
-        parameter.data = parameter.data.contiguous()
-
-
-def absent_like(tensor: Tensor, device: torch.device | None = None) -> Tensor:
-    """What stands for it elsewhere. Not a number: what should not have been used shows."""
-    value = float("nan") if tensor.is_floating_point() else 0
-    return torch.full((), value, dtype=tensor.dtype, device=device or tensor.device).expand(tensor.shape)
+        raise ValueError(f"{index} is not a box of this run")

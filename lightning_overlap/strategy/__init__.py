@@ -1,1 +1,1 @@
-"""Lightning's side: the strategy, and what it touches of Trainer."""
+"""The Lightning strategy, and its seams to the Trainer."""

@@ -1,4 +1,4 @@
-"""What ranks must have alike when a fit is set up, in words that are compared between them."""
+"""Checks, when a fit is set up, that all ranks have the same Trainer, model and optimizers."""
 
 from __future__ import annotations
 
@@ -32,21 +32,21 @@ ARGUMENTS = (
     *("limit_train_batches", "limit_val_batches", "limit_test_batches", "limit_predict_batches"),
     *("reload_dataloaders_every_n_epochs", "gradient_clip_val", "gradient_clip_algorithm"),
 )
-"""Of the Trainer, that decide when ranks meet."""
-MEETING = (
+"""Arguments of the Trainer that decide when ranks communicate."""
+COLLECTIVE_CALLBACKS = (
     *(BaseFinetuning, BatchSizeFinder, Checkpoint, EarlyStopping, GradientAccumulationScheduler, LearningRateFinder),
     *(StochasticWeightAveraging, Timer, WeightAveraging),
 )
-"""Callbacks in which all ranks meet. Others (a progress bar, what a user has on one rank) may differ."""
-PLACES = ("dirpath", "filename", "verbose")
-"""Arguments of these in which no rank but the first one's counts."""
+"""Callbacks in which all ranks communicate. Others (a progress bar, a callback on one rank) may differ."""
+RANK_ZERO_ARGUMENTS = ("dirpath", "filename", "verbose")
+"""Arguments of these callbacks that only rank 0 uses."""
 
 
 def trainer_in_words(trainer: Trainer) -> dict[str, str]:
-    """The Trainer's arguments that decide when ranks meet, and its callbacks in which they do."""
+    """Describes the Trainer's :data:`ARGUMENTS` and :data:`COLLECTIVE_CALLBACKS`, by a phrase for each."""
     words = {f"the Trainer's {name}": repr(getattr(trainer, name)) for name in ARGUMENTS}
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
-        if isinstance(callback, MEETING):
+        if isinstance(callback, COLLECTIVE_CALLBACKS):
             name = type(callback).__name__
             number = sum(key.startswith(f"the callback {name} ") for key in words) + 1
             words[f"the callback {name} ({number})"] = _arguments(callback)
@@ -54,44 +54,44 @@ def trainer_in_words(trainer: Trainer) -> dict[str, str]:
 
 
 def _arguments(callback: Callback) -> str:
-    """What it was made with, as far as that is kept and is a plain value."""
+    """Describes a callback's constructor arguments, those that it keeps as attributes and that are plain values."""
     names = {name: None for kind in type(callback).__mro__[:-1] for name in inspect.signature(kind).parameters}
-    kept = {name: getattr(callback, name, getattr(callback, f"_{name}", inspect)) for name in names if name not in PLACES}
+    kept = {name: getattr(callback, name, getattr(callback, f"_{name}", inspect)) for name in names if name not in RANK_ZERO_ARGUMENTS}
     plain: dict[str, Any] = {n: v for n, v in kept.items() if v is None or isinstance(v, bool | int | float | str | timedelta)}
     return ", ".join(f"{name}={value!r}" for name, value in plain.items())
 
 
 def model_in_words(module: nn.Module) -> dict[str, str]:
-    """Shapes and dtypes of parameters and buffers, and the order in which they are registered."""
+    """Describes shapes and dtypes of parameters and buffers, and the order of registration, by a phrase for each."""
     words = {f"parameter {n}": f"{tuple(p.shape)} {p.dtype} requires_grad={p.requires_grad}" for n, p in module.named_parameters()}
     words |= {f"buffer {name}": f"{tuple(buffer.shape)} {buffer.dtype}" for name, buffer in module.named_buffers()}
     return {**words, "the order of parameters and buffers": _digest(words)}
 
 
 def optimizers_in_words(optimizers: Sequence[Optimizer], module: nn.Module) -> dict[str, str]:
-    """Classes, parameter groups and their settings (learning rates, ...), and which parameters each group has, in which order."""
+    """Describes optimizers' classes, the settings of their groups, and the parameters of each group in order, by a phrase for each."""
     names = {id(parameter): name for name, parameter in module.named_parameters()}
     words = {"the number of optimizers": str(len(optimizers))}
     for number, optimizer in enumerate(optimizers):
         words[f"the class of optimizer {number}"] = type(optimizer).__name__
-        for place, group in enumerate(optimizer.param_groups):
-            where = f"group {place} of optimizer {number}"
+        for index, group in enumerate(optimizer.param_groups):
+            where = f"group {index} of optimizer {number}"
             words |= {f"{key} in {where}": _value(value) for key, value in group.items() if key not in ("params", "param_names")}
-            held = [names.get(id(parameter), "not the module's") for parameter in group["params"]]
+            held = [names.get(id(parameter), "outside the module") for parameter in group["params"]]
             words[f"the parameters in {where}"] = f"{len(held)} ({', '.join(held[:3])}, ...; digest {_digest(held)})"
     return words
 
 
 def refuse_differences(mine: Mapping[str, str]) -> None:
-    """Compares what ranks say of themselves. Collective.
+    """Compares descriptions between ranks. Collective.
 
     Args:
-        mine: what this rank has, by a phrase that names it in the error.
+        mine: this rank's descriptions, by the phrase that names each in the error.
 
     Raises:
-        ConfigError: on every rank, naming the first thing that differs.
+        ConfigError: on every rank, with the first description that differs.
     """
-    # A digest first: what is to be compared grows with the model, and all ranks would send it to all.
+    # Digests first, because descriptions grow with the model, and every rank would send them to every other.
     if world_size() == 1 or len(set(all_gather_objects(_digest(f"{key}: {value}" for key, value in mine.items())))) == 1:
         return
     everyone = all_gather_objects(dict(mine))
@@ -106,7 +106,7 @@ def refuse_differences(mine: Mapping[str, str]) -> None:
 
 
 def _value(value: Any) -> str:
-    """A setting in words that do not depend on devices and addresses."""
+    """Describes a setting without devices and addresses, which differ between ranks."""
     if isinstance(value, Tensor):
         return repr(value.tolist())
     if isinstance(value, list | tuple):

@@ -1,4 +1,4 @@
-"""Batches and data loaders: what ranks must have alike in them, whatever a batch is made of."""
+"""Checks that batches and data loaders agree between ranks."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ from lightning_overlap.ranks.world import all_gather_objects
 from lightning_overlap.steps.microbatches import shapes_of
 
 CHECKED_BATCHES = 3
-"""Batches at the start of a fit that are compared between the ranks that share them."""
+"""How many batches at the start of a fit are compared between the ranks that share them."""
 CLOSE = 1e-3
-"""Relative difference that rounding may make in a loss that is computed alike."""
+"""Relative difference that rounding may make between two ranks' losses of the same batch."""
 
 
 def digest(batch: Any) -> Hashable:
-    """Tells batches apart, also those that have the same samples in another order: a hash of all bytes, and of plain values."""
+    """Identifies a batch by the shapes of its tensors and a hash of their bytes and of plain values: the order of samples counts."""
     content = hashlib.blake2b(digest_size=16)
     for leaf in leaves(batch):
         if isinstance(leaf, Tensor):
@@ -42,42 +42,42 @@ class BatchComparison:
     """Compares the first batches of a fit, and their losses, between the ranks that share each batch.
 
     Args:
-        group: the ranks.
+        group: ranks that share each batch.
     """
 
     def __init__(self, group: Group) -> None:
         self._group = group
-        self._left = CHECKED_BATCHES
+        self._remaining = CHECKED_BATCHES
 
     def next_batch(self, batch: Any) -> bool:
         """Compares a batch, if it is one of the first. Collective.
 
         Returns:
-            Whether it was compared, and its loss is to be compared as well.
+            Whether it was compared, so that its loss must be compared too.
 
         Raises:
-            ConfigError: on every rank of the group, if ranks have read different batches.
+            ConfigError: on every rank of the group, if ranks loaded different batches.
         """
-        if not self._left:
+        if not self._remaining:
             return False
-        self._left -= 1
+        self._remaining -= 1
         digests = self._group.all_gather_objects(digest(batch))
         if different := [self._group.ranks[r] for r, other in enumerate(digests) if other != digests[0]]:
             raise ConfigError(
-                f"ranks {different} have read another batch than rank {self._group.ranks[0]}, with which they share each batch: a "
-                "data loader that shuffles or augments on its own must draw the same on all ranks (seed_everything, or Lightning's "
-                "sampler)"
+                f"ranks {different} loaded a different batch from rank {self._group.ranks[0]}. These ranks share each batch, so a "
+                "data loader that shuffles or augments must draw the same random numbers on all of them. Call seed_everything, or "
+                "use Lightning's sampler"
             )
         return True
 
     def loss(self, output: Any) -> None:
-        """Compares the loss of a batch: where it differs between ranks, one of them trains on something else. Collective.
+        """Compares the loss of a batch. Collective.
 
         Args:
-            output: of ``training_step``.
+            output: the output of ``training_step``.
 
         Raises:
-            ConfigError: on every rank of the group.
+            ConfigError: on every rank of the group, if the losses differ.
         """
         loss = output.get("loss") if isinstance(output, Mapping) else output
         number = float(loss.detach()) if isinstance(loss, Tensor) and loss.numel() == 1 else None
@@ -85,31 +85,31 @@ class BatchComparison:
         finite = [loss for loss in losses if loss is not None and math.isfinite(loss)]
         if finite and max(finite) - min(finite) > CLOSE * max(map(abs, finite)):
             raise ConfigError(
-                f"ranks {list(self._group.ranks)} share a batch and come to the losses {losses}: something in training_step differs "
-                "between them. It may read hidden states between blocks, of which a rank has its part of the tokens (set "
-                "tensor_parallel.sequence_parallel: false), or draw other random numbers (call seed_everything)"
+                f"ranks {list(self._group.ranks)} share a batch but computed different losses: {losses}. Either training_step reads "
+                "hidden states between blocks, where a rank has only its part of the tokens: set tensor_parallel.sequence_parallel: "
+                "false. Or it draws different random numbers on each rank: call seed_everything"
             )
 
 
 def refuse_empty(dataloader: object, module: LightningModule | None) -> None:
-    """Refuses a data loader that has nothing to read on some ranks. Collective.
+    """Refuses a data loader that is empty on some ranks only. Collective.
 
     Raises:
-        ConfigError: on every rank, if some have no batch and others have.
+        ConfigError: on every rank, if some ranks have no batch and others have.
     """
     counts = all_gather_objects(sized_len(dataloader))
     if 0 in counts and any(counts) and not (module and module.allow_zero_length_dataloader_with_multiple_devices):
         empty = [rank for rank, count in enumerate(counts) if count == 0]
         raise ConfigError(
-            f"ranks {empty} have no batch to read, and others have: use fewer ranks or a smaller batch, or leave drop_last off"
+            f"ranks {empty} have no batch, and other ranks have some. Use fewer ranks or a smaller batch, or set drop_last=False"
         )
 
 
 def refuse_uneven(batches: float) -> None:
-    """Refuses different numbers of batches: every batch is a meeting of all ranks. Collective.
+    """Refuses different numbers of batches, because all ranks communicate in every batch. Collective.
 
     Args:
-        batches: that this rank trains on in an epoch.
+        batches: how many this rank trains on in an epoch.
 
     Raises:
         ConfigError: on every rank, if ranks have different numbers of batches.
@@ -117,24 +117,24 @@ def refuse_uneven(batches: float) -> None:
     counts = all_gather_objects(batches)
     if len(set(counts)) > 1:
         raise ConfigError(
-            f"ranks have different numbers of training batches, {counts} by rank, and would wait for each other. Deal the "
-            f"data out evenly (Lightning's sampler does, drop_last=True helps), or set limit_train_batches={min(counts)}."
+            f"ranks have different numbers of training batches, {counts} by rank, so some would wait forever. Distribute the data "
+            f"evenly (Lightning's sampler does, drop_last=True helps), or set limit_train_batches={min(counts)}"
         )
 
 
 def seed_workers(dataloader: Any, rank: int) -> None:
-    """Seeds the workers of a data loader, if ``seed_everything(workers=True)`` asks for it and the user has not done it.
+    """Seeds the workers of a data loader, if ``seed_everything(workers=True)`` asks for it and the user sets no ``worker_init_fn``.
 
     Args:
-        dataloader: the user's.
-        rank: along the data axis: workers of ranks that share a batch must draw the same random numbers.
+        dataloader: the user's data loader.
+        rank: the rank along the data axis, because workers of ranks that share a batch must draw the same random numbers.
     """
     if int(os.environ.get("PL_SEED_WORKERS", 0)) and getattr(dataloader, "worker_init_fn", 0) is None:
         dataloader.worker_init_fn = _WorkerSeed(rank)
 
 
 class _WorkerSeed:
-    """Seeds a worker of a data loader. A class, since workers may be spawned and so pickle it."""
+    """Seeds a worker of a data loader. A class, because spawned workers pickle it."""
 
     def __init__(self, rank: int) -> None:
         self._rank = rank

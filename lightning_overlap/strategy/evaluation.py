@@ -1,8 +1,8 @@
 """Evaluation, hooks and metrics where only one rank of a pipeline has the loss.
 
-Ranks that share a batch (of tensor and pipeline parallelism) update a metric with the same samples. Torchmetrics, which knows the
-world only, would count each of them once a rank: metrics sum over the ranks that see different data. With a pipeline, they compute on
-the rank that has the loss, and the other ranks get the result.
+Ranks that share a batch (under tensor and pipeline parallelism) update a metric with the same samples. Torchmetrics sums over the
+world and would count each sample once per rank, so here metrics sum over the ranks that see different data. With a pipeline, a metric
+computes on the rank that has the loss, and the other ranks receive the result.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ from lightning_overlap.strategy.seams import logs_go_to
 
 
 class Mirror:
-    """Gives every rank of a pipeline what only the rank with the loss computes: evaluation steps, metrics, errors of hooks.
+    """Sends the results of the rank with the loss to every rank of a pipeline: of evaluation steps, metrics and hooks.
 
     Args:
-        module: the user's, whose metrics and hooks are replaced until :meth:`remove`.
+        module: the user's module. Its metrics and hooks are replaced until :meth:`remove`.
         driver: the mode that runs the steps.
     """
 
@@ -41,12 +41,12 @@ class Mirror:
             self._replacements.enter_context(failing_together(module, driver))
 
     def add_metrics(self) -> None:
-        """Takes in the metrics that the module has got since the last step."""
+        """Mirrors the metrics that were added to the module since the last step."""
         self._metrics.add()
 
     @contextmanager
     def step(self) -> Iterator[None]:
-        """Around each step of the user's, in which a metric computes on its own."""
+        """Encloses a step of the user, inside which metrics compute on each rank alone."""
         self._in_step = True
         try:
             yield
@@ -54,7 +54,7 @@ class Mirror:
             self._in_step = False
 
     def remove(self) -> None:
-        """The metrics and the hooks are the user's again."""
+        """Restores the user's metrics and hooks."""
         self._replacements.close()
         self._metrics.remove()
 
@@ -63,13 +63,13 @@ def mirrored_step(strategy: Strategy, module: LightningModule, driver: Driver, s
     """Runs a validation step to its end on the rank with the loss; every rank logs and returns its numbers. Collective.
 
     Args:
-        strategy: Lightning's, which reduces what is logged.
-        module: the user's.
-        driver: the mode for which the other ranks leave the step.
+        strategy: Lightning's strategy, which reduces logged values.
+        module: the user's module.
+        driver: the mode that ends the step before the loss on the other ranks.
         step: calls ``validation_step``.
 
     Returns:
-        The numbers in what ``validation_step`` returns.
+        The numbers in the output of ``validation_step``.
     """
 
     def run() -> tuple[Any, list[LogRecord]]:
@@ -86,34 +86,34 @@ def mirrored_step(strategy: Strategy, module: LightningModule, driver: Driver, s
         return numbers_of({"output": output}, "validation_step", "on_validation_batch_end").get("output"), records
 
     if not driver.has_the_loss:
-        run()  # to where it is left; what fails here is no answer that the others wait for
+        run()  # until the driver ends it; an error here is not sent to the others
     output, records = driver.with_the_loss(run)
     write_logs(strategy, module, records)
     return output
 
 
 class _FailsTogether:
-    """``on_validation_epoch_end`` that fails on all ranks where it fails on one that the steps are left on. Copies do without."""
+    """An ``on_validation_epoch_end`` that raises on all ranks if it fails on one without the loss. Copies have the plain hook."""
 
     def __init__(self, module: LightningModule, driver: Driver) -> None:
         self._module, self._driver = module, driver
         self.__wrapped__ = module.on_validation_epoch_end
 
     def __call__(self) -> None:
-        failed: Exception | None = None
+        failure: Exception | None = None
         try:
             self.__wrapped__()
         except Exception as error:
-            failed = error
-        said = self._driver.failed_without_loss(f"{type(failed).__name__}: {failed}" if failed else None)
-        if said is not None:
+            failure = error
+        message = self._driver.failed_without_loss(f"{type(failure).__name__}: {failure}" if failure else None)
+        if message is not None:
             raise ConfigError(
-                f"on_validation_epoch_end fails on the ranks that validation_step is left on ({said}): what it collects on self is on "
-                "the last stage only with pipeline_parallel.evaluation='mirror'. Set evaluation='replicate', or collect in a "
-                "torchmetrics.Metric"
-            ) from failed
-        if failed is not None:
-            raise failed
+                f"on_validation_epoch_end failed on a rank without the last stage ({message}). With "
+                "pipeline_parallel.evaluation='mirror', validation_step stops inside the model call on such a rank, so what it stores "
+                "on self later does not exist there. Set evaluation='replicate', or collect values in a torchmetrics.Metric"
+            ) from failure
+        if failure is not None:
+            raise failure
 
     def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
         return getattr, (self._module, "on_validation_epoch_end")
@@ -121,11 +121,11 @@ class _FailsTogether:
 
 @contextmanager
 def failing_together(module: LightningModule, driver: Driver) -> Iterator[None]:
-    """What ``validation_step`` collects on the module is where the loss is. A hook that fails without it says so, on all ranks.
+    """Inside, an ``on_validation_epoch_end`` that fails for want of the last stage's attributes raises the same error on all ranks.
 
     Args:
-        module: the user's.
-        driver: the mode that other ranks leave the steps for.
+        module: the user's module.
+        driver: the mode that ends validation steps before the loss on some ranks.
     """
     module.on_validation_epoch_end = _FailsTogether(module, driver)  # type: ignore[method-assign]
     try:
@@ -135,15 +135,15 @@ def failing_together(module: LightningModule, driver: Driver) -> Iterator[None]:
 
 
 HOOKS = ("on_train_batch_end", "on_train_epoch_end", "on_train_end")
-"""Hooks that may read what ``training_step`` has left on the module."""
+"""Hooks that may read attributes that ``training_step`` has set."""
 
 
 class _Explained:
-    """A hook of the module's that fails on a rank that ``training_step`` is left on says that this may be why. Copies do without."""
+    """A hook whose error, on a rank without the loss, names the likely cause. Copies of the module have the plain hook."""
 
     def __init__(self, module: LightningModule, name: str, driver: Driver) -> None:
         self._module, self._name, self._driver = module, name, driver
-        self.__wrapped__ = getattr(module, name)  # which Lightning looks at
+        self.__wrapped__ = getattr(module, name)  # Lightning reads it
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         try:
@@ -152,9 +152,10 @@ class _Explained:
             if self._driver.has_the_loss or isinstance(error, ConfigError | TransferError):
                 raise
             raise ConfigError(
-                f"{self._name} fails on a rank that training_step is left on ({type(error).__name__}: {error}): what training_step "
-                "leaves on self after the model is called is on the last stage only. Return it, if it is a number, in a dictionary "
-                "with the loss, which on_train_batch_end gets as outputs on every rank; log it; or collect it in a torchmetrics.Metric"
+                f"{self._name} failed on a rank without the last stage ({type(error).__name__}: {error}). On such a rank "
+                "training_step stops inside the model call, so what it stores on self later does not exist there. Return numbers in a "
+                "dictionary with the loss: on_train_batch_end receives it as outputs on every rank. Or log them, or collect values in "
+                "a torchmetrics.Metric"
             ) from error
 
     def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
@@ -163,31 +164,31 @@ class _Explained:
 
 @contextmanager
 def explaining(module: LightningModule, driver: Driver) -> Iterator[None]:
-    """Hooks of a fit say where things are that a step has left.
+    """Inside, :data:`HOOKS` that fail on a rank without the loss name the likely cause.
 
     Args:
-        module: the user's.
-        driver: the mode that leaves its steps.
+        module: the user's module.
+        driver: the mode that ends training steps before the loss on some ranks.
     """
-    given = [name for name in HOOKS if getattr(type(module), name) is not getattr(LightningModule, name)]
-    for name in given:
+    overridden = [name for name in HOOKS if getattr(type(module), name) is not getattr(LightningModule, name)]
+    for name in overridden:
         setattr(module, name, _Explained(module, name, driver))
     try:
         yield
     finally:
-        for name in given:
+        for name in overridden:
             delattr(module, name)
 
 
 @contextmanager
 def metrics_over(group: Group) -> Iterator[None]:
-    """Inside, every metric that has no process group of its own synchronises over this one.
+    """Inside, every metric without a process group synchronizes over this group.
 
-    The class is changed, not its instances: metrics are also made later than this, kept in lists and callbacks where nobody finds
-    them, and copied, which a process group cannot be.
+    The class is changed, not its instances: users also make metrics later, keep them in lists and callbacks where no search finds
+    them, and copy them, and a process group cannot be copied.
 
     Args:
-        group: ranks that see different data.
+        group: the ranks that see different data.
     """
     over_the_world = Metric.sync
 
@@ -212,22 +213,22 @@ def metrics_over(group: Group) -> Iterator[None]:
 
 
 class MirroredMetrics:
-    """A module's metrics compute, on all ranks, what they compute on the rank with the loss, which alone has updated them.
+    """Makes a module's metrics return, on all ranks, the result of the rank with the loss, the only one that updates them.
 
     Args:
-        module: the user's.
+        module: the user's module.
         driver: the mode that runs its steps.
-        in_step: whether a step runs: a metric that is computed there has no other rank to tell it to.
+        in_step: whether a step runs. Inside one a metric computes on this rank alone: the others are not at the same call.
     """
 
     def __init__(self, module: LightningModule, driver: Driver, in_step: Callable[[], bool]) -> None:
         self._module, self._driver, self._in_step = module, driver, in_step
-        self._plain: dict[int, tuple[Metric, Callable[..., Any]]] = {}  # by id: a metric's hash is that of its values
+        self._plain: dict[int, tuple[Metric, Callable[..., Any]]] = {}  # by id, because a metric's hash depends on its values
         self._computing = False
         self.add()
 
     def add(self) -> None:
-        """Takes in the metrics that the module has got since it was called last."""
+        """Mirrors the metrics that were added to the module since the last call."""
         for metric in self._module.modules():
             if isinstance(metric, Metric) and id(metric) not in self._plain:
                 self._plain[id(metric)] = metric, metric.compute
@@ -235,7 +236,7 @@ class MirroredMetrics:
 
     def _mirrored(self, plain: Callable[..., Any]) -> Callable[..., Any]:
         def compute(*args: Any, **kwargs: Any) -> Any:
-            if self._computing or self._in_step():  # a metric inside of another one is told with it
+            if self._computing or self._in_step():  # an inner metric is part of the outer one's result
                 return plain(*args, **kwargs)
             self._computing = True
             try:
@@ -246,7 +247,7 @@ class MirroredMetrics:
         return compute
 
     def remove(self) -> None:
-        """The metrics are the user's again."""
+        """Restores the metrics' own ``compute``."""
         for metric, plain in self._plain.values():
             metric.compute = plain  # type: ignore[method-assign]
         self._plain.clear()

@@ -1,10 +1,10 @@
-"""Proof of the first step: loss, gradients and buffers of the model as it is cut, against those of the model whole.
+"""Compares the first step of the sharded model with that of the unsharded one: loss, gradients and buffers.
 
-What passes between two blocks, or from a block to the loss, on a way that a mode does not know of, is lost where the model is cut, and
-nothing else would say so. So the first batch of a fit is computed twice more before it is trained on: by the model whole, which every
-rank puts together for that time, and by the ranks' parts of it. Both leave nothing behind: no gradient, buffer, metric, log, attribute
-or random number. (What a step writes elsewhere stays: parameters that it writes itself, files, a logger's own calls.) Dropout is off
-in both, since its masks differ where activations are cut; mixed precision is too, so that what differs is not rounding.
+A value that passes between blocks, or from a block to the loss, by a way that no mode follows is lost where the model is sharded, and
+no other check sees it. So the first batch of a fit is computed twice before it is trained on: by the unsharded model, which every rank
+assembles for that time, and by the sharded one. Neither run changes a gradient, buffer, metric, log, attribute or random state. (The
+comparison cannot undo a step that writes parameters or files, or calls a logger itself.) Dropout is off in both runs, because its
+masks differ where activations are sharded. Mixed precision is off, so that no difference is rounding.
 """
 
 from __future__ import annotations
@@ -38,10 +38,10 @@ class Tolerance:
     """Differences that rounding may make.
 
     Attributes:
-        loss: relative.
-        gradient: of a parameter's gradient, relative to its norm.
-        noise: of a parameter's gradient, relative to the largest norm of a gradient in the model: a gradient that should be zero
-            (of a key's bias, say) is rounding alone.
+        loss: relative difference of the loss.
+        gradient: norm of the difference of a parameter's gradients, relative to the gradient's norm.
+        noise: the same, relative to the largest norm of a gradient in the model: a gradient that should be zero (that of a key's bias,
+            for example) consists of rounding only.
     """
 
     loss: float
@@ -55,23 +55,23 @@ TOLERANCES = {
     torch.bfloat16: Tolerance(2e-2, 0.25, 2e-2),
     torch.float16: Tolerance(5e-3, 0.1, 5e-3),
 }
-"""By the lowest precision of the parameters, where the modes multiply matrices of other shapes than the model whole does."""
+"""By the lowest precision of the parameters, where the sharded model multiplies matrices of other shapes than the unsharded one."""
 SAME_PRODUCTS = Tolerance(1e-6, 1e-5, 1e-7)
-"""In fp32 and better, where they multiply the same ones: only the order of some sums differs (of a tied weight's gradient)."""
+"""In fp32 and better, where both multiply the same matrices: only the order of some sums differs (a tied weight's gradient)."""
 NAMED = 4
-"""Parameters or buffers that an error names."""
+"""How many parameters or buffers an error names."""
 
 
 @contextmanager
 def _without_dropout() -> Iterator[None]:
-    """Inside, torch's dropout drops nothing: modules' and attention's, too, and in what an activation checkpoint runs again.
+    """Inside, torch's dropout drops nothing: in modules, in attention, and where an activation checkpoint is recomputed.
 
-    The functions are replaced, since a mode of torch's is not on while backward runs a checkpoint again.
+    The functions are replaced, because a ``TorchFunctionMode`` is not active while backward recomputes a checkpoint.
     """
     attention = F.scaled_dot_product_attention
 
-    def attend(query: Any, key: Any, value: Any, attn_mask: Any = None, dropout_p: float = 0.0, *args: Any, **how: Any) -> Any:
-        return attention(query, key, value, attn_mask, 0.0, *args, **how)
+    def attend(query: Any, key: Any, value: Any, attn_mask: Any = None, dropout_p: float = 0.0, *args: Any, **kwargs: Any) -> Any:
+        return attention(query, key, value, attn_mask, 0.0, *args, **kwargs)
 
     def keep(input: Tensor, *_: Any, **__: Any) -> Tensor:
         return input
@@ -95,15 +95,15 @@ _DROPOUTS = (
 
 
 class _Trial(DrivenStep):
-    """A step that is computed for its loss and gradients only."""
+    """A step that computes its loss and gradients, and logs nothing."""
 
     total: Tensor | None = None
-    """The batch's loss, where this rank knows it."""
+    """The batch's loss, on ranks that know it."""
 
     def forward(self, part: Any, number: int) -> Tensor | None:
         seed_generators(self._module, *self.key, number)
         with logs_go_to(self._module.trainer, None), self._precision():
-            # A copy: a step may change its batch, take something out of it, and is run on it again.
+            # A copy, because training_step may change its batch and runs on it again.
             output = self._module.training_step(copied(part), *self._rest)
         loss = output["loss"] if isinstance(output, Mapping) else output
         if not isinstance(loss, Tensor):
@@ -127,24 +127,29 @@ class _Trial(DrivenStep):
 
 @dataclass
 class _Result:
-    """What one way of computing the step gives."""
+    """The results of one run of the step.
+
+    Attributes:
+        loss: of the batch; None on a rank without the loss.
+        batch_loss: where the step runs in microbatches, the loss without them; None if it is not comparable.
+        gradients: by parameter.
+        buffers: by name, after the step.
+    """
 
     loss: float | None = None
-    at_once: float | None = None
-    """Of the batch in one piece, where the step is computed in several."""
+    batch_loss: float | None = None
     gradients: dict[str, Tensor] = field(default_factory=dict)
     buffers: dict[str, Tensor] = field(default_factory=dict)
-    """As the step leaves them."""
 
 
 class FirstStep:
-    """The proof, for one batch.
+    """Compares the sharded with the unsharded model on one batch.
 
     Args:
-        step: the user's, not run yet.
-        module: the user's.
-        modes: in their order.
-        device: this rank's.
+        step: the user's ``training_step`` on the batch.
+        module: the user's module.
+        modes: the modes that run, in the order in which they were applied.
+        device: this rank's device.
     """
 
     def __init__(self, step: _Trial, module: nn.Module, modes: Sequence[OverlapMode], device: torch.device) -> None:
@@ -155,34 +160,34 @@ class FirstStep:
         self._holders = [mode for mode in modes if isinstance(mode, Holder)]
         self._device = device
         self._parameters = dict(module.named_parameters())
-        self._known_buffers = frozenset(name for name, _ in module.named_buffers())  # a step may register others
+        self._known_buffers = frozenset(name for name, _ in module.named_buffers())  # the step may register others
 
-    def prove(self) -> bool:
-        """Computes and compares. Collective over the world.
+    def verify(self) -> bool:
+        """Runs both models on the batch and compares them. Collective over the world.
 
         Returns:
-            Whether there was something to compare: a batch of which ``training_step`` makes no loss proves nothing.
+            Whether the check is over: False if ``training_step`` returned no loss for this batch, so that the next one is checked.
 
         Raises:
-            ConfigError: loss, gradients or buffers differ; on every rank.
+            ConfigError: on every rank, if loss, gradients or buffers differ.
         """
-        with self._apart():
-            expected, obstacle = self._whole()
-            everyone = all_gather_objects(obstacle) if world_size() > 1 else [obstacle]
-            if any(everyone):
-                told = next(filter(None, everyone))
-                rank_zero_warn(f"the first step was not compared with the model whole (verify_first_step): {told}")
-                return told != NO_LOSS
-            found = self._run_cut()
-        self._compare(expected, found)
-        self._tell_of_objective(expected)
+        with self._isolated():
+            expected, obstacle = self._run_unsharded()
+            obstacles = all_gather_objects(obstacle) if world_size() > 1 else [obstacle]
+            if any(obstacles):
+                reason = next(filter(None, obstacles))
+                rank_zero_warn(f"verify_first_step: the first step was not compared with the unsharded model: {reason}")
+                return reason != NO_LOSS
+            actual = self._run_sharded()
+        self._compare(expected, actual)
+        self._check_objective(expected)
         return True
 
-    # -- two ways to compute it ------------------------------------------------------------------------------------------
+    # -- the two runs --------------------------------------------------------------------------------------------------
 
     @contextmanager
-    def _apart(self) -> Iterator[None]:
-        """Inside, gradients and random numbers are others than outside, and data parallelism looks at neither."""
+    def _isolated(self) -> Iterator[None]:
+        """Inside, gradients and random states are temporary, and no mode keeps anything of the steps."""
         before = {name: parameter.grad for name, parameter in self._parameters.items()}
         matmul = torch.backends.cuda.matmul
         precision = matmul.fp32_precision
@@ -199,46 +204,51 @@ class FirstStep:
                 for name, parameter in self._parameters.items():
                     parameter.grad = before[name]
 
-    def _whole(self) -> tuple[_Result, str | None]:
-        """By the model whole; and what stood in the way."""
+    def _run_unsharded(self) -> tuple[_Result, str | None]:
+        """Returns the results of the unsharded model, of tensors this rank's part; and why it could not run, if it could not."""
         result = _Result()
         with ExitStack() as stack:
             for mode in reversed(self._holders):
                 stack.enter_context(mode.whole())
-            self._forget_gradients()
+            self._drop_gradients()
             stack.enter_context(preserve_random_state(self._device))
             stack.enter_context(_without_dropout())
             try:
-                shares = self._run_whole(result)
+                shares = self._fill_unsharded(result)
             except torch.OutOfMemoryError:
-                return result, "a rank has no memory for the model whole. Set verify_first_step: false to leave it out"
-            except (RuntimeError, TypeError, ValueError) as error:  # if it is the user's, the step itself will say it
+                return result, "a rank has too little memory for the unsharded model. Set verify_first_step: false to skip this check"
+            except (RuntimeError, TypeError, ValueError) as error:  # an error of the user's code comes again in the step itself
                 if isinstance(error, ConfigError | TransferError):
                     raise
-                return result, f"the model whole fails in the parameters' own precision: {type(error).__name__}: {error}"
+                return result, f"the unsharded model fails without mixed precision: {type(error).__name__}: {error}"
             finally:
                 gradients = {name: p.grad for name, p in self._parameters.items() if p.grad is not None}
-                self._forget_gradients()
+                self._drop_gradients()
         if shares is None:
             return result, NO_LOSS
-        result.gradients = self._own_parts(gradients)
-        result.buffers = self._own_parts(result.buffers)
+        result.gradients = self._local_parts(gradients)
+        result.buffers = self._local_parts(result.buffers)
         return result, None
 
-    def _own_parts(self, whole: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def _local_parts(self, unsharded: Mapping[str, Tensor]) -> dict[str, Tensor]:
         parts = {}
-        for name, tensor in whole.items():
-            own: Tensor | None = tensor
+        for name, tensor in unsharded.items():
+            part: Tensor | None = tensor
             for mode in self._holders:
-                own = own if own is None else mode.local_part(name, own)
-            if own is not None:
-                parts[name] = own.clone()  # not a view, which would keep all of it
+                part = part if part is None else mode.local_part(name, part)
+            if part is not None:
+                parts[name] = part.clone()  # a view would keep the memory of the unsharded tensor
         return parts
 
     def _buffers(self) -> dict[str, Tensor]:
         return {name: buffer.detach().clone() for name, buffer in self._module.named_buffers() if name in self._known_buffers}
 
-    def _run_whole(self, result: _Result) -> list[float] | None:
+    def _fill_unsharded(self, result: _Result) -> list[float] | None:
+        """Runs the step on the unsharded model, microbatch by microbatch.
+
+        Returns:
+            The microbatches' shares of the loss; None if ``training_step`` returns no loss.
+        """
         parts = self._driver.whole_parts(self._step) if self._driver is not None else iter([(self._step.batch, 0, 1.0)])
         shares = []
         with self._step.trial():
@@ -247,17 +257,17 @@ class FirstStep:
                 if loss is None:
                     return None
                 shares.append(share)
-                if loss.requires_grad and share:  # a loss that is not a number stays so if it counts for 0
+                if loss.requires_grad and share:  # a loss of NaN times 0 is NaN
                     self._step.backward(loss, share)
                 del loss
             result.loss = float(self._step.logged(shares))
             result.buffers = self._buffers()
         if len(shares) > 1:
-            result.at_once = self._run_at_once()
+            result.batch_loss = self._batch_loss()
         return shares
 
-    def _run_at_once(self) -> float | None:
-        """The loss of the batch in one piece; None where it cannot be compared, since random numbers are in it or memory is short."""
+    def _batch_loss(self) -> float | None:
+        """Returns the loss without microbatches; None if it depends on random numbers, or the memory is too small for it."""
         before = torch.get_rng_state(), random.getstate()
         try:
             with self._step.trial(), torch.no_grad():
@@ -267,25 +277,25 @@ class FirstStep:
         is_random = not torch.equal(before[0], torch.get_rng_state()) or before[1] != random.getstate()
         return None if loss is None or is_random else float(loss)
 
-    def _run_cut(self) -> _Result:
-        """By the ranks' parts of it, as they train.
+    def _run_sharded(self) -> _Result:
+        """Returns this rank's results of the sharded model, run as in training.
 
         Raises:
-            ConfigError: they fail where the model whole does not.
+            ConfigError: it fails, though the unsharded model did not.
         """
         try:
-            return self._cut()
+            return self._train_sharded()
         except (ConfigError, TransferError, torch.OutOfMemoryError):
             raise
         except Exception as error:
             raise ConfigError(
-                f"the model whole computes the first batch, and the model as it is cut over the ranks fails: {type(error).__name__}: "
-                f"{error}. {_CAUSES}"
+                "verify_first_step: the unsharded model ran the first batch, but the sharded model failed: "
+                f"{type(error).__name__}: {error}. {_CAUSES}"
             ) from error
 
-    def _cut(self) -> _Result:
+    def _train_sharded(self) -> _Result:
         result = _Result()
-        self._forget_gradients()
+        self._drop_gradients()
         with self._step.trial(), preserve_random_state(self._device), _without_dropout():
             for mode in self._modes:
                 mode.start_forward()
@@ -303,99 +313,113 @@ class FirstStep:
         result.gradients = {name: p.grad for name, p in self._parameters.items() if p.grad is not None}
         return result
 
-    def _forget_gradients(self) -> None:
+    def _drop_gradients(self) -> None:
         for parameter in self._parameters.values():
             parameter.grad = None
 
-    # -- what differs --------------------------------------------------------------------------------------------------
+    # -- comparison ----------------------------------------------------------------------------------------------------
 
     @property
-    def _lowest(self) -> torch.dtype:
-        """The lowest precision of the parameters."""
+    def _lowest_precision(self) -> torch.dtype:
+        """The parameters' dtype with the lowest precision."""
         return max((p.dtype for p in self._parameters.values() if p.dtype in TOLERANCES), key=_coarseness, default=torch.float32)
 
     def _tolerance(self) -> Tolerance:
         exact = all(mode.keeps_bits for mode in self._holders)
-        return SAME_PRODUCTS if exact and torch.finfo(self._lowest).bits >= 32 else TOLERANCES[self._lowest]
+        dtype = self._lowest_precision
+        return SAME_PRODUCTS if exact and torch.finfo(dtype).bits >= 32 else TOLERANCES[dtype]
 
-    def _compare(self, expected: _Result, found: _Result) -> None:
-        within = self._tolerance()
-        wrong: list[tuple[str, float, float]] = []
+    def _compare(self, expected: _Result, actual: _Result) -> None:
+        """Compares the two runs. Collective.
+
+        Raises:
+            ConfigError: on every rank, if loss, gradients or buffers differ on one.
+        """
+        tolerance = self._tolerance()
+        wrong_loss = not _is_close(actual.loss, expected.loss, tolerance.loss)
+        differences = self._differences(expected, actual, tolerance)
+        mine = (expected.loss, actual.loss, wrong_loss, differences)
+        everyone = all_gather_objects(mine) if world_size() > 1 else [mine]
+        losses = next(((want, have) for want, have, wrong, _ in everyone if wrong), None)
+        tensors = list(dict.fromkeys(entry for *_, entries in everyone for entry in entries))
+        if losses is None and not tensors:
+            return
+        symptoms = []
+        if losses is not None:
+            symptoms.append(f"the loss is {losses[1]!r}, expected {losses[0]!r}")
+        if tensors:
+            first = ", ".join(f"{name} (norm {norm:.2g}, off by {difference:.2g})" for name, difference, norm in tensors[:NAMED])
+            kind = "gradients" if any(name in self._parameters for name, *_ in tensors) else "buffers"
+            symptoms.append(f"{len({name for name, *_ in tensors})} {kind} differ: {first}")
+        raise ConfigError(
+            "verify_first_step: the sharded model computes a different first step from the unsharded model: "
+            f"{'; '.join(symptoms)}. {_CAUSES}"
+        )
+
+    def _differences(self, expected: _Result, actual: _Result, tolerance: Tolerance) -> list[tuple[str, float, float]]:
+        """Lists this rank's gradients and buffers that differ: name, norm of the difference, expected norm. Collective."""
+        differences: list[tuple[str, float, float]] = []
         norms = {name: _norm(gradient) for name, gradient in expected.gradients.items()}
         largest = max(norms.values(), default=0.0)
         largest = max(all_gather_objects(largest)) if world_size() > 1 else largest
-        for name in {**expected.gradients, **found.gradients}:
-            want, have = expected.gradients.get(name), found.gradients.get(name)
-            difference = _norm(_difference(have, want))
-            if not difference <= within.gradient * norms.get(name, 0.0) + within.noise * largest and not _both_not_finite(want, have):
-                wrong.append((name, difference, norms.get(name, 0.0)))
+        for name in {**expected.gradients, **actual.gradients}:
+            want, have = expected.gradients.get(name), actual.gradients.get(name)
+            norm, difference = norms.get(name, 0.0), _norm(_difference(have, want))
+            # A difference of NaN is no smaller than anything.
+            if not difference <= tolerance.gradient * norm + tolerance.noise * largest and not _both_not_finite(want, have):
+                differences.append((name, difference, norm))
         for name, buffer in expected.buffers.items():
-            difference, norm = _norm(_difference(found.buffers.get(name), buffer)), _norm(buffer)
-            if not difference <= within.gradient * norm and not _both_not_finite(buffer, found.buffers.get(name)):
-                wrong.append((name, difference, norm))
-        other_loss = not _is_close(found.loss, expected.loss, within.loss)
-        mine = (expected.loss, found.loss, other_loss, wrong)
-        everyone = all_gather_objects(mine) if world_size() > 1 else [mine]
-        losses = next(((want, have) for want, have, other, _ in everyone if other), None)
-        names = list(dict.fromkeys(entry for *_, entries in everyone for entry in entries))
-        if losses is None and not names:
-            return
-        told = []
-        if losses is not None:
-            told.append(f"the loss is {losses[1]!r} and should be {losses[0]!r}")
-        if names:
-            first = ", ".join(f"{name} (off by {difference:.2g}, of {norm:.2g})" for name, difference, norm in names[:NAMED])
-            kind = "gradients" if any(name in self._parameters for name, *_ in names) else "buffers"
-            told.append(f"{kind} differ, the first of {len({name for name, *_ in names})}: {first}")
-        raise ConfigError(
-            f"the first step of the model as it is cut over the ranks differs from that of the model whole: {'; '.join(told)}. "
-            f"{_CAUSES} verify_first_step: false leaves this comparison out."
-        )
+            have = actual.buffers.get(name)
+            norm, difference = _norm(buffer), _norm(_difference(have, buffer))
+            if not difference <= tolerance.gradient * norm and not _both_not_finite(buffer, have):
+                differences.append((name, difference, norm))
+        return differences
 
-    def _tell_of_objective(self, expected: _Result) -> None:
-        """Says that the objective is another one in microbatches.
+    def _check_objective(self, expected: _Result) -> None:
+        """Warns if microbatches change the loss.
 
         Raises:
-            ConfigError: it is none.
+            ConfigError: the loss is NaN with microbatches, and finite without them.
         """
-        if expected.loss is None or expected.at_once is None:
+        if expected.loss is None or expected.batch_loss is None:
             return
-        if math.isnan(expected.loss) and math.isfinite(expected.at_once):
+        without = f"the loss of the first batch is {expected.batch_loss:.6g} without microbatches"
+        if math.isnan(expected.loss) and math.isfinite(expected.batch_loss):
             raise ConfigError(
-                f"the loss of the first batch is {expected.at_once:.6g} in one piece, and not a number in microbatches: a mean over "
-                "labels is none where a microbatch has no label that counts: set pipeline_parallel.microbatch_weight to labels or "
-                "causal_labels"
+                f"{without} and NaN with them. A mean over labels is NaN if a microbatch has no counted label. Set "
+                "pipeline_parallel.microbatch_weight: labels or causal_labels"
             )
-        if not _is_close(expected.loss, expected.at_once, TOLERANCES[self._lowest].loss):
+        if not _is_close(expected.loss, expected.batch_loss, TOLERANCES[self._lowest_precision].loss):
             rank_zero_warn(
-                f"the loss of the first batch is {expected.at_once:.6g} in one piece, and {expected.loss:.6g} in microbatches: it "
-                "is no mean over the samples. pipeline_parallel.microbatch_weight (labels, causal_labels, sum) makes sums and means "
-                "over counted labels exact, and so does a method microbatch_weight(batch) of the module; what compares samples with "
-                "each other (a contrastive loss, batch norm) has another objective in microbatches. If the loss is a mean over "
-                "samples, something in the batch is cut that has no row for each of them: pipeline_parallel.batch_dims"
+                f"{without} and {expected.loss:.6g} with them. The loss is not a mean over samples, so microbatches change the "
+                "objective. For a sum, or a mean over counted labels, set pipeline_parallel.microbatch_weight (sum, labels or "
+                "causal_labels), or give the module a method microbatch_weight(batch). Microbatches always change a loss that "
+                "compares samples with each other (a contrastive loss, batch norm). If the loss is a mean over samples, a tensor "
+                "without a sample dim was split: set its name to null in pipeline_parallel.batch_dims"
             )
 
 
-NO_LOSS = "training_step gave no loss for the batch"
-_CAUSES = (
-    "Something passes between blocks, or from a block to the loss, on a way that the cut does not follow: a value that a block leaves "
-    "on itself or in a list for another one or for the loss (auxiliary losses, hooks, deep supervision, skip connections), a sum over "
-    "parameters (a regulariser), a layer whose role is wrong ('column[3]' for fused q, k and v), code that counts heads, features or "
-    "tokens of which a rank has a part, or a random decision that differs between ranks. Hand it from block to block through their "
-    "arguments, compute it from the output, mend the roles, or leave this mode out."
-)
+NO_LOSS = "training_step returned no loss for the batch"
+_CAUSES = """Possible causes:
+1. A block keeps a value on itself or in a list, and another block or the loss reads it (auxiliary loss, hook, deep supervision, \
+skip connection). Pass it through the blocks' arguments, or compute it from the output.
+2. The loss sums over parameters (a regularizer), and a rank has only its part of them. Use the optimizer's weight_decay.
+3. A layer has a wrong role, such as column where q, k and v are fused (column[3]). Correct parallel_plan.
+4. The code counts heads, features or tokens, and a rank has only its part of them. Turn off the mode that shards them.
+5. A random decision differs between ranks. Draw it from the default generator of torch, NumPy or Python.
+verify_first_step: false skips this check."""
 
 
 def first_step(
     strategy: Strategy, modes: Sequence[OverlapMode], module: LightningModule, batch: Any, rest: Any, key: tuple[int, ...]
 ) -> FirstStep:
-    """The proof of a fit's first batch.
+    """Makes the check for a fit's first batch.
 
     Args:
-        strategy: Lightning's: its precision plugin and device.
-        modes: that cut the model, in their order.
-        module: the user's.
-        batch: the whole batch.
+        strategy: Lightning's strategy, with its precision plugin and device.
+        modes: the modes that run, in the order in which they were applied.
+        module: the user's module.
+        batch: the batch.
         rest: the other arguments of ``training_step``.
         key: see :class:`lightning_overlap.steps.step.Step`.
     """
@@ -424,9 +448,9 @@ def _both_not_finite(one: Tensor | None, other: Tensor | None) -> bool:
     return one is not None and other is not None and not bool(one.isfinite().all()) and not bool(other.isfinite().all())
 
 
-def _is_close(found: float | None, expected: float | None, relative: float) -> bool:
-    if found is None or expected is None:
-        return found is expected
-    if found != found or expected != expected:
-        return found != found and expected != expected
-    return found == expected or abs(found - expected) <= relative * max(abs(found), abs(expected))
+def _is_close(actual: float | None, expected: float | None, relative: float) -> bool:
+    if actual is None or expected is None:
+        return actual is expected
+    if math.isnan(actual) or math.isnan(expected):
+        return math.isnan(actual) and math.isnan(expected)
+    return actual == expected or abs(actual - expected) <= relative * max(abs(actual), abs(expected))

@@ -1,4 +1,4 @@
-"""What an optimizer steps on a rank, and clipping by the norm over all ranks."""
+"""The parameters that a rank updates, and clipping of gradients by their norm over all ranks."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from lightning_overlap.modes.base import OptimizerHolder, OverlapMode
 
 
 def stepped_parameters(optimizer: Optimizer, modes: Sequence[OverlapMode]) -> Iterable[Tensor]:
-    """The parameters that a step updates on this rank: shards with the gradients of shards, or the user's."""
+    """Returns the parameters that a step updates on this rank: shards with their gradients, or the user's parameters."""
     for mode in modes:
         if isinstance(mode, OptimizerHolder) and (parameters := mode.stepped_parameters(optimizer)) is not None:
             return parameters
@@ -25,9 +25,9 @@ def clip_by_norm(parameters: Iterable[Tensor], modes: Sequence[OverlapMode], lim
 
     Args:
         parameters: of this rank; see :func:`stepped_parameters`.
-        modes: sum the squares over the ranks that hold different parts of the gradients.
-        limit: of the norm.
-        device: of this rank, where the norm is computed: nothing waits for it.
+        modes: sum the squares over ranks that hold different parts of the gradients.
+        limit: the largest norm.
+        device: of this rank. The norm is computed there, and the host does not wait for it.
     """
     stepped = [(parameter, parameter.grad) for parameter in parameters if parameter.grad is not None]
     counted = [_sum_of_squares(grad) for parameter, grad in stepped if not is_counted_elsewhere(parameter)]
@@ -36,14 +36,14 @@ def clip_by_norm(parameters: Iterable[Tensor], modes: Sequence[OverlapMode], lim
         squares += torch.stack(counted).sum()
     for mode in modes:
         squares = mode.reduce_norm(squares)
-    # As torch.nn.utils.clip_grad_norm_: a tensor, so that nothing waits for the device.
+    # A tensor, as in torch.nn.utils.clip_grad_norm_, so that the host does not wait for the device.
     scale = (limit / (squares.sqrt() + 1e-6)).clamp(max=1.0)
     for _, grad in stepped:
         grad.mul_(scale)
 
 
 def _sum_of_squares(grad: Tensor) -> Tensor:
-    """Of the absolute values of a gradient, in fp64: a scalar in which neither squares nor their sum overflow."""
+    """Sums the squared absolute values of a gradient in fp64, where neither the squares nor the sum overflow."""
     values = grad.coalesce().values() if grad.is_sparse else grad
     values = torch.view_as_real(values) if values.is_complex() else values
     norm: Tensor = torch.linalg.vector_norm(values, dtype=torch.promote_types(values.dtype, torch.float32))

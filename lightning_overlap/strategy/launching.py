@@ -1,4 +1,4 @@
-"""Launchers of processes whose errors reach all ranks, and the check of a limit of time."""
+"""Process launchers that announce an error to all ranks, and the check of a time limit."""
 
 from __future__ import annotations
 
@@ -18,39 +18,39 @@ from lightning_overlap.ranks.world import WORLD
 from lightning_overlap.strategy.seams import MultiProcessingLauncher, SubprocessScriptLauncher, TunerExit
 
 LONGEST = timedelta(days=365)
-"""A limit above this one is a mistake: torch counts milliseconds, and wraps."""
+"""Longest time limit: torch counts milliseconds, and longer limits overflow."""
 
 
 def check_limit(name: str, limit: object) -> None:
-    """Refuses what is no time to wait.
+    """Refuses a value that is not a time limit.
 
     Raises:
-        ConfigError: it is not.
+        ConfigError: the value is not a ``timedelta``, or out of range.
     """
     if not isinstance(limit, timedelta) or not timedelta(0) < limit <= LONGEST:
         raise ConfigError(f"{name} must be a datetime.timedelta of more than 0 and at most {LONGEST.days} days, got {limit!r}")
 
 
 class FailureListener(Protocol):
-    """The strategy, as far as a launcher knows it."""
+    """The part of the strategy that a launcher uses."""
 
     attempting: bool
-    """Whether a function of the trainer's has been called since the last teardown."""
+    """Whether a launched function (``fit``, ...) has been called since the last teardown."""
 
     def has_failed(self, trainer: Trainer | None) -> None:
-        """A function of the trainer's has failed, here or on another rank."""
+        """Called when a launched function has failed, on this rank or on another one."""
 
 
 class Watched:
-    """``fit``, or what else the trainer calls, such that all ranks hear of its error before this one does anything about it.
+    """Calls a launched function (``fit``, ...), and announces its error to all ranks before this rank handles it.
 
-    A class, since a launcher that spawns processes pickles it.
+    A class, because a launcher that spawns processes pickles it.
 
     Args:
-        strategy: hears of the error.
-        trainer: its trainer.
-        function: what is called.
-        answers: whether another process waits for what it returns.
+        strategy: is notified of the error.
+        trainer: of the strategy.
+        function: the launched function.
+        answers: whether another process waits for the result.
     """
 
     def __init__(
@@ -71,7 +71,7 @@ class Watched:
         try:
             return self._function(*args, **kwargs)
         except SIGTERMException as error:  # all ranks stop at the same batch
-            if self._answers:  # a process that ends well has answered, and the one that started it would wait for that
+            if self._answers:  # the parent waits for the result of a process that ends with 0
                 raise SystemExit(128 + signal.SIGTERM) from error
             raise
         except TunerExit:
@@ -89,13 +89,13 @@ class Watched:
 
 @contextmanager
 def _one_at_a_time() -> Iterator[None]:
-    """Two threads' collectives would find each other's on the other ranks. A Trainer inside another one's hook is none at once.
+    """Refuses a second thread, whose collectives could match the first one's on other ranks. A Trainer inside a hook is allowed.
 
     Raises:
-        ConfigError: another thread is inside.
+        ConfigError: another thread runs a Trainer.
     """
     if not WORLD.trainer_lock.acquire(blocking=False):
-        raise ConfigError("another thread of this process runs a Trainer with OverlapStrategy: run one after the other")
+        raise ConfigError("another thread of this process runs a Trainer with OverlapStrategy. Run one Trainer at a time")
     try:
         yield
     finally:
@@ -104,15 +104,14 @@ def _one_at_a_time() -> Iterator[None]:
 
 @contextmanager
 def saving_in_step_only(trainer: Trainer) -> Iterator[None]:
-    """Callbacks may save when training has failed, which all ranks do together: those that stand elsewhere would take what one sends
-    for something else."""
+    """Inside, a checkpoint is saved only if all ranks stopped at the same point: otherwise its transfers could match others."""
     save = trainer.save_checkpoint
 
     def save_checkpoint(*args: Any, **kwargs: Any) -> None:
         if WORLD.announcements.all_stopped_alike():
             save(*args, **kwargs)
         else:
-            rank_zero_warn("no checkpoint is saved of training that has failed: not all ranks have failed in the same place")
+            rank_zero_warn("no checkpoint of the failed training is saved, because the ranks have not all failed at the same point")
 
     trainer.save_checkpoint = save_checkpoint  # type: ignore[method-assign]
     try:
@@ -122,7 +121,7 @@ def saving_in_step_only(trainer: Trainer) -> Iterator[None]:
 
 
 class ScriptLauncher(SubprocessScriptLauncher):
-    """Lightning's, whose function is :class:`Watched`."""
+    """Lightning's launcher of scripts, with a :class:`Watched` function."""
 
     def __init__(self, environment: ClusterEnvironment, processes: int, nodes: int, strategy: FailureListener) -> None:
         super().__init__(environment, processes, nodes)
@@ -133,7 +132,7 @@ class ScriptLauncher(SubprocessScriptLauncher):
 
 
 class ProcessLauncher(MultiProcessingLauncher):
-    """Lightning's, whose function is :class:`Watched`."""
+    """Lightning's launcher of processes, with a :class:`Watched` function."""
 
     def launch(self, function: Callable[..., Any], *args: Any, trainer: Trainer | None = None, **kwargs: Any) -> Any:
         watched = Watched(self._strategy, trainer, function, answers=True)  # type: ignore[arg-type]

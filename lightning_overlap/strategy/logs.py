@@ -1,4 +1,4 @@
-"""What a step logs and returns, as data: kept on the rank that has it, sent to the other ranks, and written to Lightning's results."""
+"""Logged and returned values of a step as data that one rank sends to the others, which write it to Lightning's results."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class LogRecord(NamedTuple):
     """One call of ``self.log``.
 
     Attributes:
-        hook: of the LightningModule, in which it was called.
+        hook: the LightningModule's hook in which it was called.
         name: of the value.
         value: a number, or a scalar tensor in the CPU's memory.
         options: the other arguments of ``self.log``. See :func:`sendable_options`.
@@ -32,7 +32,7 @@ class LogRecord(NamedTuple):
 
 
 def write_logs(strategy: Strategy, module: LightningModule, records: Sequence[LogRecord]) -> None:
-    """Writes records to Lightning's results, as ``self.log`` would have. Every rank that has them calls it."""
+    """Writes records to Lightning's results as ``self.log`` does. Call it on every rank with the records."""
     for record in records:
         metric_name = record.options.get("metric_attribute")
         if metric_name:
@@ -44,24 +44,24 @@ def write_logs(strategy: Strategy, module: LightningModule, records: Sequence[Lo
 
 
 def sendable_options(options: Mapping[str, Any]) -> dict[str, Any]:
-    """The arguments of ``self.log`` that can be sent to another rank; ``reduce_fx`` by its name."""
+    """Returns the arguments of ``self.log`` that can be sent to another rank, ``reduce_fx`` by its name."""
     kept = {key: value for key, value in options.items() if key not in ("sync_dist_fn", "sync_dist_group")}
     reduce = options.get("reduce_fx", torch.mean)
     return {**kept, "reduce_fx": "mean" if reduce == "avg" else reduce if isinstance(reduce, str) else reduce.__name__}
 
 
 def numbers_of(output: Mapping[str, Any], step: str, reader: str) -> dict[str, Any]:
-    """The numbers in what a step returns, which are sent to the other ranks. Warns of what is not.
+    """Returns the numbers in a step's output, which are sent to the other ranks. Warns of other values.
 
     Args:
         output: of the step.
         step: the step's name, for the warning.
-        reader: the hook that Lightning hands the output to, for the warning.
+        reader: the hook that receives the output from Lightning, for the warning.
     """
-    if left_out := [key for key, value in output.items() if value is not None and not is_number(value)]:
+    if others := [key for key, value in output.items() if value is not None and not is_number(value)]:
         warnings.warn(
-            f"{step} returns {', '.join(map(str, left_out))}, which are no numbers: with a pipeline, {reader} "
-            "does not get them (said once)",
+            f"{step} returns {', '.join(map(str, others))}. With a pipeline, {reader} receives numbers only. Return them as numbers "
+            "or scalar tensors (warned once)",
             stacklevel=3,
         )
     return {key: current_value(value) for key, value in output.items() if is_number(value)}
@@ -73,14 +73,14 @@ def is_number(value: Any) -> bool:
 
 
 def current_value(value: Any) -> Any:
-    """A copy of a logged value in the CPU's memory; of a metric, its value for the last batch."""
+    """Returns a copy of a logged value on the CPU; of a metric, its value for the last batch."""
     if isinstance(value, Metric):
         value = last_value(value)
     return value.detach().cpu().clone() if isinstance(value, Tensor) else value
 
 
 def combine(values: Sequence[Any], weights: Sequence[float], reduce: str) -> Any:
-    """One value of several microbatches' values.
+    """Reduces the values of several microbatches to one.
 
     Args:
         values: numbers or tensors of one shape; None if one of them is missing.

@@ -1,4 +1,4 @@
-"""A DDPStrategy over a mesh of ranks: how they start, meet and agree, and over which of them Lightning sums, gathers and samples."""
+"""A DDPStrategy over a mesh of ranks: it starts and connects them, and runs Lightning's collectives over the right ranks."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from typing import Any
 import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.strategies import DDPStrategy
-from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
 from lightning_overlap.config import OverlapConfig
 from lightning_overlap.decision import ConfigError
 from lightning_overlap.facts import Facts
+from lightning_overlap.messages import log_on_rank_zero
 from lightning_overlap.ranks.degrees import Degrees
 from lightning_overlap.ranks.group import Group
 from lightning_overlap.ranks.meeting import keep_store_alive, start_world
@@ -29,25 +29,25 @@ from lightning_overlap.strategy.setup import SharedRun, prepare_launch
 
 
 class MeshStrategy(DDPStrategy):
-    """Starts the ranks of a mesh, and lets Lightning's own collectives run over the ranks that see different data.
+    """Starts the ranks of a mesh, and runs Lightning's collectives over the ranks that see different data.
 
     A subclass of ``DDPStrategy``, because Lightning decides about samplers, ``sync_dist`` and compilation by that type.
 
     Args:
-        config: what was asked for.
-        meeting_timeout: how long ranks wait for each other to start, and to make groups.
-        arguments: those of ``DDPStrategy``.
+        config: the request.
+        meeting_timeout: how long ranks wait for each other at start, and to make groups.
+        arguments: of ``DDPStrategy``.
 
     Attributes:
-        attempting: whether a function of the trainer's has been called since the last teardown.
-        failed: whether one has failed: transfers may never complete.
+        attempting: whether a launched function (``fit``, ...) has been called since the last teardown.
+        failed: whether one has failed, so that transfers may never complete.
     """
 
     def __init__(self, config: OverlapConfig, meeting_timeout: timedelta, **arguments: Any) -> None:
         check_limit("timeout", arguments["timeout"])
         check_limit("meeting_timeout", meeting_timeout)
         if (kind := arguments["process_group_backend"]) not in (None, "gloo", "nccl"):
-            raise ConfigError(f"process_group_backend={kind!r}: it is 'gloo', 'nccl', or None for the device's")
+            raise ConfigError(f"process_group_backend must be gloo, nccl or None (the device's default), got {kind!r}")
         super().__init__(**arguments)
         self.config = config
         self.attempting = self.failed = False
@@ -65,13 +65,13 @@ class MeshStrategy(DDPStrategy):
 
     @property
     def backend_name(self) -> str:
-        """The backend of the process groups: what was asked for, or the device's."""
+        """The backend of the process groups: the requested one, or the device's default."""
         return self._get_process_group_backend()
 
     # -- start ---------------------------------------------------------------------------------------------------------
 
     def _configure_launcher(self) -> None:
-        # The first place where the number of ranks is known, and before any process is started.
+        # The number of ranks is known from here on, and no process has started.
         ranks, precision = self.num_nodes * self.num_processes, str(self.precision_plugin.precision)
         prepare_launch(self.config, ranks, self.root_device, precision, self.process_group_backend)
         if self._start_method == "popen":
@@ -85,16 +85,16 @@ class MeshStrategy(DDPStrategy):
         if backend() == "none":
             assert self.cluster_environment is not None, "Lightning sets it"
             start_world(self.cluster_environment, self.backend_name, self._meeting_timeout, self.time_limit, self.root_device)
-            rank_zero_info(f"lightning_overlap: {world_size()} ranks have met, {self.backend_name}")
+            log_on_rank_zero(f"lightning_overlap: {world_size()} ranks are connected, {self.backend_name}")
         super().setup_distributed()
         WORLD.assemble(self.time_limit, self._meeting_timeout)
-        keep_store_alive()  # the connection that announcements have made for themselves included
+        keep_store_alive()  # includes the connection of the announcements
         atexit.unregister(end_world)
         atexit.register(end_world)
 
     @property
     def mesh(self) -> ParallelMesh:
-        """The ranks of this run, with the groups that it has made: none yet when Lightning asks for samplers."""
+        """The ranks of this run and its groups, of which there are none when Lightning asks for samplers."""
         degrees = self.config.degrees(self.num_nodes * self.num_processes)
         if (self._mesh.degrees, self._mesh.rank) != (degrees, self.global_rank):
             self._mesh = ParallelMesh(degrees, self.global_rank)
@@ -102,15 +102,15 @@ class MeshStrategy(DDPStrategy):
 
     @property
     def distributed_sampler_kwargs(self) -> dict[str, Any]:
-        # Ranks may have seeded themselves differently, and shares of different permutations would overlap.
+        # Ranks may have different seeds, and then their permutations and their samples would overlap.
         seed = {} if self._seed is None else {"seed": self._seed}
         return {"num_replicas": self.mesh.size("samples"), "rank": self.mesh.index("samples"), **seed}
 
     def process_dataloader(self, dataloader: object) -> object:
-        """Seeds the workers, and has all ranks know of one that has nothing to read.
+        """Seeds the workers, and refuses a data loader that is empty on some ranks only. Collective.
 
         Raises:
-            ConfigError: on every rank, if some have no batch.
+            ConfigError: on every rank, if some ranks have no batch and others have.
         """
         if world_size() > 1:
             refuse_empty(dataloader, self.lightning_module)
@@ -118,7 +118,7 @@ class MeshStrategy(DDPStrategy):
         return dataloader
 
     def _agree(self, trainer: Trainer, *arguments: Any) -> None:
-        """All ranks have the same request, Trainer, versions and parameters; samplers draw with rank 0's seed."""
+        """Checks that all ranks have the same request, Trainer, versions and parameters, and gives samplers the seed of rank 0."""
         if world_size() == 1:
             return
         assert self.model is not None, "Lightning connects the module"
@@ -127,17 +127,17 @@ class MeshStrategy(DDPStrategy):
         refuse_differences({**mine, **trainer_in_words(trainer), **model_in_words(self.model)})
 
     def has_failed(self, trainer: Trainer | None) -> None:
-        """Transfers may never complete from now on, so nobody waits for them any more."""
+        """Notes a failure: transfers may never complete, so teardown does not wait for them."""
         self.failed = True
         if trainer is not None:
             self._until_teardown.enter_context(saving_in_step_only(trainer))
 
     # -- all ranks ---------------------------------------------------------------------------------------------------
-    # None of these stands where it hears nothing of another rank's error.
+    # While a rank waits in one of these, another rank's error reaches it.
 
     @property
     def _samples(self) -> Group | None:
-        """Ranks that see different data, from setup to teardown."""
+        """The ranks that see different data; None outside of setup and teardown, or with one rank."""
         return self._run.samples if self._run is not None else None
 
     @property
@@ -153,13 +153,13 @@ class MeshStrategy(DDPStrategy):
         return broadcast_object(obj, src)
 
     def reduce(self, tensor: Any, group: Any = None, reduce_op: Any = "mean") -> Any:
-        """As ``DDPStrategy.reduce``, over the ranks that see different data."""
+        """Reduces as ``DDPStrategy.reduce`` does, over the ranks that see different data. Collective."""
         if group is not None or not isinstance(tensor, Tensor) or world_size() == 1:
             return super().reduce(tensor, group, reduce_op)
         ranks = self._samples or everyone()
         if ranks.size == 1:
             return tensor
-        if not ranks.transfers(tensor):  # of a device, over gloo
+        if not ranks.transfers(tensor):  # a device's tensor over gloo
             return super().reduce(tensor, self._samples and self._samples.process_group, reduce_op)
         mean = isinstance(reduce_op, str) and reduce_op.lower() in ("mean", "avg")
         total = ranks.sum(tensor, "sum" if mean else reduce_op)
@@ -168,16 +168,16 @@ class MeshStrategy(DDPStrategy):
         return total.div_(ranks.size) if total.is_floating_point() else total.copy_(total / ranks.size)
 
     def all_gather(self, tensor: Tensor, group: Any = None, sync_grads: bool = False) -> Tensor:
-        """As ``DDPStrategy.all_gather``, over the ranks that see different data: their number is the first dim."""
+        """Gathers as ``DDPStrategy.all_gather`` does, over the ranks that see different data: they are the first dim. Collective."""
         if not is_everyone(group) or world_size() == 1:
             return super().all_gather(tensor, group, sync_grads)
         ranks = self._samples or everyone()
         if ranks.size == 1:
             return tensor.unsqueeze(0)
-        if sync_grads or not ranks.transfers(tensor):  # backward through it, or of a device, over gloo
+        if sync_grads or not ranks.transfers(tensor):  # with gradients, or a device's tensor over gloo
             return super().all_gather(tensor, self._samples and self._samples.process_group, sync_grads)
         return torch.stack(ranks.all_gather_alike(tensor.detach()))
 
     def reduce_boolean_decision(self, decision: bool, all: bool = True) -> bool:
-        # Stopping and saving are agreed by the world, whatever ``reduce`` reduces over.
+        # Over the world, because all ranks must agree to stop and to save.
         return agree(decision, by_all=all)

@@ -1,4 +1,4 @@
-"""What an optimizer does, found by trying it: may it see flat pieces, and may it step a part of its parameters at a time?"""
+"""Finds out, by stepping copies of an optimizer, whether it works on flat shards and on some of its parameters at a time."""
 
 from __future__ import annotations
 
@@ -21,18 +21,17 @@ from lightning_overlap.facts import OptimizerFacts
 from lightning_overlap.torch_seams import forget_step_hooks, has_step_hooks
 
 SHAPES = ((80, 64), (4, 6)), ((80, 64), (64, 48))
-"""Two matrices to try an optimizer on: a large and a small one, since some go by size; where it refuses those, two large ones."""
+"""Shapes of the two test matrices: large and small, because some optimizers treat them differently; if that fails, two large ones."""
 STEPS = 10
-"""Steps that are tried. What an optimizer begins to do later is not found."""
+"""How many steps a trial takes. A behaviour that begins later is not found."""
 
 
 def examine(optimizer: Optimizer) -> OptimizerFacts:
-    """Steps copies of the optimizer, with its own hyperparameters, on two matrices: together, alone, and cut in pieces.
+    """Steps copies of the optimizer, with its own hyperparameters, on two matrices: together, one alone, and as flat shards.
 
-    Elementwise optimizers (SGD, Adam, AdamW, Lion, ...) always give the same numbers. Those that look at a whole matrix (Muon,
-    Adafactor, Shampoo, LAMB) do not when it is cut, and neither do those whose steps draw random numbers: they keep whole
-    parameters. Those that look at all parameters at once (a norm over all of them) differ when one is alone. Of one that refuses
-    to be tried nothing is known.
+    Elementwise optimizers (SGD, Adam, AdamW, Lion, ...) give the same numbers each time. Optimizers that read a whole matrix (Muon,
+    Adafactor, Shampoo, LAMB), or draw random numbers, give others on shards, and keep unsharded parameters. Optimizers that read all
+    parameters at once (for a norm over all of them) give others on one matrix alone.
     """
     name = type(optimizer).__name__
     methods = methods_that_read_state(type(optimizer))
@@ -51,11 +50,11 @@ def examine(optimizer: Optimizer) -> OptimizerFacts:
 
     if not alike(lambda trial: trial.matrices[:1]):
         return facts("looks at all parameters at once", independent=False)
-    if not alike(lambda trial: trial.pieces):
+    if not alike(lambda trial: trial.shards):
         return facts("does not update each element on its own")
     if has_step_hooks(optimizer):
         return facts("has step hooks, to be called once a step", elementwise=True)
-    if not alike(lambda trial: trial.pieces, apart=True):
+    if not alike(lambda trial: trial.shards, apart=True):
         return facts("cannot step a part of its parameters at a time", elementwise=True)
     return facts("updates each element on its own", elementwise=True, separable=True)
 
@@ -83,11 +82,11 @@ class _Trial:
         return _matrices(self.shapes)
 
     @property
-    def pieces(self) -> list[slice]:
-        """Each matrix in flat pieces, small and large ones."""
+    def shards(self) -> list[slice]:
+        """Slices that divide each matrix into small and large flat shards."""
         first, second = self.matrices
-        cuts = [0, 24, first.stop // 2, first.stop, first.stop + 12, second.stop]
-        return [slice(a, b) for a, b in itertools.pairwise(cuts)]
+        bounds = [0, 24, first.stop // 2, first.stop, first.stop + 12, second.stop]
+        return [slice(a, b) for a, b in itertools.pairwise(bounds)]
 
 
 def _matrices(shapes: Sequence[tuple[int, int]]) -> list[slice]:
@@ -96,9 +95,9 @@ def _matrices(shapes: Sequence[tuple[int, int]]) -> list[slice]:
 
 
 def _find_trials(optimizer: Optimizer) -> tuple[list[_Trial], str]:
-    """A trial of each group, on matrices that the optimizer takes; or why there is none, in its own words."""
-    own = next((p.device for group in optimizer.param_groups for p in group["params"]), torch.device("cpu"))
-    devices = [torch.device("cpu"), *([own] if own.type not in ("cpu", "meta") else [])]
+    """Returns a trial of each group, on matrices that the optimizer accepts; or why there is none, with the optimizer's error."""
+    device = next((p.device for group in optimizer.param_groups for p in group["params"]), torch.device("cpu"))
+    devices = [torch.device("cpu"), *([device] if device.type not in ("cpu", "meta") else [])]
     refusal = ""
     for device in devices:
         for shapes in SHAPES:
@@ -107,21 +106,21 @@ def _find_trials(optimizer: Optimizer) -> tuple[list[_Trial], str]:
                 try:
                     result = _steps(optimizer, group, shapes, _matrices(shapes), device)
                 except Exception as error:
-                    # Ranks compare the words, and have other addresses and devices.
-                    words = re.sub(r"0x[0-9a-f]+", "0x...", re.sub(r"cuda:\d+", "cuda", str(error).strip()))
-                    refusal = f"refuses to be tried ({type(error).__name__}: {words.partition(chr(10))[0]})"
+                    # Ranks compare the message, and have different addresses and devices.
+                    message = re.sub(r"0x[0-9a-f]+", "0x...", re.sub(r"cuda:\d+", "cuda", str(error).strip()))
+                    refusal = f"fails on test matrices ({type(error).__name__}: {message.partition(chr(10))[0]})"
                     break
                 if result is None:
-                    refusal = f"has changed nothing in {STEPS} steps that were tried"
+                    refusal = f"changes nothing in {STEPS} test steps"
                     break
                 trials.append(_Trial(optimizer, group, shapes, device, result))
             else:
                 return trials, ""
-    return [], f"{refusal}, so nothing is known of what it looks at"
+    return [], f"{refusal}, so it is unknown which elements an update reads"
 
 
 def _different(groups: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Those that do not only differ in numbers that are not zero, as the learning rates of layers do."""
+    """Drops groups that differ from another one only in the values of nonzero numbers, such as learning rates of layers."""
 
     def kind(value: Any) -> Any:
         if isinstance(value, float | Tensor):
@@ -132,12 +131,12 @@ def _different(groups: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _only(group: dict[str, Any], device: torch.device) -> dict[str, Any]:
-    """A group's hyperparameters; a schedule that warms up from zero would hide what a step does."""
+    """Returns a group's hyperparameters; a learning rate of 0 (of a warmup) is replaced, because it would hide the update."""
     kept = {key: copy.deepcopy(value) for key, value in group.items() if key not in ("params", "param_names")}
     if kept.get("lr") is not None and not float(kept["lr"]):
         kept["lr"] = 1e-2
     if device.type == "cpu" and kept.get("capturable"):
-        kept["capturable"] = False  # CUDA graphs may record the step: the same step, which torch refuses on the CPU
+        kept["capturable"] = False  # torch refuses it on the CPU, and the update is the same
     return kept
 
 
@@ -145,7 +144,7 @@ def _alike(trial: _Trial, parts: Sequence[slice], *, apart: bool) -> bool:
     try:
         result = _steps(trial.optimizer, trial.group, trial.shapes, parts, trial.device, apart=apart)
     except Exception:
-        return False  # it takes matrices, and refuses a part of one in its own way
+        return False  # it accepts matrices, and not a shard of one
     return result is not None and torch.allclose(trial.result[: len(result)], result, rtol=1e-6, atol=1e-7)
 
 
@@ -158,15 +157,15 @@ def _steps(
     *,
     apart: bool = False,
 ) -> Tensor | None:
-    """The parts of two flattened matrices after some steps; None if the optimizer leaves them as they are.
+    """Returns parts of two flattened matrices after some steps, concatenated; None if the optimizer changes nothing.
 
     Args:
-        optimizer: the user's, of which a copy is stepped.
+        optimizer: the user's optimizer, of which a copy is stepped.
         group: hyperparameters.
         shapes: of the two matrices.
-        parts: what its parameters are: whole matrices, or flat pieces.
+        parts: slices that become the parameters: matrices or flat shards.
         device: of the parameters.
-        apart: each parameter is stepped by a call of its own.
+        apart: step each parameter in a call of its own.
 
     Raises:
         Exception: the optimizer's own.
@@ -176,11 +175,11 @@ def _steps(
     size = matrices[-1].stop
     start, *gradients = (torch.randn(size, generator=generator).to(device) for _ in range(STEPS + 1))
 
-    def cut(x: Tensor) -> list[Tensor]:
+    def split(x: Tensor) -> list[Tensor]:
         return [x[part].view(shapes[matrices.index(part)]).clone() if part in matrices else x[part].clone() for part in parts]
 
-    parameters = [nn.Parameter(piece) for piece in cut(start)]
-    probe: Any = object.__new__(type(optimizer))  # copy.copy would leave out what Optimizer.__getstate__ does not know
+    parameters = [nn.Parameter(piece) for piece in split(start)]
+    probe: Any = object.__new__(type(optimizer))  # copy.copy drops attributes that Optimizer.__getstate__ does not list
     vars(probe).update({k: copy.copy(v) if isinstance(v, list | dict | set) else v for k, v in vars(optimizer).items()})
     probe.state = defaultdict(dict)
     probe.param_groups = [{**copy.deepcopy(group), "params": parameters}]
@@ -188,9 +187,9 @@ def _steps(
     step = type(optimizer).step
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         if callable(train := getattr(probe, "train", None)):
-            train()  # schedule-free optimizers do not step before
+            train()  # schedule-free optimizers refuse to step otherwise
         for gradient in gradients:
-            for parameter, piece in zip(parameters, cut(gradient), strict=True):
+            for parameter, piece in zip(parameters, split(gradient), strict=True):
                 parameter.grad = piece
             for together in [[p] for p in parameters] if apart else [parameters]:
                 probe.param_groups[0]["params"] = together
@@ -200,11 +199,11 @@ def _steps(
 
 
 def methods_that_read_state(kind: type[Optimizer]) -> tuple[str, ...]:
-    """Public methods of a class of optimizers that read its state, and that its step does not call.
+    """Lists public methods of an optimizer class that read its state and that its step does not call.
 
-    ``train`` and ``eval`` of a schedule-free optimizer, say, which swap weights and averages outside of the step.
+    For example ``train`` and ``eval`` of a schedule-free optimizer, which swap weights and averages outside of the step.
     """
-    # Of torch's own, share_memory is the only one, which swaps nothing.
+    # torch's own classes have only share_memory, which is harmless.
     classes = [each for each in kind.__mro__ if not each.__module__.startswith(("torch.", "builtins"))]
     codes: dict[str, list[CodeType]] = {}
     for each in reversed(classes):
@@ -215,19 +214,19 @@ def methods_that_read_state(kind: type[Optimizer]) -> tuple[str, ...]:
     used = {name: {n for code in several for n in names_in(code)} for name, several in codes.items()}
 
     def reached(name: str) -> set[str]:
-        found, left = set(), [name]
-        while left:
-            if (now := left.pop()) not in found:
-                found.add(now)
-                left += [other for other in used.get(now, ()) if other in used]
-        return found
+        visited, pending = set(), [name]
+        while pending:
+            if (current := pending.pop()) not in visited:
+                visited.add(current)
+                pending += [other for other in used.get(current, ()) if other in used]
+        return visited
 
     known = {*dir(Optimizer), *reached("step")}
-    own = [name for name in used if not name.startswith("_") and name not in known]
-    return tuple(sorted(name for name in own if any("state" in used[other] for other in reached(name))))
+    public = [name for name in used if not name.startswith("_") and name not in known]
+    return tuple(sorted(name for name in public if any("state" in used[other] for other in reached(name))))
 
 
 def names_in(code: CodeType) -> set[str]:
-    """The names of attributes and globals in a function, and in what is defined in it."""
+    """Returns the names of attributes and globals in a function and in functions defined inside it."""
     inner = (constant for constant in code.co_consts if isinstance(constant, CodeType))
     return {*code.co_names, *(name for each in inner for name in names_in(each))}

@@ -1,4 +1,4 @@
-"""Where the strategy meets Lightning's loops: the only file that uses private names of Lightning and torchmetrics."""
+"""The seam to Lightning's loops: the only file that uses private names of Lightning and torchmetrics."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ try:
     from lightning.pytorch.trainer.connectors.signal_connector import _SignalConnector
     from lightning.pytorch.utilities.exceptions import _TunerExitException as TunerExit
 except ImportError as error:
-    raise ImportError(f"this version of lightning lacks a part that is needed ({error}). {SUPPORTED}") from error
+    raise ImportError(f"lightning_overlap needs a name that this version of lightning lacks ({error}). {SUPPORTED}") from error
 
 __all__ = ["MultiProcessingLauncher", "SubprocessScriptLauncher", "TunerExit"]
 
@@ -46,8 +46,8 @@ class PrivateName(NamedTuple):
 
     Attributes:
         owner: the class.
-        name: of the attribute; one that instances have is set by ``owner.__init__``.
-        use: what it is here for.
+        name: of the attribute, set in the class or by ``owner.__init__``.
+        use: its purpose here.
     """
 
     owner: type
@@ -58,31 +58,30 @@ class PrivateName(NamedTuple):
 PRIVATE_NAMES = (
     PrivateName(_TrainingEpochLoop, "_broadcast_sigterm_tensor", "a blocking broadcast before every batch, replaced"),
     PrivateName(_SignalConnector, "_sigterm_notifier_fn", "a broadcast inside the signal handler, replaced"),
-    PrivateName(_SignalConnector, "_slurm_sigusr_handler_fn", "a checkpoint inside the signal handler, put off to the next batch"),
+    PrivateName(_SignalConnector, "_slurm_sigusr_handler_fn", "a checkpoint inside the signal handler, postponed to the next batch"),
     PrivateName(Precision, "_after_closure", "on_before_optimizer_step and clipping, called between backward and step"),
-    PrivateName(_AutomaticOptimization, "_make_closure", "zeroes gradients after training_step, which here runs backward"),
+    PrivateName(_AutomaticOptimization, "_make_closure", "zeroes gradients after training_step, which runs backward under a driver"),
     PrivateName(_AutomaticOptimization, "_make_zero_grad_fn", "called before training_step instead"),
-    PrivateName(_AutomaticOptimization, "_training_step", "calls the strategy's"),
-    PrivateName(_AutomaticOptimization, "_make_backward_fn", "calls the strategy's"),
-    PrivateName(Trainer, "_results", "what self.log writes to"),
-    PrivateName(Trainer, "_logger_connector", "knows in which hook self.log is called"),
-    PrivateName(Trainer, "_signal_connector", "whose handlers are replaced"),
+    PrivateName(_AutomaticOptimization, "_training_step", "calls the strategy's training_step"),
+    PrivateName(_AutomaticOptimization, "_make_backward_fn", "calls the strategy's backward"),
+    PrivateName(Trainer, "_results", "self.log writes to it"),
+    PrivateName(Trainer, "_logger_connector", "has the hook in which self.log is called"),
+    PrivateName(Trainer, "_signal_connector", "its handlers are replaced"),
     PrivateName(_LoggerConnector, "should_reset_tensors", "asked before a value is logged"),
     PrivateName(_LoggerConnector, "_current_fx", "the hook in which self.log is called, set for values of other ranks"),
-    PrivateName(_ResultCollection, "log", "kept apart for each microbatch"),
-    PrivateName(LightningModule, "_compiler_ctx", "says that a module was compiled"),
-    PrivateName(Metric, "_forward_cache", "a metric's value for the last batch, which self.log logs"),
-    PrivateName(DDPStrategy, "_configure_launcher", "overridden: launchers tell the other ranks of an error"),
+    PrivateName(_ResultCollection, "log", "kept separately for each microbatch"),
+    PrivateName(LightningModule, "_compiler_ctx", "shows that a module was compiled"),
+    PrivateName(Metric, "_forward_cache", "a metric's value for the last batch, logged by self.log"),
+    PrivateName(DDPStrategy, "_configure_launcher", "overridden: launchers announce an error to the other ranks"),
     PrivateName(DDPStrategy, "_launcher", "set"),
-    PrivateName(DDPStrategy, "_start_method", "which launcher"),
+    PrivateName(DDPStrategy, "_start_method", "decides the launcher"),
     PrivateName(DDPStrategy, "_timeout", "how long a transfer may take"),
     PrivateName(DDPStrategy, "_layer_sync", "how batch norms are converted"),
     PrivateName(DDPStrategy, "_precision_plugin", "set, with clipping over all ranks"),
-    PrivateName(DDPStrategy, "_checkpoint_io", "set, with one that a crash leaves a good checkpoint of"),
+    PrivateName(DDPStrategy, "_checkpoint_io", "set, to an IO whose last checkpoint survives a crash"),
     PrivateName(DDPStrategy, "_get_process_group_backend", "gloo or nccl, by the device"),
 )
-"""Every private name of Lightning and torchmetrics that this package uses. Strategies use theirs by inheritance; all others are used
-in this file only."""
+"""Every private name of Lightning and torchmetrics in this package. Strategies inherit theirs; only this file uses the others."""
 
 
 def refuse_missing(names: Sequence[PrivateName]) -> None:
@@ -111,15 +110,15 @@ GRADIENT_HOOKS = (
 
 
 def gradient_readers(trainer: Trainer, module: LightningModule) -> tuple[str, ...]:
-    """The user's hooks that run between backward and the optimizer's step, where gradients are read or changed."""
-    found = []
+    """Lists the user's hooks between backward and the optimizer's step, where gradients may be read or changed."""
+    readers = []
     for owner, base in ((module, LightningModule), *((c, Callback) for c in trainer.callbacks)):  # type: ignore[attr-defined]
-        own = type(owner).__module__.startswith("lightning.pytorch.")  # Lightning's own hooks look at no gradients
+        is_lightnings = type(owner).__module__.startswith("lightning.pytorch.")  # Lightning's own hooks read no gradients
         for hook in GRADIENT_HOOKS:
             # LambdaCallback has its hooks on the instance.
-            if hook in vars(owner) or (not own and getattr(type(owner), hook, None) is not getattr(base, hook, None)):
-                found.append(f"{type(owner).__name__}.{hook}")
-    return tuple(found)
+            if hook in vars(owner) or (not is_lightnings and getattr(type(owner), hook, None) is not getattr(base, hook, None)):
+                readers.append(f"{type(owner).__name__}.{hook}")
+    return tuple(readers)
 
 
 CLIPPING = frozenset(["clip_grad_norm_", "clip_grad_norm", "clip_grads_with_norm_"])
@@ -127,63 +126,68 @@ CLIPPING = frozenset(["clip_grad_norm_", "clip_grad_norm", "clip_grads_with_norm
 
 
 def clippers(trainer: Trainer, module: LightningModule) -> tuple[str, ...]:
-    """The user's hooks that clip gradients by torch's functions, which know nothing of what other ranks have."""
+    """Lists the user's hooks that clip by torch's functions, which do not include the gradients of other ranks in the norm."""
     owners = {type(owner).__name__: owner for owner in (module, *trainer.callbacks)}  # type: ignore[attr-defined]
-    found = []
+    clipping = []
     for reader in gradient_readers(trainer, module):
         owner, hook = reader.split(".")
         function = inspect.unwrap(getattr(owners[owner], hook))
         code = getattr(getattr(function, "__func__", function), "__code__", None)
         if code is not None and CLIPPING.intersection(names_in(code)):
-            found.append(reader)
-    return tuple(found)
+            clipping.append(reader)
+    return tuple(clipping)
 
 
-def warn_of_parts(facts: Facts) -> None:
-    """Says of which hooks see a part of the gradients, where a rank has a part of the model."""
+def warn_of_gradient_parts(facts: Facts) -> None:
+    """Warns of hooks that see only this rank's part of the gradients, where a mode shards the model."""
     readers = [reader for reader in facts.gradient_readers if not reader.endswith(("zero_grad", ".optimizer_step"))]
     if readers:
         rank_zero_warn(
-            f"{', '.join(readers)} may read gradients, and a rank has those of its part of the model: under tensor_parallel pieces of "
-            "cut weights, under pipeline_parallel its stages'. What goes element by element is right; a norm or a sum over gradients "
-            "is of this rank's part, and differs from rank to rank. For clipping use gradient_clip_val, or call "
-            "self.clip_gradients(...) in configure_gradient_clipping, which count all parts"
+            f"{', '.join(readers)} may read gradients, and a rank has only those of its part of the model. Elementwise code is right. "
+            "A norm or a sum over gradients covers this rank's part only. For clipping set gradient_clip_val, or call "
+            "self.clip_gradients(...) in configure_gradient_clipping: both count all parts"
         )
 
 
 def unfreezers(trainer: Trainer) -> tuple[str, ...]:
-    """Callbacks that give the optimizer more parameters while training."""
+    """Lists callbacks that add parameters to the optimizer during training."""
     return tuple(type(c).__name__ for c in trainer.callbacks if isinstance(c, BaseFinetuning))  # type: ignore[attr-defined]
 
 
 def averagers(trainer: Trainer) -> tuple[str, ...]:
-    """Callbacks that read and write all weights while training."""
+    """Lists callbacks that read and write all weights during training."""
     kinds = (StochasticWeightAveraging, WeightAveraging)
     return tuple(type(c).__name__ for c in trainer.callbacks if isinstance(c, kinds))  # type: ignore[attr-defined]
 
 
 def is_compiled(module: LightningModule) -> bool:
-    """Whether code that runs past Python is in the module: ``torch.compile``, or TorchScript."""
-    # Lightning sets it on the instance when it takes a compiled module apart.
+    """Whether a part of the module is compiled, by ``torch.compile`` or TorchScript."""
+    # Lightning sets the attribute when it unwraps a compiled module.
     return getattr(module, "_compiler_ctx", None) is not None or any(
         isinstance(part, ScriptModule) or torch_seams.is_compiled(part) for part in module.modules()
     )
 
 
 def adapt_precision(plugin: Precision, stepped_parameters: Callable[..., Any], clip_by_norm: Callable[..., None]) -> None:
-    """Clipping looks at what is stepped: a shard of the gradients, whose norm is summed over the ranks."""
+    """Makes the plugin clip the parameters that this rank updates, by the norm over all ranks."""
     plugin.main_params = stepped_parameters  # type: ignore[method-assign]
     plugin.clip_grad_by_norm = clip_by_norm  # type: ignore[method-assign]
 
 
 @contextlib.contextmanager
-def backward_then(plugin: Precision, finish: Callable[[], None], *, left_out: bool) -> Iterator[None]:
-    """The plugin's backward is followed by ``finish`` inside, before the hooks that follow it; or left out."""
+def backward_then(plugin: Precision, finish: Callable[[], None], *, skip_backward: bool) -> Iterator[None]:
+    """Inside, the plugin's backward calls ``finish`` at its end, before ``on_after_backward``.
+
+    Args:
+        plugin: Lightning's precision plugin.
+        finish: completes gradients.
+        skip_backward: a driver has run backward already, so only ``finish`` is called.
+    """
     before = vars(plugin).get("backward")
     run = plugin.backward
 
     def backward(*args: Any, **kwargs: Any) -> None:
-        if not left_out:
+        if not skip_backward:
             run(*args, **kwargs)
         finish()
 
@@ -197,15 +201,22 @@ def backward_then(plugin: Precision, finish: Callable[[], None], *, left_out: bo
 
 
 def after_closure(plugin: Precision, model: LightningModule, optimizer: Any) -> None:
-    """``on_before_optimizer_step`` and clipping."""
+    """Calls ``on_before_optimizer_step`` and clips gradients."""
     plugin._after_closure(model, optimizer)
 
 
 def facts_of(trainer: Trainer, module: LightningModule, config: OverlapConfig, **known: Any) -> Facts:
-    """The facts of a run; ``known`` are those that the caller has (ranks, device, backend, optimizers)."""
-    found = [mode.look(module, config.of(mode), config.parallel_plan) for mode in config.modes]
+    """Collects the facts of a run.
+
+    Args:
+        trainer: Lightning's Trainer.
+        module: the user's module.
+        config: the request.
+        known: facts of the caller: ranks, device, backend, optimizers.
+    """
+    of_modes = [mode.look(module, config.of(mode), config.parallel_plan) for mode in config.modes]
     return Facts(
-        of_modes=tuple(facts for facts in found if facts is not None),
+        of_modes=tuple(facts for facts in of_modes if facts is not None),
         precision=str(trainer.precision),
         gradient_clip_val=trainer.gradient_clip_val,
         automatic_optimization=module.automatic_optimization,
@@ -221,7 +232,7 @@ def facts_of(trainer: Trainer, module: LightningModule, config: OverlapConfig, *
 
 @contextlib.contextmanager
 def zeroing_first(trainer: Trainer) -> Iterator[None]:
-    """Gradients are zeroed before ``training_step``, for one that runs backward too, and not between the two."""
+    """Inside, gradients are zeroed before ``training_step`` and not after it, because a driver's ``training_step`` runs backward."""
     loop = trainer.fit_loop.epoch_loop.automatic_optimization
 
     def make_closure(kwargs: Any, optimizer: Any, batch_idx: int) -> Closure:
@@ -242,10 +253,10 @@ def zeroing_first(trainer: Trainer) -> Iterator[None]:
 
 
 class _LogRouter:
-    """Stands for the ``log`` of a trainer's results while steps run: what a thread logs goes to its own receiver.
+    """Replaces the ``log`` of a trainer's results while steps run, and sends each thread's values to the thread's receiver.
 
     Args:
-        write: the results' own ``log``.
+        write: the results' own ``log``, the receiver of all other threads.
     """
 
     def __init__(self, write: Callable[..., None]) -> None:
@@ -259,7 +270,7 @@ class _LogRouter:
 
     @contextlib.contextmanager
     def to(self, receive: Callable[..., None]) -> Iterator[None]:
-        """Inside, this thread's logs go to ``receive``."""
+        """Inside, ``receive`` gets the values that this thread logs."""
         before = getattr(self._threads, "receive", self._write)
         self._threads.receive = receive
         try:
@@ -269,12 +280,12 @@ class _LogRouter:
 
 
 _LOG_LOCK = threading.Lock()
-"""Held while a router is put in the place of a results' ``log``, or taken away: another thread's step may do the same."""
+"""Held while a router replaces ``log`` or is removed, because steps of several threads do so."""
 
 
 @contextlib.contextmanager
 def logs_go_to(trainer: Trainer, keep: Callable[..., None] | None) -> Iterator[None]:
-    """Inside, what this thread passes to ``self.log`` goes to ``keep`` and not to the trainer's results; with None, nowhere."""
+    """Inside, ``keep`` gets the values that this thread logs, and not the trainer's results; with None, they are dropped."""
     results = trainer._results
     if results is None:
         yield
@@ -295,7 +306,7 @@ def logs_go_to(trainer: Trainer, keep: Callable[..., None] | None) -> Iterator[N
 
 
 def write_log(trainer: Trainer, hook: str, name: str, value: Any, **options: Any) -> None:
-    """Writes to the trainer's results as ``self.log`` does when it is called in ``hook``; nothing where there are no results."""
+    """Writes to the trainer's results, if there are any, as ``self.log`` does when it is called in ``hook``."""
     results = trainer._results
     if results is None:
         return
@@ -306,42 +317,42 @@ def write_log(trainer: Trainer, hook: str, name: str, value: Any, **options: Any
 
 
 def last_value(metric: Metric) -> Any:
-    """A metric's value for the last batch, which its ``forward`` has kept."""
+    """Returns a metric's value for the last batch, which its ``forward`` caches."""
     return metric._forward_cache
 
 
 def set_last_value(metric: Metric, value: Any) -> None:
-    """Sets what ``forward`` would have kept: what ``self.log`` logs of a metric in a step."""
+    """Sets a metric's value for the last batch, which ``self.log`` logs in a step."""
     metric._forward_cache = value
 
 
 class Preemption:
-    """Signals act on all ranks at the same batch, and no batch waits for them.
+    """Makes SIGTERM and SLURM's requeue signal act on all ranks at the same batch, without a wait in any batch.
 
-    Each batch posts a sum of "has this rank been asked to stop, to requeue?" and reads the one that the batch before it has
-    posted. Lightning's handlers run collectives inside the signal handler, where other ranks are in the middle of something else.
+    Each batch posts the sum over the ranks of two flags (stop, requeue), and reads the sum that the batch before it has posted.
+    Lightning's own handlers run collectives inside the signal handler, when other ranks may be at any other point.
 
     Args:
-        trainer: whose methods are replaced until :meth:`close`.
-        group: all ranks, on the CPU, so that reading the sum never waits for a device.
+        trainer: Lightning's Trainer. Its methods are replaced until :meth:`close`.
+        group: all ranks, on the CPU, so that reading the sum does not wait for a device.
     """
 
     def __init__(self, trainer: Trainer, group: Group) -> None:
         self._trainer = trainer
         self._group = group
-        self._asked = [0, 0]  # to stop (SIGTERM), to requeue (SLURM's signal)
+        self._requests = [0, 0]  # to stop (SIGTERM), to requeue (SLURM's signal)
         self._pending: Pending | None = None
         connector, loop = trainer._signal_connector, trainer.fit_loop.epoch_loop
         self._requeue = connector._slurm_sigusr_handler_fn
-        connector._sigterm_notifier_fn = lambda *_: self._ask(0)  # type: ignore[method-assign]
-        connector._slurm_sigusr_handler_fn = lambda *_: self._ask(1)  # type: ignore[method-assign]
+        connector._sigterm_notifier_fn = lambda *_: self._request(0)  # type: ignore[method-assign]
+        connector._slurm_sigusr_handler_fn = lambda *_: self._request(1)  # type: ignore[method-assign]
         loop._broadcast_sigterm_tensor = self._before_batch  # type: ignore[method-assign]
 
-    def _ask(self, what: int) -> None:
-        self._asked[what] = 1
+    def _request(self, index: int) -> None:
+        self._requests[index] = 1
 
     def _before_batch(self) -> None:
-        before, self._pending = self._pending, self._group.all_reduce(torch.tensor(self._asked), label="signals")
+        before, self._pending = self._pending, self._group.all_reduce(torch.tensor(self._requests), label="signals")
         if before is not None:
             self._act(before)
 
@@ -355,12 +366,12 @@ class Preemption:
             raise SIGTERMException
 
     def finish(self) -> None:
-        """After the last batch: what was asked since then is agreed and done."""
-        for _ in range(2):  # takes in the last batch's sum, then a last one
+        """Acts, after the last batch, on signals that arrived since the batch before it."""
+        for _ in range(2):  # reads the last batch's sum, then a final one
             self._before_batch()
 
     def close(self, *, complete: bool = True) -> None:
-        """Lightning's own methods come back; the last sum is taken in, if ``complete``."""
+        """Restores Lightning's methods. Waits for the transfer under way, if ``complete``."""
         if complete:
             if self._pending is not None:
                 self._pending.wait()

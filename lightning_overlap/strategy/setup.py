@@ -1,4 +1,4 @@
-"""What a run needs before its first step: environment, groups, memory for a deferred model, the same random numbers."""
+"""Prepares a run before its first step: environment, groups, memory for a deferred model, equal random states."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from datetime import timedelta
 import numpy
 import torch
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.utilities import rank_zero_info
 from torch import nn
 
 from lightning_overlap import environment
 from lightning_overlap.config import OverlapConfig
 from lightning_overlap.decision import ConfigError
 from lightning_overlap.facts import Facts
+from lightning_overlap.messages import log_on_rank_zero
 from lightning_overlap.model.materialize import initialize, materialize, without_values
 from lightning_overlap.plan import resolve
 from lightning_overlap.ranks.group import Group
@@ -29,41 +29,41 @@ from lightning_overlap.strategy.seams import Preemption
 
 
 def prepare_launch(config: OverlapConfig, ranks: int, device: torch.device, precision: str, backend: str | None) -> None:
-    """Refuses what cannot run, and sets the environment that CUDA reads when it starts. Before any process is started.
+    """Refuses requests that cannot be met, and sets the environment that CUDA reads at its start. Called before processes start.
 
     Args:
-        config: what was asked for.
-        ranks: of the whole run.
-        device: this rank's.
+        config: the request.
+        ranks: number of ranks.
+        device: of this rank.
         precision: Lightning's name of it.
-        backend: ``"gloo"``, ``"nccl"``, or None for the device's.
+        backend: ``"gloo"``, ``"nccl"``, or None for the device's default.
 
     Raises:
-        ConfigError: a request that cannot be met.
+        ConfigError: a request cannot be met.
     """
     if backend == "nccl" and (device.type != "cuda" or not has_nccl()):
         raise ConfigError(
-            f"process_group_backend='nccl' needs CUDA, and a torch with NCCL; this is {device.type}: leave it out, or use 'gloo'"
+            f"process_group_backend='nccl' needs CUDA and a torch with NCCL, and the device is {device.type}. Remove it, or set 'gloo'"
         )
     resolve(config, Facts(world_size=ranks, device=device.type, precision=precision))
     if device.type == "cuda":
-        settings = environment.wanted(config, environment.capability())
+        settings = environment.settings_for(config, environment.capability())
         for line in environment.apply(settings, os.environ, started=torch.cuda.is_initialized()):
-            rank_zero_info(f"lightning_overlap: {line}")
+            log_on_rank_zero(f"lightning_overlap: {line}")
 
 
 class SharedRun:
-    """What ranks share while a Trainer runs. Made on every rank, in the same order.
+    """Groups and shared state of the ranks while a Trainer runs. Every rank makes it, in the same order.
 
     Args:
         mesh: the ranks.
         timeout: how long a transfer may take.
 
     Attributes:
-        samples: ranks that hold the same of the model and see different data.
-        buffers: in a fit: the buffers that training writes.
-        preemption: in a fit: signals, which act on all ranks at the same batch.
-        comparison: in a fit: of the batches of ranks that share them; None where no ranks do.
+        samples: the ranks that hold the same parameters and see different data.
+        buffers: in a fit: keeps the model's buffers equal on all ranks.
+        preemption: in a fit: makes signals act on all ranks at the same batch.
+        comparison: in a fit: compares batches between ranks that share them; None if no ranks do.
     """
 
     def __init__(self, mesh: ParallelMesh, timeout: timedelta) -> None:
@@ -76,10 +76,10 @@ class SharedRun:
         self._batch: Group | None = None
 
     def start_fit(self, trainer: Trainer, model: nn.Module, device: torch.device) -> None:
-        """Makes what a fit needs, and gives ranks that share a batch the same random numbers. Collective."""
-        # A group of its own: what a batch posts is read a batch later, when ranks may stand elsewhere.
-        everyone = [range(world_size())]
-        signals = make_group(everyone, "signals", self._timeout, backend="gloo", gathers=False, threads=False)
+        """Makes the state of a fit, and gives ranks that share a batch the same random state. Collective."""
+        # A separate group, because each batch waits for the transfer that the batch before has posted.
+        world = [range(world_size())]
+        signals = make_group(world, "signals", self._timeout, backend="gloo", gathers=False, threads=False)
         self.preemption = Preemption(trainer, signals)
         self.buffers = SharedBuffers(model, self.samples, signals)
         self._batch = self._mesh.group("batch", self._timeout)
@@ -89,7 +89,7 @@ class SharedRun:
 
     @contextmanager
     def step(self) -> Iterator[None]:
-        """Around each training step."""
+        """Encloses each training step."""
         if self.buffers is None:
             yield
             return
@@ -98,10 +98,10 @@ class SharedRun:
         self.buffers.after_forward()
 
     def close(self, *, complete: bool) -> None:
-        """Ends the groups, and gives the Trainer its own methods back.
+        """Closes the groups and restores the Trainer's methods.
 
         Args:
-            complete: wait for what is in flight; False after a failure, when it may never come.
+            complete: wait for transfers under way; False after a failure, when they may never complete.
         """
         if self.buffers is not None and complete:
             self.buffers.finish()
@@ -113,22 +113,22 @@ class SharedRun:
 
 
 def share_random_state(group: Group, device: torch.device) -> None:
-    """Ranks of a group draw the same random numbers from here on: torch's, NumPy's and Python's. Collective.
+    """Gives all ranks of a group the random states of its first rank: torch's, NumPy's and Python's. Collective.
 
-    Ranks that share a batch need the same masks of dropout where the model is not cut, for example.
+    Ranks that share a batch need the same dropout masks where the model is unsharded, for example.
     """
     cuda = device.type == "cuda"
     mine = torch.get_rng_state(), torch.cuda.get_rng_state(device) if cuda else None
-    (of_cpu, of_device), of_numpy, of_python = group.share_object((mine, numpy.random.get_state(), random.getstate()))
-    numpy.random.set_state(of_numpy)
-    random.setstate(of_python)
-    torch.set_rng_state(of_cpu)
-    if of_device is not None:
-        torch.cuda.set_rng_state(of_device, device)
+    (cpu_state, device_state), numpy_state, python_state = group.share_object((mine, numpy.random.get_state(), random.getstate()))
+    numpy.random.set_state(numpy_state)
+    random.setstate(python_state)
+    torch.set_rng_state(cpu_state)
+    if device_state is not None:
+        torch.cuda.set_rng_state(device_state, device)
 
 
 def share_weights(module: nn.Module, timeout: timedelta) -> None:
-    """Every rank gets the parameters and buffers of rank 0, by the device's backend. Collective."""
+    """Broadcasts the parameters and buffers of rank 0, over the device's backend. Collective."""
     group = make_group([range(world_size())], "weights", timeout, gathers=False, threads=False)
     share([*module.parameters(), *module.buffers()], group)
     group.close()
@@ -142,18 +142,18 @@ def give_memory(
     same_parts: list[list[int]],
     timeout: timedelta,
 ) -> None:
-    """Gives memory and values to what this rank holds of a model on the meta device. Collective.
+    """Gives memory and values to this rank's part of a model on the meta device. Collective.
 
     Args:
-        module: the user's.
-        device: this rank's.
+        module: the user's module.
+        device: of this rank.
         holds: whether this rank holds a parameter or buffer, by name.
-        load: loads a checkpoint, if there is one, once modules have initialised themselves.
-        same_parts: the sets of ranks that hold the same: each has drawn its own numbers, and gets the first one's.
+        load: loads a checkpoint, if there is one, after the modules have initialized themselves.
+        same_parts: the sets of ranks that hold the same part. Each rank draws its own initial values, and gets those of the first.
         timeout: how long a transfer may take.
 
     Raises:
-        ConfigError: on every rank, if something gets no values.
+        ConfigError: on every rank, if a parameter or buffer gets no values.
     """
     made = materialize(module, device, holds)
     empty = initialize(module, made, load)
@@ -162,6 +162,6 @@ def give_memory(
     group = make_group(same_parts, "made", timeout, gathers=False, threads=False)
     share([tensor for name, tensor in [*module.named_parameters(), *module.named_buffers()] if holds(name)], group)
     group.close()
-    rank_zero_info(
-        f"lightning_overlap: {len(made)} parameters and buffers were on the meta device and are rank 0's; the rest is not here"
+    log_on_rank_zero(
+        f"lightning_overlap: rank 0 made {len(made)} parameters and buffers of the model on the meta device; other ranks hold the rest"
     )

@@ -1,7 +1,7 @@
-"""A training step that a mode runs in parts: what that needs of Lightning.
+"""Lightning's side of a training step that a mode runs in microbatches.
 
-Each rank runs the user's ``training_step`` on each part, and the rank that comes to the loss is the one whose logs count. They are
-told to all ranks after the last part, and logged there as one step's: callbacks, schedulers and loggers see no difference.
+Each rank runs the user's ``training_step`` on each microbatch. The logs of the rank with the loss are merged, sent to all ranks
+after the last microbatch, and logged there as those of one step: callbacks, schedulers and loggers see no difference.
 """
 
 from __future__ import annotations
@@ -25,18 +25,18 @@ from lightning_overlap.strategy.seams import logs_go_to
 
 
 class DrivenStep:
-    """One step. See :class:`lightning_overlap.steps.step.Step`.
+    """One training step. See :class:`lightning_overlap.steps.step.Step`.
 
     Args:
-        strategy: Lightning's: its precision plugin, optimizers and device.
-        modes: that take part, in their order.
-        module: the user's.
-        batch: the whole batch.
+        strategy: Lightning's strategy, with its precision plugin, optimizers and device.
+        modes: the modes that run, in the order in which they were applied.
+        module: the user's module.
+        batch: the batch.
         rest: the other arguments of ``training_step``.
         key: see :class:`lightning_overlap.steps.step.Step`.
 
     Attributes:
-        output: what the step gives to Lightning, after :meth:`log`.
+        output: after :meth:`log`, the output of the step for Lightning.
     """
 
     def __init__(
@@ -49,6 +49,8 @@ class DrivenStep:
         key: tuple[int, ...],
     ) -> None:
         self.batch = batch
+        size = getattr(module.trainer.train_dataloader, "batch_size", None)
+        self.batch_size = size if isinstance(size, int) else None
         self.key = key
         self.output: Any = None
         self._strategy = strategy
@@ -58,14 +60,9 @@ class DrivenStep:
         self._outputs: dict[int, Any] = {}
         self._logs: dict[int, list[LogRecord]] = {}
 
-    @property
-    def batch_size(self) -> int | None:
-        size = getattr(self._module.trainer.train_dataloader, "batch_size", None)
-        return size if isinstance(size, int) else None
-
     def forward(self, part: Any, number: int) -> Tensor | None:
         logs = self._logs[number] = []
-        seed_generators(self._module, *self.key, number)  # all stages run the user's draws, and must get the same numbers
+        seed_generators(self._module, *self.key, number)  # all stages run the user's code, and must draw the same numbers
 
         def keep(hook: str, name: str, value: Any, **options: Any) -> None:
             logs.append(LogRecord(hook, name, current_value(value), options))
@@ -113,11 +110,11 @@ class DrivenStep:
         return getattr(self._module, "microbatch_weight", None)
 
     def logged(self, shares: Sequence[float], weights: Sequence[float] | None = None) -> Any:
-        """The mean over the parts, each with its weight, unless ``reduce_fx`` says otherwise.
+        """Merges losses, outputs and logs of the microbatches: a weighted mean, or the reduction that ``reduce_fx`` names.
 
         Args:
-            shares: of the parts in the loss. What is the loss of each part is summed with them.
-            weights: of the parts in all other means; by default the shares.
+            shares: of the microbatches in the batch's loss. Logged values that equal the loss are weighted by them too.
+            weights: of the microbatches in all other means; by default the shares.
         """
         weights = weights or shares
         counted = [number for number, share in enumerate(shares) if share]
@@ -132,7 +129,7 @@ class DrivenStep:
         return loss.to(self._outputs[0][0].dtype).cpu(), extra, self._outputs[0][2], self._merged_logs(shares, weights)
 
     def _merged_logs(self, shares: Sequence[float], weights: Sequence[float]) -> list[LogRecord]:
-        """What the parts have logged, as one step's: a record for each name in each hook."""
+        """Merges the microbatches' logs: one record for each name in each hook."""
         calls: dict[tuple[str, str], list[tuple[int, LogRecord]]] = {}
         for number in range(len(shares)):
             for record in self._logs[number]:
@@ -153,17 +150,17 @@ class DrivenStep:
     def _merged(
         self, values: Sequence[Any], parts: Sequence[int], shares: Sequence[float], weights: Sequence[float], reduce: str
     ) -> Any:
-        """What parts have logged or returned, in one. Parts that are left out of the loss are so here, unless there are no others."""
+        """Merges logged or returned values. Microbatches with a share of 0 do not count, unless all have it."""
         rows = list(zip(values, parts, weights, strict=True))
         rows = [row for row in rows if shares[row[1]]] or rows
         values = [value for value, _, _ in rows]
-        own = [shares[part] for _, part, _ in rows]
+        row_shares = [shares[part] for _, part, _ in rows]
         is_loss = [part for _, part, _ in rows] == [part for part, share in enumerate(shares) if share] and all(
             is_number(value) and float(value) == float(self._outputs[part][0]) for value, part, _ in rows
         )
         if is_loss and reduce == "mean":
-            parts_of_it = [torch.as_tensor(value).double() * share for value, share in zip(values, own, strict=True)]
-            return torch.stack(parts_of_it).sum().to(torch.as_tensor(values[0]).dtype)
+            terms = [torch.as_tensor(value).double() * share for value, share in zip(values, row_shares, strict=True)]
+            return torch.stack(terms).sum().to(torch.as_tensor(values[0]).dtype)
         return combine(values, [weight for _, _, weight in rows], reduce)
 
     def log(self, merged: Any) -> None:

@@ -1,4 +1,4 @@
-"""OverlapStrategy: Lightning's hooks, handed to each mode in turn."""
+"""OverlapStrategy: Lightning's strategy hooks, which call each mode in turn."""
 
 from __future__ import annotations
 
@@ -16,12 +16,13 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.accelerators import Accelerator
 from lightning.pytorch.plugins.precision import Precision
 from lightning.pytorch.trainer.states import TrainerFn
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_overlap.config import OverlapConfig
 from lightning_overlap.decision import ConfigError
+from lightning_overlap.messages import log_on_rank_zero
 from lightning_overlap.model.block_stack import without_nested_tensors
 from lightning_overlap.model.materialize import forget, is_deferred
 from lightning_overlap.modes.base import Driver, Holder, OverlapMode, Setup, hold_gradient_syncs
@@ -44,16 +45,23 @@ from lightning_overlap.strategy.first_step import first_step
 from lightning_overlap.strategy.gradients import clip_by_norm, stepped_parameters
 from lightning_overlap.strategy.mesh_strategy import MeshStrategy
 from lightning_overlap.strategy.probe import examine
-from lightning_overlap.strategy.seams import adapt_precision, after_closure, backward_then, facts_of, warn_of_parts, zeroing_first
+from lightning_overlap.strategy.seams import (
+    adapt_precision,
+    after_closure,
+    backward_then,
+    facts_of,
+    warn_of_gradient_parts,
+    zeroing_first,
+)
 from lightning_overlap.strategy.setup import SharedRun, give_memory, share_weights
 from lightning_overlap.strategy.step import DrivenStep
 from lightning_overlap.strategy.whole_state import WholeStateOnly
 
 
 class OverlapStrategy(MeshStrategy):
-    """Shards training over the ranks and hides the communication that it costs.
+    """Shards training over the ranks and hides the communication behind compute.
 
-    The module is not wrapped: names and ``state_dict`` keys stay. More than 20 methods, since Lightning's hooks are so many.
+    The module is not wrapped: names and ``state_dict`` keys stay. The class has more than 20 methods, as Lightning's hooks are many.
 
     Args:
         data_parallel: ranks along the data axis, or :class:`DataParallel`.
@@ -62,24 +70,24 @@ class OverlapStrategy(MeshStrategy):
         context_parallel: ranks along the context axis, or :class:`ContextParallel`.
         expert_parallel: ranks along the expert axis, or :class:`ExpertParallel`.
         overlap: ``"off"`` keeps the layout and turns every overlap off.
-        parallel_plan: roles of the model's parts by name, where they are not found: ``{"model.layers": "blocks"}``.
-        verify_first_step: compare the loss and the gradients of a fit's first batch, as the ranks compute them, with those of the
-            model whole. ``"auto"``: where something of the model is cut, and a rank has had the model whole.
+        parallel_plan: roles of the model's parts by name, where they are not found automatically: ``{"model.layers": "blocks"}``.
+        verify_first_step: compare loss, gradients and buffers of a fit's first batch between the sharded and the unsharded model.
+            ``"auto"``: if a mode shards the model, and ranks can assemble the unsharded one.
         state_dict_type: ``"full"``: a checkpoint is one file in Lightning's format, which loads anywhere. ``"sharded"``: a folder
-            that all ranks write their share of, and that loads into any number of ranks. Either loads, whatever is saved.
-        async_save: write checkpoints while training goes on; at the price of a copy of the state, in the CPU's memory.
+            in which each rank writes its part, and which loads into any number of ranks. Both types load under either setting.
+        async_save: write checkpoints while training continues; costs a copy of the state in CPU memory.
         accelerator: as in ``DDPStrategy``.
         parallel_devices: as in ``DDPStrategy``.
         cluster_environment: as in ``DDPStrategy``.
         checkpoint_io: as in ``DDPStrategy``.
         precision_plugin: as in ``DDPStrategy``.
         process_group_backend: ``"gloo"`` or ``"nccl"``; by default the device's.
-        timeout: how long a transfer may take before this rank gives up, naming it.
-        meeting_timeout: how long ranks wait for each other to start, and to make groups.
+        timeout: how long a transfer may take before the rank raises an error that names it.
+        meeting_timeout: how long ranks wait for each other at start, and to make groups.
         start_method: how Lightning starts processes, as in ``DDPStrategy``.
 
     Raises:
-        ConfigError: a request that cannot be met; when the strategy is made, or before the first step.
+        ConfigError: a request cannot be met; raised when the strategy is made, or before the first step.
     """
 
     def __init__(  # noqa: PLR0913  # users' arguments are spelled out, so that YAML and editors know them
@@ -134,13 +142,17 @@ class OverlapStrategy(MeshStrategy):
         self.modes: list[OverlapMode] = []
         self._plan: Plan | None = None
         self._mirror: Mirror | None = None
-        self._unproven = self._was_deferred = self._fitting = False
+        self._verifies_first_step = self._was_deferred = self._fitting = False
 
     @property
     def plan(self) -> Plan:
-        """The resolved plan, from ``setup`` of a fit on."""
+        """The resolved plan. It exists from ``setup`` of a fit on.
+
+        Raises:
+            ConfigError: no fit has been set up.
+        """
         if self._plan is None:
-            raise ConfigError("the plan is resolved when fit sets up; `lightning-overlap plan` resolves one before")
+            raise ConfigError("there is no plan before trainer.fit. The command `lightning-overlap plan` prints one without a fit")
         return self._plan
 
     # -- launch ------------------------------------------------------------------------------------------------------
@@ -171,7 +183,7 @@ class OverlapStrategy(MeshStrategy):
         if fitting and self._layer_sync is not None:
             self.model = self._layer_sync.apply(self.model)
         forget(self.model)
-        self._mesh = ParallelMesh(self.mesh.degrees, self.global_rank)  # the groups of an earlier run are its modes'
+        self._mesh = ParallelMesh(self.mesh.degrees, self.global_rank)  # an earlier run's modes keep its groups
         self._agree(trainer, self.checkpoints.layout, self.checkpoints.in_background)
         self.checkpoints.use(self.modes, self.mesh)
         self._was_deferred = is_deferred(self.model)
@@ -191,7 +203,7 @@ class OverlapStrategy(MeshStrategy):
         self.setup_precision_plugin()
 
     def _setup_fit(self, trainer: Trainer) -> None:
-        """What a fit needs besides the modes, once they have cut the model."""
+        """Sets up a fit after the modes have sharded the model."""
         module = trainer.lightning_module
         if any(isinstance(mode, Holder) for mode in self.modes):
             self.checkpoints.whole_state = WholeStateOnly(module)
@@ -203,17 +215,17 @@ class OverlapStrategy(MeshStrategy):
                 self._until_teardown.callback(self._mirror.remove)
 
     def _materialize(self, fitting: bool) -> None:
-        """Gives memory to what this rank will hold of a model on the meta device; all of it, if there is nothing to fit."""
+        """Gives memory to this rank's part of a model on the meta device; outside of a fit to the unsharded model."""
         module = self._module
         roles, modes = self.config.parallel_plan, in_order(self.config.modes) if fitting else ()
-        held = [kind.holds(module, self.config.of(mode), roles, self.mesh) for mode, kind in modes if issubclass(kind, Holder)]
+        tests = [kind.holds(module, self.config.of(mode), roles, self.mesh) for mode, kind in modes if issubclass(kind, Holder)]
 
         def holds(name: str) -> bool:
-            return all(has(name) for has in held)
+            return all(test(name) for test in tests)
 
-        # Of one stage, all ranks hold the same.
+        # All ranks of a stage hold the same part: other modes shard the model later.
         same_parts = self.mesh.sets("stage" if fitting else "world")
-        load = partial(self.checkpoints.load_waiting, module, holds)
+        load = partial(self.checkpoints.load_deferred, module, holds)
         give_memory(module, self.root_device, holds, load, same_parts, self.time_limit)
 
     def setup_optimizers(self, trainer: Trainer) -> None:
@@ -229,17 +241,17 @@ class OverlapStrategy(MeshStrategy):
             optimizers=tuple(examine(optimizer) for optimizer in self.optimizers),
             deferred=self._was_deferred,
         )
-        # What the plan is made from (callbacks, clipping, optimizers) may differ between ranks, and plans that differ hang.
+        # Ranks may differ in callbacks, clipping or optimizers, and would hang with different plans.
         plan_inputs = {field.name: repr(getattr(facts, field.name)) for field in fields(facts)}
         refuse_differences({**plan_inputs, **optimizers_in_words(self.optimizers, model)})
         self._plan = resolve(self.config, facts)
-        rank_zero_info(self._plan.explain())
+        log_on_rank_zero(self._plan.explain())
         if self.mesh.size("batch") > 1:
             self._until_teardown.enter_context(without_nested_tensors(model))
-            warn_of_parts(facts)
-        self._unproven = self._plan.verify_first_step.value
+            warn_of_gradient_parts(facts)
+        self._verifies_first_step = self._plan.verify_first_step.value
         earlier = self.modes
-        setup = Setup(self.mesh, self.time_limit, self.config.parallel_plan, first_step_is_verified=self._unproven)
+        setup = Setup(self.mesh, self.time_limit, self.config.parallel_plan, first_step_is_verified=self._verifies_first_step)
         self.modes = [
             kind(self.config.of(mode), self._plan.choices[mode.name], setup)
             for mode, kind in in_order(self.config.modes)
@@ -254,7 +266,7 @@ class OverlapStrategy(MeshStrategy):
             mode.prepare_optimizers(self.optimizers)
         if self._driver is not None:
             self._until_teardown.enter_context(zeroing_first(trainer))
-        for mode in earlier:  # an optimizer that is used again has got its state from them
+        for mode in earlier:  # they have given an optimizer that is used again its state
             mode.close()
 
     # -- training ----------------------------------------------------------------------------------------------------
@@ -267,8 +279,8 @@ class OverlapStrategy(MeshStrategy):
         batch, *rest = [*args, *kwargs.values()]
         comparison = self._run.comparison if self._run is not None else None
         is_compared = comparison is not None and comparison.next_batch(batch)
-        if self._unproven:
-            self._unproven = not self._prove(batch, rest)
+        if self._verifies_first_step:
+            self._verifies_first_step = not self._verify_first_step(batch, rest)
         for mode in self.modes:
             mode.start_forward()
         if self._driver is None:
@@ -285,24 +297,24 @@ class OverlapStrategy(MeshStrategy):
         return step.output
 
     def _user_step(self) -> contextlib.AbstractContextManager[None]:
-        """Around what runs steps of the user's."""
+        """Encloses calls that run the user's steps."""
         return contextlib.nullcontext() if self._mirror is None else self._mirror.step()
 
-    def _prove(self, batch: Any, rest: Any) -> bool:
-        """Compares the first step with that of the model whole; whether there was something to compare."""
+    def _verify_first_step(self, batch: Any, rest: Any) -> bool:
+        """Compares the first step with that of the unsharded model; False if the batch has no loss to compare."""
         with self._user_step():
-            return first_step(self, self.modes, self._module, batch, rest, self._step_key).prove()
+            return first_step(self, self.modes, self._module, batch, rest, self._step_key).verify()
 
     @property
     def _step_key(self) -> tuple[int, ...]:
-        """Tells the step from all others of the run."""
+        """Identifies the step in the run."""
         trainer = self._module.trainer
-        # Not the arguments, of which a training_step may leave out the batch's number.
+        # Not from the arguments: a training_step may take no batch number.
         return self._seed or 0, self.mesh.index("samples"), trainer.current_epoch, trainer.fit_loop.batch_idx
 
     @property
     def _driver(self) -> Driver | None:
-        """The mode that runs steps in parts, backward included."""
+        """The mode that runs steps in microbatches, backward included; None if there is none."""
         return next((mode for mode in self.modes if isinstance(mode, Driver)), None)
 
     def validation_step(self, *args: Any, **kwargs: Any) -> Any:
@@ -320,18 +332,18 @@ class OverlapStrategy(MeshStrategy):
             mode.start_backward()
 
     def backward(self, closure_loss: Tensor, optimizer: Optimizer | None, *args: Any, **kwargs: Any) -> Tensor:
-        """As ``Strategy.backward``, but for the modes' part, which is over before ``on_after_backward`` is called."""
+        """Runs backward as ``Strategy.backward`` does. The modes complete the gradients before ``on_after_backward``."""
 
         def finish() -> None:
             for mode in self.modes if self._driver is None else ():
                 mode.finish_backward()
 
-        # With a driver backward has been, and only the hooks are left.
-        with backward_then(self.precision_plugin, finish, left_out=self._driver is not None):
+        # A driver has run backward already: only the hooks are called.
+        with backward_then(self.precision_plugin, finish, skip_backward=self._driver is not None):
             return super().backward(closure_loss, optimizer, *args, **kwargs)
 
     def optimizer_step(self, optimizer: Optimizer, closure: Callable[[], Any], model: Any = None, **kwargs: Any) -> Any:
-        """Lightning runs backward inside ``optimizer.step``. Here it runs first, then hooks and clipping, then the step."""
+        """Runs backward, then hooks and clipping, then the step. (Lightning runs backward inside ``optimizer.step``.)"""
         if not self.modes:
             return super().optimizer_step(optimizer, closure, model, **kwargs)
         result = closure()
@@ -350,13 +362,13 @@ class OverlapStrategy(MeshStrategy):
         with hold_gradient_syncs(self.modes):
             yield
 
-    # -- weights are read --------------------------------------------------------------------------------------------
+    # -- evaluation --------------------------------------------------------------------------------------------------
 
     def _complete_weights(self) -> None:
         for mode in self.modes:
             mode.sync_parameters()
         if self.lightning_module is not None:
-            # Running statistics are the first rank's, as DDP's broadcast_buffers makes them; outside of a fit all hold the same.
+            # Buffers of the first rank, as with DDP's broadcast_buffers; outside of a fit they are equal.
             share(self._module.buffers(), self._samples if self._in_shared_fit else None)
 
     def on_validation_start(self) -> None:
@@ -375,10 +387,10 @@ class OverlapStrategy(MeshStrategy):
         self._complete_weights()
 
     def on_train_start(self) -> None:
-        """Every batch is a meeting of all ranks.
+        """Checks that ranks have as many batches, because all ranks communicate in every batch.
 
         Raises:
-            ConfigError: on every rank, if ranks have different numbers of batches.
+            ConfigError: on every rank, if they have not.
         """
         if self.world_size > 1:
             refuse_uneven(self._module.trainer.num_training_batches)
@@ -399,7 +411,7 @@ class OverlapStrategy(MeshStrategy):
         if self._checkpoint_io is None:
             self._checkpoint_io = AtomicCheckpointIO()
         elif isinstance(getattr(type(self._checkpoint_io), "checkpoint_io", None), property):
-            # A plugin that wraps another one, which takes it only where the user gave it none.
+            # A plugin around another IO; its setter keeps an IO that the user has given it.
             self._checkpoint_io.checkpoint_io = AtomicCheckpointIO()  # type: ignore[attr-defined]
         return self._checkpoint_io
 
@@ -408,11 +420,11 @@ class OverlapStrategy(MeshStrategy):
         self._checkpoint_io = io
 
     def lightning_module_state_dict(self) -> dict[str, Any]:
-        """The module's ``state_dict()``, whole on rank 0; with ``state_dict_type="sharded"``, each rank's part. Collective."""
+        """Returns ``module.state_dict()``: unsharded on rank 0; a rank's part with ``state_dict_type="sharded"``. Collective."""
         return self.checkpoints.model_state(self._module, self._samples)
 
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
-        """The optimizer's ``state_dict()``, whole on rank 0; with ``state_dict_type="sharded"``, each rank's part. Collective."""
+        """Returns ``optimizer.state_dict()``: unsharded on rank 0; a rank's part with ``state_dict_type="sharded"``. Collective."""
         plain = getattr(optimizer, "optimizer", optimizer)
         return self.checkpoints.optimizer_state(self._module, plain, partial(super().optimizer_state, optimizer))
 
@@ -423,18 +435,23 @@ class OverlapStrategy(MeshStrategy):
         self.checkpoints.load_optimizers(checkpoint["optimizer_states"], self._module, self.optimizers)
 
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any | None = None) -> None:
-        """As ``Strategy.save_checkpoint``; what fails on one rank is an error on all. With ``async_save``, at the next save."""
-        path = self.broadcast(filepath)  # names hold metrics, which a rank may format otherwise
+        """Saves as ``Strategy.save_checkpoint`` does. Collective.
+
+        Raises:
+            CheckpointError: on every rank, if one failed; with ``async_save``, at the next save.
+        """
+        path = self.broadcast(filepath)  # file names hold metrics, which ranks may format differently
         self.checkpoints.save(checkpoint, path, self.checkpoint_io, storage_options)
 
     def remove_checkpoint(self, filepath: Any) -> None:
         self.checkpoints.remove(partial(super().remove_checkpoint, filepath))
 
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
-        """As ``Strategy.load_checkpoint``, from one file or from a folder, by whichever number of ranks it was written.
+        """Loads a checkpoint, a file or a folder, written by any number of ranks. Collective.
 
         Raises:
-            CheckpointError: it is not complete, or holds objects whose loading may run code, and ``weights_only`` is not False.
+            CheckpointError: it is incomplete or damaged; or it holds objects whose loading may run code, and ``weights_only`` is not
+                False.
         """
         return self.checkpoints.load(
             self.broadcast(checkpoint_path),
@@ -455,11 +472,11 @@ class OverlapStrategy(MeshStrategy):
         for mode in reversed(self.modes):
             mode.release(complete=not self.failed)
         if self.failed and self.modes and self._fitting:
-            rank_zero_warn("training failed in the middle of a step: load a checkpoint before using the module's weights")
+            rank_zero_warn("training failed during a step, and weights may be incomplete. Load a checkpoint before you use them")
             self.modes = []
             self.checkpoints.use((), self.mesh)
         if self.failed:
-            WORLD.abandon()  # whoever waits for their transfers waits for what never comes
+            WORLD.abandon()  # their transfers may never complete
         self.checkpoints.close(complete=not self.failed)
         self.failed = False
         if self.attempting:

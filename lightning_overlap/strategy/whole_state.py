@@ -1,4 +1,4 @@
-"""A rank that has a part of the model gives nobody that part for the whole."""
+"""Refuses ``state_dict()`` during a fit on a rank that has only a part of the model, so that no part is saved as the whole."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from lightning_overlap.decision import ConfigError
 
 
 class WholeStateOnly:
-    """Refuses ``state_dict()`` of a module and of what is in it, and so ``save_pretrained()``, but inside :meth:`allowed`.
+    """Refuses ``state_dict()`` of a module and its submodules, and so ``save_pretrained()``, outside of :meth:`allowed`.
 
     Args:
-        module: of which this rank has a part, until :meth:`remove`.
+        module: the user's module, of which this rank has a part until :meth:`remove`.
     """
 
     def __init__(self, module: nn.Module) -> None:
@@ -24,7 +24,7 @@ class WholeStateOnly:
 
     @contextmanager
     def allowed(self) -> Iterator[None]:
-        """Around what puts the parts together."""
+        """Encloses calls that assemble the unsharded state."""
         before, self._allowed = self._allowed, True
         try:
             yield
@@ -38,8 +38,7 @@ class WholeStateOnly:
     def _refuse(self, module: nn.Module, *_: Any) -> None:
         if not self._allowed:
             raise ConfigError(
-                f"state_dict() of {type(module).__name__} is asked for in the middle of a fit, or of a copy that was made in one, and "
-                "this rank has its part of the model only: call trainer.save_checkpoint(path), or "
-                "trainer.strategy.lightning_module_state_dict(), on all ranks: it gives rank 0 the whole; or do it in on_fit_end, "
-                "when every rank has the whole model"
+                f"state_dict() of {type(module).__name__} was called during a fit, or of a copy made in one, and this rank has only "
+                "its part of the model. Call trainer.save_checkpoint(path) or trainer.strategy.lightning_module_state_dict() on all "
+                "ranks: rank 0 gets the unsharded state. Or call it in on_fit_end, when every rank has the unsharded model"
             )

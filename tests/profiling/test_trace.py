@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lightning_overlap.profiling.trace import Step, Summary, compare, write_chrome_trace
+from lightning_overlap.profiling.trace import Step, Summary, observe_transfers, write_chrome_trace
 from lightning_overlap.ranks.group import Transfer
 
 
@@ -21,7 +21,7 @@ def summary(*ranks):
 
 def test_what_is_waited_for_is_exposed_and_what_is_not_is_hidden():
     waits, goes_on = [transfer(1, (1, 3), done=3)], [transfer(1, (5, 5), done=3)]
-    (exposed,), (hidden,) = compare([Step(0, 0, 10, [], waits), Step(0, 0, 10, [], goes_on)])
+    (exposed,), (hidden,) = observe_transfers([Step(0, 0, 10, [], waits), Step(0, 0, 10, [], goes_on)])
     assert exposed.wire == hidden.wire == (1, 3)
     assert exposed.exposed == (1, 3)
     assert hidden.exposed == (5, 5)
@@ -43,7 +43,7 @@ def test_a_late_peer_is_told_from_the_wire():
 
 def test_a_transfer_is_the_same_by_its_label_and_number():
     first, second = transfer(0, (1, 2), done=2), transfer(5, (5, 6), done=6, number=1)
-    alone = compare([Step(0, 0, 10, [], [first, second]), Step(0, 0, 10, [], [replace(second, posted=5.5)])])
+    alone = observe_transfers([Step(0, 0, 10, [], [first, second]), Step(0, 0, 10, [], [replace(second, posted=5.5)])])
     assert [s.late for s in alone[0]] == [(1, 1), (5, 5.5)]
 
 
@@ -109,9 +109,9 @@ def test_chrome_trace(tmp_path):
 def test_a_core_that_others_have_is_told_from_what_is_waited_for():
     phases = [("forward", 0.0, 4.0), ("backward and step", 4.0, 9.0), ("between batches", 9.0, 12.0)]
     # 9 seconds of compute, 2 of them waited for, 5.5 run: 1.5 were somebody else's. The data loader's 3 are not looked at.
-    step = Step(0, 0.0, 12.0, phases, [transfer(1, (5, 7), done=7)], ran=5.5)
-    assert step.taken == step.on_clock(3.0).taken == 1.5
-    assert Step(0, 0.0, 12.0, phases).taken == 0.0, "not known on a device"
+    step = Step(0, 0.0, 12.0, phases, [transfer(1, (5, 7), done=7)], cpu_seconds=5.5)
+    assert step.core_taken == step.on_clock(3.0).core_taken == 1.5
+    assert Step(0, 0.0, 12.0, phases).core_taken == 0.0, "not known on a device"
     told = Summary()
     told.add([step, step])
     assert told.core_taken == 1.5

@@ -10,7 +10,7 @@ from lightning_overlap.ranks.degrees import Degrees
 from lightning_overlap.ranks.mesh import ParallelMesh
 from lightning_overlap.ranks.world import rank
 from lightning_overlap.state.parts import Parts
-from lightning_overlap.state.sharded import Folders, describe, names_of
+from lightning_overlap.state.sharded import ShardedCheckpoints, describe, names_of
 from lightning_overlap.state.shards import Place
 
 SHAPE = torch.Size([6, 8])
@@ -151,7 +151,7 @@ def held(data, tensor):
 
 def save(path, data, tensor):
     module, optimizer, parts = held(data, tensor)
-    folders = Folders(timedelta(seconds=60))
+    folders = ShardedCheckpoints(timedelta(seconds=60))
     state = {"state_dict": module.state_dict(), "optimizer_states": [describe(optimizer, None, names_of(module), parts)]}
     folders.save(state, path, parts, copy=False)()
     folders.close(complete=True)
@@ -160,7 +160,7 @@ def save(path, data, tensor):
 def loaded(path, data, tensor):
     """Whether weights and moments that are read are those that this many ranks compute."""
     module, optimizer, parts = held(data, tensor)
-    folders = Folders(timedelta(seconds=60))
+    folders = ShardedCheckpoints(timedelta(seconds=60))
     blank = {name: torch.full_like(value, -1) for name, value in whole_model().items()}
     checkpoint = folders.load(path, blank, weights_only=True)
     expected = {name: parameter.detach().clone() for name, parameter in module.named_parameters()}

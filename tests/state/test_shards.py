@@ -1,17 +1,14 @@
 """Boxes tile a run."""
 
-import copy
 import itertools
 import math
-import pickle
 
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import nn
 from torch.distributed.checkpoint.metadata import MetadataIndex
 
-from lightning_overlap.state.shards import Place, Run, boxes, is_absent, leave, take
+from lightning_overlap.state.shards import Place, Run, boxes
 
 
 @st.composite
@@ -97,26 +94,3 @@ def test_a_run_of_a_piece_is_where_it_lies_in_the_whole(case):
         assert box.equal(there)
         found += box.flatten().tolist()
     assert sorted(found) == sorted(piece.reshape(-1)[start:end].tolist())
-
-
-def test_writes_to_what_is_absent_write_nothing():
-    module, here = nn.Linear(4, 3, bias=False).requires_grad_(False), nn.Parameter(torch.ones(3, 4))
-    absent = module.weight
-    leave(absent)
-    with torch.no_grad():
-        absent.clamp_(0, 1)
-        absent.copy_(here)
-        absent.data[:2].zero_()
-        absent[0] = 3
-        absent /= absent.norm(dim=1, keepdim=True)
-        nn.init.normal_(absent)
-        torch._foreach_mul_([absent, here], [2.0, 3.0])
-    assert is_absent(absent)
-    assert absent.isnan().all()
-    assert here.eq(3).all(), "of a list, what is here is written"
-    assert type(absent + 1) is torch.Tensor
-    assert is_absent(copy.deepcopy(module).weight)
-    assert type(pickle.loads(pickle.dumps(module)).weight) is nn.Parameter
-    take(absent, room=True)
-    assert type(absent) is nn.Parameter
-    assert not is_absent(absent)

@@ -130,7 +130,7 @@ def test_an_optimizer_that_refuses_to_be_tried_is_not_taken_for_independent():
     assert not facts.independent
     assert not facts.known
     assert facts.reason.startswith(
-        "ElsewhereOnly refuses to be tried (RuntimeError: GlobalNorm runs on CUDA only), so nothing is known"
+        "ElsewhereOnly fails on test matrices (RuntimeError: GlobalNorm runs on CUDA only), so it is unknown"
     )
 
 

@@ -249,7 +249,7 @@ def test_what_is_no_size_and_no_limit_is_refused_at_once(asked, words):
 
 
 def test_more_stages_than_ranks_are_refused_before_a_schedule_is_built():
-    with pytest.raises(ConfigError, match="pipeline_parallel=50000 need a multiple of 50000 ranks, and there are 2"):
+    with pytest.raises(ConfigError, match="pipeline_parallel=50000 needs a multiple of 50000 ranks, and there are 2"):
         Trainer(accelerator="cpu", devices=2, strategy=OverlapStrategy(pipeline_parallel=50000), logger=False)
 
 

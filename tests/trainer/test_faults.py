@@ -148,7 +148,7 @@ class NoData(Uneven):
         (AddsAParameter, {}, "parameter groups have changed since setup"),
         (AddsAParameter, {"data": {"distributed_optimizer": False}}, "parameter groups have changed since setup"),
         (Uneven, {"use_distributed_sampler": False}, "different numbers of training batches, [2, 4] by rank"),
-        (NoData, {"use_distributed_sampler": False}, "ranks [0] have no batch to read"),
+        (NoData, {"use_distributed_sampler": False}, "ranks [0] have no batch, and other ranks have some"),
     ],
 )
 def test_the_same_error_on_every_rank(world, module, kwargs, words):

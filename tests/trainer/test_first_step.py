@@ -1,4 +1,4 @@
-"""The first step of a cut model is compared with that of the model whole: faults that nothing else shows are errors."""
+"""The first step of the sharded model is compared with that of the unsharded one: faults that no other check sees are errors."""
 
 import random
 import re
@@ -91,7 +91,7 @@ class Net(LightningModule):
 
 
 class LeavesGate(Block):
-    """An auxiliary loss that is left on the block."""
+    """An auxiliary loss that the block keeps on itself."""
 
     weight = 0.1
 
@@ -304,7 +304,7 @@ def test_a_planted_fault_is_an_error_on_all_ranks(world: Any, case: str) -> None
     told = world(2).run(fit, *PLANTED[case])
     assert isinstance(told[0], str), "the fault was not seen"
     assert told[0] == told[1]
-    assert "differs from that of the model whole" in told[0]
+    assert "the sharded model computes a different first step from the unsharded model" in told[0]
     assert "verify_first_step: false" in told[0]
 
 
@@ -342,7 +342,7 @@ class NormOfSix(nn.LayerNorm):
 
 def test_what_fails_only_where_it_is_cut_is_told(world: Any) -> None:
     for told in world(2).run(fit, CountsTokens, TENSOR):
-        assert "the model whole computes the first batch, and the model as it is cut over the ranks fails: RuntimeError" in told
+        assert "the unsharded model ran the first batch, but the sharded model failed: RuntimeError" in told
 
 
 class LeavesOut(Net):
@@ -388,7 +388,7 @@ def test_a_right_model_passes_and_nothing_is_left_behind(world: Any, ranks: int,
     blind = world(ranks).run(fit, Net, {**strategy, "verify_first_step": False}, 3, precision)
     for (weights, _, plan), (others, _, _) in zip(looked, blind, strict=True):
         assert torch.equal(weights, others)
-        assert "the first batch is computed twice more" in plan
+        assert "the first batch is computed twice before training" in plan
 
 
 class Sums(Net):
@@ -398,7 +398,7 @@ class Sums(Net):
 
 def test_another_objective_of_microbatches_is_said_once(world: Any) -> None:
     _, said, _ = world(2).run(fit, Sums, PIPELINE, 2)[0]
-    about = [message for message in said if "in one piece" in message]
+    about = [message for message in said if "without microbatches" in message]
     assert len(about) == 1
     _, said, _ = world(2).run(fit, Net, PIPELINE, 2)[0]
-    assert not [message for message in said if "in one piece" in message]
+    assert not [message for message in said if "without microbatches" in message]

@@ -7,10 +7,10 @@ from tests.zoo.verdict import EQUAL, OTHER_OBJECTIVE, Row, as_ddp, as_microbatch
 
 # -- sentences by which a model is refused ---------------------------------------------------------------------------------------
 
-UNFOLLOWED = refused("the first step of the model as it is cut over the ranks differs from that of the model whole")
-"""Something passes on a way that the cut does not follow, and the first step shows it."""
-CUT_FAILS = refused("and the model as it is cut over the ranks fails")
-"""The same, where the user's code fails on what it gets."""
+UNFOLLOWED = refused("the sharded model computes a different first step from the unsharded model")
+"""A value passes by a way that the mode does not follow, and the first-step check finds it."""
+CUT_FAILS = refused("but the sharded model failed")
+"""The same, where the user's code raises an error in the sharded model."""
 BETWEEN_BLOCKS = refused("of blocks the loop does something with the hidden states")
 OTHER_STAGE = refused("of another stage: what is registered before")
 SECOND_TENSOR = refused("is called with a second tensor that needs a gradient")
@@ -22,7 +22,6 @@ WRAPPED = refused("computes its weight or bias from other parameters")
 LEFT_OUT = refused("block was left out in this step")
 IN_PLACE = refused("changes logits whose vocabulary is cut")
 NO_VOCABULARY = refused("no embedding or head has the role vocab_embedding or vocab_head")
-
 
 # -- numbers that are not those of the whole batch -------------------------------------------------------------------------------
 

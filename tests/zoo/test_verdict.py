@@ -47,11 +47,11 @@ def test_losses_of_data_parallel_ranks_are_of_their_samples() -> None:
 def test_another_reference() -> None:
     kind = "microbatches in one process"
     report = replace(
-        FINE, expected={WHOLE: [5.0] * 5, kind: LOSSES}, wrong={WHOLE: [], kind: []}, words="it is no mean over the samples"
+        FINE, expected={WHOLE: [5.0] * 5, kind: LOSSES}, wrong={WHOLE: [], kind: []}, words="The loss is not a mean over samples"
     )
     verdict = judge(GPT, "pp", [report, report])
     assert verdict.word == kind
-    assert unexpected(verdict, as_microbatches("a sum", "no mean over the samples")) is None
+    assert unexpected(verdict, as_microbatches("a sum", "not a mean over samples")) is None
     assert "not said" in str(unexpected(verdict, as_microbatches("a sum", "another sentence")))
 
 

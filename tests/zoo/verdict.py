@@ -10,7 +10,7 @@ from tests.zoo.case import STEPS, Model
 from tests.zoo.training import SAME_LOSS, Report
 
 WHOLE = "one process"
-OTHER_OBJECTIVE = "it is no mean over the samples"
+OTHER_OBJECTIVE = "The loss is not a mean over samples"
 """What a run says whose loss is another one in microbatches."""
 
 

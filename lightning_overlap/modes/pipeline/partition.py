@@ -17,7 +17,7 @@ from torch import nn
 from lightning_overlap.decision import ConfigError
 from lightning_overlap.model.blocks import Blocks
 from lightning_overlap.modes.pipeline.weight_grad import is_plain
-from lightning_overlap.state.shards import is_absent, leave, take
+from lightning_overlap.state.absent import is_absent, make_absent, make_present
 from lightning_overlap.torch_seams import buffers_of, children_of, parameters_of
 
 
@@ -136,7 +136,7 @@ class Partition:
                 self.foreign[name] = Held(parameter, parameter.requires_grad)
                 parameter.requires_grad_(False)
                 parameter.grad = None
-                leave(parameter)
+                make_absent(parameter)
 
     def owned(self, rank: int) -> list[str]:
         """What a rank gives the others: its parameters and buffers, but those that a lower rank has too."""
@@ -177,6 +177,6 @@ class Partition:
         taken = list(self.foreign) if names is None else [name for name in names if name in self.foreign]
         for name in taken:
             held = self.foreign.pop(name)
-            take(held.parameter, room=room)
+            make_present(held.parameter, allocate=room)
             held.parameter.requires_grad_(held.trained)
         return taken

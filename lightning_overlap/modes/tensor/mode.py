@@ -29,7 +29,8 @@ from lightning_overlap.modes.tensor.regions import Regions, SequenceCut
 from lightning_overlap.modes.tensor.replicated import ReplicatedGradients
 from lightning_overlap.modes.tensor.vocab import Vocabulary, embedding_forward, head_forward
 from lightning_overlap.ranks.group import Group
-from lightning_overlap.state.shards import Place, is_absent
+from lightning_overlap.state.absent import is_absent
+from lightning_overlap.state.shards import Place
 
 VOCABULARY = ("vocab_embedding", "vocab_head")
 

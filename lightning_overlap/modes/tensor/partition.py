@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from lightning_overlap.modes.tensor.gemm import shares
 from lightning_overlap.modes.tensor.plan import ShardedLayer
 from lightning_overlap.ranks.group import Group
-from lightning_overlap.state.shards import Place, is_absent
+from lightning_overlap.state.absent import is_absent
+from lightning_overlap.state.shards import Place
 
 
 @dataclass(frozen=True)

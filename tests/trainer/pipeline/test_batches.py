@@ -103,7 +103,7 @@ def test_a_batch_counts_as_in_one_process(world, kind, weight):
 
 def test_a_microbatch_without_labels_says_what_to_set(world):
     for answer in world(2).run(pipelined, Labelled, {}):
-        assert "no label that counts: set pipeline_parallel.microbatch_weight" in answer
+        assert "no counted label. Set pipeline_parallel.microbatch_weight" in answer
 
 
 class Draws(Net):
@@ -142,8 +142,8 @@ class Leaves(Net):
         assert self.latest is not None
 
 
-def test_a_hook_that_reads_what_a_step_has_left_says_where_it_is(world):
+def test_a_hook_that_reads_an_attribute_of_the_last_stage_says_so(world):
     first, second = world(2).run(pipelined, Leaves, {})
-    assert first.startswith("ConfigError: on_train_batch_end fails on a rank that training_step is left on (AttributeError: ")
-    assert "training_step leaves on self after the model is called is on the last stage only" in first
+    assert first.startswith("ConfigError: on_train_batch_end failed on a rank without the last stage (AttributeError: ")
+    assert "training_step stops inside the model call, so what it stores on self later does not exist there" in first
     assert isinstance(second, str)  # in the first batches it may be in a blocking transfer, and learns only that the other one is gone

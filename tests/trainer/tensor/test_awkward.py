@@ -266,10 +266,10 @@ REFUSED: dict[str, tuple[Any, str]] = {
     "counted tokens": ("auto", "set tensor_parallel.sequence_parallel: false"),
     "changed input": (False, "masked_fill_ changes the input of an attention or mlp"),
     "condition": ("auto", "a block is called with a second tensor that needs a gradient"),
-    "between": ("auto", "share a batch and come to the losses"),
-    "kept output": ("auto", "share a batch and come to the losses"),
+    "between": ("auto", "share a batch but computed different losses"),
+    "kept output": ("auto", "share a batch but computed different losses"),
     "own backward": ("auto", "call self.manual_backward(loss)"),
-    "searched rate": ("auto", "weights are loaded in the middle of a fit"),
+    "searched rate": ("auto", "cannot load weights during a fit"),
     "left out": ("auto", "the last block was not called in this step"),
 }
 
