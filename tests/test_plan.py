@@ -282,13 +282,8 @@ def test_tensor_parallelism_says_what_it_does():
             {"facts": {"clippers": ("Net.configure_gradient_clipping",)}},
             "clips by the norm of this rank's gradients only, which are pieces",
         ),
-<<<<<<< HEAD
-        ({"facts": {"optimizers": (REFUSES,)}}, "Shy refuses to be tried (TypeError: no)"),
-        ({"facts": {"averagers": ("EMAWeightAveraging",)}}, "EMAWeightAveraging averages copies of complete weights"),
-=======
         ({"facts": {"optimizers": (REFUSES,)}}, "Shy fails on test matrices (TypeError: no)"),
-        ({"facts": {"averagers": ("EMAWeightAveraging",)}}, "EMAWeightAveraging averages copies of whole weights"),
->>>>>>> house
+        ({"facts": {"averagers": ("EMAWeightAveraging",)}}, "EMAWeightAveraging averages copies of complete weights"),
         ({"pipeline": PipelineParallel(size=2, microbatches=4, schedule="zb_h1")}, "zb_h1 splits backward"),
         (
             {

@@ -13,13 +13,8 @@ from lightning_overlap.modes.tensor.check import BlockCheck, BlockLayout, copy_w
 from lightning_overlap.modes.tensor.partition import Partition
 from lightning_overlap.modes.tensor.regions import Regions, RegionState
 from lightning_overlap.modes.tensor.replicated import ReplicatedGradients
-<<<<<<< HEAD
 from lightning_overlap.modes.tensor.sequence import gather_tokens, local_tokens
-from lightning_overlap.state.shards import is_absent
-=======
-from lightning_overlap.modes.tensor.sequence import leave, own_tokens
 from lightning_overlap.state.absent import is_absent
->>>>>>> house
 
 
 def first_of_each_kind(blocks: Sequence[nn.Module], name: str) -> list[BlockCheck]:
