@@ -260,7 +260,7 @@ class FirstStep:
                 if loss.requires_grad and share:  # a loss of NaN times 0 is NaN
                     self._step.backward(loss, share)
                 del loss
-            result.loss = float(self._step.logged(shares))
+            result.loss = float(self._step.merge_logs(shares))
             result.buffers = self._buffers()
         if len(shares) > 1:
             result.batch_loss = self._batch_loss()

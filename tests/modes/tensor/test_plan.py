@@ -150,7 +150,7 @@ def test_a_style_of_hugging_faces_that_is_not_known() -> None:
         module.model = transformers.AutoModelForCausalLM.from_config(transformers.Phi3Config(**SIZES, pad_token_id=0))
     styles = {"layers.*.self_attn.qkv_proj": "sideways"}
     with mock.patch.object(type(module.model), "tp_plan", new_callable=mock.PropertyMock, return_value=styles):
-        assert "Phi3ForCausalLM's own plan has the style 'sideways' for layers.*.self_attn.qkv_proj" in refused({}, 2, module)
+        assert "Phi3ForCausalLM's plan has the style 'sideways' for layers.*.self_attn.qkv_proj" in refused({}, 2, module)
 
 
 def test_a_model_without_a_plan_is_named() -> None:

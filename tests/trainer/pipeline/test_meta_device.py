@@ -26,7 +26,7 @@ class NobodyInitialises(Net):
 
 def test_what_nothing_gives_values_to_is_named(world):
     for said in world(2).run(refused, NobodyInitialises, {"size": 2, "microbatches": 2}):
-        assert said.startswith("ConfigError: head.bias came from the meta device, and nothing gives values")
+        assert said.startswith("ConfigError: head.bias came from the meta device and got no values")
 
 
 class OnMeta(Net):

@@ -110,7 +110,7 @@ def test_an_error_of_an_early_stage_in_validation_reaches_the_others(world):
     ("kind", "pipeline", "said"),
     [
         (Twice, {}, "called twice in one training_step"),
-        (Between, {}, "the loop does something with the hidden states"),
+        (Between, {}, "changes the hidden states"),
         (Swallows, {}, "catches every exception"),
         (NoLoss, {}, "training_step gave no loss"),
         (Trims, {"microbatches": 8}, "for an input of the same shapes"),
