@@ -128,7 +128,7 @@ class TensorMode(Holder):
         if self._sharded:
             for layer in plan.layers:
                 if layer.role == "vocab_head":  # refused here: later, this rank's tokens against all labels fail with another error
-                    patches.hook(layer.module.register_forward_pre_hook, lambda *_: self.setup.boundary.refuse_inside())
+                    patches.hook(layer.module.register_forward_pre_hook, lambda *_: self.setup.boundary.require_outside())
             patches.add(self.setup.boundary.register(blocks, SequenceCut(self._regions, self._numbers)))
 
     def _patch_layer(self, layer: ShardedLayer) -> None:
