@@ -12,7 +12,7 @@ UNFOLLOWED = refused("the sharded model computes a different first step from the
 CUT_FAILS = refused("but the sharded model failed")
 """The same, where the user's code raises an error in the sharded model."""
 BETWEEN_BLOCKS = refused("changes the hidden states")
-OTHER_STAGE = refused("of another stage: what is registered before")
+OTHER_STAGE = refused("of another stage: the first stage holds modules")
 SECOND_TENSOR = refused("is called with a second tensor that needs a gradient")
 NO_ROLES = refused("tensor_parallel needs roles for the layers to shard")
 NO_PLAN = refused("has no plan for tensor_parallel")

@@ -71,10 +71,11 @@ class _TorchPipelining(PipelineMode):
         count = self.config.count
         parts = microbatches.split_batch(step.batch, count)
         if not hasattr(self, "_torch_stages"):
-            stages = len(self._stages)
-            mine = [stage for stage, rank in enumerate(self._placement) if rank == self._rank]
+            partition = self.partition
+            stages = len(partition.stages)
+            mine = [stage for stage, rank in enumerate(partition.placement) if rank == self.group.rank]
             self._torch_stages = [
-                _Stage(self._stack, self._stages[stage], first=stage == 0, last=stage == stages - 1) for stage in mine
+                _Stage(self._stack, partition.stages[stage], first=stage == 0, last=stage == stages - 1) for stage in mine
             ]
             made = [
                 PipelineStage(module, stage, stages, self._device, group=self.group.process_group)
@@ -86,7 +87,7 @@ class _TorchPipelining(PipelineMode):
         for stage in self._torch_stages:
             stage.step, stage.parts, stage.number = step, parts, 0
         numbers = torch.zeros(count)  # torch cuts them into microbatches; the stages have the user's
-        inputs = (numbers,) if self._rank == self._placement[0] else ()
+        inputs = (numbers,) if self.group.rank == self.partition.placement[0] else ()
         target = {"target": numbers} if self.has_the_loss else {}
         step.start_backward()
         with preserve_random_state(self._device):
