@@ -88,7 +88,7 @@ class Parts:
                 place = inner if place is None else place.cut(inner)
         return place
 
-    def deal(self, tensors: Mapping[str, Tensor]) -> set[str]:
+    def names_to_write(self, tensors: Mapping[str, Tensor]) -> set[str]:
         """Returns the names of the tensors that this rank writes.
 
         The largest come first. Each part goes to the rank that has least to write so far, among those that hold it.

@@ -51,12 +51,12 @@ def is_folder(path: Path) -> bool:
 # -- states by parameter name ------------------------------------------------------------------------------------------
 
 
-def names_of(module: nn.Module) -> dict[int, str]:
+def parameter_names(module: nn.Module) -> dict[int, str]:
     """Maps the ids of parameters to their names."""
     return {id(parameter): name for name, parameter in module.named_parameters()}
 
 
-def describe(optimizer: Optimizer, shards: State | None, names: Mapping[int, str], parts: Parts) -> dict[str, Any]:
+def local_state(optimizer: Optimizer, shards: State | None, names: Mapping[int, str], parts: Parts) -> dict[str, Any]:
     """Returns the state that this rank writes, and the parameter groups with names in the place of parameters.
 
     Args:
@@ -72,7 +72,7 @@ def describe(optimizer: Optimizer, shards: State | None, names: Mapping[int, str
     if shards is None:
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
         states = {name: (p, optimizer.state.get(p)) for name, p in zip(_all_names(groups), parameters, strict=True)}
-        mine = parts.deal({name: p for name, (p, _) in states.items()})
+        mine = parts.names_to_write({name: p for name, (p, _) in states.items()})
         shards = {name: dict(state) for name, (_, state) in states.items() if state and name in mine}
     else:
         shards = {name: state for name, state in shards.items() if parts.is_first(name)}
@@ -141,7 +141,7 @@ class ShardedCheckpoints:
         """Prepares a save. Collective.
 
         Args:
-            checkpoint: Lightning's, with optimizer states from :func:`describe`.
+            checkpoint: Lightning's, with optimizer states from :func:`local_state`.
             path: the folder.
             parts: which weights each rank holds.
             copy: copy the tensors, so that training may go on while they are written.
@@ -157,7 +157,7 @@ class ShardedCheckpoints:
         group = self._group  # before any operation that may fail on one rank only
         checkpoint = dict(checkpoint)
         model, optimizers = checkpoint.pop("state_dict"), checkpoint.pop("optimizer_states", None)
-        mine = parts.deal({name: value for name, value in model.items() if isinstance(value, Tensor)})
+        mine = parts.names_to_write({name: value for name, value in model.items() if isinstance(value, Tensor)})
         shares: dict[str, Any] = {"model": {name: _placed(model[name], parts.place(name)) for name in mine}}
         checkpoint["state_dict"] = {name: value for name, value in model.items() if not isinstance(value, Tensor)}
         if optimizers is not None:

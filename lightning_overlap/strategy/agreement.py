@@ -42,7 +42,7 @@ RANK_ZERO_ARGUMENTS = ("dirpath", "filename", "verbose")
 """Arguments of these callbacks that only rank 0 uses."""
 
 
-def trainer_in_words(trainer: Trainer) -> dict[str, str]:
+def describe_trainer(trainer: Trainer) -> dict[str, str]:
     """Describes the Trainer's :data:`ARGUMENTS` and :data:`COLLECTIVE_CALLBACKS`, by a phrase for each."""
     words = {f"the Trainer's {name}": repr(getattr(trainer, name)) for name in ARGUMENTS}
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
@@ -61,14 +61,14 @@ def _arguments(callback: Callback) -> str:
     return ", ".join(f"{name}={value!r}" for name, value in plain.items())
 
 
-def model_in_words(module: nn.Module) -> dict[str, str]:
+def describe_model(module: nn.Module) -> dict[str, str]:
     """Describes shapes and dtypes of parameters and buffers, and the order of registration, by a phrase for each."""
     words = {f"parameter {n}": f"{tuple(p.shape)} {p.dtype} requires_grad={p.requires_grad}" for n, p in module.named_parameters()}
     words |= {f"buffer {name}": f"{tuple(buffer.shape)} {buffer.dtype}" for name, buffer in module.named_buffers()}
     return {**words, "the order of parameters and buffers": _digest(words)}
 
 
-def optimizers_in_words(optimizers: Sequence[Optimizer], module: nn.Module) -> dict[str, str]:
+def describe_optimizers(optimizers: Sequence[Optimizer], module: nn.Module) -> dict[str, str]:
     """Describes optimizers' classes, the settings of their groups, and the parameters of each group in order, by a phrase for each."""
     names = {id(parameter): name for name, parameter in module.named_parameters()}
     words = {"the number of optimizers": str(len(optimizers))}

@@ -33,8 +33,8 @@ from lightning_overlap.state.checkpoint import (
     refuse_damaged,
 )
 from lightning_overlap.state.parts import Parts
-from lightning_overlap.state.sharded import SavedOptimizer, ShardedCheckpoints, describe, is_folder, names_of
-from lightning_overlap.strategy.whole_state import WholeStateOnly
+from lightning_overlap.state.sharded import SavedOptimizer, ShardedCheckpoints, is_folder, local_state, parameter_names
+from lightning_overlap.strategy.state_guard import StateGuard
 
 
 class Checkpoints:
@@ -47,7 +47,7 @@ class Checkpoints:
 
     Attributes:
         training: whether training is under way.
-        whole_state: while the model is sharded: refuses the user's calls of ``state_dict()``.
+        state_guard: while the model is sharded: refuses the user's calls of ``state_dict()``.
     """
 
     def __init__(self, layout: Literal["full", "sharded"], in_background: bool, timeout: timedelta) -> None:
@@ -56,7 +56,7 @@ class Checkpoints:
         self._modes: Sequence[OverlapMode] = ()
         self._holders: Sequence[Holder] = ()
         self._optimizer_holders: Sequence[OptimizerHolder] = ()
-        self.whole_state: WholeStateOnly | None = None
+        self.state_guard: StateGuard | None = None
         self.layout = layout
         self.in_background = in_background
         self.training = False
@@ -100,7 +100,7 @@ class Checkpoints:
 
     def _state_of(self, module: nn.Module) -> dict[str, Any]:
         """Returns the module's ``state_dict()``, in which this rank may have a part only."""
-        with self.whole_state.allowed() if self.whole_state is not None else contextlib.nullcontext():
+        with self.state_guard.allowed() if self.state_guard is not None else contextlib.nullcontext():
             return module.state_dict()
 
     # -- save -----------------------------------------------------------------------------------------------
@@ -129,7 +129,7 @@ class Checkpoints:
             unsharded: returns the state of an optimizer that no mode shards.
         """
         if self._is_sharded:
-            return describe(optimizer, self._optimizer_shards(optimizer), names_of(module), self._parts)
+            return local_state(optimizer, self._optimizer_shards(optimizer), parameter_names(module), self._parts)
         states = (state for mode in self._optimizer_holders if (state := mode.optimizer_state(optimizer)) is not None)
         state = next(states, None) or unsharded()
         for mode in reversed(self._holders):
@@ -255,7 +255,7 @@ class Checkpoints:
         for optimizer, state in zip(optimizers, states, strict=False):
             if isinstance(state, SavedOptimizer):
                 allocate = partial(self._optimizer_shards, optimizer)
-                self._sharded.load_optimizer(state, optimizer, names_of(module), self._parts, allocate)
+                self._sharded.load_optimizer(state, optimizer, parameter_names(module), self._parts, allocate)
                 continue
             for holder in self._holders:
                 state = holder.local_optimizer(optimizer, state)

@@ -34,10 +34,10 @@ def check_limit(name: str, limit: object) -> None:
 class FailureListener(Protocol):
     """The part of the strategy that a launcher uses."""
 
-    attempting: bool
+    launched: bool
     """Whether a launched function (``fit``, ...) has been called since the last teardown."""
 
-    def has_failed(self, trainer: Trainer | None) -> None:
+    def note_failure(self, trainer: Trainer | None) -> None:
         """Called when a launched function has failed, on this rank or on another one."""
 
 
@@ -67,7 +67,7 @@ class Watched:
 
     def _call(self, *args: Any, **kwargs: Any) -> Any:
         WORLD.announcements.start()
-        self._strategy.attempting = True
+        self._strategy.launched = True
         try:
             return self._function(*args, **kwargs)
         except SIGTERMException as error:  # all ranks stop at the same batch
@@ -79,7 +79,7 @@ class Watched:
         except BaseException as error:
             cause = WORLD.announcements.cause_of(error)
             WORLD.announcements.announce(error)
-            self._strategy.has_failed(self._trainer)
+            self._strategy.note_failure(self._trainer)
             if cause is not error:
                 raise cause from error
             raise

@@ -22,7 +22,7 @@ from lightning_overlap.ranks.group import Group
 from lightning_overlap.ranks.meeting import keep_store_alive, start_world
 from lightning_overlap.ranks.mesh import ParallelMesh
 from lightning_overlap.ranks.world import WORLD, agree, backend, broadcast_object, end_world, everyone, is_everyone, world_size
-from lightning_overlap.strategy.agreement import model_in_words, refuse_differences, trainer_in_words
+from lightning_overlap.strategy.agreement import describe_model, describe_trainer, refuse_differences
 from lightning_overlap.strategy.batches import refuse_empty, seed_workers
 from lightning_overlap.strategy.launching import ProcessLauncher, ScriptLauncher, check_limit, saving_in_step_only
 from lightning_overlap.strategy.setup import SharedRun, prepare_launch
@@ -39,7 +39,7 @@ class MeshStrategy(DDPStrategy):
         arguments: of ``DDPStrategy``.
 
     Attributes:
-        attempting: whether a launched function (``fit``, ...) has been called since the last teardown.
+        launched: whether a launched function (``fit``, ...) has been called since the last teardown.
         failed: whether one has failed, so that transfers may never complete.
     """
 
@@ -50,7 +50,7 @@ class MeshStrategy(DDPStrategy):
             raise ConfigError(f"process_group_backend must be gloo, nccl or None (the device's default), got {kind!r}")
         super().__init__(**arguments)
         self.config = config
-        self.attempting = self.failed = False
+        self.launched = self.failed = False
         self._meeting_timeout = meeting_timeout
         self._seed: int | None = None
         self._mesh = ParallelMesh(Degrees(), 0)
@@ -124,9 +124,9 @@ class MeshStrategy(DDPStrategy):
         assert self.model is not None, "Lightning connects the module"
         self._seed = broadcast_object(int(os.environ.get("PL_GLOBAL_SEED", 0)))
         mine = {"strategy arguments": repr((self.config, *arguments)), "versions": repr(Facts(world_size=1).versions)}
-        refuse_differences({**mine, **trainer_in_words(trainer), **model_in_words(self.model)})
+        refuse_differences({**mine, **describe_trainer(trainer), **describe_model(self.model)})
 
-    def has_failed(self, trainer: Trainer | None) -> None:
+    def note_failure(self, trainer: Trainer | None) -> None:
         """Notes a failure: transfers may never complete, so teardown does not wait for them."""
         self.failed = True
         if trainer is not None:

@@ -37,7 +37,7 @@ from lightning_overlap.ranks.mesh import ParallelMesh
 from lightning_overlap.ranks.shared_state import batch_norms_over, share
 from lightning_overlap.ranks.world import WORLD, backend, world_size
 from lightning_overlap.state.checkpoint import AtomicCheckpointIO
-from lightning_overlap.strategy.agreement import optimizers_in_words, refuse_differences
+from lightning_overlap.strategy.agreement import describe_optimizers, refuse_differences
 from lightning_overlap.strategy.batches import refuse_uneven
 from lightning_overlap.strategy.checkpoints import Checkpoints
 from lightning_overlap.strategy.evaluation import Mirror, metrics_over, mirrored_step
@@ -54,8 +54,8 @@ from lightning_overlap.strategy.seams import (
     zeroing_first,
 )
 from lightning_overlap.strategy.setup import SharedRun, give_memory, share_weights
+from lightning_overlap.strategy.state_guard import StateGuard
 from lightning_overlap.strategy.step import DrivenStep
-from lightning_overlap.strategy.whole_state import WholeStateOnly
 
 
 class OverlapStrategy(MeshStrategy):
@@ -206,8 +206,8 @@ class OverlapStrategy(MeshStrategy):
         """Sets up a fit after the modes have sharded the model."""
         module = trainer.lightning_module
         if any(isinstance(mode, Holder) for mode in self.modes):
-            self.checkpoints.whole_state = WholeStateOnly(module)
-            self._until_teardown.callback(self.checkpoints.whole_state.remove)
+            self.checkpoints.state_guard = StateGuard(module)
+            self._until_teardown.callback(self.checkpoints.state_guard.remove)
         if self._run is not None:
             self._run.start_fit(trainer, module, self.root_device)
             if self._driver is not None:
@@ -243,7 +243,7 @@ class OverlapStrategy(MeshStrategy):
         )
         # Ranks may differ in callbacks, clipping or optimizers, and would hang with different plans.
         plan_inputs = {field.name: repr(getattr(facts, field.name)) for field in fields(facts)}
-        refuse_differences({**plan_inputs, **optimizers_in_words(self.optimizers, model)})
+        refuse_differences({**plan_inputs, **describe_optimizers(self.optimizers, model)})
         self._plan = resolve(self.config, facts)
         log_on_rank_zero(self._plan.explain())
         if self.mesh.size("batch") > 1:
@@ -468,7 +468,7 @@ class OverlapStrategy(MeshStrategy):
         self._until_teardown.close()
         if self._run is not None:
             self._run.close(complete=not self.failed)
-        self._run = self._mirror = self.checkpoints.whole_state = None
+        self._run = self._mirror = self.checkpoints.state_guard = None
         for mode in reversed(self.modes):
             mode.release(complete=not self.failed)
         if self.failed and self.modes and self._fitting:
@@ -479,7 +479,7 @@ class OverlapStrategy(MeshStrategy):
             WORLD.abandon()  # their transfers may never complete
         self.checkpoints.close(complete=not self.failed)
         self.failed = False
-        if self.attempting:
+        if self.launched:
             WORLD.announcements.end()
-            self.attempting = False
+            self.launched = False
         super().teardown()

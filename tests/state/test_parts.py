@@ -10,7 +10,7 @@ from lightning_overlap.ranks.degrees import Degrees
 from lightning_overlap.ranks.mesh import ParallelMesh
 from lightning_overlap.ranks.world import rank
 from lightning_overlap.state.parts import Parts
-from lightning_overlap.state.sharded import ShardedCheckpoints, describe, names_of
+from lightning_overlap.state.sharded import ShardedCheckpoints, local_state, parameter_names
 from lightning_overlap.state.shards import Place
 
 SHAPE = torch.Size([6, 8])
@@ -72,7 +72,7 @@ def test_every_part_is_written_once_by_the_least_busy_of_its_holders(pipeline, d
     for number in range(degrees.world):
         mesh = ParallelMesh(degrees, number)
         holders = [HeldBy(mesh), NamedCuts(mesh)]
-        shares.append(Parts(holders, mesh).deal(tensors))
+        shares.append(Parts(holders, mesh).names_to_write(tensors))
     writers = brute_force_deal(holders, degrees.world, tensors)
     assert {name: sorted(r for r, share in enumerate(shares) if name in share) for name in tensors} == {
         name: sorted(ranks) for name, ranks in writers.items()
@@ -108,8 +108,8 @@ def test_dealing_many_names_to_many_ranks_looks_at_each_layout_once():
             return super().part_of(layout, rank)
 
     parts = Parts([Counted(mesh)], mesh)
-    parts.deal({f"{i}.{i % 8}": torch.zeros(1) for i in range(400)})
-    parts.deal({f"{i}.{i % 8}": torch.zeros(1) for i in range(400)})
+    parts.names_to_write({f"{i}.{i % 8}": torch.zeros(1) for i in range(400)})
+    parts.names_to_write({f"{i}.{i % 8}": torch.zeros(1) for i in range(400)})
     assert len(calls) == 8 * 512
 
 
@@ -152,7 +152,7 @@ def held(data, tensor):
 def save(path, data, tensor):
     module, optimizer, parts = held(data, tensor)
     folders = ShardedCheckpoints(timedelta(seconds=60))
-    state = {"state_dict": module.state_dict(), "optimizer_states": [describe(optimizer, None, names_of(module), parts)]}
+    state = {"state_dict": module.state_dict(), "optimizer_states": [local_state(optimizer, None, parameter_names(module), parts)]}
     folders.save(state, path, parts, copy=False)()
     folders.close(complete=True)
 
@@ -168,7 +168,7 @@ def loaded(path, data, tensor):
     for parameter in module.parameters():
         optimizer.state[parameter]["exp_avg_sq"].zero_()
     (saved,) = checkpoint["optimizer_states"]
-    folders.load_optimizer(saved, optimizer, names_of(module), parts, lambda state: None)
+    folders.load_optimizer(saved, optimizer, parameter_names(module), parts, lambda state: None)
     folders.close(complete=True)
     weights = {name: piece_of(value, parts.place(name)) for name, value in checkpoint["state_dict"].items()}
     return all(

@@ -5,7 +5,7 @@ from collections import namedtuple
 import torch
 from torch import nn
 
-from lightning_overlap.strategy.agreement import model_in_words, optimizers_in_words
+from lightning_overlap.strategy.agreement import describe_model, describe_optimizers
 from lightning_overlap.strategy.batches import digest
 from tests.helpers.training import Net, train
 
@@ -28,11 +28,11 @@ def test_a_digest_knows_the_order_of_samples():
 
 def test_a_model_in_words_knows_buffers_and_order():
     one, other = nn.Sequential(nn.BatchNorm1d(3)), nn.Sequential(nn.BatchNorm1d(4))
-    assert model_in_words(one)["buffer 0.running_mean"] != model_in_words(other)["buffer 0.running_mean"]
+    assert describe_model(one)["buffer 0.running_mean"] != describe_model(other)["buffer 0.running_mean"]
     first, second = nn.Module(), nn.Module()
     first.a, first.b = nn.Linear(2, 2), nn.Linear(2, 2)
     second.b, second.a = nn.Linear(2, 2), nn.Linear(2, 2)
-    differ = {key for key, value in model_in_words(first).items() if model_in_words(second)[key] != value}
+    differ = {key for key, value in describe_model(first).items() if describe_model(second)[key] != value}
     assert differ == {"the order of parameters and buffers"}
 
 
@@ -40,7 +40,7 @@ def test_optimizers_in_words_know_settings_groups_and_order():
     module = nn.Linear(2, 2)
 
     def differ(*made):
-        words = [optimizers_in_words([optimizer], module) for optimizer in made]
+        words = [describe_optimizers([optimizer], module) for optimizer in made]
         return {key for key in {**words[0], **words[1]} if words[0].get(key) != words[1].get(key)}
 
     plain = torch.optim.SGD(module.parameters(), 0.1)

@@ -10,9 +10,9 @@ from lightning_overlap.strategy.launching import Watched
 
 
 class Strategy:
-    attempting = False
+    launched = False
 
-    def has_failed(self, trainer):
+    def note_failure(self, trainer):
         pass
 
 

@@ -11,7 +11,7 @@ from torch import nn
 from lightning_overlap.decision import ConfigError
 
 
-class WholeStateOnly:
+class StateGuard:
     """Refuses ``state_dict()`` of a module and its submodules, and so ``save_pretrained()``, outside of :meth:`allowed`.
 
     Args:
