@@ -213,7 +213,7 @@ class PipelineMode(Driver, Holder):
 
         return find_flow(stages, self.partition.placement, self.group, self._device, run, stack.size)
 
-    def whole_parts(self, step: Step) -> Iterator[tuple[Any, int, float]]:
+    def unsharded_microbatches(self, step: Step) -> Iterator[tuple[Any, int, float]]:
         assert self._stack is not None, "the model is parallelized before it is trained"
         parts, weights = self._split(step)
         with preserve_random_state(self._device):
@@ -226,7 +226,7 @@ class PipelineMode(Driver, Holder):
         return self.runs.trial()
 
     @contextmanager
-    def whole(self) -> Iterator[None]:
+    def unsharded(self) -> Iterator[None]:
         names = self._state.gather(buffers=False)  # no training step has changed a buffer yet
         try:
             yield
@@ -273,7 +273,7 @@ class PipelineMode(Driver, Holder):
     def mirrors_evaluation(self) -> bool:
         return self._evaluation is not None and self._evaluation.is_mirrored
 
-    def failed_without_loss(self, message: str | None) -> str | None:
+    def error_without_loss(self, message: str | None) -> str | None:
         # Over a channel: ranks that have not failed may be in a transfer of the group.
         messages = next(iter(self.runs.channels.values())).all_gather_objects(message)
         return next(filter(None, messages), None) if messages[self.partition.placement[-1]] is None else None
@@ -293,14 +293,14 @@ class PipelineMode(Driver, Holder):
 
     # -- state -------------------------------------------------------------------------------------------------------
 
-    def whole_model(self, state: dict[str, Any]) -> dict[str, Any]:
-        return self._state.whole_model(state)
+    def gather_model_state(self, state: dict[str, Any]) -> dict[str, Any]:
+        return self._state.gather_model_state(state)
 
-    def whole_optimizer(self, optimizer: Optimizer, state: dict[str, Any]) -> dict[str, Any]:
-        return self._state.whole_optimizer(state)
+    def gather_optimizer_state(self, optimizer: Optimizer, state: dict[str, Any]) -> dict[str, Any]:
+        return self._state.gather_optimizer_state(state)
 
-    def local_optimizer(self, optimizer: Optimizer, state: dict[str, Any]) -> dict[str, Any]:
-        return self._state.local_optimizer(optimizer, state)
+    def local_optimizer_state(self, optimizer: Optimizer, state: dict[str, Any]) -> dict[str, Any]:
+        return self._state.local_optimizer_state(optimizer, state)
 
     def layout_of(self, name: str) -> tuple[int, ...]:
         return self.partition.holders(name)

@@ -54,8 +54,8 @@ class StageState:
         if complete:  # this rank never had the values of other stages' parameters; of buffers it had
             self.send(self._partition.is_buffer)
 
-    def whole_model(self, state: dict[str, Any]) -> dict[str, Any]:
-        """See :meth:`lightning_overlap.modes.base.Holder.whole_model`."""
+    def gather_model_state(self, state: dict[str, Any]) -> dict[str, Any]:
+        """See :meth:`lightning_overlap.modes.base.Holder.gather_model_state`."""
         if self._group.ranks[0] != 0:
             return state  # only the pipeline with rank 0 saves
         names = set(self._partition.sent_by(self._group.rank))
@@ -63,15 +63,16 @@ class StageState:
         remote = {name: value for part in parts for name, value in part.items()}
         return {name: remote.get(self._partition.first_name(name), value) for name, value in state.items()}
 
-    def whole_optimizer(self, state: dict[str, Any]) -> dict[str, Any]:
-        """See :meth:`lightning_overlap.modes.base.Holder.whole_optimizer`."""
+    def gather_optimizer_state(self, state: dict[str, Any]) -> dict[str, Any]:
+        """See :meth:`lightning_overlap.modes.base.Holder.gather_optimizer_state`."""
         if self._group.ranks[0] != 0:
             return state
         parts = self._group.gather_objects(state["state"])
         return {**state, "state": {number: value for part in reversed(parts) for number, value in part.items()}}
 
-    def local_optimizer(self, optimizer: Optimizer, state: dict[str, Any]) -> dict[str, Any]:
-        """See :meth:`lightning_overlap.modes.base.Holder.local_optimizer`. Other stages' state never reaches this rank's device."""
+    def local_optimizer_state(self, optimizer: Optimizer, state: dict[str, Any]) -> dict[str, Any]:
+        """See :meth:`lightning_overlap.modes.base.Holder.local_optimizer_state`."""
+        # Before the state is moved: other stages' state is never on this rank's device.
         parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
         absent = {id(parameter) for parameter in self._partition.absent_parameters().values()}
         numbers = {number for number, parameter in enumerate(parameters) if id(parameter) not in absent}

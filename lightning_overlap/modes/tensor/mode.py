@@ -156,7 +156,7 @@ class TensorMode(Holder):
         self.setup.boundary.start_forward()  # forgets inputs that were prepared for the sharded model
 
     @contextmanager
-    def whole(self) -> Iterator[None]:
+    def unsharded(self) -> Iterator[None]:
         pieces = [(parameter, parameter.data) for parameter in self._partition.parameters.values()]
         try:
             self._uninstall()
@@ -229,7 +229,7 @@ class TensorMode(Holder):
 
     # -- weights are read --------------------------------------------------------------------------------------------
 
-    def whole_model(self, state: dict[str, Any]) -> dict[str, Any]:
+    def gather_model_state(self, state: dict[str, Any]) -> dict[str, Any]:
         if not self._patches or not self._first_rank:
             return state
         unsharded: dict[str, Any] = {}
@@ -243,12 +243,12 @@ class TensorMode(Holder):
             unsharded[name] = value
         return unsharded
 
-    def whole_optimizer(self, optimizer: Optimizer, state: dict[str, Any]) -> dict[str, Any]:
+    def gather_optimizer_state(self, optimizer: Optimizer, state: dict[str, Any]) -> dict[str, Any]:
         if not self._first_rank:
             return state
         return self._change_state(optimizer, state, lambda piece, value: self._partition.gather(piece, value).cpu(), is_sharded=True)
 
-    def local_optimizer(self, optimizer: Optimizer, state: dict[str, Any]) -> dict[str, Any]:
+    def local_optimizer_state(self, optimizer: Optimizer, state: dict[str, Any]) -> dict[str, Any]:
         rank, size = self.group.rank, self.group.size
         return self._change_state(optimizer, state, lambda piece, value: piece.of(value, rank, size).clone(), is_sharded=False)
 
