@@ -13,7 +13,7 @@ that was created last. So the order of creation (downwards) decides the order of
                      _PostInputGrad      1. the input's gradient from all column layers; posts its sum, piece by piece
     column layers    _ColumnProduct      0. keep the gradient of their output
 
-The weights' gradients need the region's input again: the gather of its second transfer is posted in 4, behind the gather there.
+The weights' gradients need the region's input again: 4 posts its gather after that of the output's gradient.
 """
 
 from __future__ import annotations
