@@ -58,8 +58,8 @@ class Members:
         now = time.perf_counter()
         incomplete = [f"{t.label} ({now - t.posted:.1f} s ago)" for t in list(self.recent) if not t.complete]
         more = f" and {len(incomplete) - LISTED_TRANSFERS} more" if incomplete[LISTED_TRANSFERS:] else ""
+        posted = f" Posted by this rank and not complete: {', '.join(incomplete[:LISTED_TRANSFERS])}{more}." if incomplete else ""
         return TransferError(
             f"transfer {label!r} of group {self.name!r} between rank {self.ranks[self.rank]} and {who} failed: {error}. "
-            "The peer has ended or cannot be reached; see its log. Resume from the last checkpoint. "
-            f"Posted by this rank and not complete: {', '.join(incomplete[:LISTED_TRANSFERS])}{more}.{flight_record}"
+            f"The peer has ended or cannot be reached; see its log. Resume from the last checkpoint.{posted}{flight_record}"
         )

@@ -144,12 +144,21 @@ def refuse_damaged(path: Path, *, read_here: bool) -> None:
 # -- one file ----------------------------------------------------------------------------------------------------------
 
 
+LIGHTNING_SAVE = TorchCheckpointIO.save_checkpoint
+"""As it was at import: a user, or a test, may put another function in its place."""
+
+
 class AtomicCheckpointIO(TorchCheckpointIO):
     """Lightning's ``TorchCheckpointIO``, except that a crash while a local file is written leaves the previous checkpoint."""
 
+    @staticmethod
+    def takes_options() -> bool:
+        """Whether saving with ``storage_options`` is not an error. Lightning's own function refuses them; one in its place may not."""
+        return TorchCheckpointIO.save_checkpoint is not LIGHTNING_SAVE
+
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
-        if storage_options is not None or not is_local(path):
-            super().save_checkpoint(checkpoint, path, storage_options)
+        if storage_options is not None or not is_local(path) or TorchCheckpointIO.save_checkpoint is not LIGHTNING_SAVE:
+            super().save_checkpoint(checkpoint, path, storage_options=storage_options)
             return
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -153,7 +153,7 @@ class Checkpoints:
             CheckpointError: on every rank, if one failed; a background save raises it at the next save.
             TypeError: options are set, and no ``CheckpointIO`` takes them.
         """
-        if options is not None and (self._is_sharded or type(io) is AtomicCheckpointIO):
+        if options is not None and (self._is_sharded or (type(io) is AtomicCheckpointIO and not io.takes_options())):
             raise TypeError("`storage_options` arg is not supported here: it needs a CheckpointIO of your own")
 
         background = self.in_background and self.training

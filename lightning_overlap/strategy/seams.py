@@ -7,6 +7,7 @@ import inspect
 import signal
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -168,36 +169,34 @@ def is_compiled(module: LightningModule) -> bool:
     )
 
 
-def adapt_precision(plugin: Precision, stepped_parameters: Callable[..., Any], clip_by_norm: Callable[..., None]) -> None:
-    """Makes the plugin clip the parameters that this rank updates, by the norm over all ranks."""
-    plugin.main_params = stepped_parameters  # type: ignore[method-assign]
-    plugin.clip_grad_by_norm = clip_by_norm  # type: ignore[method-assign]
-
-
-@contextlib.contextmanager
-def backward_then(plugin: Precision, finish: Callable[[], None], *, skip_backward: bool) -> Iterator[None]:
-    """Inside, the plugin's backward calls ``finish`` at its end, before ``on_after_backward``.
+def adapt_precision(
+    plugin: Precision,
+    stepped_parameters: Callable[..., Any],
+    clip_by_norm: Callable[..., None],
+    run_backward: Callable[[Callable[[], None]], None],
+) -> None:
+    """Makes the plugin clip the parameters that this rank updates, by the norm over all ranks, and run backward as the modes need it.
 
     Args:
-        plugin: Lightning's precision plugin.
-        finish: completes gradients.
-        skip_backward: a driver has run backward already, so only ``finish`` is called.
+        plugin: Lightning's precision plugin, changed in place.
+        stepped_parameters: gives the parameters that an optimizer updates on this rank.
+        clip_by_norm: clips by the norm over all ranks.
+        run_backward: is called with the plugin's backward, and completes gradients before ``on_after_backward`` is called.
+            ``Strategy.backward`` is not overridden for that, because tests and callbacks replace it to count its calls.
     """
-    before = vars(plugin).get("backward")
-    run = plugin.backward
+    plugin.main_params = stepped_parameters  # type: ignore[method-assign]
+    plugin.clip_grad_by_norm = clip_by_norm  # type: ignore[method-assign]
+    plugin.backward = partial(_backward, plugin, run_backward)  # type: ignore[method-assign]
 
-    def backward(*args: Any, **kwargs: Any) -> None:
-        if not skip_backward:
-            run(*args, **kwargs)
-        finish()
 
-    plugin.backward = backward  # type: ignore[method-assign]
-    try:
-        yield
-    finally:
-        del plugin.backward
-        if before is not None:
-            plugin.backward = before  # type: ignore[method-assign]
+def _backward(plugin: Precision, run_backward: Callable[[Callable[[], None]], None], *args: Any, **kwargs: Any) -> None:
+    """Takes the place of ``plugin.backward``. A module-level function, so that the plugin can be pickled for spawned processes."""
+    run_backward(partial(plain_backward, plugin, *args, **kwargs))
+
+
+def plain_backward(plugin: Precision, *args: Any, **kwargs: Any) -> None:
+    """Runs backward as the plugin's class defines it, without what :func:`adapt_precision` adds."""
+    type(plugin).backward(plugin, *args, **kwargs)
 
 
 def after_closure(plugin: Precision, model: LightningModule, optimizer: Any) -> None:

@@ -21,7 +21,7 @@ from lightning_overlap.model.snapshots import preserve_attributes, reachable_obj
 from lightning_overlap.modes.base import OverlapMode, hold_gradient_syncs
 from lightning_overlap.steps.random_state import seed_generators
 from lightning_overlap.strategy.logs import LogRecord, combine, current_value, is_number, numbers_of, sendable_options, write_logs
-from lightning_overlap.strategy.seams import logs_go_to
+from lightning_overlap.strategy.seams import logs_go_to, plain_backward
 
 
 class DrivenStep:
@@ -78,7 +78,7 @@ class DrivenStep:
 
     def backward(self, loss: Tensor, share: float) -> None:
         scaled = loss * (share / self._module.trainer.accumulate_grad_batches)
-        self._strategy.precision_plugin.backward(scaled, self._module, self._strategy.optimizers[0])
+        plain_backward(self._strategy.precision_plugin, scaled, self._module, self._strategy.optimizers[0])
 
     def hold(self) -> AbstractContextManager[None]:
         return hold_gradient_syncs(self._modes)

@@ -48,7 +48,6 @@ from lightning_overlap.strategy.probe import examine
 from lightning_overlap.strategy.seams import (
     adapt_precision,
     after_closure,
-    backward_then,
     facts_of,
     warn_of_gradient_parts,
     zeroing_first,
@@ -165,7 +164,7 @@ class OverlapStrategy(MeshStrategy):
     def precision_plugin(self, plugin: Precision | None) -> None:
         self._precision_plugin = plugin
         if plugin is not None:
-            adapt_precision(plugin, self._stepped_parameters, self._clip_by_norm)
+            adapt_precision(plugin, self._stepped_parameters, self._clip_by_norm, self._run_backward)
 
     @property
     def _module(self) -> LightningModule:
@@ -331,16 +330,12 @@ class OverlapStrategy(MeshStrategy):
         for mode in self.modes if self._driver is None else ():
             mode.start_backward()
 
-    def backward(self, closure_loss: Tensor, optimizer: Optimizer | None, *args: Any, **kwargs: Any) -> Tensor:
-        """Runs backward as ``Strategy.backward`` does. The modes complete the gradients before ``on_after_backward``."""
-
-        def finish() -> None:
-            for mode in self.modes if self._driver is None else ():
+    def _run_backward(self, backward: Callable[[], None]) -> None:
+        """Runs the precision plugin's backward, and completes the gradients. A driver has done both already."""
+        if self._driver is None:
+            backward()
+            for mode in self.modes:
                 mode.finish_backward()
-
-        # A driver has run backward already: only the hooks are called.
-        with backward_then(self.precision_plugin, finish, skip_backward=self._driver is not None):
-            return super().backward(closure_loss, optimizer, *args, **kwargs)
 
     def optimizer_step(self, optimizer: Optimizer, closure: Callable[[], Any], model: Any = None, **kwargs: Any) -> Any:
         """Runs backward, then hooks and clipping, then the step. (Lightning runs backward inside ``optimizer.step``.)"""

@@ -361,8 +361,10 @@ def never_comes():
 
 @pytest.fixture
 def own_world():
-    """Two ranks for a test that leaves them at different numbers of groups."""
+    """Two ranks for a test that leaves them at different numbers of groups. A rank that hears nothing waits until the timeout of its
+    group, which is longer than the world's: the test then fails at the world's."""
     own = World(2)
+    own.timeout = 30.0
     yield own
     own.close()
 
@@ -376,7 +378,7 @@ def never_sends():
     WORLD.announcements.start()
     WORLD.announcements.interval = 0.1
     WORLD.assemble(datetime.timedelta(seconds=30), datetime.timedelta(seconds=30))
-    group = make_group([[0, 1]], "at rest", datetime.timedelta(minutes=30))  # longer than the world's limit for an answer
+    group = make_group([[0, 1]], "at rest", datetime.timedelta(minutes=30))
     group.rest()
     try:
         if dist.get_rank() == 1:

@@ -38,9 +38,6 @@ from lightning_overlap.steps.microbatches import Microbatches, shapes_of
 from lightning_overlap.steps.random_state import block_seeder, preserve_random_state, seed_all
 from lightning_overlap.steps.step import Step
 
-CHECKED_BATCHES = 3
-"""The number of batches at the start of a fit whose losses are checked for NaN."""
-
 
 class PipelineMode(Driver, Holder):
     """See the module's docstring."""
@@ -145,8 +142,8 @@ class PipelineMode(Driver, Holder):
     # -- training ----------------------------------------------------------------------------------------------------
 
     def run_step(self, step: Step) -> None:
-        # If the first step is compared with that of the unsharded model, a NaN loss is the user's.
-        is_checked = self._batches < CHECKED_BATCHES and not self.setup.first_step_is_verified
+        # If the first step is compared with that of the unsharded model, or had a finite loss, a NaN loss is the user's.
+        is_checked = not self._batches and not self.setup.first_step_is_verified
         self._batches += 1
         parts, weights = self._split(step)
         if self._batches == 1:

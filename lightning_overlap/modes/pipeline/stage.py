@@ -133,10 +133,10 @@ class Stages:
             raise ConfigError("training_step returned no loss. A pipeline needs a loss of every microbatch: it cannot skip one")
         if self._check and self._batch.shares[microbatch] and loss.isnan().any():
             raise ConfigError(
-                f"the loss of microbatch {microbatch} is NaN. If it is finite without pipeline_parallel: (1) a stage uses a parameter "
-                f"that another stage holds: the first stage holds modules that are registered before {self._model.stack.name}, the "
-                "last stage those after it. Register modules in the order of their use, and tie a head by `head.weight = "
-                "tokens.weight`; (2) a microbatch has no counted label, so that its mean over labels is NaN: set "
+                f"the loss of microbatch {microbatch} of the first batch is NaN. If it is finite without pipeline_parallel: (1) a "
+                "stage uses a parameter that another stage holds: the first stage holds modules that are registered before "
+                f"{self._model.stack.name}, the last stage those after it. Register modules in the order of their use, and tie a head "
+                "by `head.weight = tokens.weight`; (2) a microbatch has no counted label, so that its mean over labels is NaN: set "
                 "pipeline_parallel.microbatch_weight to labels or causal_labels"
             )
         self.losses[microbatch] = loss.detach()

@@ -61,6 +61,39 @@ def test_what_is_used_where_it_is_not_held_is_named_and_can_be_held(world):
     same(world, 2, NormFirst, {"schedule": "zb_v", "virtual_stages": 2})  # the last stage's rank has the first one too
 
 
+class NaNLater(Net):
+    """The second of three batches has a NaN."""
+
+    @staticmethod
+    def data() -> DataLoader:
+        batches = torch.randn(24, 4, generator=torch.Generator().manual_seed(2))
+        batches[9, 0] = float("nan")
+        return DataLoader(batches, 8)  # type: ignore[arg-type]
+
+
+class NaNAtOnce(NaNLater):
+    @staticmethod
+    def data() -> DataLoader:
+        return DataLoader(NaNLater.data().dataset, 8, sampler=range(8, 24))  # type: ignore[arg-type]
+
+
+def unproven(kind: type[Net], pipeline: dict[str, Any]) -> Any:
+    return pipelined(kind, pipeline, verify_first_step=False)
+
+
+@pytest.mark.parametrize("train", [pipelined, unproven])
+def test_a_nan_of_a_later_step_is_no_fault_of_the_cut(world, train):
+    """As in one process: training goes on, and the loss tells."""
+    for answer in world(2).run(train, NaNLater, {}):
+        assert not isinstance(answer, str), answer
+        assert answer[1]["loss"] != answer[1]["loss"]
+
+
+def test_a_nan_of_the_first_step_may_be_one(world):
+    first, second = world(2).run(unproven, NaNAtOnce, {})
+    assert "tie a head by" in second, (first, second)
+
+
 class Labelled(Net):
     """The loss is a mean over labels that count, of which samples have other numbers, and the third microbatch none."""
 

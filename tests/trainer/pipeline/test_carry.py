@@ -175,12 +175,13 @@ class Conditioned(Net):
         return self.out(x).square().mean()
 
 
-def pipelined(kind: type[Net], pipeline: dict[str, Any], trainer: dict[str, Any] | None = None) -> Any:
+def pipelined(kind: type[Net], pipeline: dict[str, Any], trainer: dict[str, Any] | None = None, **strategy_arguments: Any) -> Any:
     warnings.simplefilter("ignore")
     seed_everything(1, verbose=False)
     env: Any = {"cluster_environment": TorchElasticEnvironment(), "process_group_backend": "gloo"}
     size = dist.get_world_size()
-    strategy = OverlapStrategy(pipeline_parallel=PipelineParallel(**{"size": size, "microbatches": 4, **pipeline}), **env)
+    given_pipeline = PipelineParallel(**{"size": size, "microbatches": 4, **pipeline})
+    strategy = OverlapStrategy(pipeline_parallel=given_pipeline, **strategy_arguments, **env)
     given: Any = {"max_epochs": 1, "use_distributed_sampler": False, "num_sanity_val_steps": 1, **(trainer or {})}
     run = Trainer(**QUIET, accelerator="cpu", devices=size, strategy=strategy, **given)
     module = kind()
