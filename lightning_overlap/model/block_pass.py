@@ -1,6 +1,6 @@
 """A pass: one forward of the user's model on one rank, which runs some of the blocks and stands in for the others.
 
-In a pipeline every rank calls the user's whole forward, but runs only the blocks of its stage. The others are *remote* blocks: another
+In a pipeline every rank calls the user's forward, but runs only the blocks of its stage. The others are *remote* blocks: another
 stage runs them. A pass receives their outputs before it needs them, and keeps those of its own outputs that it has to send::
 
     the user's loop calls         | block 0 | block 1 | block 2 | block 3 | block 4 ...
@@ -10,9 +10,8 @@ stage runs them. A pass receives their outputs before it needs them, and keeps t
 A remote block returns the tensors that were received (the hidden states that block 2 needs, a position bias that all blocks share, a
 loss), and a :class:`RemoteTensor` for each other tensor.
 
-Parameters of other stages are NaN on purpose. The code around the blocks runs on every stage, because it alone knows how blocks are
-called; the parameters that it uses may belong to another stage, which gives them a shape here and NaN as values, without memory. What
-is computed with them is NaN too, so a value that a stage should have received, and did not, shows in the loss instead of changing it.
+The code around the blocks runs on every stage, because it alone knows how blocks are called. Its parameters may be absent, and so
+NaN, see :mod:`lightning_overlap.state.absent`: a value that a stage should have received, and did not, shows as NaN.
 """
 
 from __future__ import annotations

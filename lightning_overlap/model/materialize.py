@@ -45,8 +45,7 @@ def materialize(module: nn.Module, device: torch.device, holds: Callable[[str], 
         holds: whether this rank holds a parameter or buffer, by name. Each other parameter gets the memory of one element.
 
     Returns:
-        The names of the parameters and buffers that got memory. They are NaN until :func:`initialize`, see
-        :mod:`lightning_overlap.state.absent`.
+        The names of the tensors that got memory. They are NaN until :func:`initialize`, see :mod:`lightning_overlap.state.absent`.
     """
     names: list[str] = []
 

@@ -15,7 +15,7 @@ from lightning_overlap.model.trees import is_container, items, leaves, rebuild
 from lightning_overlap.steps.step import Step
 
 Dims = Mapping[str, int | None]
-"""The dim of samples, by path in the batch (``mask``, or ``1.mask`` in a tuple). None: each microbatch gets the whole tensor."""
+"""The dim of samples, by path in the batch (``mask``, or ``1.mask`` in a tuple). None: each microbatch gets the unsplit tensor."""
 REMEDY = "name the dim of samples, or None for what has no samples, for example PipelineParallel(batch_dims={'x': 0, 'mask': None})"
 """What to do, for errors."""
 

@@ -118,7 +118,7 @@ class _Trial(DrivenStep):
     def backward(self, loss: Tensor, share: float) -> None:
         (loss * share).backward()
 
-    def logged(self, shares: Sequence[float], weights: Sequence[float] | None = None) -> Any:
+    def merge_logs(self, shares: Sequence[float], weights: Sequence[float] | None = None) -> Any:
         return torch.stack([self._outputs[number].double() * share for number, share in enumerate(shares) if share]).sum().cpu()
 
     def log(self, merged: Any) -> None:
