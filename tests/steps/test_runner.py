@@ -67,5 +67,5 @@ def test_microbatches_without_a_pipeline_are_those_of_a_loop(schedule: Schedule)
 
 
 def test_several_ranks_need_transfers() -> None:
-    with pytest.raises(AssertionError, match="by transfers"):
+    with pytest.raises(AssertionError, match="needs transfers"):
         Runner(build("1f1b", 2, 1, 4), 0)
