@@ -1,4 +1,4 @@
-"""The peer of pipeline parallelism, torch.distributed.pipelining: the same stages, in torch's schedules and transfers."""
+"""The peer of pipeline parallelism, torch.distributed.pipelining: the same stages with torch's schedules and transfers."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ SCHEDULES: dict[str, Any] = {
     "eager_1f1b": Schedule1F1B,
     "interleaved": ScheduleInterleaved1F1B,
 }
-"""Of ours, what torch has in its place."""
+"""torch's schedule for each schedule of this package that torch has."""
 
 
 class _Stage(nn.Module):
-    """One stage of the user's training_step: hidden states to hidden states, or to the loss. Blocks must give hidden states alone."""
+    """One stage of training_step, from hidden states to hidden states or the loss. Blocks must return only hidden states."""
 
     def __init__(self, stack: BlockStack, blocks: range, *, first: bool, last: bool) -> None:
         super().__init__()
@@ -42,8 +42,8 @@ class _Stage(nn.Module):
         self.parts: Sequence[Any] = ()
 
     def forward(self, x: Tensor) -> Tensor:
-        assert self.step is not None, "a batch is at hand"
-        # Before its first batch torch runs each stage once to see the shapes: the microbatches then come in a turned order.
+        assert self.step is not None, "run_step sets the step"
+        # torch runs each stage once before the first batch, to learn the shapes: microbatches are then numbered in a rotated order.
         number, self.number = self.number % len(self.parts), self.number + 1
         before, end = (self._blocks.start - 1, 0), (self._blocks.stop - 1, 0)
         current_pass = Pass(
@@ -59,12 +59,12 @@ class _Stage(nn.Module):
             loss = self.step.forward(self.parts[number], number)
         if not self._last:
             return current_pass.kept[end]
-        assert loss is not None, "a peer trains what gives a loss"
+        assert loss is not None, "training_step returns a loss"
         return loss.reshape(1)
 
 
 class _TorchPipelining(PipelineMode):
-    """The pipeline mode with torch's schedule in the place of its own."""
+    """The pipeline mode with torch's schedule instead of its own."""
 
     def run_step(self, step: Step) -> None:
         assert self._stack is not None, "the model is parallelized before it is trained"
@@ -86,7 +86,7 @@ class _TorchPipelining(PipelineMode):
             self._schedule = schedule(of_rank, count, loss_fn=lambda out, _: out.sum() / count)
         for stage in self._torch_stages:
             stage.step, stage.parts, stage.number = step, parts, 0
-        numbers = torch.zeros(count)  # torch cuts them into microbatches; the stages have the user's
+        numbers = torch.zeros(count)  # torch splits these; the stages have the user's microbatches
         inputs = (numbers,) if self.group.rank == self.partition.placement[0] else ()
         target = {"target": numbers} if self.has_the_loss else {}
         step.start_backward()
@@ -97,7 +97,7 @@ class _TorchPipelining(PipelineMode):
 
 
 class TorchPipelining(OverlapConfig):
-    """The user's configuration, with that mode in the place of ours."""
+    """The user's configuration, with that mode instead of the pipeline mode."""
 
     modes = tuple(replace(mode, mode_type=_TorchPipelining) if mode is PIPELINE else mode for mode in MODES)
 

@@ -320,4 +320,4 @@ class PipelineMode(Driver, Holder):
             clear_markers(parameter)
         if complete:
             for group in set(self.runs.channels.values()):
-                group.rest()
+                group.stop()

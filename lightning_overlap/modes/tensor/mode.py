@@ -59,7 +59,9 @@ class TensorMode(Holder):
             keep_gathered=config.keep_gathered_input,
             methods=config.methods,
         )
-        self._engine = userbuffers.Engine(userbuffers.library(), self._exchange) if choices.backend.value == "userbuffers" else None
+        self._engine: userbuffers.UserbuffersLayers | None = None
+        if choices.backend.value == "userbuffers":
+            self._engine = userbuffers.UserbuffersLayers(userbuffers.library(), self._exchange)
         self._patches = Patches()
         self._first_rank = self.mesh.index("gradients") == 0
 
@@ -298,7 +300,7 @@ class TensorMode(Holder):
             self._engine.close()
         self._partition.restore(complete=complete)
         if complete:
-            self.group.rest()
+            self.group.stop()
 
 
 def look(model: nn.Module, config: TensorParallel, roles: Mapping[str, str]) -> TensorFacts | None:

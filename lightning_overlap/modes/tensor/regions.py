@@ -31,7 +31,7 @@ from lightning_overlap.modes.tensor.linear import (
 )
 from lightning_overlap.modes.tensor.random_state import CommonNumbers
 from lightning_overlap.modes.tensor.sequence import gather_tokens, scatter_tokens
-from lightning_overlap.modes.tensor.userbuffers import Engine
+from lightning_overlap.modes.tensor.userbuffers import UserbuffersLayers
 
 
 @dataclass
@@ -74,7 +74,7 @@ class Regions:
         boundary: Boundary,
         numbers: CommonNumbers,
         fused: symm_mem.Operators | None,
-        engine: Engine | None,
+        engine: UserbuffersLayers | None,
     ) -> None:
         self.columns: Mapping[str, Sequence[nn.Module]] = {}
         self.has_trained = False

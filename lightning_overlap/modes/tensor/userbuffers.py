@@ -84,7 +84,7 @@ class UserbuffersInput(PendingInput):
             return Gathered(self.local, self.state.shape[-2], self.state.exchange, f"tensor.input[{self.state.name}]")
 
 
-class Engine:
+class UserbuffersLayers:
     """Holds Transformer Engine's modules for a model's layers, and the process's userbuffers.
 
     Args:

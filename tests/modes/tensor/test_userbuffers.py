@@ -133,7 +133,7 @@ def differences(dtype: str) -> Any:
     exchange, fake = Exchange(tensor_group(dist.get_world_size()), sharded=True), Fake()
 
     def connect(region: Region, tokens: int) -> Any:
-        engine, columns = userbuffers.Engine(fake.library, exchange), [region.q, region.k]
+        engine, columns = userbuffers.UserbuffersLayers(fake.library, exchange), [region.q, region.k]
         region.out.forward = partial(engine.row_product, layer=region.out, name="out", region="region")  # type: ignore[method-assign]
 
         def gather(x: Tensor) -> Tensor:
@@ -158,7 +158,7 @@ def test_a_sharded_region_is_the_unsharded_one(world: Any, size: int, dtype: str
 def only_direct() -> float:
     """Where something reads the input twice and no column layer is called: the largest difference of its gradient."""
     group = tensor_group(dist.get_world_size())
-    engine = userbuffers.Engine(Fake().library, Exchange(group, sharded=True))
+    engine = userbuffers.UserbuffersLayers(Fake().library, Exchange(group, sharded=True))
     region = Region(True, torch.float64)
     region.shard(group.rank, group.size)
     own = torch.randn(4, 8, dtype=torch.float64, requires_grad=True)
@@ -229,7 +229,7 @@ def test_training_is_close_to_one_process(world: Any, case: str) -> None:
 
 def test_what_does_not_fit_is_said_once() -> None:
     library = userbuffers.Library(mock.Mock(), mock.Mock(), mock.Mock())
-    engine = userbuffers.Engine(library, Exchange(mock.Mock(size=2), sharded=True))
+    engine = userbuffers.UserbuffersLayers(library, Exchange(mock.Mock(size=2), sharded=True))
     layer, x = nn.Linear(8, 4), torch.zeros(3, 2, 8, requires_grad=True)
     assert not engine.fits((3, 4), 8, x, [layer]), "before the first step"
     engine.start(x, 4)
