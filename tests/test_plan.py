@@ -166,7 +166,7 @@ EVEN = {"of_modes": (PipelineFacts("blocks", (2, 2), (12, 12), 4, 0.9, ("Conv1D"
         ({"wgrad_deferral_limit": 1}, EVEN, True, r"at most 1 microbatches: estimated gain 2\.5%"),
         ({"defer_embedding_wgrad": True}, EVEN, True, r"at most 8 microbatches: estimated gain 7\.4%"),
         ({"schedule": "zb_h1"}, EVEN, True, "while its rank would wait: estimated gain"),
-        ({}, {"of_modes": (PipelineFacts("blocks", (2, 2), (12, 12), 0),)}, False, "no linear layer that is trained"),
+        ({}, {"of_modes": (PipelineFacts("blocks", (2, 2), (12, 12), 0),)}, False, "there is no trained nn.Linear"),
         ({}, {"of_modes": (PipelineFacts("blocks", (2, 2), (120, 120), 1),)}, False, "estimated gain is only 0"),
         ({}, {}, False, "the model is not known yet"),
         ({"defer_embedding_wgrad": False}, EVEN, False, "as configured"),
@@ -263,7 +263,7 @@ def test_tensor_parallelism_says_what_it_does():
     assert not loose.sequence_parallel.value
     assert "blocks.0.conv, b, c and 1 more may mix tokens" in loose.sequence_parallel.why
     assert loose.overlap.value
-    assert "sums of inputs' gradients travel while weights' gradients are computed" in loose.overlap.why
+    assert "inputs' gradients are summed while weights' gradients are computed" in loose.overlap.why
 
 
 @pytest.mark.parametrize(
@@ -271,7 +271,7 @@ def test_tensor_parallelism_says_what_it_does():
     [
         ({"found": ("", ("blocks.0.conv",), 0), "sequence_parallel": True}, "blocks.0.conv may mix tokens"),
         ({"sequence_parallel": False, "overlap": True}, "only sequence_parallel has these"),
-        ({"sequence_parallel": False, "methods": {"row_fprop": "plain"}}, "of sequence_parallel, which is off"),
+        ({"sequence_parallel": False, "methods": {"row_fprop": "plain"}}, "for sequence_parallel, which is off"),
         ({"overlap": False, "methods": {"row_fprop": "pipeline"}}, "overlap: false makes all of them plain: remove it"),
         (
             {"keep_gathered_input": True, "methods": {"column_wgrad": "plain"}},
