@@ -107,7 +107,7 @@ class ContextMode(Sharder):
         return self._attention(q, k, v, mask, layout, **options)
 
     @contextmanager
-    def whole(self) -> Iterator[None]:
+    def unsharded(self) -> Iterator[None]:
         self._uninstall()
         try:
             yield
