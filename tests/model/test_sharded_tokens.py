@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.autograd import Function
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.loss.loss_utils import ForCausalLMLoss
@@ -152,6 +153,7 @@ READ: dict[str, Callable[[Tensor, Given], Any]] = {
     "another order": lambda x, g: x.flip(1),
     "other tokens": lambda x, g: x[:, 1:] * x[:, :-1],
     "other tokens of the same number": lambda x, g: (x[:, 2:] * x[:, :-2] * x[:, 1:-1]).flip(1),
+    "gathered and taken": lambda x, g: (x.flip(1) * x).sum(),
     "weights by token": lambda x, g: g.full.transpose(1, 2) @ x,
     "search": lambda x, g: torch.where(x[..., 0] > 0)[0],
 }
@@ -334,6 +336,42 @@ def described(cut: TokenShards) -> None:
 
 def test_what_can_be_asked_needs_no_gather() -> None:
     run_shards(4, described)
+
+
+class Doubled(Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x * 2
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        return grad * 2
+
+
+class Loss(Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.shape = x.shape
+        return x.sum()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        return grad.expand(ctx.shape)
+
+
+@pytest.mark.parametrize("kind", [Doubled, Loss])
+def test_a_function_of_autograd_is_an_error(kind: Any) -> None:
+    def run(cut: TokenShards) -> str:
+        x = logits_of(cut) * torch.ones((), dtype=torch.float64, requires_grad=True)
+        try:
+            kind.apply(x).sum().backward()
+        except ConfigError as error:
+            return str(error)
+        return "none"
+
+    for text in run_shards(2, run):
+        assert "was given a tensor whose tokens are sharded" in text
+        assert "or set context_parallel.boundary: blocks" in text
 
 
 # -- worlds -------------------------------------------------------------------------------------------------------------------------
