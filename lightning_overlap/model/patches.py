@@ -1,4 +1,4 @@
-"""Replaced methods and hooks of modules that are cut. Copies and pickles of the modules do without: they are ordinary modules."""
+"""Replaced methods and hooks of sharded modules. Copies and pickles of a module have neither: they are ordinary modules."""
 
 from __future__ import annotations
 
@@ -10,29 +10,29 @@ from torch import nn
 
 
 class ReplacedForward:
-    """A module's ``forward`` (or another method), replaced. It is never compiled: it communicates, and numbers arrive while it runs.
+    """Replaces the ``forward`` of a module, or another method. It is never compiled, because it communicates.
 
     Args:
-        module: the user's.
-        function: what is called in its place.
+        module: the user's module.
+        function: the new method.
         name: of the method.
     """
 
     def __init__(self, module: nn.Module, function: Callable[..., Any], name: str = "forward") -> None:
         self._module, self._function, self._name = module, function, name
         self._before = vars(module).get(name)
-        self.__wrapped__ = function  # whose signature it has
+        self.__wrapped__ = function  # inspect.signature follows it
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self._function(*args, **kwargs)
 
     def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
-        return (_same, (self._before,)) if self._before is not None else (getattr, (self._module, self._name))
+        return (_identity, (self._before,)) if self._before is not None else (getattr, (self._module, self._name))
 
 
 class Hook:
-    """A hook of a module. It is never compiled: it communicates."""
+    """A hook of a module. It is never compiled, because it communicates."""
 
     def __init__(self, function: Callable[..., Any]) -> None:
         self._function = function
@@ -61,13 +61,13 @@ def replace_method(module: nn.Module, name: str, function: Callable[..., Any]) -
     return (lambda: delattr(module, name)) if before is None else (lambda: setattr(module, name, before))
 
 
-def _same(value: Any) -> Any:
+def _identity(value: Any) -> Any:
     return value
 
 
 def _no_hook() -> Callable[..., None]:
-    return _nothing
+    return _do_nothing
 
 
-def _nothing(*_: Any, **__: Any) -> None:
-    """Does what no hook does."""
+def _do_nothing(*_: Any, **__: Any) -> None:
+    """The hook of a copy."""

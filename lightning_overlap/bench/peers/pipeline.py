@@ -12,7 +12,8 @@ from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleGP
 
 from lightning_overlap.bench.peers import Peer
 from lightning_overlap.config import OverlapConfig
-from lightning_overlap.model.block_stack import BlockStack, Pass, Slot
+from lightning_overlap.model.block_pass import Pass, Slot
+from lightning_overlap.model.block_stack import BlockStack
 from lightning_overlap.modes import MODES
 from lightning_overlap.modes.pipeline import PIPELINE
 from lightning_overlap.modes.pipeline.mode import PipelineMode
@@ -45,19 +46,19 @@ class _Stage(nn.Module):
         # torch runs each stage once before the first batch, to learn the shapes: microbatches are then numbered in a rotated order.
         number, self.number = self.number % len(self.parts), self.number + 1
         before, end = (self._blocks.start - 1, 0), (self._blocks.stop - 1, 0)
-        how = Pass(
+        current_pass = Pass(
             run=frozenset(self._blocks),
             stop=self._stack.size if self._last else self._blocks.stop,
-            carried={} if self._first else {before: x},
-            outputs={block: Slot(0) for block in range(self._stack.size)},
-            wanted=lambda leaf: leaf == end,
-            before=block_seeder(self.step.key, number),
+            received={} if self._first else {before: x},
+            structures={block: Slot(0) for block in range(self._stack.size)},
+            is_kept=lambda leaf: leaf == end,
+            before_block=block_seeder(self.step.key, number),
         )
         seed_all(*self.step.key, number)
-        with self._stack.passing(how):
+        with self._stack.running(current_pass):
             loss = self.step.forward(self.parts[number], number)
         if not self._last:
-            return how.kept[end]
+            return current_pass.kept[end]
         assert loss is not None, "training_step returns a loss"
         return loss.reshape(1)
 
@@ -68,7 +69,7 @@ class _TorchPipelining(PipelineMode):
     def run_step(self, step: Step) -> None:
         assert self._stack is not None, "the model is parallelized before it is trained"
         count = self.config.count
-        parts = microbatches.cut(step.batch, count)
+        parts = microbatches.split_batch(step.batch, count)
         if not hasattr(self, "_torch_stages"):
             stages = len(self._stages)
             mine = [stage for stage, rank in enumerate(self._placement) if rank == self._rank]
@@ -91,7 +92,7 @@ class _TorchPipelining(PipelineMode):
         with preserve_random_state(self._device):
             self._schedule.step(*inputs, **target)
         step.finish_backward()
-        step.log(self.with_the_loss(lambda: step.logged([1 / count] * count)))
+        step.log(self.with_the_loss(lambda: step.merge_logs([1 / count] * count)))
 
 
 class TorchPipelining(OverlapConfig):

@@ -253,13 +253,13 @@ class HeadAttention(Function):
             exchange.place_heads(received, [mine(queries, heads), mine(keys, new, keys=True), mine(values, new, keys=True)])
             pieces = PointToPoint(by_heads.outer, by_heads.plan, by_heads.keys_of(keys, group), by_heads.keys_of(values, group))
             of_group = None if sinks is None else sinks[heads.start : heads.stop]
-            output, mine(lse.unsqueeze(3), heads)[..., 0] = part.forward(mine(queries, heads), pieces, of_group)
-            mine(outputs, heads).copy_(output)
-            into = [(result, by_rank(group, by_heads.queries))]
+            for into, made in zip((outputs, lse), part.forward(mine(queries, heads), pieces, of_group), strict=True):
+                mine(into, heads).copy_(made)
+            returned = [(result, by_rank(group, by_heads.queries))]
             key, label = FIRST_HEAD_KEY + shares.groups + group, f"context.head_outputs[{group}]"
-            leaving.append((posted(exchange.to_tokens([mine(outputs, heads)], into, key=key, label=label), overlapped), into))
-        for pending, into in leaving:
-            exchange.place_tokens(pending.wait(), into)
+            leaving.append((posted(exchange.to_tokens([mine(outputs, heads)], returned, key=key, label=label), overlapped), returned))
+        for pending, returned in leaving:
+            exchange.place_tokens(pending.wait(), returned)
         ctx.save_for_backward(queries, keys, values, sinks, outputs, lse)
         ctx.by_heads, ctx.shapes = by_heads, (q.shape, k.shape, v.shape)
         return result
@@ -286,8 +286,8 @@ class HeadAttention(Function):
             heads, done = shares.queries[rank][group], shares.last(rank, group)
             exchange.place_heads(received, [mine(grads, heads)])
             pieces = PointToPoint(by_heads.outer, by_heads.plan, by_heads.keys_of(keys, group), by_heads.keys_of(values, group))
-            tensors = [mine(x, heads) for x in (grads, queries, outputs)]
-            of_q, of_k, of_v = part.backward(*tensors, mine(lse.unsqueeze(3), heads)[..., 0], pieces)
+            grad_of_heads, q, output, lse_of_heads = (mine(x, heads) for x in (grads, queries, outputs, lse))
+            of_q, of_k, of_v = part.backward(grad_of_heads, q, output, lse_of_heads, pieces)
             mine(of_queries, heads).copy_(of_q)
             by_heads.add_to_keys(of_keys, group, of_k)
             by_heads.add_to_keys(of_values, group, of_v)

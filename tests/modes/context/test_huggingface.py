@@ -20,6 +20,7 @@ from lightning_overlap.decision import ConfigError
 from lightning_overlap.modes.context import huggingface, seam
 from lightning_overlap.modes.context.local_tokens import LocalTokens
 from lightning_overlap.modes.context.mask import Mask
+from lightning_overlap.transformers_seams import set_attention
 
 TOKENS = 24
 SIZES = {
@@ -311,6 +312,8 @@ def test_a_vision_tower_is_not_touched():
     torch.testing.assert_close(model(**batch).logits, expected)
     switch.undo()
     assert config.text_config._attn_implementation == "sdpa"
+    set_attention(config, huggingface.NAME)  # of a stack whose config has those of other stacks in it
+    assert (config._attn_implementation, config.vision_config._attn_implementation) == (huggingface.NAME, "sdpa")
 
 
 def test_copies_and_files_do_not_name_ours(tmp_path: Path):

@@ -11,6 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 from lightning_overlap.decision import ConfigError
 from lightning_overlap.model.patches import replace_method
+from lightning_overlap.model.trees import leaves, replaced
 from lightning_overlap.modes.context.arguments import per_token_forward, shard_argument
 from lightning_overlap.modes.context.local_tokens import LocalTokens
 from lightning_overlap.modes.context.mask import Mask
@@ -288,6 +289,12 @@ def test_what_mixes_tokens_is_known(mixer: nn.Module, message: str):
     assert find_mixers("blocks", blocks) == []
 
 
+def test_a_mask_is_one_argument():
+    mask = Mask(TOKENS, documents=torch.zeros(1, TOKENS, dtype=torch.long))
+    assert list(leaves({"mask": [mask]})) == [mask]
+    assert replaced({"mask": mask}, lambda leaf: leaf)["mask"] is mask
+
+
 # -- arguments -----------------------------------------------------------------------------------------------------------------------
 
 
@@ -326,6 +333,13 @@ def test_arguments_are_sharded_by_their_shape(shape: tuple[int, ...], dtype: tor
         assert shard_argument(x, TOKENS, SOME) is x
     else:
         assert torch.equal(shard_argument(x, TOKENS, SOME), x.index_select(int(dim), SOME))
+
+
+@pytest.mark.parametrize(("shape", "dim"), [((TOKENS, 1, 4), None), ((TOKENS, 4, 3, 2), None), ((TOKENS, TOKENS, 4), 1)])
+def test_samples_are_not_taken_for_tokens(shape: tuple[int, ...], dim: int | None):
+    x = torch.rand(shape)
+    found = shard_argument(x, TOKENS, SOME, batch=TOKENS)
+    assert found is x if dim is None else torch.equal(found, x.index_select(dim, SOME))
 
 
 class Rotary(nn.Module):

@@ -1,0 +1,171 @@
+"""What travels in an attention, in which order, and that it does so on gloo."""
+
+import datetime
+import threading
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from lightning_overlap.decision import ConfigError
+from lightning_overlap.modes.context import attention as module
+from lightning_overlap.modes.context.attention import ContextAttention
+from lightning_overlap.modes.context.kernel import FlashKernel, Kernel
+from lightning_overlap.modes.context.layout import TokenLayout
+from lightning_overlap.modes.context.mask import Mask
+from lightning_overlap.ranks.transfer import Transfer
+from lightning_overlap.ranks.world import make_group
+from tests.modes.context.masks import mask_of
+from tests.modes.context.ranks import on_ranks
+from tests.modes.context.test_attention import HIERARCHICAL, METHODS, both_ways, whole_of
+from tests.modes.context.whole import inputs, whole_attention
+
+Events = list[tuple[str, str]]
+
+
+class Recorder(FlashKernel):
+    """Tells what it computes."""
+
+    def __init__(self, events: Events) -> None:
+        super().__init__(0.3)
+        self.events = events
+
+    def forward(self, *arguments: Any) -> Any:
+        self.events.append(("compute", ""))
+        return super().forward(*arguments)
+
+    def backward(self, *arguments: Any) -> Any:
+        self.events.append(("compute", ""))
+        return super().backward(*arguments)
+
+
+def record(group: Any, method: dict[str, Any], tokens: int) -> tuple[Events, Events, int]:
+    """What a rank does in forward and in backward, in order, and the bytes that it sends."""
+    layout = TokenLayout.balanced(tokens, group.size)
+    q, k, v, grad = (x[:, :, layout.positions(group.rank)].clone() for x in inputs(tokens, 4, 4, torch.float32))
+    q.requires_grad_()
+    output = ContextAttention(group, **method)(q, k, v, Mask(tokens, causal=True), layout)
+    count = len(group.events)
+    output.backward(grad)
+    return group.events[:count], group.events[count:], group.nbytes
+
+
+@pytest.fixture
+def recorded(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Records what each rank posts, waits for and computes."""
+
+    def of(size: int, method: dict[str, Any], tokens: int) -> list[tuple[Events, Events, int]]:
+        def run(group: Any) -> tuple[Events, Events, int]:
+            kernels[group.rank] = Recorder(group.events)
+            ranks.rank = group.rank
+            return record(group, method, tokens)
+
+        return on_ranks(size, run)
+
+    kernels: dict[int, Kernel] = {}
+    ranks = threading.local()
+    monkeypatch.setattr(module, "kernel_for", lambda *_: kernels[ranks.rank])
+    return of
+
+
+@pytest.mark.parametrize("method", ["p2p", "all_gather"])
+def test_pieces_are_posted_before_the_compute_that_hides_them(recorded: Any, method: str) -> None:
+    for rank, (forward, backward, _) in enumerate(recorded(2, {"method": method}, 64)):
+        for events in (forward, backward):
+            waits = [i for i, event in enumerate(events) if event[0] == "wait"]
+            first = next(i for i, event in enumerate(events) if event[0] == "compute")
+            assert first < waits[0], "local keys are used while the first piece travels"
+            for i in waits:
+                label = events[i][1]
+                assert ("compute", "") in events[events.index(("post", label)) : i], f"nothing hides {label} of rank {rank}"
+        kinds = [kind for kind, label in backward if kind != "wait" and "pieces" not in label]
+        last = len(kinds) - 1 - kinds[::-1].index("post")
+        assert "compute" in kinds[last:], "local keys are used while the last gradients leave"
+
+
+def test_plain_transfers_are_waited_for_where_they_are_posted(recorded: Any) -> None:
+    for method in ({"method": "p2p"}, {"method": "all_gather"}, {"method": "a2a"}):
+        for forward, backward, _ in recorded(2, {**method, "overlapped": False}, 64):
+            for events in (forward, backward):
+                posts = [i for i, (kind, _) in enumerate(events) if kind == "post"]
+                assert posts
+                assert all(events[i + 1] == ("wait", events[i][1]) for i in posts)
+
+
+def test_an_exchange_of_heads_travels_while_others_are_computed(recorded: Any) -> None:
+    for events in recorded(2, {"method": "a2a"}, 64)[0][:2]:
+        kinds = [kind for kind, _ in events]
+        groups = 2
+        assert kinds[:3] == ["post", "wait", "post"], "the second group travels while the first one is computed"
+        outputs = [i for i, (kind, label) in enumerate(events) if kind == "post"][groups:]
+        assert "compute" in kinds[outputs[0] :], "the first group's outputs travel while the second one is computed"
+
+
+def test_bytes(recorded: Any) -> None:
+    """Without transfers each rank would attend to its own tokens, and look fast."""
+    kv = 2 * 4 * 64 * 8 * 4 * 2  # of all tokens: 2 samples, 4 heads, 64 tokens, 8 features, fp32, keys and values
+    ring = 3 * kv  # twice in forward and backward, and gradients once
+    assert sum(sent for _, _, sent in recorded(2, {"method": "p2p"}, 64)) == 0.75 * ring
+    assert sum(sent for _, _, sent in recorded(4, {"method": "p2p"}, 64)) == 0.75 * ring * 3
+    heads = 2 * (4 * kv // 2)  # q, k, v and the output, half of each, and the same of gradients
+    assert sum(sent for _, _, sent in recorded(2, {"method": "a2a"}, 64)) == heads // 2
+
+
+# -- gloo --------------------------------------------------------------------------------------------------------------------
+
+
+def on_gloo(methods: list[dict[str, Any]]) -> list[tuple[list[Any], list[Transfer]]]:
+    """Results of each method, and the transfers of the last one's."""
+    size = dist.get_world_size()
+    group = make_group([list(range(size))], "context", datetime.timedelta(seconds=30))
+    try:
+        results = []
+        for method in methods:
+            mask = mask_of("causal", 29)
+            group.log = []
+            parts = both_ways(group, method, inputs(29, 4, 2, torch.float64), mask, TokenLayout.balanced(29, size))
+            results.append((parts, [(each.label, each.nbytes, each.complete) for each in group.log]))
+        return results
+    finally:
+        group.close()
+
+
+@pytest.mark.parametrize("size", [2, 4])
+def test_gloo(world: Any, size: int) -> None:
+    methods = [*METHODS, *(HIERARCHICAL if size == 4 else [])]
+    expected = whole_attention(*inputs(29, 4, 2, torch.float64), mask_of("causal", 29))
+    by_rank = world(size).run(on_gloo, methods)
+    for number in range(len(methods)):
+        results = [rank[number] for rank in by_rank]
+        computed = whole_of([parts for parts, _ in results], TokenLayout.balanced(29, size))
+        torch.testing.assert_close(computed, expected, rtol=1e-11, atol=1e-12)
+        for _, log in results:
+            assert sum(nbytes for _, nbytes, _ in log) > 0
+            assert all(complete for _, _, complete in log), "all is waited for"
+
+
+# -- errors ------------------------------------------------------------------------------------------------------------------
+
+
+def refusal(group: Any, method: dict[str, Any], heads: int, mask: Mask) -> str:
+    layout = TokenLayout.balanced(8, group.size)
+    q, k, v, _ = (x[:, :, layout.positions(group.rank)] for x in inputs(8, heads, heads, torch.float32))
+    with pytest.raises((ConfigError, ValueError)) as error:
+        ContextAttention(group, **method)(q, k, v, mask, layout)
+    return str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("method", "heads", "mask", "said"),
+    [
+        ({"method": "a2a"}, 3, Mask(8), "3 query heads cannot be shared evenly by 2 ranks"),
+        ({"method": "a2a+p2p"}, 4, Mask(8), "needs the numbers of ranks"),
+        ({"method": "a2a+p2p", "hierarchical_sizes": (2, 2)}, 4, Mask(8), "4 ranks of 2"),
+        ({"method": "p2p", "hierarchical_sizes": (2, 1)}, 4, Mask(8), "other methods have none"),
+        ({"method": "p2p"}, 4, Mask(8, bias=torch.zeros(8, 8, requires_grad=True)), "detach the bias"),
+        ({"method": "p2p"}, 4, Mask(9), "a mask of 9 tokens"),
+    ],
+)
+def test_what_cannot_be_is_an_error(method: dict[str, Any], heads: int, mask: Mask, said: str) -> None:
+    assert all(said in text for text in on_ranks(2, refusal, method, heads, mask))
