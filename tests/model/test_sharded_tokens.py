@@ -149,6 +149,7 @@ READ: dict[str, Callable[[Tensor, Given], Any]] = {
     "convolution": lambda x, g: F.conv1d(x.transpose(1, 2), g.weight[:, :, None], padding=1),
     "attention": lambda x, g: F.scaled_dot_product_attention(x, x, x),
     "tokens and features": lambda x, g: x.reshape(SAMPLES, -1),
+    "cut across samples": lambda x, g: x.flatten(0, 1).view(TOKENS, SAMPLES, FEATURES),
     "cut at tokens": lambda x, g: x.split(3, 1)[1],
     "another order": lambda x, g: x.flip(1),
     "other tokens": lambda x, g: x[:, 1:] * x[:, :-1],
