@@ -19,7 +19,7 @@ from lightning_overlap.decision import ConfigError
 from lightning_overlap.model.sharded_tokens import ShardedTokens
 from lightning_overlap.model.token_shards import TokenShards
 from lightning_overlap.modes.tensor.gemm import shares
-from lightning_overlap.modes.tensor.vocab import CutLogits, Vocabulary, head_forward
+from lightning_overlap.modes.tensor.vocab import ShardedLogits, Vocabulary, head_forward
 from lightning_overlap.ranks.group import Group
 from lightning_overlap.ranks.world import make_group
 from lightning_overlap.torch_seams import tree_leaves
@@ -172,7 +172,7 @@ def compare(cut: TokenShards, kind: str, name: str) -> None:
     assert result.shape == expected.shape
     assert result.dtype == expected.dtype
     with torch.no_grad():
-        close(result.whole("the test") if kind == "kept" else result, expected, "value")
+        close(result.complete("the test") if kind == "kept" else result, expected, "value")
     if not expected.requires_grad or not expected.numel():
         return
     weights = numbers(*expected.shape, seed=8)
@@ -428,7 +428,7 @@ def vocabulary_too(tied: bool) -> None:
     expected.backward()
     logits = local_head(local_norm(ShardedTokens.of(cut.take(hidden, 1), 1, cut)))
     assert isinstance(logits, ShardedTokens)
-    assert isinstance(logits.local, CutLogits)
+    assert isinstance(logits.local, ShardedLogits)
     assert logits.shape == (SAMPLES, TOKENS, ENTRIES)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
