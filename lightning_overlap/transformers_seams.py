@@ -26,6 +26,7 @@ __all__ = [
 PRIVATE_NAMES: tuple[tuple[Any, str, str], ...] = (
     (PreTrainedConfig, "_attn_implementation", "the name of the attention function, by which a model finds it in the registry"),
     (PreTrainedModel, "_can_set_attn_implementation", "whether a model finds its attention function in the registry"),
+    (PreTrainedModel, "_supports_sdpa", "whether a model calls torch's attention"),
 )
 """The object that has the name, the name, what it is used for."""
 for _owner, _name, _use in PRIVATE_NAMES:
@@ -36,6 +37,11 @@ for _owner, _name, _use in PRIVATE_NAMES:
 def has_registered_attention(model: PreTrainedModel) -> bool:
     """Whether the model calls the attention function that its config names. Older models call torch's, or have their own."""
     return bool(model._can_set_attn_implementation())
+
+
+def calls_torch_attention(model: PreTrainedModel) -> bool:
+    """Whether the model can call torch's attention."""
+    return bool(model._supports_sdpa)
 
 
 def attention_of(config: PreTrainedConfig) -> str | None:

@@ -95,6 +95,8 @@ class _Position:
 
     is_inside: bool = False
     """The first block was called, and the last one has not returned yet."""
+    is_in_block: bool = False
+    """A block was called and has not returned yet."""
     tokens: dict[TokenCut, int] = field(default_factory=dict)
     """By cut, the number of tokens that it shards, once the first block was called on this rank."""
 
@@ -155,6 +157,7 @@ class Boundary:
         self._may_record = any(map(is_from_transformers, blocks))
         for block in dict.fromkeys(blocks):
             self._hooks.append(block.register_forward_pre_hook(Hook(self._before_block), with_kwargs=True))
+            self._hooks.append(block.register_forward_hook(Hook(self._after_block)))
         self._hooks.append(blocks[-1].register_forward_hook(Hook(self._after_last_block)))
 
     def _before_block(self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
@@ -174,7 +177,11 @@ class Boundary:
             if is_first:
                 x = cut.enter(x)
                 args, kwargs = replace_hidden(args, kwargs, position, x)
+        self._position.is_in_block = True
         return args, kwargs
+
+    def _after_block(self, block: nn.Module, args: Any, output: Any) -> None:
+        self._position.is_in_block = False
 
     def _after_last_block(self, block: nn.Module, args: Any, output: Any) -> Any:
         x = self._leave(hidden_of(output))
@@ -245,6 +252,15 @@ class Boundary:
         """
         if self._cuts and self._position.is_inside and not self.has_remote_blocks:
             raise self._not_called("last", "the ranks gather all tokens after it")
+
+    def explain_failure(self) -> None:
+        """Call it when a forward has failed: code after the blocks fails in other words if the last block was not called.
+
+        Raises:
+            ConfigError: the first block was called, no block was running, and the last one was not called.
+        """
+        if not self._position.is_in_block:
+            self.require_outside()
 
     def _not_called(self, which: str, reason: str) -> ConfigError:
         remedies = " and ".join(cut.remedy for cut in self._cuts)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lightning_overlap.model.stand_in import ASKED, TRACED, StandIn
+from lightning_overlap.model.stand_in import AUTOGRAD, METADATA, StandIn
 from lightning_overlap.model.token_shards import TokenShards
 from lightning_overlap.torch_seams import WithoutSubclasses, tree_leaves, tree_map
 
@@ -35,7 +35,7 @@ class ShardedTokens(StandIn):
         shards: which tokens each rank has.
     """
 
-    what = "a tensor whose tokens are sharded over the ranks"
+    description = "a tensor whose tokens are sharded over the ranks"
     local: Tensor
     sharded_dim: int
     shards: TokenShards
@@ -60,8 +60,8 @@ class ShardedTokens(StandIn):
         return x
 
     @property
-    def written(self) -> list[str]:
-        return self.local.written if isinstance(self.local, StandIn) else super().written
+    def writers(self) -> list[str]:
+        return self.local.writers if isinstance(self.local, StandIn) else super().writers
 
     def map(self, function: Callable[[Tensor], Tensor]) -> ShardedTokens:
         """``function`` of the local part: one that acts on each token by itself, and keeps their dim."""
@@ -70,9 +70,9 @@ class ShardedTokens(StandIn):
     @classmethod
     def compute(cls, func: Any, args: Any, kwargs: Any) -> Any:
         x = _first(args, kwargs)
-        if func in TRACED and x is not None:
+        if func in AUTOGRAD and x is not None:
             return func(x.local)
-        if func in ASKED:
+        if func in METADATA:
             with WithoutSubclasses():
                 return func(*args, **kwargs)
         if func in _RULES and x is not None:
@@ -82,7 +82,7 @@ class ShardedTokens(StandIn):
                 pass
         return super().compute(func, args, kwargs)
 
-    def whole(self, reader: Any) -> Tensor:
+    def complete(self, reader: Any) -> Tensor:
         """The ordinary tensor. Collective."""
         if self.requires_grad and torch.is_grad_enabled():
             warnings.warn(
@@ -111,7 +111,7 @@ def _first(args: Any, kwargs: Any) -> ShardedTokens | None:
 
 
 def _ordinary(x: Tensor, reader: Any) -> Tensor:
-    return x.whole(reader) if isinstance(x, StandIn) else x
+    return x.complete(reader) if isinstance(x, StandIn) else x
 
 
 def _local(x: Tensor, like: ShardedTokens, dim: int) -> Tensor:

@@ -61,5 +61,6 @@ class Members:
         posted = f" Incomplete transfers of this rank: {', '.join(incomplete[:LISTED_TRANSFERS])}{more}." if incomplete else ""
         return TransferError(
             f"transfer {label!r} of group {self.name!r} between rank {self.ranks[self.rank]} and {who} failed: {error}. "
-            f"The peer has ended or cannot be reached. Look for its error, and resume from the last checkpoint.{posted}{flight_record}"
+            "The peer has ended or cannot be reached. Look for its error, and resume from the last checkpoint."
+            f"{posted}{flight_record}"
         )

@@ -210,7 +210,7 @@ class FirstStep:
         result = _Result()
         with ExitStack() as stack:
             for mode in reversed(self._sharders):
-                stack.enter_context(mode.whole())
+                stack.enter_context(mode.unsharded())
             self._drop_gradients()
             stack.enter_context(preserve_random_state(self._device))
             stack.enter_context(_without_dropout())
@@ -250,7 +250,7 @@ class FirstStep:
         Returns:
             The microbatches' shares of the loss; None if ``training_step`` returns no loss.
         """
-        parts = self._driver.whole_parts(self._step) if self._driver is not None else iter([(self._step.batch, 0, 1.0)])
+        parts = self._driver.unsharded_microbatches(self._step) if self._driver is not None else iter([(self._step.batch, 0, 1.0)])
         shares = []
         with self._step.trial():
             for part, number, share in parts:
@@ -289,6 +289,8 @@ class FirstStep:
         except (ConfigError, TransferError, torch.OutOfMemoryError):
             raise
         except Exception as error:
+            for mode in self._modes:
+                mode.explain_failure()
             raise ConfigError(
                 "verify_first_step: the unsharded model ran the first batch, but the sharded model failed: "
                 f"{type(error).__name__}: {error}. {_CAUSES}"

@@ -283,7 +283,12 @@ class OverlapStrategy(MeshStrategy):
         for mode in self.modes:
             mode.start_forward()
         if self._driver is None:
-            output = super().training_step(*args, **kwargs)
+            try:
+                output = super().training_step(*args, **kwargs)
+            except Exception:
+                for mode in self.modes:
+                    mode.explain_failure()
+                raise
             if comparison is not None and is_compared:
                 comparison.loss(output)
             return output

@@ -75,7 +75,7 @@ def sharded(group: Any, model: Any, padded: bool, stays: bool, recorded_before: 
     (output.loss + output.hidden_states[1].square().mean()).backward()
     grads = {name: shards.total(p.grad) / group.size for name, p in model.named_parameters() if p.grad is not None}
     with torch.no_grad():
-        return output.loss, [x.clone().sin().whole("a test") if stays else x.sin() for x in output.hidden_states], grads
+        return output.loss, [x.clone().sin().complete("a test") if stays else x.sin() for x in output.hidden_states], grads
 
 
 @pytest.mark.parametrize("recorded_before", [False, True])

@@ -169,7 +169,7 @@ def compare(cut: TokenShards, kind: str, name: str) -> None:
     assert result.shape == expected.shape
     assert result.dtype == expected.dtype
     with torch.no_grad():
-        close(result.whole("the test") if kind == "kept" else result, expected, "value")
+        close(result.complete("the test") if kind == "kept" else result, expected, "value")
     if not expected.requires_grad or not expected.numel():
         return
     weights = numbers(*expected.shape, seed=8)

@@ -388,7 +388,7 @@ def never_sends():
     WORLD.announcements.start()
     WORLD.announcements.interval = 0.1
     WORLD.assemble(datetime.timedelta(seconds=30), datetime.timedelta(seconds=30))
-    group = make_group([[0, 1]], "stopped", datetime.timedelta(minutes=30))  # longer than the world's limit for an answer
+    group = make_group([[0, 1]], "stopped", datetime.timedelta(minutes=30))
     group.stop()
     try:
         if dist.get_rank() == 1:

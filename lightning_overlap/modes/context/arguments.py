@@ -13,7 +13,7 @@ from lightning_overlap.model.trees import replaced
 from lightning_overlap.modes.context.local_tokens import LocalTokens
 
 
-def shard_argument(x: Tensor, tokens: int, positions: Tensor) -> Tensor:
+def shard_argument(x: Tensor, tokens: int, positions: Tensor, batch: int | None = None) -> Tensor:
     """This rank's part of a block's argument.
 
     What has an entry a token is sharded: rotary tables ``(B, S, D)``, ``(1, S, D)``, ``(S, D)``, also complex ones, position ids
@@ -24,6 +24,7 @@ def shard_argument(x: Tensor, tokens: int, positions: Tensor) -> Tensor:
         x: the argument.
         tokens: length S of the sequence.
         positions: of this rank's tokens, ``(s,)``, int64.
+        batch: number of samples; None if it is not known.
 
     Returns:
         The rank's rows, or ``x`` itself.
@@ -32,6 +33,8 @@ def shard_argument(x: Tensor, tokens: int, positions: Tensor) -> Tensor:
         ConfigError: more than one dim has length S, and ``x`` is no mask.
     """
     dims = [dim for dim, length in enumerate(x.shape) if length == tokens]
+    if batch == tokens and x.dim() > 2 and dims[:1] == [0]:
+        dims = dims[1:]  # those of the samples
     if not dims or _is_mask(x, tokens):
         return x
     is_ids = not x.is_floating_point() and not x.is_complex()

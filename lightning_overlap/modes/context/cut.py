@@ -31,12 +31,14 @@ class ContextState:
         local: the tokens of this rank; None before the first block, and in a forward that is not sharded.
         shards: the same as ``layout``, for tensors that stay sharded after the blocks.
         gathers: tokens are gathered after the last block.
+        batch: number of samples.
     """
 
     layout: TokenLayout | None = None
     local: LocalTokens | None = None
     shards: TokenShards | None = None
     gathers: bool = False
+    batch: int | None = None
 
 
 class ContextCut(TokenCut):
@@ -80,6 +82,7 @@ class ContextCut(TokenCut):
         positions = tuple(state.layout.positions(rank) for rank in range(self.ranks))
         state.shards = TokenShards(self._group, positions, tokens)
         state.local = LocalTokens(tokens, state.shards.local)
+        state.batch = x.shape[0] if x.dim() > 2 else None
         if not self._boundary.forwards.current.in_backward:
             # A reentrant checkpoint, which alone trains without gradients, takes ordinary tensors from a block.
             state.gathers = self._exit == "blocks" or (block.training and not torch.is_grad_enabled())
@@ -95,7 +98,11 @@ class ContextCut(TokenCut):
 
     def enter(self, x: Tensor) -> Tensor:
         state = self.state
-        return x if state.local is None else _Enter.apply(x, state.shards)
+        if state.local is None:
+            return x
+        if isinstance(x, ShardedTokens):  # a model that goes through its blocks again
+            return x.local
+        return _Enter.apply(x, state.shards)
 
     def leave(self, x: Tensor) -> Tensor:
         state = self.state
@@ -104,8 +111,12 @@ class ContextCut(TokenCut):
         return state.shards.gather(x, -2) if state.gathers else ShardedTokens.of(x, -2, state.shards)
 
     def shard_argument(self, x: Tensor) -> Tensor:
-        local = self.state.local
-        return x if local is None else shard_argument(x, local.tokens, local.positions)
+        state = self.state
+        if state.local is None:
+            return x
+        if isinstance(x, ShardedTokens):
+            return x.local
+        return shard_argument(x, state.local.tokens, state.local.positions, state.batch)
 
 
 class _Enter(Function):

@@ -29,6 +29,7 @@ from lightning_overlap.transformers_seams import (
     PreTrainedModel,
     attention_of,
     bidirectional_mask_function,
+    calls_torch_attention,
     causal_mask_function,
     has_registered_attention,
     set_attention,
@@ -245,6 +246,12 @@ class Switch:
         self._undo: list[Callable[[], None]] = []
         around = _models_around(model, blocks)
         parts = [*around[-1:], *(module for block in blocks for module in block.modules())]
+        for part in around[-1:]:
+            if not has_registered_attention(part) and not calls_torch_attention(part):
+                raise ConfigError(
+                    f"{type(part).__name__} of transformers computes its attention itself, where context parallelism cannot take it "
+                    "over: set context_parallel: 1"
+                )
         if not all(map(has_registered_attention, around[-1:])):
             parts = []  # what calls torch's attention is taken over where it does
         configs = {id(c): c for part in parts if isinstance(c := getattr(part, "config", None), PreTrainedConfig)}

@@ -17,6 +17,8 @@ from lightning_overlap.torch_seams import efficient_attention, flash_attention
 
 ROWS_OF_EFFICIENT = 32
 """The efficient kernel's log-sum-exp has a multiple of so many queries."""
+PLAIN_ROWS = 256
+"""Queries for which the plain kernel makes its matrix at a time."""
 ALIGNMENT_OF_EFFICIENT = 16
 """The rows of the efficient kernel's bias start at multiples of so many elements."""
 
@@ -31,14 +33,23 @@ class Tile:
     """Which pairs of some queries and some keys are visible.
 
     Args:
-        causal: query i sees the keys up to i, counted from the first of each.
+        causal: query i sees the keys up to ``first + i``, counted from the first of each.
         visible: as :meth:`Mask.visible` gives it; None: all pairs.
         key: tells the tile from others of the same attention, for dropout.
+        first: 0, but for :meth:`rows`.
     """
 
     causal: bool = False
     visible: Tensor | None = None
     key: tuple[int, ...] = ()
+    first: int = 0
+
+    def rows(self, rows: range) -> Tile:
+        """The tile of some of the queries."""
+        visible = self.visible
+        if visible is not None and visible.shape[-2] > 1:
+            visible = visible[..., rows.start : rows.stop, :]
+        return Tile(causal=self.causal, visible=visible, key=(*self.key, rows.start), first=self.first + rows.start)
 
     def bias(self, dtype: torch.dtype) -> Tensor | None:
         """What is added to the logits."""
@@ -127,7 +138,7 @@ class EfficientKernel(Kernel):
 
 
 class PlainKernel(Kernel):
-    """Attention by its formula, which makes the tile's matrix: also with dropout and a soft cap.
+    """Attention by its formula: also with dropout and a soft cap. It makes the matrix of :data:`PLAIN_ROWS` queries at a time.
 
     Args:
         scale: as in :class:`Kernel`.
@@ -141,6 +152,24 @@ class PlainKernel(Kernel):
         self.dropout, self.softcap, self.seed = dropout, softcap, seed
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, tile: Tile) -> tuple[Tensor, Tensor]:
+        parts = [self._forward(q[:, :, rows.start : rows.stop], k, v, tile.rows(rows)) for rows in _blocks(q)]
+        outputs, lses = zip(*parts, strict=True)
+        return torch.cat(outputs, 2), torch.cat(lses, 2)
+
+    def backward(
+        self, grad: Tensor, q: Tensor, k: Tensor, v: Tensor, output: Tensor, lse: Tensor, tile: Tile
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        of_q = []
+        of_k, of_v = (x.new_zeros(x.shape, dtype=accumulator(x.dtype)) for x in (k, v))
+        for rows in _blocks(q):
+            grad_part, q_part, output_part, lse_part = (x[:, :, rows.start : rows.stop] for x in (grad, q, output, lse))
+            made = self._backward(grad_part, q_part, k, v, output_part, lse_part, tile.rows(rows))
+            of_q.append(made[0])
+            of_k += made[1]
+            of_v += made[2]
+        return torch.cat(of_q, 2), of_k, of_v
+
+    def _forward(self, q: Tensor, k: Tensor, v: Tensor, tile: Tile) -> tuple[Tensor, Tensor]:
         logits, _ = self._logits(q, k, tile)
         lse = logits.logsumexp(-1)
         weights = (logits - finite(lse).unsqueeze(-1)).exp()
@@ -148,7 +177,7 @@ class PlainKernel(Kernel):
             weights = weights * self._kept(weights, tile)
         return weights @ repeated(v, q).to(weights.dtype), lse
 
-    def backward(
+    def _backward(
         self, grad: Tensor, q: Tensor, k: Tensor, v: Tensor, output: Tensor, lse: Tensor, tile: Tile
     ) -> tuple[Tensor, Tensor, Tensor]:
         logits, slope = self._logits(q, k, tile)
@@ -175,7 +204,7 @@ class PlainKernel(Kernel):
             bent = (logits / self.softcap).tanh()
             logits, slope = self.softcap * bent, 1 - bent**2
         if tile.causal:
-            logits = logits.masked_fill(torch.ones_like(logits[0, 0], dtype=torch.bool).triu(1), -torch.inf)
+            logits = logits.masked_fill(torch.ones_like(logits[0, 0], dtype=torch.bool).triu(tile.first + 1), -torch.inf)
         bias = tile.bias(dtype)
         return logits if bias is None else logits + bias, slope
 
@@ -183,6 +212,10 @@ class PlainKernel(Kernel):
         """By what each weight is multiplied: 0, or what keeps the expected sum."""
         generator = torch.Generator(weights.device).manual_seed(hash((self.seed, *tile.key)))
         return torch.rand(weights.shape, generator=generator, device=weights.device).ge(self.dropout) / (1 - self.dropout)
+
+
+def _blocks(q: Tensor) -> list[range]:
+    return [range(start, min(start + PLAIN_ROWS, q.shape[2])) for start in range(0, q.shape[2], PLAIN_ROWS)]
 
 
 def kernel_for(q: Tensor, v: Tensor, scale: float, dropout: float = 0.0, softcap: float | None = None, seed: int = 0) -> Kernel:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from enum import Enum
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -125,7 +126,7 @@ class Mask(Leaf):
         positions = torch.arange(self.tokens)
         first, last = torch.zeros(1, self.tokens, dtype=torch.long), torch.full((1, self.tokens), self.tokens - 1)
         if self.documents is not None:
-            borders = self.documents.cpu().diff(dim=1) != 0
+            borders = self._documents_on_host.diff(dim=1) != 0
             first = F.pad(torch.where(borders, positions[1:], 0), (1, 0)).cummax(1).values
             ends = F.pad(torch.where(borders, positions[:-1], self.tokens), (0, 1), value=self.tokens - 1)
             last = ends.flip(1).cummin(1).values.flip(1)
@@ -159,11 +160,15 @@ class Mask(Leaf):
 
     def _extent(self, part: range) -> list[tuple[int, int]]:
         """The smallest and the largest number of its documents, by sample."""
-        assert self.documents is not None
         if part not in self._extents:
-            first, last = self.documents[:, part.start : part.stop].aminmax(dim=1)
+            first, last = self._documents_on_host[:, part.start : part.stop].aminmax(dim=1)
             self._extents[part] = list(zip(first.tolist(), last.tolist(), strict=True))
         return self._extents[part]
+
+    @cached_property
+    def _documents_on_host(self) -> Tensor:
+        assert self.documents is not None
+        return self.documents.cpu()
 
     def _by_keys(self, queries: range, keys: range) -> Relation:
         return Relation.FULL if self.keys is None else _of_pairs(self.keys[:, keys.start : keys.stop].bool())

@@ -107,7 +107,7 @@ class ContextMode(Sharder):
         return self._attention(q, k, v, mask, layout, **options)
 
     @contextmanager
-    def whole(self) -> Iterator[None]:
+    def unsharded(self) -> Iterator[None]:
         self._uninstall()
         try:
             yield
@@ -126,6 +126,9 @@ class ContextMode(Sharder):
 
     def start_forward(self) -> None:
         self.setup.boundary.start_forward()
+
+    def explain_failure(self) -> None:
+        self.setup.boundary.explain_failure()
 
     def start_backward(self) -> None:
         self.setup.boundary.start_backward()

@@ -48,7 +48,7 @@ class PartOfHeads:
         def add(use: Use, k: Tensor, v: Tensor) -> None:
             for pair in use.pairs:
                 queries, keys, values = _rows(q, pair.queries), _rows(k, pair.keys), _rows(v, pair.keys)
-                merger.add(pair.queries, *self.kernel.forward(queries, keys, values, self._tile(pair, q)))
+                merger.add(pair.queries, *self.kernel.forward(queries, keys, values, self.tile_of(pair, q)))
 
         for use in exchange.plan.local:
             add(use, _rows(exchange.k, use.piece.rows), _rows(exchange.v, use.piece.rows))
@@ -100,7 +100,8 @@ class PartOfHeads:
     def _rounds(self, exchange: PieceExchange) -> PostedAhead:
         return PostedAhead(exchange.post, len(exchange.plan.rounds), exchange.plan.ahead, self.overlapped)
 
-    def _tile(self, pair: Pair, q: Tensor) -> Tile:
+    def tile_of(self, pair: Pair, q: Tensor) -> Tile:
+        """Which pairs of some queries and keys are visible; ``q`` tells batch and device."""
         key = (pair.query_positions[0].start, pair.key_positions.start, self.heads.start)
         if pair.relation is not Relation.PARTIAL:
             return Tile(causal=pair.relation is Relation.DIAGONAL, key=key)
@@ -131,7 +132,7 @@ class _Gradients:
         for pair in use.pairs:
             grad, q, output = (_rows(x, pair.queries) for x in (self._grad, self._q, self._output))
             lse = self._lse[:, :, pair.queries.start : pair.queries.stop]
-            tile = self._part._tile(pair, q)
+            tile = self._part.tile_of(pair, q)
             made = self._part.kernel.backward(grad, q, _rows(k, pair.keys), _rows(v, pair.keys), output, lse, tile)
             for into, rows, gradient in zip((self.of_q, of_k, of_v), (pair.queries, pair.keys, pair.keys), made, strict=True):
                 _rows(into, rows).add_(gradient)

@@ -36,6 +36,7 @@ def by_parts(kernel: Kernel, name: str, tensors: list[Tensor], sinks: Tensor | N
     return [merger.output, *grads, *([] if sinks is None else [grad_of_sinks(sinks, grad, merger.output, lse)])]
 
 
+@pytest.mark.usefixtures("blocks")
 @pytest.mark.parametrize("settings", [{}, {"sinks": True}, {"softcap": 1.5}, {"softcap": 2.0, "sinks": True}], ids=str)
 @pytest.mark.parametrize("kv_heads", [1, 2, 4])
 @pytest.mark.parametrize("name", NAMES)
@@ -49,6 +50,13 @@ def test_parts_are_the_whole(name: str, kv_heads: int, settings: dict[str, Any])
         torch.testing.assert_close(by_parts(kernel, name, tensors, sinks), expected, rtol=1e-12, atol=1e-12)
 
 
+@pytest.fixture
+def blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The plain kernel goes through several blocks of queries."""
+    monkeypatch.setattr("lightning_overlap.modes.context.kernel.PLAIN_ROWS", 5)
+
+
+@pytest.mark.usefixtures("blocks")
 @pytest.mark.parametrize("kernel", [FlashKernel(0.3), PlainKernel(0.3)])
 @pytest.mark.parametrize("keys", [4, 7])
 def test_causal_tiles(kernel: Kernel, keys: int) -> None:
@@ -62,6 +70,7 @@ def test_causal_tiles(kernel: Kernel, keys: int) -> None:
     torch.testing.assert_close(*grads, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.usefixtures("blocks")
 def test_dropout_has_one_mask_a_tile() -> None:
     q, k, v, grad = inputs(TOKENS, 4, 2, torch.float64)
     kernel, tile = PlainKernel(0.3, dropout=0.4, seed=7), Tile(causal=True, key=(0, 3))

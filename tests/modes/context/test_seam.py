@@ -335,6 +335,13 @@ def test_arguments_are_sharded_by_their_shape(shape: tuple[int, ...], dtype: tor
         assert torch.equal(shard_argument(x, TOKENS, SOME), x.index_select(int(dim), SOME))
 
 
+@pytest.mark.parametrize(("shape", "dim"), [((TOKENS, 1, 4), None), ((TOKENS, 4, 3, 2), None), ((TOKENS, TOKENS, 4), 1)])
+def test_samples_are_not_taken_for_tokens(shape: tuple[int, ...], dim: int | None):
+    x = torch.rand(shape)
+    found = shard_argument(x, TOKENS, SOME, batch=TOKENS)
+    assert found is x if dim is None else torch.equal(found, x.index_select(dim, SOME))
+
+
 class Rotary(nn.Module):
     """Makes its table from the number of its tokens, or turns what it is given by it."""
 
