@@ -201,7 +201,7 @@ def _total(func: Any, x: ShardedTokens, args: Any, kwargs: Any, dims: Sequence[i
     if func not in (*_SUMS, *_MEANS) or not dtype.is_floating_point:
         raise _NeedsWhole
     keeps = args[position + 1] if len(args) > position + 1 else kwargs.get("keepdim", False)
-    total = torch.sum(x.local, dims, keeps, dtype=dtype if dtype.itemsize > 4 else torch.float32)
+    total = torch.sum(x.local, list(dims), bool(keeps), dtype=dtype if dtype.itemsize > 4 else torch.float32)
     total = x.shards.total(_ordinary(total, func))
     return (total if func in _SUMS else total / math.prod(x.shape[d] for d in dims)).to(dtype)
 
