@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from lightning_overlap.decision import ConfigError
 from lightning_overlap.model.stand_in import AUTOGRAD, METADATA, StandIn
 from lightning_overlap.model.token_shards import TokenShards
 from lightning_overlap.torch_seams import WithoutSubclasses, tree_leaves, tree_map
@@ -52,8 +53,12 @@ class ShardedTokens(StandIn):
         """
         dim %= local.dim()
         shape = (*local.shape[:dim], shards.size, *local.shape[dim + 1 :])
+        requires_grad = local.requires_grad
         with WithoutSubclasses():  # Has the shape of the whole, and no numbers.
-            x = local.detach().new_empty(1).expand(shape).as_subclass(cls)
+            number = local.detach().new_empty(1)
+            if requires_grad:
+                number.requires_grad_().register_hook(_refuse_gradient)
+            x = number.expand(shape).as_subclass(cls)
         x.local, x.sharded_dim, x.shards = local, dim, shards
         if base is not None and _storage(local) is not None and _storage(local) == _storage(base.local):
             x.is_view_of(base)
@@ -75,6 +80,11 @@ class ShardedTokens(StandIn):
         if func in METADATA:
             with WithoutSubclasses():
                 return func(*args, **kwargs)
+        if x is not None and not x.local.requires_grad:
+            with WithoutSubclasses():
+                is_result_of_function = x.requires_grad
+            if is_result_of_function:
+                _refuse_gradient(x)
         if func in _RULES and x is not None:
             try:
                 return _RULES[func](func, x, args, kwargs)
@@ -96,6 +106,15 @@ class ShardedTokens(StandIn):
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         # Not by gathering: one rank may print alone.
         return f"ShardedTokens(shape={tuple(self.shape)}, local={self.local!r})"
+
+
+def _refuse_gradient(_: Tensor) -> None:
+    """Called where a gradient comes to the tensor that has no numbers, and not to the local part."""
+    raise ConfigError(
+        "a torch.autograd.Function (a fused kernel's, or that of a checkpoint with use_reentrant=True) was given a tensor whose "
+        "tokens are sharded over the ranks. It reads tensors past torch's functions, where this one has no numbers. Use torch's "
+        "functions after the blocks, or set context_parallel.boundary: blocks"
+    )
 
 
 # -- what rules are made of ----------------------------------------------------------------------------------------------------
@@ -182,7 +201,7 @@ def _total(func: Any, x: ShardedTokens, args: Any, kwargs: Any, dims: Sequence[i
     if func not in (*_SUMS, *_MEANS) or not dtype.is_floating_point:
         raise _NeedsWhole
     keeps = args[position + 1] if len(args) > position + 1 else kwargs.get("keepdim", False)
-    total = torch.sum(x.local, dims, keeps, dtype=dtype if dtype.itemsize > 4 else torch.float32)
+    total = torch.sum(x.local, list(dims), bool(keeps), dtype=dtype if dtype.itemsize > 4 else torch.float32)
     total = x.shards.total(_ordinary(total, func))
     return (total if func in _SUMS else total / math.prod(x.shape[d] for d in dims)).to(dtype)
 

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.autograd import Function
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.loss.loss_utils import ForCausalLMLoss
@@ -18,7 +19,7 @@ from lightning_overlap.decision import ConfigError
 from lightning_overlap.model.sharded_tokens import ShardedTokens
 from lightning_overlap.model.token_shards import TokenShards
 from lightning_overlap.modes.tensor.gemm import shares
-from lightning_overlap.modes.tensor.vocab import CutLogits, Vocabulary, head_forward
+from lightning_overlap.modes.tensor.vocab import ShardedLogits, Vocabulary, head_forward
 from lightning_overlap.ranks.group import Group
 from lightning_overlap.ranks.world import make_group
 from lightning_overlap.torch_seams import tree_leaves
@@ -148,10 +149,12 @@ READ: dict[str, Callable[[Tensor, Given], Any]] = {
     "convolution": lambda x, g: F.conv1d(x.transpose(1, 2), g.weight[:, :, None], padding=1),
     "attention": lambda x, g: F.scaled_dot_product_attention(x, x, x),
     "tokens and features": lambda x, g: x.reshape(SAMPLES, -1),
+    "cut across samples": lambda x, g: x.flatten(0, 1).view(TOKENS, SAMPLES, FEATURES),
     "cut at tokens": lambda x, g: x.split(3, 1)[1],
     "another order": lambda x, g: x.flip(1),
     "other tokens": lambda x, g: x[:, 1:] * x[:, :-1],
     "other tokens of the same number": lambda x, g: (x[:, 2:] * x[:, :-2] * x[:, 1:-1]).flip(1),
+    "gathered and taken": lambda x, g: (x.flip(1) * x).sum(),
     "weights by token": lambda x, g: g.full.transpose(1, 2) @ x,
     "search": lambda x, g: torch.where(x[..., 0] > 0)[0],
 }
@@ -336,6 +339,42 @@ def test_what_can_be_asked_needs_no_gather() -> None:
     run_shards(4, described)
 
 
+class Doubled(Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x * 2
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        return grad * 2
+
+
+class Loss(Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.shape = x.shape
+        return x.sum()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        return grad.expand(ctx.shape)
+
+
+@pytest.mark.parametrize("kind", [Doubled, Loss])
+def test_a_function_of_autograd_is_an_error(kind: Any) -> None:
+    def run(cut: TokenShards) -> str:
+        x = logits_of(cut) * torch.ones((), dtype=torch.float64, requires_grad=True)
+        try:
+            kind.apply(x).sum().backward()
+        except ConfigError as error:
+            return str(error)
+        return "none"
+
+    for text in run_shards(2, run):
+        assert "was given a tensor whose tokens are sharded" in text
+        assert "or set context_parallel.boundary: blocks" in text
+
+
 # -- worlds -------------------------------------------------------------------------------------------------------------------------
 
 
@@ -389,7 +428,7 @@ def vocabulary_too(tied: bool) -> None:
     expected.backward()
     logits = local_head(local_norm(ShardedTokens.of(cut.take(hidden, 1), 1, cut)))
     assert isinstance(logits, ShardedTokens)
-    assert isinstance(logits.local, CutLogits)
+    assert isinstance(logits.local, ShardedLogits)
     assert logits.shape == (SAMPLES, TOKENS, ENTRIES)
     with warnings.catch_warnings():
         warnings.simplefilter("error")

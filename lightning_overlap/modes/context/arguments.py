@@ -17,8 +17,8 @@ def shard_argument(x: Tensor, tokens: int, positions: Tensor, batch: int | None 
     """This rank's part of a block's argument.
 
     What has an entry a token is sharded: rotary tables ``(B, S, D)``, ``(1, S, D)``, ``(S, D)``, also complex ones, position ids
-    ``(B, S)``, ``(3, B, S)``, any integers ``(..., S)``. Masks stay unsharded, since queries of this rank see keys of others:
-    ``(..., S, S)``, and numbers of keys ``(B, S)``, ``(..., 1, S)`` that are no integers. So does what has no dim of length S.
+    ``(B, S)``, ``(3, B, S)``, any integers ``(..., S)``. Masks stay unsharded, since queries of this rank see keys of others: masks of
+    pairs, ``(..., S, S)``, and of keys, ``(B, S)`` or ``(..., 1, S)``, bool or floating. So does what has no dim of length S.
 
     Args:
         x: the argument.

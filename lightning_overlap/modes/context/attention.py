@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,6 +11,7 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 from lightning_overlap.decision import ConfigError
+from lightning_overlap.modes.context.config import Method
 from lightning_overlap.modes.context.exchange import EXCHANGES, Peers, PieceExchange
 from lightning_overlap.modes.context.heads import ByHeads, HeadAttention, HeadExchange, HeadShares
 from lightning_overlap.modes.context.kernel import Kernel, grad_of_sinks, kernel_for
@@ -19,8 +20,6 @@ from lightning_overlap.modes.context.mask import Mask
 from lightning_overlap.modes.context.part import PartOfHeads
 from lightning_overlap.modes.context.pieces import PieceMethod, Plan, Plans
 from lightning_overlap.ranks.group import Group
-
-Method = Literal["p2p", "all_gather", "a2a", "a2a+p2p"]
 
 
 class _PieceAttention(Function):

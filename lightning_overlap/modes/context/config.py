@@ -15,7 +15,8 @@ ADVICE = {
     "": "more pieces, longer sequences, or another method",
 }
 """By kind of transfer, what may help where it is exposed."""
-METHODS = ("p2p", "all_gather", "a2a", "a2a+p2p")
+Method = Literal["p2p", "all_gather", "a2a", "a2a+p2p"]
+METHODS: tuple[Method, ...] = ("p2p", "all_gather", "a2a", "a2a+p2p")
 ORDERS = ("balanced", "contiguous")
 BOUNDARIES = ("loss", "blocks")
 CAUSAL_SHARE = 0.75
@@ -28,7 +29,7 @@ class ContextParallel:
 
     size: int = 1
     """Ranks along the axis."""
-    method: Literal["auto", "p2p", "all_gather", "a2a", "a2a+p2p"] = "auto"
+    method: Method | Literal["auto"] = "auto"
     """How attention sees all keys. ``p2p``: each rank receives the pieces of keys and values that its queries see. ``all_gather``:
     every rank receives all of them. ``a2a``: ranks exchange tokens for heads (DeepSpeed-Ulysses). ``a2a+p2p``: a2a between the ranks
     of an inner group, p2p between groups. ``auto``: p2p or a2a, whichever sends fewer bytes."""
@@ -97,7 +98,7 @@ class ContextChoices(Choices):
         overlap: pieces travel while others are used.
     """
 
-    method: Choice[str]
+    method: Choice[Method]
     order: Choice[str]
     boundary: Choice[str]
     pieces: Choice[int]
@@ -152,7 +153,7 @@ def _boundary(config: ContextParallel) -> Choice[str]:
     )
 
 
-def _method(config: ContextParallel, degrees: Degrees, model: ContextFacts | None) -> Choice[str]:
+def _method(config: ContextParallel, degrees: Degrees, model: ContextFacts | None) -> Choice[Method]:
     if config.method != "auto":
         return Choice(config.method, config.method, "as configured")
     if model is None or model.heads is None or model.kv_heads is None:
@@ -163,5 +164,6 @@ def _method(config: ContextParallel, degrees: Degrees, model: ContextFacts | Non
     # Sent by a rank in a forward, in units of its tokens x the size of a head.
     p2p = CAUSAL_SHARE * 2 * kv_heads * (config.size - 1)
     a2a = (2 * heads + 2 * max(kv_heads, min(config.size, heads))) * (config.size - 1) / config.size
-    word, most, least = ("p2p", a2a, p2p) if p2p <= a2a else ("a2a", p2p, a2a)
-    return Choice(word, "auto", f"it sends about {least / most:.0%} of the bytes of {'a2a' if word == 'p2p' else 'p2p'} (causal mask)")
+    if p2p <= a2a:
+        return Choice("p2p", "auto", f"it sends about {p2p / a2a:.0%} of the bytes of a2a (causal mask)")
+    return Choice("a2a", "auto", f"it sends about {a2a / p2p:.0%} of the bytes of p2p (causal mask)")

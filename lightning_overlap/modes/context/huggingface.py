@@ -102,19 +102,19 @@ def attention(
             "context_parallel: 1"
         )
     documents = isinstance(attention_mask, Mask) and attention_mask.documents is not None
-    if options.get("cu_seq_lens_q") is not None and not documents and _is_flash(module.config):
+    if options.get("cu_seq_lens_q") is not None and not documents and _is_flash(getattr(module, "config", None)):
         raise ConfigError(
             f"{who} is given borders of documents (cu_seq_lens_q) without position_ids that restart at them, from which transformers' "
             "mask function takes them: pass both"
         )
     causal = options.get("is_causal")
     causal = bool(getattr(module, "is_causal", True)) if causal is None else causal
-    extra = {"softcap": options.get("softcap"), "sinks": options.get("s_aux")}
+    extra: dict[str, Any] = {"softcap": options.get("softcap"), "sinks": options.get("s_aux")}
     output = attend_locally(*(query, key, value, attention_mask), is_causal=causal, scale=scaling, dropout=dropout, **extra)
     return output.transpose(1, 2).contiguous(), None
 
 
-def _is_flash(config: PreTrainedConfig) -> bool:
+def _is_flash(config: Any) -> bool:
     """Whether the user asked for flash attention, which takes borders of documents from position ids also where there is a cache."""
     name = attention_of(config)
     return "flash" in str(name.before if isinstance(name, _SwitchedName) else name)
@@ -135,7 +135,7 @@ def mask(
     kv_length: int,
     q_offset: int = 0,
     kv_offset: int = 0,
-    mask_function: Callable[..., Tensor] = causal_mask_function,
+    mask_function: Callable[..., Any] = causal_mask_function,
     attention_mask: Tensor | None = None,
     **options: Any,
 ) -> Mask:
@@ -261,8 +261,9 @@ class Switch:
                 raise ConfigError(f"the config of {type(config).__name__} has output_attentions: {_NO_WEIGHTS}")
         self._name_ours()
         for part in around:
-            if hasattr(part, "generate"):
-                self._undo.append(replace_method(part, "generate", self._generate(part.generate)))
+            generate: Any = getattr(part, "generate", None)
+            if generate is not None:
+                self._undo.append(replace_method(part, "generate", self._generate(generate)))
         for part in around[-1:]:
             self._undo.append(replace_method(part, "forward", self._forward(part, part.forward)))
 

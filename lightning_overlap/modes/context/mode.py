@@ -42,12 +42,13 @@ class ContextMode(Sharder):
     def __init__(self, config: ContextParallel, choices: ContextChoices, setup: Setup) -> None:
         super().__init__(config, choices, setup)
         self.group: Group = self.mesh.group("context", self.timeout, "context")
+        inner, outer = config.hierarchical_sizes or (1, 1)
         self._attention = ContextAttention(
             self.group,
             choices.method.value,
             pieces=config.pieces,
             overlapped=choices.overlap.value,
-            hierarchical_sizes=None if config.hierarchical_sizes is None else (*config.hierarchical_sizes,),
+            hierarchical_sizes=None if config.hierarchical_sizes is None else (inner, outer),
         )
         self._undo: list[Callable[[], None]] = []
         self._model: nn.Module | None = None

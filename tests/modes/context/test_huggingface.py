@@ -20,6 +20,7 @@ from lightning_overlap.decision import ConfigError
 from lightning_overlap.modes.context import huggingface, seam
 from lightning_overlap.modes.context.local_tokens import LocalTokens
 from lightning_overlap.modes.context.mask import Mask
+from lightning_overlap.modes.context.refusals import find_mixers
 from lightning_overlap.transformers_seams import set_attention
 
 TOKENS = 24
@@ -372,6 +373,38 @@ def test_attention_weights_are_refused():
     with pytest.raises(ConfigError, match="the config of LlamaConfig has output_attentions"):
         taken_over(model)
     assert model.config._attn_implementation == "eager"
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "mixers"),
+    [
+        ("Lfm2", {"layer_types": ["conv", "full_attention"]}, ["Lfm2ShortConv", "convolution", "of type conv"]),
+        (
+            "Qwen3Next",
+            {"layer_types": ["linear_attention", "full_attention"]},
+            ["GatedDeltaNet", "convolution", "of type linear_attention"],
+        ),
+        ("Mamba", {"state_size": 4}, ["MambaMixer", "convolution"]),
+        ("Rwkv", {}, ["RwkvSelfAttention", "a shift of tokens"]),
+        ("RecurrentGemma", {"block_types": ["recurrent", "attention"]}, ["RecurrentGemmaRecurrentBlock", "convolution"]),
+        ("DeepseekV32", {}, ["DeepseekV32Indexer"]),
+        ("Qwen3", {}, []),
+        ("Phi3", {}, []),
+        ("Olmo2", {}, []),
+        ("GptOss", MIXED, []),
+        ("Qwen3Moe", {}, []),
+        ("DeepseekV3", {}, []),
+        ("ModernBert", {}, []),
+    ],
+)
+def test_what_mixes_tokens_in_models_of_transformers(name: str, settings: dict[str, Any], mixers: list[str]):
+    config = getattr(transformers, f"{name}Config")(**{**SIZES, **settings, "attn_implementation": "eager"})
+    with torch.device("meta"):
+        model = transformers.AutoModel.from_config(config)
+    blocks = next(module for module in model.modules() if isinstance(module, nn.ModuleList))
+    told = find_mixers("layers", blocks)
+    assert bool(told) == bool(mixers)
+    assert all(any(mixer in text for text in told) for mixer in mixers), told
 
 
 def test_prefix_tokens_are_refused():
