@@ -11,6 +11,7 @@ import torch.distributed as dist
 from lightning_overlap.decision import ConfigError
 from lightning_overlap.modes.context import attention as module
 from lightning_overlap.modes.context.attention import ContextAttention
+from lightning_overlap.modes.context.heads import HeadShares
 from lightning_overlap.modes.context.kernel import FlashKernel, Kernel
 from lightning_overlap.modes.context.layout import TokenLayout
 from lightning_overlap.modes.context.mask import Mask
@@ -110,6 +111,17 @@ def test_bytes(recorded: Any) -> None:
     assert sum(sent for _, _, sent in recorded(4, {"method": "p2p"}, 64)) == 0.75 * ring * 3
     heads = 2 * (4 * kv // 2)  # q, k, v and the output, half of each, and the same of gradients
     assert sum(sent for _, _, sent in recorded(2, {"method": "a2a"}, 64)) == heads // 2
+
+
+def test_a_key_head_travels_once_to_each_rank_that_needs_it() -> None:
+    for heads, kv_heads, ranks in ((8, 2, 4), (28, 7, 4), (16, 8, 2), (12, 3, 4)):
+        shares = HeadShares.of(heads, kv_heads, ranks, kv_heads_apart=False)
+        assert shares.groups > 1
+        for rank in range(ranks):
+            used = {head // (heads // kv_heads) for mine in shares.queries[rank] for head in mine}
+            for each in (shares.first, shares.last):
+                travels = [head for group in range(shares.groups) for head in each(rank, group)]
+                assert travels == sorted(used)
 
 
 # -- gloo --------------------------------------------------------------------------------------------------------------------
