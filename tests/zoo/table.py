@@ -19,6 +19,7 @@ NO_PLAN = refused("has no plan for tensor_parallel")
 UNKNOWN_STYLE = refused("which this version does not support")
 NOT_FOUND = refused("the stack of blocks was not found")
 WRAPPED = refused("computes its weight or bias from other parameters")
+BETWEEN = refused("failed after the first block and before the last one")
 LEFT_OUT = refused("block was not called in this step")
 IN_PLACE = refused("changes logits whose vocabulary is sharded")
 WHOLE_MASK = refused("a mask must be made for the whole sequence")
@@ -50,10 +51,10 @@ TABLE: dict[str, Row] = {
     "u-net, argument": {"tp": SECOND_TENSOR, "tp_vocab": SECOND_TENSOR},
     "u-net, concatenation": {"pp*": BETWEEN_BLOCKS},
     "first-to-last skip": {"pp": UNFOLLOWED, "pp_interleaved": UNFOLLOWED},
-    "dense": {"pp*": BETWEEN_BLOCKS, "tp": CUT_FAILS, "tp_vocab": CUT_FAILS, "cp*": CUT_FAILS},
-    "embedding to all blocks": {"pp*": BETWEEN_BLOCKS, "tp": CUT_FAILS, "tp_vocab": CUT_FAILS, "cp*": CUT_FAILS},
-    "deep supervision 0.1": {"tp": LEFT_OUT, "tp_vocab": LEFT_OUT, "cp*": CUT_FAILS},
-    "deep supervision 1e-4": {"tp": LEFT_OUT, "tp_vocab": LEFT_OUT, "cp*": CUT_FAILS},
+    "dense": {"pp*": BETWEEN_BLOCKS, "tp": CUT_FAILS, "tp_vocab": CUT_FAILS, "cp*": BETWEEN},
+    "embedding to all blocks": {"pp*": BETWEEN_BLOCKS, "tp": CUT_FAILS, "tp_vocab": CUT_FAILS, "cp*": BETWEEN},
+    "deep supervision 0.1": {"tp": LEFT_OUT, "tp_vocab": LEFT_OUT, "cp*": BETWEEN},
+    "deep supervision 1e-4": {"tp": LEFT_OUT, "tp_vocab": LEFT_OUT, "cp*": BETWEEN},
     "in-place hidden states": {"pp*": CUT_FAILS},
     "collected states": {"tp": UNFOLLOWED, "tp_vocab": UNFOLLOWED, "cp*": UNFOLLOWED},
     "conditioned": {"tp": SECOND_TENSOR, "tp_vocab": SECOND_TENSOR},
@@ -106,7 +107,7 @@ TABLE: dict[str, Row] = {
         "pp*": refused("Blocks that are left out at random"),
         "tp": LEFT_OUT,
         "tp_vocab": LEFT_OUT,
-        "cp*": LEFT_OUT,
+        "cp*": BETWEEN,
     },
     "noise on embeddings": {"*": at_random("noise")},
     # losses
