@@ -253,14 +253,20 @@ class Boundary:
         if self._cuts and self._position.is_inside and not self.has_remote_blocks:
             raise self._not_called("last", "the ranks gather all tokens after it")
 
-    def explain_failure(self) -> None:
-        """Call it when a forward has failed: code after the blocks fails in other words if the last block was not called.
+    def explain_failure(self, error: Exception) -> None:
+        """Call it when a forward has failed.
 
         Raises:
-            ConfigError: the first block was called, no block was running, and the last one was not called.
+            ConfigError: it has failed outside of a block, after the first one was called and before the last one.
         """
-        if not self._position.is_in_block:
-            self.require_outside()
+        position = self._position
+        if self._cuts and position.is_inside and not position.is_in_block and not self.has_remote_blocks:
+            remedies = " and ".join(cut.remedy for cut in self._cuts)
+            raise ConfigError(
+                f"training_step failed after the first block and before the last one: {type(error).__name__}: {error}. There hidden "
+                "states have this rank's tokens only, which do not fit tensors of all tokens (embeddings, labels). Use such tensors "
+                f"before or after all blocks, call the last block in every step, or {remedies}"
+            ) from error
 
     def _not_called(self, which: str, reason: str) -> ConfigError:
         remedies = " and ".join(cut.remedy for cut in self._cuts)

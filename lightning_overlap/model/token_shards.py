@@ -102,7 +102,7 @@ class _Gather(Function):
         flat[bounds[group.rank] : bounds[group.rank + 1]] = rows.flatten()
         group.all_gather(flat, bounds, key=0, label=f"{group.name}.tokens").wait()
         order = torch.cat(shards.positions).argsort().to(flat.device)
-        return flat.view(shards.size, *rows.shape[1:]).index_select(0, order).movedim(0, dim)
+        return flat.view(shards.size, *rows.shape[1:]).index_select(0, order).movedim(0, dim).contiguous()
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:

@@ -123,8 +123,8 @@ class OverlapMode:
     def start_forward(self) -> None:
         """Called before each training step."""
 
-    def explain_failure(self) -> None:
-        """Called when a training step has failed.
+    def explain_failure(self, error: Exception) -> None:
+        """Called when a training step has failed by ``error``.
 
         Raises:
             ConfigError: the mode knows the cause.

@@ -33,6 +33,7 @@ from lightning_overlap.modes.expert.config import ExpertParallel
 from lightning_overlap.modes.pipeline.config import PipelineParallel
 from lightning_overlap.modes.tensor.config import TensorParallel
 from lightning_overlap.plan import Plan, resolve
+from lightning_overlap.ranks.announcements import TransferError
 from lightning_overlap.ranks.mesh import ParallelMesh
 from lightning_overlap.ranks.shared_state import batch_norms_over, share
 from lightning_overlap.ranks.world import WORLD, backend, world_size
@@ -285,9 +286,10 @@ class OverlapStrategy(MeshStrategy):
         if self._driver is None:
             try:
                 output = super().training_step(*args, **kwargs)
-            except Exception:
-                for mode in self.modes:
-                    mode.explain_failure()
+            except Exception as error:
+                if not isinstance(error, ConfigError | TransferError):
+                    for mode in self.modes:
+                        mode.explain_failure(error)
                 raise
             if comparison is not None and is_compared:
                 comparison.loss(output)

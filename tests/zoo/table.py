@@ -19,8 +19,12 @@ NO_PLAN = refused("has no plan for tensor_parallel")
 UNKNOWN_STYLE = refused("which this version does not support")
 NOT_FOUND = refused("the stack of blocks was not found")
 WRAPPED = refused("computes its weight or bias from other parameters")
+BETWEEN = refused("failed after the first block and before the last one")
 LEFT_OUT = refused("block was not called in this step")
 IN_PLACE = refused("changes logits whose vocabulary is sharded")
+WHOLE_MASK = refused("a mask must be made for the whole sequence")
+MIXES = refused("mixes tokens and is no attention")
+ITS_ATTENTION = refused("computes its attention itself")
 NO_VOCABULARY = refused("no embedding or head has the role vocab_embedding or vocab_head")
 
 # -- numbers that are not those of the whole batch -------------------------------------------------------------------------------
@@ -38,7 +42,8 @@ BALANCED: Row = {"dp*": as_ddp("how much a batch uses each expert"), "pp*": UNFO
 
 TABLE: dict[str, Row] = {
     "gpt without roles": {"tp*": NO_ROLES},
-    "alibi": {"tp*": UNFOLLOWED},
+    "alibi": {"tp*": UNFOLLOWED, "cp*": WHOLE_MASK},
+    "rotary": {"cp*": UNFOLLOWED},
     "torch encoder without roles": {"tp*": NO_ROLES},
     "residual in mlp": {"tp*": CUT_FAILS, "tp_whole_tokens": UNFOLLOWED},
     # values on ways of their own
@@ -46,21 +51,21 @@ TABLE: dict[str, Row] = {
     "u-net, argument": {"tp": SECOND_TENSOR, "tp_vocab": SECOND_TENSOR},
     "u-net, concatenation": {"pp*": BETWEEN_BLOCKS},
     "first-to-last skip": {"pp": UNFOLLOWED, "pp_interleaved": UNFOLLOWED},
-    "dense": {"pp*": BETWEEN_BLOCKS, "tp": CUT_FAILS, "tp_vocab": CUT_FAILS},
-    "embedding to all blocks": {"pp*": BETWEEN_BLOCKS, "tp": CUT_FAILS, "tp_vocab": CUT_FAILS},
-    "deep supervision 0.1": {"tp": LEFT_OUT, "tp_vocab": LEFT_OUT},
-    "deep supervision 1e-4": {"tp": LEFT_OUT, "tp_vocab": LEFT_OUT},
+    "dense": {"pp*": BETWEEN_BLOCKS, "tp": BETWEEN, "tp_vocab": BETWEEN, "cp*": BETWEEN},
+    "embedding to all blocks": {"pp*": BETWEEN_BLOCKS, "tp": BETWEEN, "tp_vocab": BETWEEN, "cp*": BETWEEN},
+    "deep supervision 0.1": {"tp": LEFT_OUT, "tp_vocab": LEFT_OUT, "cp*": BETWEEN},
+    "deep supervision 1e-4": {"tp": LEFT_OUT, "tp_vocab": LEFT_OUT, "cp*": BETWEEN},
     "in-place hidden states": {"pp*": CUT_FAILS},
-    "collected states": {"tp": UNFOLLOWED, "tp_vocab": UNFOLLOWED},
+    "collected states": {"tp": UNFOLLOWED, "tp_vocab": UNFOLLOWED, "cp*": UNFOLLOWED},
     "conditioned": {"tp": SECOND_TENSOR, "tp_vocab": SECOND_TENSOR},
-    "third block with a norm over tokens": {"tp": UNFOLLOWED, "tp_vocab": UNFOLLOWED},
+    "third block with a norm over tokens": {"tp": UNFOLLOWED, "tp_vocab": UNFOLLOWED, "cp*": UNFOLLOWED},
     "third block with a glu": {"tp*": UNFOLLOWED},
     # auxiliary losses and sums over parameters
-    "auxiliary loss on blocks": {"pp": UNFOLLOWED, "pp*": CUT_FAILS, "tp": UNFOLLOWED, "tp_vocab": UNFOLLOWED},
-    "auxiliary loss returned": {"tp": UNFOLLOWED, "tp_vocab": UNFOLLOWED},
-    "auxiliary loss or None": {"tp": UNFOLLOWED, "tp_vocab": UNFOLLOWED},
-    "auxiliary loss handed on": {"tp": SECOND_TENSOR, "tp_vocab": SECOND_TENSOR},
-    "auxiliary loss by hooks": {"pp*": UNFOLLOWED, "tp": UNFOLLOWED, "tp_vocab": UNFOLLOWED},
+    "auxiliary loss on blocks": {"pp": UNFOLLOWED, "pp*": CUT_FAILS, "tp": UNFOLLOWED, "tp_vocab": UNFOLLOWED, "cp*": UNFOLLOWED},
+    "auxiliary loss returned": {"tp": UNFOLLOWED, "tp_vocab": UNFOLLOWED, "cp*": UNFOLLOWED},
+    "auxiliary loss or None": {"tp": UNFOLLOWED, "tp_vocab": UNFOLLOWED, "cp*": UNFOLLOWED},
+    "auxiliary loss handed on": {"tp": SECOND_TENSOR, "tp_vocab": SECOND_TENSOR, "cp*": UNFOLLOWED},
+    "auxiliary loss by hooks": {"pp*": UNFOLLOWED, "tp": UNFOLLOWED, "tp_vocab": UNFOLLOWED, "cp*": UNFOLLOWED},
     "L2": {"pp*": OTHER_STAGE, "tp*": UNFOLLOWED},
     "L2 of what is trained": {"pp*": UNFOLLOWED, "tp*": UNFOLLOWED},
     "L2 of the head": {"tp_vocab": UNFOLLOWED},
@@ -70,8 +75,15 @@ TABLE: dict[str, Row] = {
         **no_mean("a mean over the batch, followed from batch to batch"),
         "tp": UNFOLLOWED,
         "tp_vocab": UNFOLLOWED,
+        "cp*": UNFOLLOWED,
     },
-    "running mean in the loss": {**no_mean("a mean over the batch"), "pp*": UNFOLLOWED, "tp": UNFOLLOWED, "tp_vocab": UNFOLLOWED},
+    "running mean in the loss": {
+        **no_mean("a mean over the batch"),
+        "pp*": UNFOLLOWED,
+        "tp": UNFOLLOWED,
+        "tp_vocab": UNFOLLOWED,
+        "cp*": UNFOLLOWED,
+    },
     "state of the last batch": {"dp*": as_ddp("each rank keeps the state of its samples"), "pp*": UNFOLLOWED},
     "spectral_norm, old": {
         "pp*": as_microbatches("an iteration a forward", ""),
@@ -82,19 +94,20 @@ TABLE: dict[str, Row] = {
     "weight_norm, old": {"tp*": WRAPPED},
     "weight_norm": {"tp*": WRAPPED},
     "batch norm before blocks": no_mean("statistics of the batch"),
-    "batch norm in blocks": no_mean("statistics of the batch"),
+    "batch norm in blocks": {**no_mean("statistics of the batch"), "cp*": MIXES},
     # around the blocks
     "norm registered before blocks": {"pp": OTHER_STAGE, "pp_interleaved": OTHER_STAGE},
-    "logits in place": {"tp_vocab": IN_PLACE},
+    "logits in place": {"tp_vocab": IN_PLACE, "cp": refused("changes a tensor whose tokens are sharded")},
     # random numbers
     "dropout": {"*": at_random("masks")},
     "drop path": {"*": at_random("masks")},
-    "layer drop in blocks": {"*": at_random("decisions")},
+    "layer drop in blocks": {"*": at_random("decisions"), "cp*": refused("without a call of F.scaled_dot_product_attention")},
     "layer drop in the loop": {
         "*": at_random("decisions"),
         "pp*": refused("Blocks that are left out at random"),
         "tp": LEFT_OUT,
         "tp_vocab": LEFT_OUT,
+        "cp*": BETWEEN,
     },
     "noise on embeddings": {"*": at_random("noise")},
     # losses
@@ -111,16 +124,16 @@ TABLE: dict[str, Row] = {
     "batch as a list of samples": {"pp*": refused("may be a list with an item for each sample")},
     "time first": {"pp*": refused("samples seem to be along dim 1")},
     # Hugging Face
-    **{name: {"tp*": NO_PLAN} for name in ("bloom", "falcon", "mpt", "dinov2", "wav2vec2")},
+    **{name: {"tp*": NO_PLAN} for name in ("falcon", "dinov2", "wav2vec2")},
+    **{name: {"tp*": NO_PLAN, "cp*": ITS_ATTENTION} for name in ("bloom", "mpt")},
+    "gptj": {"cp*": ITS_ATTENTION},
     "opt": {"pp": OTHER_STAGE, "pp_interleaved": OTHER_STAGE},
-    "mamba": {
-        "tp*": NO_PLAN,
-    },
-    "rwkv": {"tp*": NO_PLAN},
+    "mamba": {"tp*": NO_PLAN, "cp*": MIXES},
+    "rwkv": {"tp*": NO_PLAN, "cp*": MIXES},
     "bert, plan": {"tp*": UNFOLLOWED, "tp_vocab": NO_VOCABULARY},
-    "t5 encoder": {"tp*": NO_PLAN},
-    "t5": {"pp*": NOT_FOUND, "tp*": NO_PLAN},
-    "bart": {"pp*": NOT_FOUND, "tp*": NO_PLAN},
+    "t5 encoder": {"tp*": NO_PLAN, "cp*": refused("learned position bias")},
+    "t5": {"pp*": NOT_FOUND, "tp*": NO_PLAN, "cp*": NOT_FOUND},
+    "bart": {"pp*": NOT_FOUND, "tp*": NO_PLAN, "cp*": NOT_FOUND},
     "vit": {"tp_vocab": NO_VOCABULARY},
     "gpt_oss": {"tp*": NO_PLAN},
     "gpt_oss, balanced": {**BALANCED, "tp*": NO_PLAN},

@@ -170,7 +170,7 @@ def mask(
     if options.get("use_vmap"):
         return Mask(q_length, keys=keys, rule=partial(_by_numbers, mask_function))
     device = options.get("device", "cpu")
-    described = _describe(mask_function, batch_size, q_length, options.get("local_size"), device)
+    described = _describe(mask_function, batch_size, q_length, options.get("local_size") or None, device)
     rows = _sample(described, device)
     if not _agree(described, mask_function, rows, batch_size, device):
         warnings.warn(

@@ -128,8 +128,8 @@ class ContextMode(Sharder):
     def start_forward(self) -> None:
         self.setup.boundary.start_forward()
 
-    def explain_failure(self) -> None:
-        self.setup.boundary.explain_failure()
+    def explain_failure(self, error: Exception) -> None:
+        self.setup.boundary.explain_failure(error)
 
     def start_backward(self) -> None:
         self.setup.boundary.start_backward()

@@ -218,8 +218,8 @@ class TensorMode(Holder):
         self._regions.has_trained = True
         self.setup.boundary.start_forward()
 
-    def explain_failure(self) -> None:
-        self.setup.boundary.explain_failure()
+    def explain_failure(self, error: Exception) -> None:
+        self.setup.boundary.explain_failure(error)
 
     def start_backward(self) -> None:
         self.setup.boundary.start_backward()
