@@ -17,7 +17,7 @@ from lightning_overlap.modes.context.heads import ByHeads, HeadAttention, HeadEx
 from lightning_overlap.modes.context.kernel import Kernel, grad_of_sinks, kernel_for
 from lightning_overlap.modes.context.layout import TokenLayout
 from lightning_overlap.modes.context.mask import Mask
-from lightning_overlap.modes.context.part import PartOfHeads
+from lightning_overlap.modes.context.part import PartOfHeads, TileMasks
 from lightning_overlap.modes.context.pieces import PieceMethod, Plan, Plans
 from lightning_overlap.ranks.group import Group
 
@@ -93,6 +93,7 @@ class ContextAttention:
                 f"hierarchical_sizes={hierarchical_sizes} make {inner * outer} ranks of {group.size}: choose sizes whose product it is"
             )
         self._overlapped = overlapped
+        self._masks = TileMasks()
         self._sets = [range(first, first + inner) for first in range(0, group.size, inner)]
         self._group = group
         self._inner = Peers(group, self._sets[group.rank // inner])
@@ -144,7 +145,7 @@ class ContextAttention:
         with torch.autocast(device, enabled=False):
             if self._inner.size > 1:
                 return HeadAttention.apply(q, k, v, sinks, self._by_heads(q.shape[1], k.shape[1], kernel, mask, layout))
-            part = PartOfHeads(mask, range(q.shape[1]), kernel, self._overlapped)
+            part = PartOfHeads(mask, range(q.shape[1]), kernel, self._overlapped, self._masks)
             plan = self._plans.of(mask, layout, self._group.rank)
             return _PieceAttention.apply(q, k, v, sinks, part, self._outer, plan, self._pieces)
 
@@ -152,7 +153,7 @@ class ContextAttention:
         shares = HeadShares.of(heads, kv_heads, self._inner.size, kv_heads_apart=self._outer.size > 1)
         exchange = HeadExchange(self._inner, [layout.ranges[rank] for rank in self._inner.members])
         plan = self._plans.of(mask, layout.merged(self._sets), self._outer.rank)
-        parts = tuple(PartOfHeads(mask, mine, kernel, self._overlapped) for mine in shares.queries[self._inner.rank])
+        parts = tuple(PartOfHeads(mask, mine, kernel, self._overlapped, self._masks) for mine in shares.queries[self._inner.rank])
         return ByHeads(shares, exchange, self._outer, plan, parts)
 
     def _check(self, q: Tensor, k: Tensor, v: Tensor, mask: Mask, layout: TokenLayout) -> None:

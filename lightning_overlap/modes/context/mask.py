@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from enum import Enum
 from functools import cached_property
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -64,6 +65,18 @@ class Mask(Leaf):
                 raise ValueError(f"{name} of shape {tuple(x.shape)}: give one entry a token, (batch, {self.tokens})")
         if self.bias is not None and not all(n in (1, self.tokens) for n in self.bias.shape[-2:]):
             raise ValueError(f"bias of shape {tuple(self.bias.shape)}: it must broadcast to (B, H, {self.tokens}, {self.tokens})")
+
+    @cached_property
+    def borders(self) -> tuple[int, ...] | None:
+        """Positions of the first tokens of documents, but for position 0, where one sample alone has documents; else None."""
+        if self.documents is None or len(self.documents) > 1:
+            return None
+        return tuple((self.documents[0].diff().nonzero().flatten() + 1).tolist())
+
+    @property
+    def has_tensors(self) -> bool:
+        """Whether a condition needs more than numbers: which pairs are visible depends on more than their distance."""
+        return (self.documents, self.keys, self.rule, self.bias) != (None,) * 4
 
     def relation(self, queries: range, keys: range) -> Relation:
         """What a range of positions sees of another one, in all samples and heads.

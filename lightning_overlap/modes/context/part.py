@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -16,6 +17,34 @@ from lightning_overlap.modes.context.pieces import Pair, Piece, Use
 from lightning_overlap.ranks.group import Pending
 
 
+REMEMBERED_TILES = 64
+
+
+class TileMasks:
+    """The logits' masks of tiles, where they depend on distances only (windows): a few, which all layers and backward share."""
+
+    def __init__(self) -> None:
+        self._visible = lru_cache(REMEMBERED_TILES)(self._make)
+
+    def of(self, mask: Mask, pair: Pair, batch: int, heads: range, like: Tensor) -> Tensor:
+        """What :meth:`Mask.visible` gives for a pair, or the same as logits to add, in the dtype of ``like``."""
+        if not mask.has_tensors and len(pair.query_positions) == 1:
+            queries, keys = pair.query_positions[0], pair.key_positions
+            return self._visible(
+                mask.causal, mask.window, queries.start - keys.start, len(queries), len(keys), like.dtype, like.device
+            )
+        return mask.visible(_positions(pair.query_positions, like), _positions([pair.key_positions], like), batch, heads)
+
+    def _make(
+        self, causal: bool, window: int | None, distance: int, queries: int, keys: int, dtype: torch.dtype, device: torch.device
+    ) -> Tensor:
+        tokens = max(abs(distance) + queries, keys)
+        first = max(distance, 0), max(-distance, 0)
+        positions = (torch.arange(start, start + count, device=device) for start, count in zip(first, (queries, keys), strict=True))
+        visible = Mask(tokens, causal, window).visible(*positions)
+        return torch.zeros(visible.shape, dtype=dtype, device=device).masked_fill_(~visible, -torch.inf)
+
+
 @dataclass(frozen=True)
 class PartOfHeads:
     """What the attention of some heads is.
@@ -25,12 +54,14 @@ class PartOfHeads:
         heads: numbers of the query heads.
         kernel: computes a tile.
         overlapped: transfers are posted ahead of their use; otherwise they are waited for where they are posted.
+        masks: of tiles.
     """
 
     mask: Mask
     heads: range
     kernel: Kernel
     overlapped: bool
+    masks: TileMasks
 
     def forward(self, q: Tensor, exchange: PieceExchange, sinks: Tensor | None) -> tuple[Tensor, Tensor]:
         """The output ``(B, heads, s, D)`` and the log-sum-exp ``(B, heads, s)`` of this rank's queries.
@@ -105,8 +136,7 @@ class PartOfHeads:
         key = (pair.query_positions[0].start, pair.key_positions.start, self.heads.start)
         if pair.relation is not Relation.PARTIAL:
             return Tile(causal=pair.relation is Relation.DIAGONAL, key=key)
-        queries, keys = _positions(pair.query_positions, q), _positions([pair.key_positions], q)
-        return Tile(visible=self.mask.visible(queries, keys, len(q), self.heads), key=key)
+        return Tile(visible=self.masks.of(self.mask, pair, len(q), self.heads, q), key=key)
 
 
 class _Gradients:

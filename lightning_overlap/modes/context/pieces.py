@@ -41,6 +41,12 @@ class Piece:
         number, length = -(-len(self.rows) // longest), len(self.rows)
         return [self.part(range(length * i // number, length * (i + 1) // number)) for i in range(number)]
 
+    def split(self, borders: Iterable[int]) -> list[Piece]:
+        """Its parts between some positions of the sequence."""
+        first, last = self.positions.start, self.positions.stop
+        edges = [first, *sorted({border for border in borders if first < border < last}), last]
+        return [self.part(range(a - first, b - first)) for a, b in itertools.pairwise(edges)]
+
     def part(self, part: range) -> Piece:
         """Some of its tokens, counted from its first one."""
         return Piece(self.owner, self.rows[part.start : part.stop], self.positions[part.start : part.stop])
@@ -120,7 +126,7 @@ class Plans:
 
     def of(self, mask: Mask, layout: TokenLayout, rank: int) -> Plan:
         """The plan of a rank."""
-        if (mask.documents, mask.keys, mask.rule, mask.bias) == (None,) * 4:
+        if not mask.has_tensors:
             return self._of_numbers(mask.tokens, mask.causal, mask.window, layout, rank)
         plans = self._of_masks.setdefault(mask, {})
         if (layout, rank) not in plans:
@@ -209,13 +215,35 @@ def _use(mask: Mask, queries: Sequence[Piece], piece: Piece, tile: int) -> Use:
     pairs: list[Pair] = []
     for part in queries:
         relation = mask.relation(part.positions, piece.positions)
-        if relation is Relation.PARTIAL:
+        if relation is Relation.PARTIAL and mask.borders:
+            pairs += _pairs_of_documents(mask, mask.borders, part, piece, tile)
+        elif relation is Relation.PARTIAL:
             # On the same rank, queries and keys are cut at the same positions, so that tiles on the diagonal have no mask.
             keys = piece.cut(tile) if part.owner == piece.owner else [piece]
             pairs += [pair for queries_cut in part.cut(tile) for pair in _pairs_of_tile(mask, queries_cut, piece, keys)]
         elif relation is not Relation.NONE:
             pairs.append(_pair(part, piece, range(len(piece.rows)), relation))
     return Use(piece, _joined(pairs))
+
+
+def _pairs_of_documents(mask: Mask, borders: tuple[int, ...], queries: Piece, piece: Piece, tile: int) -> Iterator[Pair]:
+    """Those of consecutive tokens, document by document: pairs of one document are all visible, or on the diagonal.
+
+    Queries are also split at the edges of the piece, so that those in it are on the diagonal.
+    """
+    assert mask.documents is not None, "a mask with borders has documents"
+    documents: dict[int, list[Piece]] = {}
+    for keys in piece.split(borders):
+        documents.setdefault(int(mask.documents[0, keys.positions.start]), []).append(keys)
+    for part in queries.split([*borders, piece.positions.start, piece.positions.stop]):
+        for keys in documents.get(int(mask.documents[0, part.positions.start]), ()):
+            relation = mask.relation(part.positions, keys.positions)
+            first = keys.rows.start - piece.rows.start
+            if relation is Relation.PARTIAL:
+                for queries_cut in part.cut(tile):
+                    yield from _pairs_of_tile(mask, queries_cut, piece, [keys])
+            elif relation is not Relation.NONE:
+                yield _pair(part, piece, range(first, first + len(keys.rows)), relation)
 
 
 def _pairs_of_tile(mask: Mask, queries: Piece, piece: Piece, keys: Sequence[Piece]) -> Iterator[Pair]:
