@@ -113,7 +113,7 @@ def test_an_error_of_an_early_stage_in_validation_reaches_the_others(world):
         (Between, {}, "changes the hidden states"),
         (Swallows, {}, "catches every exception"),
         (NoLoss, {}, "training_step returned no loss"),
-        (Trims, {"microbatches": 8}, "for an input of the same shapes"),
+        (Trims, {"microbatches": 8}, "for an earlier input of the same shapes it was"),
         (Net, {"microbatch_group": 1}, "must be at least size=2"),
         (TiedByHand, {}, "of another stage: the first stage holds"),
         (Manual, {}, "manual optimization"),
