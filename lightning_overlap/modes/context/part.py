@@ -16,7 +16,6 @@ from lightning_overlap.modes.context.mask import Mask, Relation
 from lightning_overlap.modes.context.pieces import Pair, Piece, Use
 from lightning_overlap.ranks.group import Pending
 
-
 REMEMBERED_TILES = 64
 
 
