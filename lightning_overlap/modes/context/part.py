@@ -38,9 +38,9 @@ class TileMasks:
         self, causal: bool, window: int | None, distance: int, queries: int, keys: int, dtype: torch.dtype, device: torch.device
     ) -> Tensor:
         tokens = max(abs(distance) + queries, keys)
-        first = max(distance, 0), max(-distance, 0)
-        positions = (torch.arange(start, start + count, device=device) for start, count in zip(first, (queries, keys), strict=True))
-        visible = Mask(tokens, causal, window).visible(*positions)
+        of_queries = torch.arange(queries, device=device) + max(distance, 0)
+        of_keys = torch.arange(keys, device=device) + max(-distance, 0)
+        visible = Mask(tokens, causal, window).visible(of_queries, of_keys)
         return torch.zeros(visible.shape, dtype=dtype, device=device).masked_fill_(~visible, -torch.inf)
 
 
