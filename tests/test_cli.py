@@ -57,4 +57,4 @@ def test_a_plan_needs_no_machine_of_its_size(monkeypatch, capsys):
     large = [*model, f"{pipeline}.size", "32", f"{pipeline}.microbatches", "128", "--devices", "8", "--num-nodes", "16"]
     told = plan(monkeypatch, capsys, "-c", "configs/base.yaml", "-c", "configs/pp.yaml", *large, "--times", "22.7,44.8,18.6")
     assert "pipeline 32 x data 4" in told
-    assert "on paper a batch takes 21716 ms" in told
+    assert "simulated: a batch takes 21716 ms" in told

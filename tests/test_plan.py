@@ -97,10 +97,10 @@ def test_auto_declines(facts, feature, choice):
 @pytest.mark.parametrize(
     ("data", "pipeline", "facts", "choice", "why"),
     [
-        ({"align_param_gather": True}, 2, {}, True, "once the step is over"),
-        ({}, 2, {}, False, "a stage whose backward is over gathers while earlier stages still compute"),
-        ({}, 2, {"gradient_clip_val": 1.0}, False, "after backward as it is"),
-        ({}, 1, {}, False, "one rank has all stages"),
+        ({"align_param_gather": True}, 2, {}, True, "after the step, all stages gather"),
+        ({}, 2, {}, False, "each stage gathers when its own backward ends"),
+        ({}, 2, {"gradient_clip_val": 1.0}, False, "all stages gather after backward without it"),
+        ({}, 1, {}, False, "no pipeline: there are no stages to align"),
     ],
 )
 def test_gathers_of_several_stages_are_aligned_when_asked_to(data, pipeline, facts, choice, why):
@@ -124,14 +124,18 @@ def test_overlap_off_keeps_the_layout():
         ({"overlap_optimizer_step": True, "check_for_nan_in_grad": True}, {"gradient_clip_val": 1.0}, "check_for_nan"),
         ({"distributed_optimizer": True}, {"automatic_optimization": False}, "manual optimization"),
         ({"overlap_param_gather": True, "distributed_optimizer": False}, {}, "needs the distributed optimizer"),
-        ({"align_param_gather": True}, {}, "one rank has all stages; leave it out, or set pipeline_parallel.size"),
-        ({"align_param_gather": True, "distributed_optimizer": False}, {}, "one rank .*; it needs the distributed optimizer"),
+        ({"align_param_gather": True}, {}, "no pipeline: .*; remove the setting, or set pipeline_parallel.size"),
+        ({"align_param_gather": True, "distributed_optimizer": False}, {}, "no pipeline: .*; it needs the distributed optimizer"),
         ({"align_param_gather": True, "overlap_param_gather": False}, {}, "set data_parallel.overlap_param_gather: true"),
-        ({"align_param_gather": True, "param_gather_prefetch": 2}, {}, "param_gather_prefetch bounds; set it to all"),
+        (
+            {"align_param_gather": True, "param_gather_prefetch": 2},
+            {},
+            "forward posts the gathers; set it to all",
+        ),
         ({"num_optimizer_instances": 3}, {"world_size": 4}, "must divide"),
         ({"size": 3}, {"world_size": 4}, "needs 3 ranks, and there are 4"),
         ({}, {"precision": "16-mixed"}, "use bf16-mixed"),
-        ({"distributed_optimizer": True}, {"unfreezers": ("BackboneFinetuning",)}, "BackboneFinetuning brings in parameters"),
+        ({"distributed_optimizer": True}, {"unfreezers": ("BackboneFinetuning",)}, "BackboneFinetuning adds parameters"),
         ({"distributed_optimizer": True}, {"optimizers": (NORM,)}, "looks at all parameters at once"),
         ({"distributed_optimizer": True}, {"optimizers": (REFUSES,)}, r"Shy fails on test matrices \(TypeError: no\)"),
         ({"distributed_optimizer": True}, {"optimizers": (SWAPS,)}, "Free.eval, Free.train reads the optimizer's state outside"),

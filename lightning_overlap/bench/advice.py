@@ -1,4 +1,4 @@
-"""What to try next, in words, from what was measured."""
+"""Advice on the next setting to try, from measured rows."""
 
 from __future__ import annotations
 
@@ -7,24 +7,24 @@ from collections.abc import Mapping
 from lightning_overlap.bench.rows import Row
 from lightning_overlap.config import OverlapConfig
 
-LITTLE = 0.03
-"""Part of a step that is not worth a word."""
+NEGLIGIBLE = 0.03
+"""Exposed part of a step below which there is no advice."""
 
 
 def advise(rows: Mapping[str, Row], config: OverlapConfig) -> str:
-    """One line: which mode's communication is exposed most, and which setting to try.
+    """Returns one line: which kind of transfer is exposed most, and which setting to try.
 
     Args:
         rows: of the benchmark, by name.
-        config: what was measured, whose modes know what may help.
+        config: the measured configuration, whose modes have the advice.
     """
     ours, plain, compute, communication = (rows[name].median for name in ("overlapped", "plain", "compute", "communication"))
     if ours > plain:
         return f"advice: overlap costs {(ours - plain) * 1e3:.0f} ms more than it hides here; set overlap: off, or make buckets larger"
     exposed, waits = rows["overlapped"].waited(), rows["overlapped"].exposed[-1]
     kind = max(waits, key=lambda k: waits[k], default=None)
-    if kind is None or exposed < LITTLE * ours:
-        return f"advice: nothing to gain from a setting, {exposed * 1e3:.0f} of {ours * 1e3:.0f} ms are exposed"
+    if kind is None or exposed < NEGLIGIBLE * ours:
+        return f"advice: no setting can gain much, only {exposed * 1e3:.0f} of {ours * 1e3:.0f} ms are exposed"
     name, _, transfer = kind.partition(".")
     mode = next(mode for mode in config.modes if mode.name == name)
     slow = communication > compute

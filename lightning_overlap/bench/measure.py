@@ -1,7 +1,7 @@
-"""Times the user's own training step: overlapped, plain, compute alone, communication alone, and under peers.
+"""Times the user's training step: overlapped, without overlap, without transfers, transfers alone, and under other strategies.
 
-Every figure is a run of the same module, from the same weights, on the same data, through Trainer. The runs are
-interleaved, so that a machine that drifts favours none.
+Every figure is a run of the same module, from the same weights, on the same data, through Trainer. The runs are interleaved, so that a
+machine whose speed drifts favours none of them.
 """
 
 from __future__ import annotations
@@ -45,28 +45,28 @@ class Measured:
     doubts: list[str]
     advice: str = ""
     modes: dict[str, list[float]] = field(default_factory=dict)
-    """By mode that communicates, seconds of its communication alone: one figure for each repeat."""
+    """By mode, seconds a step of its transfers alone: one figure for each repeat."""
     plan: str = ""
-    """Of the overlapped runs, as text."""
+    """The plan of the overlapped runs, as text."""
     on_paper: OnPaper | None = None
-    """What the schedule takes on paper, if steps are run in parts on several ranks."""
+    """The simulated schedule, if a mode runs steps in parts on several ranks."""
 
     def row(self, name: str) -> Row:
         return next(row for row in self.rows if row.name == name)
 
     @property
     def limit(self) -> float:
-        """What no schedule can beat: the longer of compute alone and communication alone, in seconds."""
+        """The time of the best possible overlap: the longer of compute alone and communication alone, in seconds."""
         return max(self.row("compute").median, self.row("communication").median)
 
     def efficiency(self, mode: str) -> float:
-        """A mode's limit over the step as it would be if other modes' transfers were not waited for."""
+        """Returns a mode's limit divided by the time of a step without the waits for other modes' transfers."""
         ours, compute = self.row("overlapped"), self.row("compute").median
         others = ours.waited() - ours.waited(mode)
         return max(compute, statistics.median(self.modes[mode])) / (ours.median - others)
 
     def as_dict(self) -> dict[str, Any]:
-        """For JSON."""
+        """Returns all figures, for JSON."""
         medians = {row.name: row.median for row in self.rows}
         return {**asdict(self), "limit": self.limit, "medians": medians, "efficiency": {m: self.efficiency(m) for m in self.modes}}
 
@@ -96,20 +96,20 @@ class Measured:
 
 
 class _Clock(Callback):
-    """Times the steps after ``warmup``; with ``skip``, without transfers, which are then replayed and timed too."""
+    """Times the steps after ``warmup``; with ``skip``, steps without transfers, and then the transfers alone."""
 
     def __init__(self, warmup: int, steps: int, *, skip: bool = False) -> None:
         self.warmup, self.steps, self.skip = warmup, steps, skip
         self.seconds = 0.0
         self.memory = 0
         self.logs = False
-        """Whether there is a log of transfers."""
+        """Whether transfers are logged."""
         self.waits: dict[str, float] = {}
-        """Seconds a step for which a kind of transfer was waited for."""
+        """Seconds a step of the waits for each kind of transfer."""
         self.communication: dict[str, float] = {}
-        """Seconds a step of the transfers alone, by mode, and of all under an empty name."""
+        """Seconds a step of the transfers alone, by mode; of all modes under an empty name."""
         self.work: list[tuple[str, float, float]] = []
-        """What modes have computed, in all steps."""
+        """The modes' spans of compute in all timed steps: name, start, end."""
         self._skipped: dict[str, list[Skipped]] = {}
         self._log: list[Transfer] = []
         self._begun = 0.0
@@ -117,7 +117,7 @@ class _Clock(Callback):
 
     @property
     def figures(self) -> tuple[float, int, dict[str, float] | None]:
-        """What :meth:`Row.add` takes."""
+        """The arguments of :meth:`Row.add`."""
         return self.seconds, self.memory, self.waits if self.logs else None
 
     def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
@@ -133,7 +133,7 @@ class _Clock(Callback):
         self._step = trainer.global_step
         for stand_in in chain(*self._skipped.values()):
             stand_in.calls.clear()
-        # From the start of a step to that of a later one, in full swing: what is in flight at either is alike.
+        # From the start of one step to the start of a later one, so that the same transfers are under way at both.
         if self._step == self.warmup:
             if self._on_device:
                 torch.cuda.reset_peak_memory_stats()
@@ -164,9 +164,9 @@ class _Clock(Callback):
 
     def on_train_end(self, trainer: Trainer, module: LightningModule) -> None:
         if not self.seconds:
-            raise ConfigError(f"the data ended before {self.warmup} + {self.steps} + 1 steps: ask for fewer --steps")
+            raise ConfigError(f"the data ended before {self.warmup} + {self.steps} + 1 steps. Set fewer --steps")
         for stand_in in chain(*self._skipped.values()):
-            stand_in.stop()  # what follows belongs to no step
+            stand_in.stop()  # later transfers belong to no step
         if self._skipped:
             self.communication[""] = self._replay(trainer, list(chain(*self._skipped.values())))
         for name, of_mode in self._skipped.items():
@@ -174,17 +174,17 @@ class _Clock(Callback):
             self.communication[name] = self.communication[""] if alone else self._replay(trainer, of_mode)
 
     def _replay(self, trainer: Trainer, skipped: Sequence[Skipped]) -> float:
-        self._meet(trainer)
+        self._synchronize(trainer)
         start = time.perf_counter()
         for _ in range(self.steps):
             for pending in [pending for stand_in in skipped for pending in stand_in.post()]:
                 pending.wait()
-        self._meet(trainer)
+        self._synchronize(trainer)
         return (time.perf_counter() - start) / self.steps
 
     @staticmethod
-    def _meet(trainer: Trainer) -> None:
-        """All work of all ranks is done."""
+    def _synchronize(trainer: Trainer) -> None:
+        """Waits for the work of all ranks."""
         for mode in getattr(trainer.strategy, "modes", ()):
             mode.sync_parameters()
         if trainer.strategy.root_device.type == "cuda":
@@ -203,60 +203,98 @@ def measure(
     repeats: int,
     with_peers: bool,
 ) -> Measured:
-    """Runs everything, ``repeats`` times; ``model``, ``datamodule``, ``strategy`` and ``trainer`` are those of :class:`Runs`.
+    """Runs all rows of a benchmark, ``repeats`` times.
 
     Args:
-        model: the module.
-        datamodule: its data.
-        strategy: the configuration.
-        trainer: arguments of Trainer.
+        model: as in :class:`Runs`.
+        datamodule: as in :class:`Runs`.
+        strategy: as in :class:`Runs`.
+        trainer: as in :class:`Runs`.
         steps: timed steps of a run.
         warmup: steps before them.
-        repeats: runs of each.
-        with_peers: measure the peers too.
+        repeats: runs of each row.
+        with_peers: measure the peers, too.
     """
-    runs = Runs(model, datamodule, strategy, trainer)
-
-    def run(made: Strategy, module: LightningModule | None = None, *, skip: bool = False) -> _Clock:
-        clock = _Clock(warmup, steps, skip=skip)
-        runs.fit(made, warmup + steps + 1, clock, module)
-        return clock
-
     config = strategy.config
+    timed = _TimedRuns(Runs(model, datamodule, strategy, trainer), steps, warmup)
     # Without transfers no number is right, so nothing is checked.
     unchecked = {mode.section: replace(config.of(mode), **mode.unchecked) for mode in config.modes if mode.unchecked}
     rows = {name: Row(name) for name in ("overlapped", "plain", "compute", "communication")}
-    peers: dict[str, Peer] = {}
-    refused: dict[str, str] = {}
+    peers = _Peers(timed, model)
     alone: dict[str, list[float]] = defaultdict(list)
     for repeat in range(repeats):
-        overlapped = runs.ours()
-        rows["overlapped"].add(*run(overlapped).figures)
-        rows["plain"].add(*run(runs.ours(overlap="off")).figures)
-        clock = run(runs.ours(verify_first_step=False, **unchecked), skip=True)
+        overlapped = timed.runs.ours()
+        rows["overlapped"].add(*timed.run(overlapped).figures)
+        rows["plain"].add(*timed.run(timed.runs.ours(overlap="off")).figures)
+        clock = timed.run(timed.runs.ours(verify_first_step=False, **unchecked), skip=True)
         rows["compute"].add(*clock.figures)
         for name, seconds in clock.communication.items():
             (alone[name] if name else rows["communication"].seconds).append(seconds)
         if with_peers and repeat == 0:
-            peers = find_peers(overlapped.plan, config, strategy.backend_name)
-        for name in [name for name in peers if name not in refused]:
-            make, prepare = peers[name]
-            try:
-                rows.setdefault(name, Row(name)).add(*run(make(), prepare(copy.deepcopy(model))).figures)
-            except Exception as error:  # a peer that cannot train this module costs no figures
-                refused[name] = f"{name} is left out: {error}"
-    measured = [row for row in rows.values() if row.name not in refused]
-    doubts = [*refused.values(), *_doubts(measured, strategy.num_processes)]
+            peers.makers = find_peers(overlapped.plan, config, strategy.backend_name)
+        peers.measure()
+    measured = [*rows.values(), *peers.rows.values()]
+    doubts = [*peers.refused.values(), *_doubts(measured, strategy.num_processes)]
     simulation = _simulated(overlapped, clock.work, rows["compute"].median, alone, steps)
     return Measured(
         measured, strategy.world_size, steps, doubts, advise(rows, config), dict(alone), overlapped.plan.explain(), simulation
     )
 
 
+@dataclass
+class _TimedRuns:
+    """Runs with a clock.
+
+    Attributes:
+        runs: the training.
+        steps: timed steps of a run.
+        warmup: steps before them.
+    """
+
+    runs: Runs
+    steps: int
+    warmup: int
+
+    def run(self, strategy: Strategy, module: LightningModule | None = None, *, skip: bool = False) -> _Clock:
+        """Trains under a strategy and returns the clock; ``skip``: without transfers."""
+        clock = _Clock(self.warmup, self.steps, skip=skip)
+        self.runs.fit(strategy, self.warmup + self.steps + 1, clock, module)
+        return clock
+
+
+class _Peers:
+    """Measures the peers. A peer that cannot train the module is left out.
+
+    Attributes:
+        makers: the peers by name.
+        rows: of the peers that can train the module.
+        refused: by name, the reason why a peer cannot.
+    """
+
+    def __init__(self, timed: _TimedRuns, model: LightningModule) -> None:
+        self.makers: dict[str, Peer] = {}
+        self.rows: dict[str, Row] = {}
+        self.refused: dict[str, str] = {}
+        self._timed = timed
+        self._model = model
+
+    def measure(self) -> None:
+        """Runs each peer once."""
+        for name, (make, prepare) in self.makers.items():
+            if name in self.refused:
+                continue
+            try:
+                figures = self._timed.run(make(), prepare(copy.deepcopy(self._model))).figures
+                self.rows.setdefault(name, Row(name)).add(*figures)
+            except Exception as error:  # of any kind: the other figures are still worth printing
+                self.refused[name] = f"{name} is left out: {error}"
+                self.rows.pop(name, None)
+
+
 def _simulated(
     strategy: OverlapStrategy, work: Sequence[tuple[str, float, float]], step: float, alone: dict[str, list[float]], steps: int
 ) -> OnPaper | None:
-    """What the schedule takes on paper, if a mode runs steps in parts on several ranks; for the arguments see :func:`on_paper`."""
+    """Simulates the schedule of a mode that runs steps in parts on several ranks; for the arguments see :func:`on_paper`."""
     for mode in strategy.config.modes:
         choices = strategy.plan.choices.get(mode.name)
         schedule = None if choices is None else mode.schedule(strategy.config.of(mode), choices)
@@ -266,10 +304,10 @@ def _simulated(
 
 
 def sweep(runs: Runs, setting: str, *, steps: int, warmup: int, repeats: int) -> list[Row]:
-    """Times the overlapped step with each of some values of one setting, interleaved; the fastest comes first.
+    """Times the overlapped step with several values of one setting, interleaved. Returns the fastest first.
 
     Args:
-        runs: what to train.
+        runs: the training.
         setting: such as ``data_parallel.bucket_size=100000,400000,auto``, or, of a setting that is a table,
             ``tensor_parallel.methods.row_fprop=pipeline,plain``.
         steps: as in :func:`measure`.
@@ -277,7 +315,7 @@ def sweep(runs: Runs, setting: str, *, steps: int, warmup: int, repeats: int) ->
         repeats: as in :func:`measure`.
 
     Raises:
-        ConfigError: there is no such setting, or it takes no such value.
+        ConfigError: there is no such setting, or a value is invalid.
     """
     path, _, values_text = setting.partition("=")
     mode, name, key, *_ = (*path.split(".", 2), "", "")
@@ -286,8 +324,8 @@ def sweep(runs: Runs, setting: str, *, steps: int, warmup: int, repeats: int) ->
     table = getattr(settings, name, None) if name in names else None
     if name not in names or not values_text or isinstance(table, dict) != bool(key):
         raise ConfigError(
-            f"--sweep {setting}: it is MODE.SETTING=VALUE,VALUE,... with a setting of the mode: {', '.join(names) or path}; "
-            "of one that is a table, MODE.SETTING.KEY=VALUE,VALUE,..."
+            f"--sweep {setting} is not MODE.SETTING=VALUE,VALUE,... with a setting of the mode ({', '.join(names) or path}), nor "
+            "MODE.SETTING.KEY=VALUE,VALUE,... for a setting that is a table"
         )
 
     def changed(value: Any) -> Any:
@@ -322,11 +360,11 @@ def _parsed(value: str) -> Any:
     try:
         return json.loads(value)
     except ValueError:
-        return value  # a word, such as auto
+        return value  # auto, for example
 
 
 def memory_in_use(device: torch.device) -> int:
-    """Bytes: the most that torch has allocated on a CUDA device, else what is resident of this process (Linux; 0 elsewhere)."""
+    """Returns bytes: on CUDA torch's peak allocation, otherwise the resident size of this process (on Linux; 0 elsewhere)."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     status = Path("/proc/self/statm")
@@ -334,9 +372,9 @@ def memory_in_use(device: torch.device) -> int:
 
 
 def _doubts(rows: list[Row], local_ranks: int) -> list[str]:
-    """Lists the reasons why the figures may not be trusted."""
+    """Lists the reasons why figures may be wrong."""
     doubts = [f"{row.name} differs by {row.spread:.0%} between runs" for row in rows if row.spread > 0.1]
     cores = len(os.sched_getaffinity(0))
     if local_ranks * torch.get_num_threads() > cores:
-        doubts.append(f"{local_ranks} ranks x {torch.get_num_threads()} threads share {cores} cores: set OMP_NUM_THREADS lower")
+        doubts.append(f"{local_ranks} ranks x {torch.get_num_threads()} threads share {cores} cores: lower OMP_NUM_THREADS")
     return doubts

@@ -13,9 +13,9 @@ class Row:
     name: str
     seconds: list[float] = field(default_factory=list)
     exposed: list[dict[str, float]] = field(default_factory=list)
-    """Seconds a step for which this rank did nothing but wait for a transfer, by kind, ``data.grads`` say (overlapped and plain)."""
+    """Seconds a step of this rank's waits, by kind of transfer, such as ``data.grads`` (rows overlapped and plain only)."""
     memory: list[int] = field(default_factory=list)
-    """Bytes in use after the last step: the process's resident ones, on CUDA the most that torch had allocated."""
+    """Bytes in use after the last step: the process's resident size, on CUDA torch's peak allocation."""
 
     def add(self, seconds: float, memory: int, waits: dict[str, float] | None) -> None:
         """Adds a run.
@@ -23,7 +23,7 @@ class Row:
         Args:
             seconds: of a step.
             memory: bytes in use after the last step.
-            waits: seconds a step for which transfers were waited for, by kind; None if they are not known.
+            waits: seconds a step of the waits, by kind of transfer; None if they are not known.
         """
         self.seconds.append(seconds)
         self.memory.append(memory)
@@ -31,7 +31,7 @@ class Row:
             self.exposed.append(waits)
 
     def waited(self, mode: str = "") -> float:
-        """Seconds a step for which transfers of a mode were waited for, or of all modes; the median of the runs."""
+        """Returns seconds a step of the waits for a mode's transfers, by default all modes'; the median of the runs."""
         return statistics.median(sum(s for kind, s in run.items() if kind.startswith(mode)) for run in self.exposed)
 
     @property

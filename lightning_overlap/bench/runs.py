@@ -19,14 +19,14 @@ TRAINING = (BaseFinetuning, GradientAccumulationScheduler, StochasticWeightAvera
 
 
 class Runs:
-    """What the user would train, to be trained for a few steps again and again.
+    """Trains the user's module for a few steps, many times.
 
     Args:
         model: the module; copies of it are trained.
         datamodule: its data, where the module has none of its own.
-        strategy: the configuration; the object itself does not train.
-        trainer: the user's arguments of Trainer. Loggers, checkpoints and validation are left out, and of the callbacks those
-            that do not take part in training: Lightning's own, but for the four that do.
+        strategy: has the configuration; this object does not train.
+        trainer: the user's arguments of Trainer. Runs have no loggers, checkpoints and validation, and of Lightning's callbacks only
+            the four that take part in training.
     """
 
     def __init__(
@@ -39,13 +39,13 @@ class Runs:
         self._seed = int(os.environ.get("PL_GLOBAL_SEED", 0))
 
     def ours(self, **changes: Any) -> OverlapStrategy:
-        """The user's configuration, with some fields of its ``OverlapConfig`` changed."""
+        """Returns a strategy with the user's ``OverlapConfig``, of which some fields are changed."""
         made = OverlapStrategy(process_group_backend=self.strategy.process_group_backend)
         made.config = replace(self.strategy.config, **changes)
         return made
 
     def fit(self, strategy: Strategy, steps: int, callback: Callback, module: LightningModule | None = None, **trainer: Any) -> None:
-        """Trains a copy of the module, or the module given, for so many steps."""
+        """Trains ``module``, by default a copy of the user's, for ``steps`` steps."""
         module = copy.deepcopy(self.model) if module is None else module
         given = self._trainer.get("callbacks") or []
         callbacks = [copy.deepcopy(c) for c in (given if isinstance(given, Sequence) else [given]) if _trains(c)]
@@ -62,6 +62,6 @@ class Runs:
 
 
 def _trains(callback: Callback) -> bool:
-    # Lightning's package has two names.
+    # Lightning has two package names.
     lightnings = type(callback).__module__.split(".")[0] in ("lightning", "pytorch_lightning", "lightning_overlap")
     return isinstance(callback, TRAINING) or not lightnings

@@ -1,4 +1,4 @@
-"""Proves on the user's own training that overlap changes no number, or names the first one that differs."""
+"""Proves on the user's training that overlap changes no number, or names the first number that differs."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from lightning_overlap.strategy.strategy import OverlapStrategy
 from lightning_overlap.torch_seams import parameters_of
 
 CLOSE, CLOSE_HALF = 1e-5, 1e-2
-"""Relative difference from one process that another order of the same sums explains, in fp32 and with 16-bit activations."""
+"""Largest relative difference that another order of sums explains, in fp32 and with 16-bit activations."""
 
 
 @dataclass
@@ -35,11 +35,11 @@ class Record:
     """The numbers of a run on one rank.
 
     Attributes:
-        losses: of each batch.
-        norms: of the gradients that each step was made with, on this rank.
-        weights: by name, at the end; those that this rank holds.
-        read: for each batch, digests of the weights as forward read them, by name.
-        batches: what was trained on.
+        losses: the loss of each batch.
+        norms: the norm of this rank's gradients at each step.
+        weights: the final weights by name, of which this rank has all or a part.
+        read: for each batch, digests of the weights that forward read, by name.
+        batches: the training batches.
     """
 
     losses: list[float] = field(default_factory=list)
@@ -50,7 +50,7 @@ class Record:
 
 
 class _Recorder(Callback):
-    """Records a run. It waits for no transfer, unless it also records the weights that forward reads."""
+    """Records a run. It waits for transfers only if it records the weights that forward reads."""
 
     def __init__(self, *, batches: bool = False, weights: bool = False) -> None:
         self.record = Record()
@@ -76,7 +76,7 @@ class _Recorder(Callback):
         # Lightning has divided it by the batches of an accumulation window.
         self.record.losses.append(math.nan if loss is None else float(loss) * trainer.accumulate_grad_batches)
         if self._squares:
-            # Exact whatever the order, in which a step in backward and one after it differ.
+            # An exact sum: a step in backward and a step after it have different orders.
             self.record.norms.append(math.sqrt(math.fsum(self._squares)))
             self._squares.clear()
 
@@ -85,7 +85,7 @@ class _Recorder(Callback):
             hook.remove()
 
     def after(self, module: LightningModule) -> Record:
-        """The record, completed by the weights, which are whole on every rank after a fit."""
+        """Adds the final weights, which are complete after a fit, and returns the record."""
         self.record.weights = {name: p.detach().cpu().clone() for name, p in module.named_parameters()}
         return self.record
 
@@ -96,7 +96,7 @@ class _Recorder(Callback):
 
 
 class _Reads:
-    """Before a module's forward: digests of its own parameters, read as the module reads them."""
+    """A forward pre-hook that records digests of a module's parameters, read as the module reads them."""
 
     def __init__(self, read: list[dict[str, str]], prefix: str, names: Sequence[str]) -> None:
         self._read, self._prefix, self._names = read, prefix, names
@@ -109,7 +109,7 @@ class _Reads:
 
 
 def digest(x: Tensor) -> str:
-    """Of its bits."""
+    """Returns a hash of a tensor's bits."""
     return hashlib.blake2b(x.cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes(), digest_size=8).hexdigest()
 
 
@@ -118,8 +118,8 @@ class Verdict:
     """The result of a comparison, the same on every rank.
 
     Attributes:
-        compared: in words.
-        differences: in words, the first of each kind; empty if there are none.
+        compared: a sentence about the two runs.
+        differences: sentences, one for the first difference of each kind; empty if the runs are equal.
     """
 
     compared: str
@@ -127,7 +127,7 @@ class Verdict:
 
     @property
     def equal(self) -> bool:
-        """Whether nothing differs."""
+        """Whether there is no difference."""
         return not self.differences
 
     def __str__(self) -> str:
@@ -143,12 +143,11 @@ def verify(
     steps: int = 5,
     against: Literal["off", "single"] = "off",
 ) -> list[Verdict]:
-    """Trains with overlap on and off, and with ``against="single"`` on one process too, and compares.
+    """Trains with overlap on and off, with ``against="single"`` also on one process, and compares the runs. Collective.
 
-    Collective: every rank calls it. On and off must be equal in every bit: losses, the norms of gradients, weights. Under modes that
-    do not keep bits, whose products in pieces round otherwise, losses and weights must be close. One process gets the batches of all
-    ranks, in accumulation; losses and weights must be close in fp32 (another order of the same sums; random numbers, dropout's say,
-    are drawn otherwise).
+    With overlap on and off all bits of losses, norms of gradients and weights must be equal. Under modes that do not keep bits, since
+    they split products, losses and weights must be close. One process trains on the batches of all ranks by accumulation; losses and
+    weights must be close in fp32. Dropout must be off in that comparison: one process draws other random numbers.
 
     Args:
         model: as in :class:`Runs`.
@@ -156,13 +155,13 @@ def verify(
         strategy: as in :class:`Runs`.
         trainer: as in :class:`Runs`.
         steps: the number of steps of each run.
-        against: ``"single"`` compares with one process, too.
+        against: ``"single"``: compare with one process, too.
 
     Returns:
         A verdict for each comparison.
 
     Raises:
-        ConfigError: ``steps`` is less than 1, there is one rank only, or nothing overlaps and there is nothing else to compare with.
+        ConfigError: ``steps`` is less than 1, there is only one rank, or nothing overlaps and ``against`` is not ``"single"``.
     """
     check_count("steps", steps)
     runs = Runs(model, datamodule, strategy, trainer)
@@ -178,65 +177,65 @@ def verify(
 
     on = run(strategy.config.overlap, batches=against == "single")
     if world_size() == 1:
-        raise ConfigError("on one rank nothing is communicated, and there is nothing to compare: ask for more devices")
+        raise ConfigError("one rank communicates nothing, so there is nothing to compare. Set more devices")
     close = CLOSE if "16" not in str(trainer.get("precision")) else CLOSE_HALF
     verdicts = []
     if _overlaps(plans[0], strategy.config):
         exact = all(mode.mode_type is None or mode.mode_type.keeps_bits for mode in plans[0].modes if mode.name in plans[0].choices)
-        verdicts.append(_on_and_off(on, run, strategy.config.overlap, close, exact=exact))
+        verdicts.append(_compare_off(on, run, strategy.config.overlap, close, exact=exact))
     elif against != "single":
         raise ConfigError(
-            "nothing overlaps in this plan, so that overlap on and off are the same run, and comparing them proves nothing: ask for "
-            "overlap (overlap: auto), or compare with one process (against='single', --against single)"
+            "nothing overlaps in this plan, so overlap on and off are the same run, and to compare them proves nothing. Set "
+            "overlap: auto, or compare with one process (against='single', --against single)"
         )
     if against == "single":
-        verdicts.append(_ranks_and_one(on, runs, steps, close))
+        verdicts.append(_compare_single(on, runs, steps, close))
     return verdicts
 
 
-def _ranks_and_one(on: Record, runs: Runs, steps: int, close: float) -> Verdict:
-    """Compares a run with one process on the batches of all ranks, which is trained here."""
+def _compare_single(on: Record, runs: Runs, steps: int, close: float) -> Verdict:
+    """Trains one process on the batches of all ranks, and compares a run with it."""
     single, mesh = _single(runs, on.batches, steps), _mesh(runs)
     far = _far(on, single, single.losses[mesh.index("samples") :: mesh.size("samples")], close, "on one process")
     return Verdict(f"{world_size()} ranks and one process, losses and weights to {close:g}", _shared(far))
 
 
 def _overlaps(plan: Plan, config: OverlapConfig) -> bool:
-    """Whether overlap="off" would change anything of a plan."""
+    """Whether overlap="off" would change the plan."""
     off = resolve(replace(config, overlap="off"), plan.facts)
     return {name: each.value for name, each in plan.features().items()} != {name: each.value for name, each in off.features().items()}
 
 
-def _on_and_off(on: Record, run: Callable[..., Record], overlap: str, close: float, *, exact: bool) -> Verdict:
-    """Compares a run with its twin without overlap, which is trained here.
+def _compare_off(on: Record, run: Callable[..., Record], overlap: str, close: float, *, exact: bool) -> Verdict:
+    """Trains without overlap, and compares a run with that.
 
     Args:
         on: the run.
-        run: trains, given what ``overlap`` is.
-        overlap: of the run, as configured.
-        close: the relative difference that rounding explains.
-        exact: rounding explains nothing, since all modes keep bits.
+        run: trains with a value of ``overlap``.
+        overlap: the configured value.
+        close: the largest relative difference that rounding explains.
+        exact: all modes keep bits, so no difference is allowed.
     """
     off = run("off")
     differences = _shared(
         _differences(on, off, "with overlap", "without") if exact else _far(on, off, off.losses, close, "without overlap")
     )
     if differences and exact:
-        # Only now, because it takes time in which a transfer that is late may arrive.
-        looked = _shared(_weights_read(run(overlap, weights=True), run("off", weights=True)))
-        differences += looked[:1] or ["while they are looked at, the weights that forward reads do not differ: a matter of timing"]
+        # Only after a difference, since to record weights takes time, in which a late transfer may complete.
+        weights = _shared(_weights_read(run(overlap, weights=True), run("off", weights=True)))
+        differences += weights[:1] or ["a run that records the weights that forward reads has no difference in them: timing matters"]
     counted = f"{len(on.losses)} losses, {len(on.norms)} norms of gradients and {len(on.weights)} parameters"
-    how = "bit by bit" if exact else f"to {close:g}"
-    return Verdict(f"overlap on and off, {counted} on each of {world_size()} ranks, {how}", differences)
+    precision = "bit by bit" if exact else f"to {close:g}"
+    return Verdict(f"overlap on and off, {counted} on each of {world_size()} ranks, {precision}", differences)
 
 
 def _shared(mine: list[str]) -> list[str]:
-    """Gives all ranks the differences that each has found."""
+    """Returns the differences of all ranks. Collective."""
     return [f"rank {rank}: {sentence}" for rank, sentences in enumerate(all_gather_objects(mine)) for sentence in sentences]
 
 
 def _differences(first: Record, second: Record, this: str, that: str) -> list[str]:
-    """The first of each kind, in words."""
+    """Lists the first difference of each kind."""
     differences = []
     for what, a, b in (("loss of batch", first.losses, second.losses), ("norm of the gradients of step", first.norms, second.norms)):
         if len(a) != len(b):
@@ -252,25 +251,25 @@ def _differences(first: Record, second: Record, this: str, that: str) -> list[st
 
 
 def _weights_read(first: Record, second: Record) -> list[str]:
-    """The first parameter that forward read otherwise, in words."""
+    """Returns a sentence about the first weight that forward read with another value; an empty list without one."""
     for batch, (a, b) in enumerate(zip(first.read, second.read, strict=False)):
         for name, bits in a.items():
             if b.get(name) != bits:
-                return [f"{name} is the first weight that forward reads otherwise, in batch {batch}"]
+                return [f"{name} is the first weight that forward reads with another value, in batch {batch}"]
     return []
 
 
 def _single(runs: Runs, mine: list[Any], steps: int) -> Record:
-    """This rank trains alone, on the batches of all ranks."""
+    """Trains on this rank alone, with the batches of all ranks."""
     everyone = all_gather_objects(mine)
-    different = next(row for row in _mesh(runs).sets("samples") if 0 in row)  # the other ranks have had the same batches
+    different = next(row for row in _mesh(runs).sets("samples") if 0 in row)  # other ranks had the same batches as one of these
     batches = [batch for together in zip(*(everyone[r] for r in different), strict=True) for batch in together]
-    each = len(batches) // steps  # of all ranks and of an accumulation window
+    each = len(batches) // steps  # batches of all ranks in an accumulation window
     recorder = _Recorder()
     alone = SingleDeviceStrategy(runs.strategy.root_device)
     module = copy.deepcopy(runs.model)
     share([*module.parameters(), *module.buffers()])
-    # Every rank does the same, so that metrics that meet find each other. Clipping, precision and the rest are the user's.
+    # Every rank trains, so that collectives of metrics complete. Clipping, precision and other arguments are the user's.
     runs.fit(
         alone, steps, recorder, module, devices=1, num_nodes=1, plugins=None, sync_batchnorm=False, limit_train_batches=1.0,
         accumulate_grad_batches=each, train_dataloaders=DataLoader(batches, batch_size=None),  # type: ignore[arg-type]
@@ -283,7 +282,7 @@ def _mesh(runs: Runs) -> ParallelMesh:
 
 
 def _far(ours: Record, other: Record, losses: Sequence[float], close: float, where: str) -> list[str]:
-    """The first of each kind that is not close to the other's, whose ``losses`` are those of the same batches, in words."""
+    """Lists the first loss and the first weight that are not close to the other's; ``losses`` are of the same batches."""
     differences = []
     for i, (x, y) in enumerate(zip(ours.losses, losses, strict=True)):
         if not math.isclose(x, y, rel_tol=close, abs_tol=close) and not (math.isnan(x) and math.isnan(y)):

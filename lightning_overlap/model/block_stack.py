@@ -1,241 +1,62 @@
-"""The stack of blocks: the one place where hidden states can be cut without touching the user's code.
+"""The stack of blocks: makes the user's loop over a list of blocks run some of the blocks, without a change of the user's code.
 
-The user's forward goes over a list of alike blocks. While a :class:`Pass` is active, iteration and indexing give stand-ins:
+:class:`BlockStack` replaces the class of the user's list. While a :class:`~lightning_overlap.model.block_pass.Pass` is active, the
+list returns stand-ins, which run their block, or return the output of the block on another stage.
 
-    the loop sees      | block 0 | block 1 | block 2 | block 3 | ...
-    a pass with 2, 3   |  skip   |  skip   |  run 2  |  run 3  | left when block 4 is asked for
-
-A block that is skipped returns what it returned where it was run: the tensors of it that have been carried here (the hidden states
-that block 2 is to get, a position bias that all blocks share, a loss), and a :class:`Missing` for each of the others. The forward is
-left when the loop asks for the next block, not inside a block: there it could stand in an activation checkpoint, which must end as
-it began.
+The forward ends when the loop asks for the next block, not inside of a block's call: this call may be inside an activation checkpoint,
+which must return.
 """
 
 from __future__ import annotations
 
-import itertools
 import threading
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, MutableMapping
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lightning_overlap.decision import ConfigError
+from lightning_overlap.model.block_pass import ARGUMENTS, PLAIN, Pass, RemoteTensor, Slot, structure, tensors_of
 from lightning_overlap.model.hidden_states import find_hidden
 from lightning_overlap.model.trees import leaves, replaced
 from lightning_overlap.torch_seams import children_of
 
-Leaf = tuple[int, int]
-"""A tensor that a block returns: the block's number, and the tensor's among the tensors of what the block returns. Block -1 are the
-arguments of block 0."""
-ARGUMENTS = -1
-"""The number of the block that stands for what comes before the blocks, in a :data:`Leaf`."""
-PLAIN = (type(None), bool, int, float, str)
-"""Types of values beside tensors that a skipped block returns as the block itself has."""
-METADATA = frozenset(
-    [getattr(Tensor, name).__get__ for name in ("shape", "dtype", "device", "ndim", "layout", "requires_grad", "is_cuda", "is_nested")]
-    + [Tensor.size, Tensor.dim, Tensor.numel, Tensor.is_floating_point, Tensor.is_complex, Tensor.__len__]
-)
-"""What the hidden states of a skipped block can be asked for: they look like those before block 0."""
 
-
-class LeaveForward(BaseException):
-    """Ends a forward whose rest belongs to another rank. Not an ``Exception``, which a module may catch."""
-
-
-class Slot:
-    """Stands for a tensor in the structure of what a block returns."""
-
-    def __init__(self, number: int) -> None:
-        self.number = number
-
-
-class Elsewhere:
-    """Stands for what is neither a tensor nor a plain value, and that a skipped block would have returned."""
-
-    def __init__(self, block: int, kind: str) -> None:
-        self._block, self._kind = block, kind
-
-    def _refuse(self, *_: Any) -> Any:
-        raise ConfigError(
-            f"block {self._block} returns a {self._kind}, which another stage reads: between stages go tensors only. Return its "
-            "tensors beside the hidden states"
-        )
-
-    def __getattr__(self, name: str) -> Any:
-        if name.startswith("__"):
-            raise AttributeError(name)
-        return self._refuse()
-
-    __bool__ = __iter__ = __len__ = __getitem__ = __call__ = _refuse
-
-
-class Missing(Tensor):
-    """Stands for a tensor that a skipped block would have returned. Whoever computes with it gets it fetched, or an error.
-
-    Its values are not a number.
-    """
-
-    leaf: Leaf
-    how: Pass
-
-    @staticmethod
-    def make(leaf: Leaf, how: Pass, like: Tensor) -> Missing:
-        base = how.blank
-        if base is None or (type(like) is not Missing and (base.shape != like.shape or base.dtype != like.dtype)):
-            dtype = like.dtype if like.is_floating_point() else torch.float32
-            base = how.blank = torch.full((), float("nan"), dtype=dtype, device=like.device).expand(like.shape)
-        made = base.as_subclass(Missing)
-        made.leaf, made.how = leaf, how
-        return made
-
-    @classmethod
-    def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if function in METADATA and args[0].leaf[1] == 0:
-            return super().__torch_function__(function, types, args, kwargs)
-        args, kwargs = replaced((args, kwargs or {}), lambda x: x.how.find(x.leaf) if isinstance(x, Missing) else x)
-        return function(*args, **kwargs)
-
-
-@dataclass
-class Pass:
-    """What one forward does with the stack.
-
-    Attributes:
-        run: numbers of the blocks that are run; the others are skipped.
-        stop: the forward is left when the loop asks for this block; the number of blocks for one that is not left.
-        carried: what has come here of what skipped blocks return, and of the arguments of block 0 that are not computed here.
-        outputs: by skipped block, what it returns, with a :class:`Slot` for each tensor.
-        first: whether what comes before the blocks is computed here, and not for its shapes alone.
-        wanted: whether a tensor is kept that a block returns that is run, or that block 0 is called with.
-        fetch: gets what is not in ``carried``; None: that is an error.
-        arrive: told the number of each block before it is skipped, and -1 at block 0: ``carried`` and ``outputs`` may grow.
-        leave: by block that is run: called after it. -1: before block 0.
-        before: told the number of each block before it is run, and the number of blocks after the last.
-        again: told that the stack is gone through once more; None: that is an error.
-    """
-
-    run: frozenset[int]
-    stop: int
-    carried: dict[Leaf, Tensor] = field(default_factory=dict)
-    outputs: dict[int, Any] = field(default_factory=dict)
-    first: bool = False
-    wanted: Callable[[Leaf], bool] = lambda leaf: False
-    fetch: Callable[[Leaf], Tensor] | None = None
-    arrive: Callable[[int], None] | None = None
-    leave: dict[int, Callable[[], None]] = field(default_factory=dict)
-    before: Callable[[int], None] | None = None
-    again: Callable[[], None] | None = None
-    next: int = 0
-    """The block that is to be called next."""
-    kept: MutableMapping[Leaf, Tensor] = field(default_factory=dict)
-    """What was wanted, once it is there."""
-    passed: list[Tensor] = field(default_factory=list)
-    """The tensors that the loop has got from the last block."""
-    arguments: list[Tensor | None] = field(default_factory=list)
-    """The tensors that block 0 was called with."""
-    matters: bool = False
-    """Whether what is computed now is of what the pass is for: of the blocks that are run, or of what comes after all blocks."""
-    blank: Tensor | None = None
-    """Values of what is missing, made once."""
-    hidden: int = 0
-    """Which of the tensors that a block returns are the hidden states, as far as is known."""
-
-    def find(self, leaf: Leaf) -> Tensor:
-        """What a block that is skipped, or one that was run, has returned.
-
-        Raises:
-            ConfigError: it is not here.
-        """
-        if leaf in self.carried or leaf in self.kept:
-            return self.carried[leaf] if leaf in self.carried else self.kept[leaf]
-        if self.fetch is None:
-            raise ConfigError(
-                f"tensor {leaf[1]} of what block {leaf[0]} returns is used on another stage, and was not in the first training_step "
-                "of this fit, which decides what goes from stage to stage: have each step use the same outputs of the blocks"
-            )
-        self.carried[leaf] = self.fetch(leaf)
-        return self.carried[leaf]
-
-    def let_go(self) -> None:
-        """Keeps no tensors any more, but what an activation checkpoint that runs again will ask for: what has been carried here."""
-        self.kept.clear()
-        self.passed.clear()
-        self.arguments = [x if (ARGUMENTS, number) in self.carried else None for number, x in enumerate(self.arguments)]
-
-    def keep(self, block: int, tensors: list[Tensor]) -> None:
-        """What a block returns that was run, as far as it is wanted."""
-        for number, tensor in enumerate(tensors):
-            if self.wanted((block, number)):
-                self.kept[block, number] = tensor
-
-    def arrived(self, x: Any) -> Any:
-        """An argument of a block, or what has been carried here in its place."""
-        if isinstance(x, Missing):
-            return self.find(x.leaf)
-        if not isinstance(x, Tensor):
-            return x
-        number = next((number for number, argument in enumerate(self.arguments) if argument is x), None)
-        if number is None:
-            return x
-        # What parameters of another rank were used for is not a number.
-        # Nor may one that has a gradient have it in two stages.
-        if self.fetch is not None and x.is_floating_point() and (x.requires_grad or bool(x.isnan().any())):
-            return self.find((ARGUMENTS, number))
-        return self.carried.get((ARGUMENTS, number), x)
-
-
-def structure(block: int, output: Any) -> Any:
-    """What a block returns, with a :class:`Slot` for each tensor. It can be pickled."""
-    number = itertools.count()
-
-    def describe(leaf: Any) -> Any:
-        if isinstance(leaf, Tensor):
-            return Slot(next(number))
-        return leaf if isinstance(leaf, PLAIN) else Elsewhere(block, type(leaf).__name__)
-
-    return replaced(output, describe)
-
-
-def count_slots(output: Any) -> int:
-    """The number of tensors in what a block returns, from its :func:`structure`."""
-    return sum(isinstance(leaf, Slot) for leaf in leaves(output))
-
-
-def tensors_of(value: Any) -> list[Tensor]:
-    """The tensors in what a block takes or returns."""
-    return [leaf for leaf in leaves(value) if isinstance(leaf, Tensor)]
+class StopForward(BaseException):
+    """Ends the user's forward on this rank. Not an ``Exception``, which the user's code may catch."""
 
 
 def fill_cache(block: nn.Module, number: int, hidden: Tensor, arguments: Iterable[Any]) -> None:
-    """A skipped block's part of Hugging Face's cache of keys and values gets as many tokens: masks and positions go by its length.
+    """Adds zeros for a remote block to Hugging Face's cache of keys and values: masks and positions depend on the cache's length.
 
     Args:
         block: the block.
-        number: its number, which is its place in the cache unless it says another one.
-        hidden: its hidden states, (batch, tokens, features).
-        arguments: what it is called with.
+        number: its number, which is its index in the cache, unless one of its modules has a ``layer_idx``.
+        hidden: its hidden states, ``(batch, tokens, features)``.
+        arguments: all arguments of its call.
     """
     for cache in arguments:
         if callable(getattr(cache, "get_seq_length", None)) and callable(getattr(cache, "update", None)):
-            places = [module.layer_idx for module in block.modules() if isinstance(getattr(module, "layer_idx", None), int)]
-            place: Any = places[0] if places else number
-            if not all(hasattr(layer, "update") for layer in getattr(cache, "layers", [])[place : place + 1]):
-                continue  # of linear attention, whose state has no length
-            nothing = torch.zeros(hidden.shape[0], 1, hidden.shape[1], 1, dtype=hidden.dtype, device=hidden.device)
-            cache.update(nothing, nothing, place)
+            indices = [module.layer_idx for module in block.modules() if isinstance(getattr(module, "layer_idx", None), int)]
+            index: Any = indices[0] if indices else number
+            if not all(hasattr(layer, "update") for layer in getattr(cache, "layers", [])[index : index + 1]):
+                continue  # the state of linear attention, which has no length
+            zeros = torch.zeros(hidden.shape[0], 1, hidden.shape[1], 1, dtype=hidden.dtype, device=hidden.device)
+            cache.update(zeros, zeros, index)
 
 
 class BlockStack:
-    """Lends a list of blocks its stand-ins.
+    """Replaces the class of a list of blocks, so that it returns stand-ins while a pass is active.
 
     Args:
         blocks: the user's list. Its class is replaced until :meth:`remove`; its children and their names stay.
         name: its name in the model, for errors.
+
+    Attributes:
+        size: the number of blocks.
     """
 
     def __init__(self, blocks: nn.ModuleList | nn.Sequential, name: str) -> None:
@@ -246,72 +67,76 @@ class BlockStack:
         self._class = type(blocks)
         stack = self
 
-        def everything(own: Any) -> range:
-            return range(len(children_of(own)))
+        def numbers_of(blocks: Any) -> range:
+            return range(len(children_of(blocks)))
 
-        class Seen(self._class):  # type: ignore[name-defined]
+        class StandInList(self._class):  # type: ignore[name-defined]
             def __iter__(self) -> Iterator[Any]:
-                return super().__iter__() if stack.active is None else stack._visit(everything(self))
+                return super().__iter__() if stack.active is None else stack._iterate(numbers_of(self))
 
             def __getitem__(self, index: int | slice) -> Any:
                 if stack.active is None:
                     return super().__getitem__(index)
-                numbers = everything(self)[index]
-                return _Part(stack, numbers) if isinstance(numbers, range) else stack._at(numbers)
+                numbers = numbers_of(self)[index]
+                return _Slice(stack, numbers) if isinstance(numbers, range) else stack._stand_in(numbers)
 
-        Seen.__name__ = Seen.__qualname__ = self._class.__name__
-        blocks.__class__ = Seen
+        StandInList.__name__ = StandInList.__qualname__ = self._class.__name__
+        blocks.__class__ = StandInList
 
     @property
     def active(self) -> Pass | None:
-        """The pass of this thread's forward. Stand-ins hold it, so that an activation checkpoint finds it again in backward."""
+        """The pass of this thread's forward. Stand-ins keep their pass, for activation checkpoints that call them in backward."""
         return getattr(self._threads, "active", None)
 
     def remove(self) -> None:
-        """The list is the user's again."""
+        """Restores the list's class."""
         self.blocks.__class__ = self._class
 
     @contextmanager
-    def passing(self, how: Pass) -> Iterator[None]:
-        """One forward of the user's. It may be left here.
+    def running(self, current_pass: Pass) -> Iterator[None]:
+        """Inside, the user's forward runs with a pass. The block of the ``with`` statement ends where the pass ends the forward.
 
         Raises:
-            ConfigError: the forward went past the stack in a way that a pass cannot follow.
+            ConfigError: the forward did not call the blocks as a pipeline needs it.
         """
         assert self.active is None, "a forward inside a forward"
-        self._threads.active = how
+        self._threads.active = current_pass
         try:
             yield
-        except LeaveForward:
+        except StopForward:
             pass
         else:
-            self._refuse_if_unfinished(how)
+            self._refuse_if_unfinished(current_pass)
         finally:
             self._threads.active = None
 
     @contextmanager
-    def unsplit(self, before: Callable[[int], None]) -> Iterator[None]:
-        """One forward over all blocks, without stand-ins; ``before``: as in :class:`Pass`.
+    def unsharded(self, before_block: Callable[[int], None]) -> Iterator[None]:
+        """Inside, the user's forward runs all blocks on this rank, without stand-ins.
+
+        Args:
+            before_block: as in :class:`~lightning_overlap.model.block_pass.Pass`.
 
         Raises:
-            ConfigError: a block is left out or called out of its order, which no pass could follow.
+            ConfigError: the forward did not call the blocks as a pipeline needs it.
         """
         blocks = list(children_of(self.blocks).values())
         numbers = {id(block): [n for n, other in enumerate(blocks) if other is block] for block in blocks}
         calls: dict[int, int] = defaultdict(int)
         order: list[int] = []
 
-        def tell(block: nn.Module, _: Any) -> None:
-            # An activation checkpoint calls it again in backward: then it is one of the blocks that it was.
-            places = numbers[id(block)]
-            number = places[calls[id(block)] % len(places)]
+        def record(block: nn.Module, _: Any) -> None:
+            # A list may contain one block several times. An activation checkpoint calls blocks again in backward: the count of calls
+            # then starts over.
+            candidates = numbers[id(block)]
+            number = candidates[calls[id(block)] % len(candidates)]
             calls[id(block)] += 1
             order.append(number)
-            before(number)
+            before_block(number)
 
-        hooks = [block.register_forward_pre_hook(tell) for block in dict.fromkeys(blocks) if block is not None]
-        # What comes after the last block draws random numbers of its own.
-        hooks += [blocks[-1].register_forward_hook(lambda *_: before(self.size))] if blocks[-1] is not None else []
+        hooks = [block.register_forward_pre_hook(record) for block in dict.fromkeys(blocks) if block is not None]
+        # The code after the last block draws its random numbers from a seed of its own.
+        hooks += [blocks[-1].register_forward_hook(lambda *_: before_block(self.size))] if blocks[-1] is not None else []
         try:
             yield
         finally:
@@ -319,170 +144,188 @@ class BlockStack:
                 hook.remove()
         if order[: self.size] != list(range(self.size)):
             raise ConfigError(
-                f"training_step calls the blocks {order[: self.size]} of {self.name}, which has {self.size}: each block must be "
-                "called once in a step, in the order of the list. Blocks that are left out at random, another list of blocks, or a "
-                "model that is called twice in one training_step cannot be cut into stages"
+                f"training_step called the blocks {order[: self.size]} of {self.name}, which has {self.size} blocks. {_ONE_CALL_EACH}"
             )
 
-    def _refuse_if_unfinished(self, how: Pass) -> None:
-        if how.stop < self.size and (how.again is None or how.next > 0):
+    def _refuse_if_unfinished(self, current_pass: Pass) -> None:
+        called = current_pass.progress.next_block
+        if current_pass.restart is not None and called == 0:
+            return  # an evaluation step need not call the model
+        if current_pass.stop < self.size:
             raise ConfigError(
-                f"the forward should have been left at block {how.stop} of {self.name}, and went on: something in it catches every "
-                f"exception (a bare `except:`), or the loop ended at block {how.next}. Catch `Exception` instead, and run all blocks."
+                f"this stage ends the forward before block {current_pass.stop} of {self.name}, but the forward returned after "
+                f"{called} blocks. If its code catches every exception (a bare `except:`), catch `Exception` instead. If its loop "
+                "ends early, call all blocks in every step"
             )
-        if how.next < self.size and (how.again is None or how.next > 0):
-            raise ConfigError(
-                f"training_step ended with {how.next} of the {self.size} blocks of {self.name} called: blocks that are left out "
-                "at random, or another list of blocks, cannot be cut into stages"
-            )
+        if called < self.size:
+            raise ConfigError(f"the step called {called} of the {self.size} blocks of {self.name}. {_ONE_CALL_EACH}")
 
-    def _visit(self, numbers: range) -> Iterator[Any]:
+    def _iterate(self, numbers: range) -> Iterator[Any]:
         for number in numbers:
-            yield self._at(number)
+            yield self._stand_in(number)
 
-    def _at(self, number: int) -> Any:
-        how = self.active
-        assert how is not None, "only a pass has stand-ins"
-        if how.stop == number == how.next and number > 0:
-            raise LeaveForward
-        return _StandIn(self, how, number, list(children_of(self.blocks).values())[number])
+    def _stand_in(self, number: int) -> Any:
+        current_pass = self.active
+        assert current_pass is not None, "only a pass has stand-ins"
+        if current_pass.stop == number == current_pass.progress.next_block and number > 0:
+            raise StopForward
+        return _StandIn(self, current_pass, number, list(children_of(self.blocks).values())[number])
+
+
+_ONE_CALL_EACH = (
+    "A pipeline needs one call of each block in each step, in the order of the list: do not omit blocks at random, call the model "
+    "once in a training_step, and if this is the wrong list, name the right one in parallel_plan"
+)
+"""The end of errors about the order of blocks."""
 
 
 @contextmanager
 def without_nested_tensors(model: nn.Module) -> Iterator[None]:
-    """Torch's own encoders give their blocks padded tensors inside, as they do in training: a nested one, which they make of padding
-    in evaluation, has no tokens that could be counted or cut. (Its padding would come out as zeros.)"""
+    """Inside, torch's own encoders pass padded tensors to their blocks, as they do in training.
+
+    In evaluation they make nested tensors of padded ones, whose tokens cannot be counted or sharded, and whose padding becomes zeros.
+    """
     encoders = [(m, m.use_nested_tensor) for m in model.modules() if isinstance(m, nn.TransformerEncoder)]
     for encoder, _ in encoders:
         encoder.use_nested_tensor = False
     try:
         yield
     finally:
-        for encoder, used in encoders:
-            encoder.use_nested_tensor = used
+        for encoder, setting in encoders:
+            encoder.use_nested_tensor = setting
 
 
-class _Part:
-    """A slice of the list."""
+class _Slice:
+    """A slice of the list, of stand-ins."""
 
     def __init__(self, stack: BlockStack, numbers: range) -> None:
         self._stack, self._numbers = stack, numbers
 
     def __iter__(self) -> Iterator[Any]:
-        return self._stack._visit(self._numbers)
+        return self._stack._iterate(self._numbers)
 
     def __len__(self) -> int:
         return len(self._numbers)
 
     def __getitem__(self, index: int | slice) -> Any:
         numbers = self._numbers[index]
-        return _Part(self._stack, numbers) if isinstance(numbers, range) else self._stack._at(numbers)
+        return _Slice(self._stack, numbers) if isinstance(numbers, range) else self._stack._stand_in(numbers)
 
 
 class _StandIn:
-    """Is called in the place of a block. Its attributes are the block's.
+    """Is called in place of a block during a pass. Its attributes are the block's.
 
-    An activation checkpoint may call it again in backward: then it does what it did, and tells nobody.
+    An activation checkpoint may call it a second time, in backward: it then computes the same, and changes nothing in the pass.
     """
 
-    def __init__(self, stack: BlockStack, how: Pass, number: int, block: nn.Module) -> None:
-        self._stack, self._how, self._number, self._block = stack, how, number, block
-        self._called = False
+    def __init__(self, stack: BlockStack, current_pass: Pass, number: int, block: nn.Module) -> None:
+        self._stack, self._pass, self._number, self._block = stack, current_pass, number, block
+        self._was_called = False
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._block, name)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        how, number = self._how, self._number
-        again, self._called = self._called, True
+        current_pass, number = self._pass, self._number
+        in_backward, self._was_called = self._was_called, True
         _, hidden = find_hidden(args, kwargs, f"a block of {self._stack.name}")
-        if not again:
+        if not in_backward:
             self._check_order(hidden)
             if number == 0:
-                arguments = tensors_of((args, kwargs))
-                how.arguments = [*arguments]
-                if how.first:
-                    how.keep(ARGUMENTS, arguments)
-                if ARGUMENTS in how.leave:
-                    how.leave[ARGUMENTS]()
-                if how.arrive is not None:
-                    how.arrive(ARGUMENTS)
-        if number == how.stop:  # no block is run, and the loop's first one is the first to see the hidden states
-            raise LeaveForward
-        if number not in how.run:
-            if how.again is not None and not again:
+                self._enter(tensors_of((args, kwargs)))
+        # Usually the lookup of block `stop` has ended the forward already. It cannot if the stage sends the arguments of block 0 and
+        # has no blocks (stop is 0), nor if the loop looked all blocks up before it called the first one.
+        if number == current_pass.stop:
+            raise StopForward
+        if number not in current_pass.run:
+            if current_pass.restart is not None and not in_backward:
                 fill_cache(self._block, number, hidden, (*args, *kwargs.values()))
-            return self._skip(hidden)
-        if number == 0 and how.fetch is not None:  # the stage begins with it, and what comes before it is on another one
-            how.find((ARGUMENTS, next(n for n, argument in enumerate(how.arguments) if argument is hidden)))
-        return self._run(args, kwargs, again=again)
+            return self._return_received(hidden)
+        if number == 0 and current_pass.fetch is not None:  # the stage starts with block 0, and another one computes its arguments
+            arguments = current_pass.progress.arguments
+            current_pass.resolve((ARGUMENTS, next(n for n, argument in enumerate(arguments) if argument is hidden)))
+        return self._run(args, kwargs, in_backward=in_backward)
 
-    def _run(self, args: tuple[Any, ...], kwargs: dict[str, Any], *, again: bool) -> Any:
-        how, number = self._how, self._number
-        if any(how.arrived(leaf) is not leaf for leaf in leaves((args, kwargs))):
-            args, kwargs = replaced((args, kwargs), how.arrived)
-        if how.before is not None:
-            how.before(number)
-        how.matters = True
+    def _enter(self, arguments: list[Tensor]) -> None:
+        """Block 0 is called for the first time: its arguments are kept, sent and received."""
+        current_pass = self._pass
+        current_pass.progress.arguments = [*arguments]
+        if current_pass.is_first:
+            current_pass.keep(ARGUMENTS, arguments)
+        if ARGUMENTS in current_pass.after_block:
+            current_pass.after_block[ARGUMENTS]()
+        if current_pass.receive is not None:
+            current_pass.receive(ARGUMENTS)
+
+    def _run(self, args: tuple[Any, ...], kwargs: dict[str, Any], *, in_backward: bool) -> Any:
+        current_pass, number = self._pass, self._number
+        if any(current_pass.resolve_argument(leaf) is not leaf for leaf in leaves((args, kwargs))):
+            args, kwargs = replaced((args, kwargs), current_pass.resolve_argument)
+        if current_pass.before_block is not None:
+            current_pass.before_block(number)
+        current_pass.progress.needs_parameters = True
         result = self._block(*args, **kwargs)
-        if again:
+        if in_backward:
             return result
-        how.passed = tensors_of(result)
-        if number not in how.outputs:
-            how.outputs[number] = structure(number, result)
-        elif how.again is None:
-            self._refuse_other_values(how.outputs[number], result)
-        how.keep(number, how.passed)
-        if number in how.leave:
-            how.leave[number]()
-        self._finish()
+        current_pass.progress.output = tensors_of(result)
+        if number not in current_pass.structures:
+            current_pass.structures[number] = structure(number, result)
+        elif current_pass.restart is None:
+            self._refuse_other_constants(current_pass.structures[number], result)
+        current_pass.keep(number, current_pass.progress.output)
+        if number in current_pass.after_block:
+            current_pass.after_block[number]()
+        self._start_code_after_block()
         return result
 
-    def _refuse_other_values(self, before: Any, result: Any) -> None:
-        """Other stages go on with the plain values of the first step."""
-        for was, now in zip(leaves(before), leaves(result), strict=False):
-            if isinstance(was, PLAIN) and isinstance(now, PLAIN) and was != now and now == now:
+    def _refuse_other_constants(self, before: Any, result: Any) -> None:
+        """Other stages use the constants of the first step."""
+        for first, latest in zip(leaves(before), leaves(result), strict=False):
+            if isinstance(first, PLAIN) and isinstance(latest, PLAIN) and first != latest and latest == latest:
                 raise ConfigError(
-                    f"block {self._number} of {self._stack.name} returns {now!r}, and returned {was!r} in the first step, which other "
-                    "stages go on with: return a tensor, or compute the value from shapes where it is read"
+                    f"block {self._number} of {self._stack.name} returned {latest!r}, but {first!r} in the first step, whose value "
+                    "other stages use. Return a tensor, or compute the value where it is needed"
                 )
 
-    def _skip(self, hidden: Tensor) -> Any:
-        how, number = self._how, self._number
-        if how.arrive is not None:
-            how.arrive(number)
+    def _return_received(self, hidden: Tensor) -> Any:
+        """Returns the output of a remote block: received tensors, and remote tensors in place of the others."""
+        current_pass, number = self._pass, self._number
+        if current_pass.receive is not None:
+            current_pass.receive(number)
 
-        def fill(leaf: Any) -> Any:
-            if not isinstance(leaf, Slot):
-                return leaf
-            place = number, leaf.number
-            return how.carried[place] if place in how.carried else Missing.make(place, how, hidden)
+        def fill(slot: Any) -> Any:
+            if not isinstance(slot, Slot):
+                return slot
+            leaf = number, slot.number
+            return current_pass.received[leaf] if leaf in current_pass.received else RemoteTensor.make(leaf, current_pass, hidden)
 
-        result = replaced(how.outputs[number], fill)
-        how.passed = tensors_of(result)
-        self._finish()
+        result = replaced(current_pass.structures[number], fill)
+        current_pass.progress.output = tensors_of(result)
+        self._start_code_after_block()
         return result
 
-    def _finish(self) -> None:
-        self._how.matters = self._number == self._stack.size - 1
-        if self._how.before is not None and self._number == self._stack.size - 1:
-            self._how.before(self._stack.size)
+    def _start_code_after_block(self) -> None:
+        """Prepares for the user's code after this block. Between blocks it runs on every stage, and only for shapes; after the last
+        block it computes the loss, with this rank's parameters and a seed of its own."""
+        is_last = self._number == self._stack.size - 1
+        self._pass.progress.needs_parameters = is_last
+        if is_last and self._pass.before_block is not None:
+            self._pass.before_block(self._stack.size)
 
     def _check_order(self, hidden: Tensor) -> None:
-        how, stack = self._how, self._stack
-        if how.next == stack.size and self._number == 0 and how.again is not None:
-            how.again()
-            how.next = 0
-        if how.next != self._number:
+        current_pass, progress, stack, number = self._pass, self._pass.progress, self._stack, self._number
+        if progress.next_block == stack.size and number == 0 and current_pass.restart is not None:
+            current_pass.restart()
+            progress.next_block = 0
+        if progress.next_block != number:
             raise ConfigError(
-                f"block {self._number} of {stack.name} is called where block {how.next} is next: each block must be called once in a "
-                "step, in the order of the list. A model that is called twice in one training_step cannot be cut into stages."
+                f"block {number} of {stack.name} was called after {progress.next_block} of {stack.size} blocks. {_ONE_CALL_EACH}"
             )
-        found = next((number for number, tensor in enumerate(how.passed) if hidden is tensor), None)
-        if self._number > 0 and found is None:
+        index = next((index for index, tensor in enumerate(progress.output) if hidden is tensor), None)
+        if number > 0 and index is None:
             raise ConfigError(
-                f"between block {self._number - 1} and block {self._number} of {stack.name} the loop does something with the hidden "
-                "states (adds, norms, a reentrant checkpoint), which a stage would lose: move it into the block, and use "
-                "use_reentrant=False for checkpoints"
+                f"the code between block {number - 1} and block {number} of {stack.name} changes the hidden states (an addition, a "
+                "norm, a reentrant checkpoint), and a stage that ends there would lose this change. Move it into a block; for "
+                "checkpoints set use_reentrant=False"
             )
-        how.next, how.hidden = self._number + 1, found or 0
+        progress.next_block, progress.hidden_index = number + 1, index or 0

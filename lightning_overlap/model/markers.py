@@ -1,15 +1,16 @@
-"""Markers: what one mode tells the others about a parameter. They are attributes of it, and last until the mode's release."""
+"""Markers: attributes of a parameter by which one mode informs the others about it. They stay until the mode's release."""
 
 from __future__ import annotations
 
 from torch import Tensor
 
 LATE_GRADIENT = "_lightning_overlap_late"
-"""True: a mode completes the gradient in ``finish_backward`` (a tied weight, say). Nobody may reduce the gradient before that."""
+"""True: a mode completes the gradient in ``finish_backward`` (of a tied weight, say). Other modes must not reduce it before."""
 STAGE = "_lightning_overlap_stage"
-"""The number of the parameter's pipeline stage. Gradients of later stages are complete first; their weights are read last."""
+"""The number of the parameter's pipeline stage. Backward completes gradients of later stages first; forward reads their weights
+last."""
 COUNTED_ELSEWHERE = "_lightning_overlap_counted_elsewhere"
-"""True: another rank has the same parameter and counts its gradient in the global norm. Shards of the parameter carry it, too."""
+"""True: another rank has the same parameter and counts its gradient in the global norm. Its shards have the marker, too."""
 
 
 def has_late_gradient(parameter: Tensor) -> bool:

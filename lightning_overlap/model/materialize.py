@@ -1,7 +1,7 @@
-"""Models that are made on the meta device: each rank gives memory to what it holds of them, and to nothing else.
+"""Materializes models that were made on the meta device: each rank gives memory only to the tensors that it holds.
 
-What it holds is initialised as torch's and Hugging Face's modules do it themselves: by ``reset_parameters()`` of a module, then by
-``_init_weights(module)`` of it or of the nearest module around it. What ``__init__`` did to the numbers is not known any more.
+Their values come from the modules, as torch and Hugging Face initialize them: from ``reset_parameters()`` of a module, then from
+``_init_weights(module)`` of the module or of the nearest module around it. Values that ``__init__`` set on the meta device are lost.
 """
 
 from __future__ import annotations
@@ -16,80 +16,79 @@ from lightning_overlap.state.absent import absent_like, is_absent
 from lightning_overlap.torch_seams import apply_to, buffers_of, parameters_of, version_of
 
 _LOST = "_lightning_overlap_lost"
-"""Attribute of a parameter whose values another rank has, from a fit."""
+"""Attribute of a parameter whose values are on another rank, after a fit."""
 
 
 def is_deferred(module: nn.Module) -> bool:
-    """Whether something of the module has no memory on this rank."""
-    return any(tensor.is_meta or _is_elsewhere(tensor) for _, _, _, tensor in _tensors(module))
+    """Whether a parameter or buffer of the module has no memory on this rank."""
+    return any(tensor.is_meta or _is_absent_parameter(tensor) for _, _, _, tensor in _tensors(module))
 
 
-def forget(module: nn.Module) -> None:
-    """Parameters that only another rank has, after a fit, are on the meta device again; nobody will initialise them anew."""
+def move_absent_to_meta(module: nn.Module) -> None:
+    """Moves parameters that only another rank has, after a fit, to the meta device, marked: :func:`initialize` must not reset them."""
 
-    def lose(_: str, tensor: Tensor) -> Tensor | None:
-        if not _is_elsewhere(tensor):
+    def move(_: str, tensor: Tensor) -> Tensor | None:
+        if not _is_absent_parameter(tensor):
             return None
         setattr(tensor, _LOST, True)
         return tensor.to("meta")
 
-    _replace(module, lose)
+    _replace(module, move)
 
 
 def materialize(module: nn.Module, device: torch.device, holds: Callable[[str], bool]) -> list[str]:
-    """Gives memory to what is on the meta device, and moves the rest to the device.
+    """Gives memory to tensors on the meta device, and moves all others to the device.
 
     Args:
-        module: the user's. Its parameters on the meta device are replaced.
-        device: this rank's.
-        holds: whether this rank holds a parameter or buffer, by name. What it does not gets the memory of one element.
+        module: the user's module. Its parameters on the meta device are replaced.
+        device: this rank's device.
+        holds: whether this rank holds a parameter or buffer, by name. Each other parameter gets the memory of one element.
 
     Returns:
-        The names of the parameters and buffers that got memory. They are NaN until :func:`initialize`, see
-        :mod:`lightning_overlap.state.absent`.
+        The names of the tensors that got memory. They are NaN until :func:`initialize`, see :mod:`lightning_overlap.state.absent`.
     """
-    made: list[str] = []
+    names: list[str] = []
 
     def make(name: str, tensor: Tensor) -> Tensor | None:
         if not tensor.is_meta:
             return None
         if not holds(name):
-            # Buffers are shared between the ranks as a whole, and are small.
+            # Buffers are small, and ranks share them unsharded.
             return absent_like(tensor, device) if isinstance(tensor, nn.Parameter) else torch.zeros_like(tensor, device=device)
-        made.append(name)
+        names.append(name)
         return torch.full_like(tensor, float("nan") if tensor.is_floating_point() else 0, device=device)
 
     _replace(module, make)
-    apply_to(module, lambda tensor: tensor if is_absent(tensor) else tensor.to(device))  # module.to would copy what is absent
-    return made
+    apply_to(module, lambda tensor: tensor if is_absent(tensor) else tensor.to(device))  # module.to gives memory
+    return names
 
 
 @torch.no_grad()
 def initialize(module: nn.Module, names: Iterable[str], load: Callable[[], None]) -> list[str]:
-    """Gives values to what :func:`materialize` has made.
+    """Gives values to the tensors that :func:`materialize` gave memory.
 
     Args:
-        module: the user's.
-        names: of what was made.
-        load: loads a checkpoint, if there is one, once modules have initialised themselves.
+        module: the user's module.
+        names: the names that :func:`materialize` returned.
+        load: loads a checkpoint, if there is one. Called after modules have initialized themselves.
 
     Returns:
-        The names of what has got none.
+        The names of the tensors that got no values.
     """
     tensors = {name: tensor for name, _, _, tensor in _tensors(module)}
     before = {name: version_of(tensor) for name, tensor in tensors.items()}
-    parts = dict(module.named_modules())
+    modules = dict(module.named_modules())
     owners = {name.rpartition(".")[0] for name in names if not hasattr(tensors[name], _LOST)}
-    for path in reversed(parts):  # from the inside out, as constructors do
+    for path in reversed(modules):  # inner modules first, as in constructors
         if path not in owners:
             continue
-        for own in ("reset_parameters", "_reset_parameters"):
-            if callable(method := getattr(parts[path], own, None)):
+        for name in ("reset_parameters", "_reset_parameters"):
+            if callable(method := getattr(modules[path], name, None)):
                 method()
         around = [*(path.rsplit(".", depth)[0] for depth in range(path.count(".") + 1)), ""]
-        near = next((parts[place] for place in around if callable(getattr(parts.get(place), "_init_weights", None))), None)
-        if near is not None:
-            near._init_weights(parts[path])
+        nearest = next((modules[outer] for outer in around if callable(getattr(modules.get(outer), "_init_weights", None))), None)
+        if nearest is not None:
+            nearest._init_weights(modules[path])
     load()
     for name in names:
         vars(tensors[name]).pop(_LOST, None)
@@ -100,40 +99,40 @@ def initialize(module: nn.Module, names: Iterable[str], load: Callable[[], None]
     return [name for name in names if tensors[name].numel() and is_empty(tensors[name], before[name])]
 
 
-def without_values(names: Sequence[str]) -> ConfigError:
-    """The error of parameters and buffers that have got no values."""
+def no_values_error(names: Sequence[str]) -> ConfigError:
+    """Returns the error of parameters and buffers for which :func:`initialize` found no values."""
     more = f" and {len(names) - 8} more" if names[8:] else ""
     return ConfigError(
-        f"{', '.join(names[:8])}{more} came from the meta device, and nothing gives values: there is no reset_parameters() of the "
-        "module, no _init_weights(module) around it that does, and no checkpoint; or another rank has the values, from a fit. "
-        "Pass ckpt_path=, give the module one of these methods, or register it outside of torch.device('meta')"
+        f"{', '.join(names[:8])}{more} came from the meta device and got no values: neither reset_parameters() of the module, nor "
+        "_init_weights(module) of a module around it, nor a checkpoint sets them. After a fit, another rank may have the values. "
+        "Pass ckpt_path=, give the module one of these methods, or create it outside of torch.device('meta')"
     )
 
 
-def _is_elsewhere(tensor: Tensor) -> bool:
-    # A buffer may be made like this by the user.
+def _is_absent_parameter(tensor: Tensor) -> bool:
+    # A user may expand a buffer like an absent tensor.
     return isinstance(tensor, nn.Parameter) and not tensor.is_meta and is_absent(tensor)
 
 
 def _tensors(module: nn.Module) -> Iterator[tuple[str, dict[str, Tensor | None], str, Tensor]]:
-    """Name, the module's dictionary, key and value of each parameter and buffer, of what is tied by each of its names."""
-    for path, part in module.named_modules(remove_duplicate=False):
-        for store in (parameters_of(part), buffers_of(part)):
+    """Yields the name, the module's dictionary, the key and the value of each parameter and buffer; tied ones once for each name."""
+    for path, submodule in module.named_modules(remove_duplicate=False):
+        for store in (parameters_of(submodule), buffers_of(submodule)):
             for key, tensor in store.items():
                 if tensor is not None:
                     yield f"{path}.{key}".lstrip("."), store, key, tensor  # type: ignore[misc]
 
 
 def _replace(module: nn.Module, make: Callable[[str, Tensor], Tensor | None]) -> None:
-    """Puts what ``make`` gives for a name and a tensor in the tensor's places; None leaves it."""
-    made: dict[int, tuple[Tensor, Tensor]] = {}
+    """Replaces each tensor by the result of ``make(name, tensor)``, under all of its names; None keeps it."""
+    replacements: dict[int, tuple[Tensor, Tensor]] = {}
     for name, store, key, tensor in list(_tensors(module)):
-        if id(tensor) not in made:
+        if id(tensor) not in replacements:
             new = make(name, tensor)
             if new is None:
                 continue
             if isinstance(tensor, nn.Parameter):
                 new = nn.Parameter(new.detach(), requires_grad=tensor.requires_grad)
                 vars(new).update(vars(tensor))
-            made[id(tensor)] = (tensor, new)
-        store[key] = made[id(tensor)][1]
+            replacements[id(tensor)] = (tensor, new)
+        store[key] = replacements[id(tensor)][1]

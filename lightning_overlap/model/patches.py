@@ -1,4 +1,4 @@
-"""Replaced forwards and hooks of modules that are cut. Copies and pickles of the modules do without: they are ordinary modules."""
+"""Replaced forwards and hooks of sharded modules. Copies and pickles of a module have neither: they are ordinary modules."""
 
 from __future__ import annotations
 
@@ -10,28 +10,28 @@ from torch import nn
 
 
 class ReplacedForward:
-    """A module's ``forward``, replaced. It is never compiled: it communicates, and numbers arrive while it runs.
+    """Replaces the ``forward`` of a module. It is never compiled, because it communicates.
 
     Args:
-        module: the user's.
-        function: what is called in its place.
+        module: the user's module.
+        function: the new forward.
     """
 
     def __init__(self, module: nn.Module, function: Callable[..., Any]) -> None:
         self._module, self._function = module, function
         self._before = vars(module).get("forward")
-        self.__wrapped__ = function  # whose signature it has
+        self.__wrapped__ = function  # inspect.signature follows it
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self._function(*args, **kwargs)
 
     def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
-        return (_same, (self._before,)) if self._before is not None else (getattr, (self._module, "forward"))
+        return (_identity, (self._before,)) if self._before is not None else (getattr, (self._module, "forward"))
 
 
 class Hook:
-    """A hook of a module. It is never compiled: it communicates."""
+    """A hook of a module. It is never compiled, because it communicates."""
 
     def __init__(self, function: Callable[..., Any]) -> None:
         self._function = function
@@ -44,13 +44,13 @@ class Hook:
         return _no_hook, ()
 
 
-def _same(value: Any) -> Any:
+def _identity(value: Any) -> Any:
     return value
 
 
 def _no_hook() -> Callable[..., None]:
-    return _nothing
+    return _do_nothing
 
 
-def _nothing(*_: Any, **__: Any) -> None:
-    """Does what no hook does."""
+def _do_nothing(*_: Any, **__: Any) -> None:
+    """The hook of a copy."""

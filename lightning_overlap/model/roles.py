@@ -1,4 +1,4 @@
-"""Roles that a model's parts may be given by name. Standard library only."""
+"""Roles: the names that ``parallel_plan`` gives to modules of a model. Standard library only."""
 
 from __future__ import annotations
 
@@ -7,23 +7,30 @@ import re
 from lightning_overlap.decision import ConfigError
 
 ROLES = ("blocks", "column", "row", "column_gathered", "row_split", "vocab_embedding", "vocab_head", "token_wise")
-"""Roles that a part of the model may have: ``blocks``, the list of alike layers; how a layer is cut over the tensor axis; and
-``token_wise``, what works on each token by itself. What stands between a ``column_gathered`` and a ``row_split`` layer sees all
-features (a norm over all heads, a split at fixed places), and is computed on every rank."""
+"""``blocks`` is the list of alike layers. ``token_wise`` is a module that works on each token by itself. The other roles say how a
+layer is sharded over the tensor axis. Modules between a ``column_gathered`` and a ``row_split`` layer get all features (for a norm
+over all heads, a split at fixed indices), and each rank computes them."""
 
 
 def parse_role(role: str) -> tuple[str, tuple[int, ...] | None]:
-    """A role, and the proportions of what is fused in a column layer: ``column[3]`` of three equal parts, ``column[4,1,1]``.
+    """Splits ``"column[4,1,1]"`` into a role and the proportions of the layers that are fused in it.
+
+    Args:
+        role: a name of :data:`ROLES`. ``column[3]`` is a column layer of three fused layers of equal size; ``column[4,1,1]`` gives
+            the proportions of their sizes.
+
+    Returns:
+        The role, and the proportions, or None.
 
     Raises:
-        ConfigError: it is none.
+        ConfigError: the role is unknown, or a proportion is 0.
     """
-    found = re.fullmatch(r"(\w+)(?:\[(\d+(?:,\s*\d+)*)\])?", role)
-    if found is None or found[1] not in ROLES or (found[2] and found[1] != "column"):
-        raise ConfigError(f"parallel_plan has the role {role!r}; there are: {', '.join(ROLES)}, and column[3], column[4,1,1]")
-    if found[2] is None:
-        return found[1], None
-    numbers = tuple(int(n) for n in found[2].split(","))
+    match = re.fullmatch(r"(\w+)(?:\[(\d+(?:,\s*\d+)*)\])?", role)
+    if match is None or match[1] not in ROLES or (match[2] and match[1] != "column"):
+        raise ConfigError(f"parallel_plan has the role {role!r}; known are {', '.join(ROLES)}, and column[3] or column[4,1,1]")
+    if match[2] is None:
+        return match[1], None
+    numbers = tuple(int(n) for n in match[2].split(","))
     if 0 in numbers:
-        raise ConfigError(f"parallel_plan has the role {role!r} with a part of no size")
-    return found[1], (1,) * numbers[0] if len(numbers) == 1 else numbers
+        raise ConfigError(f"parallel_plan has the role {role!r} ; a proportion must be at least 1")
+    return match[1], (1,) * numbers[0] if len(numbers) == 1 else numbers

@@ -1,4 +1,4 @@
-"""Runs a step and leaves the user's objects as they were: modules, metrics, counters, lists, whatever a step may write to."""
+"""Preserves the user's objects around a step that is only tried: modules, metrics, counters, lists."""
 
 from __future__ import annotations
 
@@ -15,37 +15,37 @@ from torch import Tensor, nn
 
 from lightning_overlap.torch_seams import buffers_of
 
-_OF_MODULES = frozenset(vars(nn.Module()))
+_MODULE_ATTRIBUTES = frozenset(vars(nn.Module()))
+"""Attributes of every module: its dictionaries of parameters, buffers, modules and hooks, and ``training``."""
 _LIBRARIES = frozenset({"torch", "lightning", "pytorch_lightning", "transformers", "tokenizers", "numpy", "builtins", "functools"})
-"""Packages whose objects, modules aside, are not gone into: a step does not write to their attributes."""
+"""Packages whose objects, except modules, are not preserved: a step does not write to their attributes."""
 
 
 @contextmanager
-def unchanged(parts: Sequence[Any]) -> Iterator[None]:
-    """Buffers and attributes of these modules and objects are afterwards what they were; tensors and containers by their content."""
-    kept: list[tuple[dict[str, Any], str, Any, Any]] = []
-    for part in parts:
-        own = {name: value for name, value in vars(part).items() if name not in _OF_MODULES or not isinstance(part, nn.Module)}
-        values = [(vars(part), own)]
-        if isinstance(part, nn.Module):
-            values.append((buffers_of(part), dict(buffers_of(part))))
-        kept += [(store, name, value, _content(value)) for store, named in values for name, value in named.items()]
-    stores = [store for part in parts for store in (vars(part), *([buffers_of(part)] if isinstance(part, nn.Module) else ()))]
-    before = [(store, set(store)) for store in stores]
+def preserve_attributes(objects: Sequence[Any]) -> Iterator[None]:
+    """Restores the attributes and buffers of modules and objects at the end, and the contents of tensors and containers in them."""
+    saved: list[tuple[dict[str, Any], str, Any, Any]] = []
+    before: list[tuple[dict[str, Any], set[str]]] = []
+    for item in objects:
+        is_module = isinstance(item, nn.Module)
+        for store in (vars(item), buffers_of(item)) if is_module else (vars(item),):
+            before.append((store, set(store)))
+            values = {name: value for name, value in store.items() if not is_module or name not in _MODULE_ATTRIBUTES}
+            saved += [(store, name, value, _content(value)) for name, value in values.items()]
     try:
         yield
     finally:
         for store, names in before:
             for name in set(store) - names:
                 del store[name]
-        for store, name, value, content in kept:
+        for store, name, value, content in saved:
             store[name] = value
             _restore(value, content)
 
 
-def within_reach(module: nn.Module) -> list[Any]:
-    """The module's modules, and modules (metrics in a list) and objects of the user's own classes that their attributes hold."""
-    parts: list[Any] = []
+def reachable_objects(module: nn.Module) -> list[Any]:
+    """Returns the module, its modules, and the modules (metrics in a list) and objects of the user's classes in their attributes."""
+    objects: list[Any] = []
     seen: set[int] = set()
     waiting: list[Any] = [module]
     while waiting:
@@ -57,15 +57,15 @@ def within_reach(module: nn.Module) -> list[Any]:
             waiting += value.values()
         elif isinstance(value, list | tuple | set | deque):
             waiting += value
-        elif isinstance(value, nn.Module) or _is_the_users(value):
-            parts.append(value)
+        elif isinstance(value, nn.Module) or _has_user_class(value):
+            objects.append(value)
             waiting += value.children() if isinstance(value, nn.Module) else ()
-            # Names with an underscore hold what belongs to Lightning: the trainer, above all.
-            waiting += [held for name, held in vars(value).items() if not name.startswith("_")]
-    return parts
+            # Attributes with an underscore are Lightning's: above all the trainer.
+            waiting += [attribute for name, attribute in vars(value).items() if not name.startswith("_")]
+    return objects
 
 
-def _is_the_users(value: Any) -> bool:
+def _has_user_class(value: Any) -> bool:
     if isinstance(value, type | ModuleType | FunctionType | MethodType | Tensor) or not hasattr(value, "__dict__"):
         return False
     package = type(value).__module__.partition(".")[0]
@@ -76,7 +76,7 @@ def _content(value: Any) -> Any:
     if isinstance(value, Tensor):
         return value.detach().clone()
     if isinstance(value, np.ndarray) and (isinstance(value, np.memmap) or not value.flags.writeable):
-        return None  # a data set's, which is read
+        return None  # an array of a data set, which steps only read
     return copy(value) if isinstance(value, list | dict | set | deque | np.ndarray) else None
 
 
@@ -84,7 +84,7 @@ def _restore(value: Any, content: Any) -> None:
     if content is None:
         return
     if isinstance(value, Tensor):
-        value.data.copy_(content)  # not counted as a change: buffers that steps change are found by that
+        value.data.copy_(content)  # through .data, which leaves the version: changed buffers are found by it
     elif isinstance(value, list):
         value[:] = content
     elif isinstance(value, np.ndarray):

@@ -1,4 +1,8 @@
-"""Containers as users make them: their leaves, and the same containers with other leaves."""
+"""Containers of batches and of blocks' outputs: their leaves, and copies with other leaves.
+
+``torch.utils._pytree`` would take mappings (a tokenizer's ``BatchEncoding``), subclasses of dict and list, and dataclasses for leaves
+unless each class is registered. Here they are containers.
+"""
 
 from __future__ import annotations
 
@@ -11,12 +15,12 @@ from torch import Tensor
 
 
 def is_container(value: Any) -> bool:
-    """Whether a value is a mapping, a list, a tuple or a dataclass, and no leaf."""
+    """Whether a value is a mapping, a list, a tuple or a dataclass instance. All other values are leaves."""
     return isinstance(value, Mapping | list | tuple) or (dataclasses.is_dataclass(value) and not isinstance(value, type))
 
 
 def rebuild(value: Any, make: Callable[[Any], Any]) -> Any:
-    """A container like ``value``, with ``make`` of each of its items."""
+    """Returns a container of the same type, with ``make(item)`` in place of each item."""
     if isinstance(value, Mapping):
         items = {key: make(item) for key, item in value.items()}
         if type(value) is dict:
@@ -32,7 +36,7 @@ def rebuild(value: Any, make: Callable[[Any], Any]) -> Any:
 
 
 def items(value: Any) -> list[tuple[str, Any]]:
-    """What is in a container, by name."""
+    """Returns the names and items of a container: keys, indices or fields."""
     if isinstance(value, Mapping):
         return [(str(key), item) for key, item in value.items()]
     if isinstance(value, list | tuple):
@@ -41,7 +45,7 @@ def items(value: Any) -> list[tuple[str, Any]]:
 
 
 def leaves(value: Any) -> Iterator[Any]:
-    """What is in a container and in the containers in it, in one order."""
+    """Yields the leaves of nested containers, in the order of the items. A value that is no container is its own leaf."""
     if not is_container(value):
         yield value
         return
@@ -50,10 +54,10 @@ def leaves(value: Any) -> Iterator[Any]:
 
 
 def copied(value: Any) -> Any:
-    """``value`` with containers and tensors of its own: what is changed in it is not changed in ``value``."""
+    """Returns a copy of nested containers and the tensors in them. Other leaves are shared."""
     return replaced(value, lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf)
 
 
 def replaced(value: Any, make: Callable[[Any], Any]) -> Any:
-    """``value`` with ``make`` of each of its leaves."""
+    """Returns nested containers of the same types, with ``make(leaf)`` in place of each leaf."""
     return rebuild(value, lambda item: replaced(item, make)) if is_container(value) else make(value)

@@ -84,6 +84,7 @@ class OverlapProfiler(Callback):
         if groups:
             clock = DeviceClock() if trainer.strategy.root_device.type == "cuda" else Clock()
             self._recorder = StepRecorder(modes, groups, clock)
+            # Not a mode's group: its own transfers must not be measured.
             limit = trainer.strategy.time_limit  # type: ignore[attr-defined]
             self._world = make_group([range(trainer.world_size)], "profiler", limit, backend="gloo", gathers=False, threads=False)
 

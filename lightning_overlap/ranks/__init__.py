@@ -1,1 +1,1 @@
-"""Ranks: who they are, the groups that they form, and how groups transfer tensors."""
+"""Ranks: their numbers, the groups that they form, and the transfers of tensors in groups."""

@@ -1,8 +1,8 @@
-"""The error of one rank, told to all ranks through the world's store.
+"""Announces the error of one rank to all ranks through the world's store.
 
-The store answers a rank that waits for anything else, and keeps what was written for a rank that asks later. An error is written
-under the number of the attempt: one call of ``fit``, ``validate``, ``test`` or ``predict``. All ranks count attempts alike. Even
-numbers stand for the time between two attempts.
+A rank can read the store while it waits for a transfer, and the store keeps an error for ranks that read it later. The key of an
+error contains the number of the attempt: one call of ``fit``, ``validate``, ``test`` or ``predict``. All ranks count attempts alike.
+Even numbers mean the time between two attempts.
 """
 
 from __future__ import annotations
@@ -20,84 +20,84 @@ from lightning_overlap.decision import ConfigError
 from lightning_overlap.torch_seams import default_store
 
 LONGEST_NAP = 0.5
-"""Seconds between two looks at which ranks have written a key."""
+"""Longest time in seconds between two checks which ranks have written a key."""
 CAUSE_FOLLOWS = 2.0
 """Seconds in which a rank announces its error after another rank has heard of it by other ways: it still unwinds its stack."""
 STORE_LINGERS = 5.0
-"""Seconds that the process with the store lives on after its error, for ranks that have not read it yet."""
+"""Longest time in seconds that the process with the store waits after its error, until all ranks have read it."""
 
 
 class TransferError(RuntimeError):
-    """A transfer failed: another rank failed, a peer died, the link is cut, or the timeout has passed."""
+    """A transfer failed: another rank failed, a peer has ended, the link is down, or the timeout has passed."""
 
 
 class Announcements:
     """Writes this rank's error into the world's store, and reads the errors of others.
 
     Attributes:
-        attempt: number of the present attempt.
-        interval: seconds that a rank waits for a transfer before it reads the store, and between two readings.
+        attempt: number of the current attempt.
+        interval: seconds of waiting for a transfer before the store is read, and between two readings.
     """
 
     def __init__(self) -> None:
         self.attempt = 0
         self.interval = 1.0
-        self._error: BaseException | None = None  # with which this rank has ended the attempt
-        self._stopped_alike = False  # all ranks have ended the attempt in the same line
-        self._announced_in: int | None = None  # an attempt whose error other ranks may not have read yet
+        self._error: BaseException | None = None  # that has ended the attempt on this rank
+        self._stopped_alike = False  # on all ranks an error in the same line has ended the attempt
+        self._announced_in: int | None = None  # attempt whose error other ranks may not have read
         self._world_store: Any = None
         self._store: Any = None
 
     @property
     def store(self) -> Any:
-        """The store, through a connection of its own; None before there are process groups."""
+        """The store, through a separate connection; None before there are process groups."""
         if not dist.is_initialized():
             return None
         world_store = default_store()
         if world_store is not self._world_store:
             base: Any = base_store()
-            # Another thread's wait on the world's connection would block this one. (A FileStore has no connection.)
+            # A wait of another thread on the world's connection would block this thread. (A FileStore has no connection.)
             has_connection = isinstance(base, TCPStore)
             self._store = base.clone() if has_connection else world_store
             self._world_store = world_store
         return self._store
 
     def start(self) -> None:
-        """An attempt starts."""
+        """Starts an attempt."""
         self.attempt += 1 + self.attempt % 2
         self._error, self._stopped_alike = None, False
 
     def end(self) -> None:
-        """The attempt is over and torn down on this rank."""
+        """Ends the attempt, after its groups have ended on this rank."""
         self.attempt += self.attempt % 2
         self._error, self._stopped_alike = None, False
 
     def announce(self, error: BaseException) -> None:
-        """Tells all ranks of this rank's error, unless one has told of another error before: whoever waits raises it."""
+        """Announces this rank's error to all ranks, which raise it when they wait. Only the first announcement counts."""
         self._error = error
         store = self.store
         if store is None:
             return
         self._announced_in = self.attempt
-        # If the process with the store has ended, so have its connections, which the others see; the user's error goes on from here.
+        # If the process with the store has ended, others notice by their connections, and this rank raises the user's error.
         with suppress(dist.DistError):
             store.set(self._key(f"stopped/{dist.get_rank()}"), origin(error))
             store.compare_set(self._key("error"), "", in_words(error))
 
     def leave(self) -> None:
-        """This rank waits for nobody any more in this attempt."""
+        """Records that this rank waits for no other rank any more in this attempt."""
         if self.store is not None:
             with suppress(dist.DistError):
                 self.store.add(self._key("left"), 1)
 
     def announced(self) -> Exception | None:
-        """The first error that a rank has announced."""
+        """Returns the first error that a rank has announced; None without one."""
         store = self.store
         if store is None:
             return None
         try:
             words = store.get(self._key("error")).decode() if store.check([self._key("error")]) else None
-        except dist.DistError:  # the process with the store has ended: its connections tell
+        except dist.DistError:  # the process with the store has ended, which transfers report
             return None
         return None if words is None else _from_words(words)
 
@@ -113,10 +113,10 @@ class Announcements:
         return error
 
     def look(self) -> None:
-        """Raises the error that has ended this attempt, if there is one. Whoever waits calls it now and then.
+        """Raises the error that has ended this attempt, if there is one. Called repeatedly while a rank waits.
 
         Raises:
-            BaseException: this rank's own.
+            BaseException: the error of this rank.
             ConfigError: another rank has announced one.
             TransferError: another rank has announced another error.
         """
@@ -126,7 +126,7 @@ class Announcements:
             raise error
 
     def gather(self, topic: str, value: str, limit: float) -> dict[int, str]:
-        """Writes this rank's value and reads those of all ranks, or of the ranks that have written theirs within ``limit`` seconds.
+        """Writes this rank's value and reads the values of all ranks that write theirs within ``limit`` seconds.
 
         Returns:
             The values by rank.
@@ -145,9 +145,9 @@ class Announcements:
         return dict(zip(ranks, self._read([keys[rank] for rank in ranks]), strict=True))
 
     def all_stopped_alike(self) -> bool:
-        """Whether every rank has stopped by an error in the same line, so that no rank has left another one waiting.
+        """Whether every rank has stopped by an error in the same line, so that no rank waits for another one.
 
-        They may then go on together, under the number of another attempt.
+        The ranks may then continue together, under the number of another attempt.
         """
         store = self.store
         if self._stopped_alike or store is None or self._error is None:
@@ -158,7 +158,7 @@ class Announcements:
             while not (complete := store.check(keys)) and time.monotonic() < until:
                 time.sleep(0.05)
             alike = complete and len(set(self._read(keys))) == 1
-            # The first rank that decides does so for all.
+            # The decision of the first rank counts for all.
             decision = store.compare_set(self._key("saves"), "", "together" if alike else "nobody").decode()
         except dist.DistError:
             return False
@@ -169,7 +169,7 @@ class Announcements:
         return self._stopped_alike
 
     def wait_until_heard(self) -> None:
-        """Keeps the process with the store alive for a moment, at its end, until all ranks have read this rank's error."""
+        """Delays the end of the process with the store until all ranks have read this rank's error, or STORE_LINGERS has passed."""
         if self._announced_in is None or dist.get_rank() > 0:
             return
         until = time.monotonic() + STORE_LINGERS
@@ -178,19 +178,19 @@ class Announcements:
                 time.sleep(0.05)
 
     def _read(self, keys: list[str]) -> list[str]:
-        """The values of keys that exist: by one request where the store can, which a FileStore cannot."""
+        """Returns the values of existing keys, by one request if the store can (a FileStore cannot)."""
         store = self.store
         values = store.multi_get(keys) if store.has_extended_api() else [store.get(key) for key in keys]
         return [value.decode() for value in values]
 
     def _key(self, topic: str, attempt: int | None = None) -> str:
-        # torchrun's agent keeps its store when it starts the ranks again.
+        # torchrun's agent keeps its store when it restarts the ranks.
         life = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
         return f"lightning_overlap/{life}/{self.attempt if attempt is None else attempt}/{topic}"
 
 
 def base_store() -> Any:
-    """The world's store itself, without the prefix of its keys."""
+    """Returns the world's store without the prefix of its keys."""
     store: Any = default_store()
     while isinstance(store, PrefixStore):
         store = store.underlying_store
@@ -198,20 +198,20 @@ def base_store() -> Any:
 
 
 def follows_from_another(error: BaseException) -> bool:
-    """Whether an error tells of a broken connection only, so that another rank's error may be its cause."""
+    """Whether an error reports only a broken connection, so that another rank's error may be its cause."""
     return isinstance(error, TransferError | dist.DistError) or "/gloo/" in str(error)
 
 
 def origin(error: BaseException) -> str:
-    """The file and line that raised an error."""
+    """Returns the file and line that raised an error."""
     at: TracebackType | None = error.__traceback__
     while at is not None and at.tb_next is not None:
         at = at.tb_next
-    return "nowhere" if at is None else f"{at.tb_frame.f_code.co_filename}:{at.tb_lineno}"
+    return "unknown" if at is None else f"{at.tb_frame.f_code.co_filename}:{at.tb_lineno}"
 
 
 def in_words(error: BaseException) -> str:
-    """An error of this rank as text, which other ranks give to :func:`raise_from_words`."""
+    """Returns an error of this rank as text, for :func:`raise_from_words` on other ranks."""
     if isinstance(error, ConfigError):
         return f"ConfigError:{error}"
     rank = dist.get_rank() if dist.is_initialized() else 0
@@ -222,8 +222,8 @@ def raise_from_words(words: str) -> NoReturn:
     """Raises the error of another rank from its text.
 
     Raises:
-        ConfigError: it was one.
-        TransferError: it was another error.
+        ConfigError: the error was a ConfigError.
+        TransferError: the error was of another type.
     """
     raise _from_words(words)
 

@@ -1,4 +1,4 @@
-"""Verbs of a group that return when they are done: small tensors and objects, between the steps of a fit."""
+"""The blocking verbs of a group, for small tensors and objects between the steps of a fit."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ T = TypeVar("T")
 
 
 class BlockingVerbs:
-    """Collective, blocking. While a rank waits, it hears of the others' errors.
+    """Collectives that return their result. A rank that waits raises the announced errors of others.
 
     Args:
         members: the ranks.
@@ -48,19 +48,19 @@ class BlockingVerbs:
         return x
 
     def agree(self, flag: bool, *, by_all: bool) -> bool:
-        """Whether all members pass True, or any, as ``by_all`` says."""
+        """Whether all members pass True, or, without ``by_all``, any member does."""
         if self.size == 1:
             return flag
         return bool(self.sum(torch.tensor([int(flag)], device=self._engine.device), "min" if by_all else "max"))
 
     def broadcast(self, x: Tensor, source: int = 0, *, on_host: bool = True) -> Tensor:
-        """A member's ``x``, in place. On NCCL, unless ``on_host``, the stream waits and the host does not."""
+        """Copies ``x`` of the member ``source`` to all, in place. On NCCL, unless ``on_host``, only the stream waits."""
         if self.size > 1:
             self._engine.broadcast(x, source, on_host=on_host)
         return x
 
     def all_gather_alike(self, x: Tensor) -> list[Tensor]:
-        """Every member's ``x``, all of one shape and dtype."""
+        """Returns every member's ``x``, all of one shape and dtype, by rank in the group."""
         if self.size == 1:
             return [x]
         received = [torch.empty_like(x) for _ in self.ranks]
@@ -68,7 +68,7 @@ class BlockingVerbs:
         return received
 
     def share_object(self, value: T, source: int = 0) -> T:
-        """The object of a member, the first one by default."""
+        """Returns the object of the member ``source``."""
         if self.size == 1:
             return value
         device, is_source = self._engine.device, self.rank == source
@@ -78,14 +78,14 @@ class BlockingVerbs:
         return value if is_source else _unpickled(received)
 
     def all_gather_objects(self, value: T) -> list[T]:
-        """Every member's object, by rank in the group."""
+        """Returns every member's object, by rank in the group."""
         if self.size == 1:
             return [value]
         padded, lengths = self._padded(value)
         return [_unpickled(data[:length]) for data, length in zip(self.all_gather_alike(padded), lengths, strict=True)]
 
     def gather_objects(self, value: T) -> list[T]:
-        """Every member's object on the first one, by rank in the group; an empty list on the others."""
+        """Returns every member's object, by rank in the group, on the first member; an empty list on the others."""
         if self.size == 1:
             return [value]
         padded, lengths = self._padded(value)
@@ -97,7 +97,7 @@ class BlockingVerbs:
         return torch.frombuffer(bytearray(pickle.dumps(value)), dtype=torch.uint8).to(self._engine.device)
 
     def _padded(self, value: Any) -> tuple[Tensor, list[int]]:
-        """This member's object, as long as the longest one, and the lengths of all."""
+        """Returns this member's object as bytes, padded to the longest of all members, and the lengths of all."""
         data = self._pickled(value)
         lengths = [int(length) for length in self.all_gather_alike(torch.tensor([data.numel()], device=self._engine.device))]
         return torch.cat([data, data.new_zeros(max(lengths) - data.numel())]), lengths

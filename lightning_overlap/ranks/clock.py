@@ -1,4 +1,4 @@
-"""When things happened on this rank: on the host's clock, or on the device that runs behind it."""
+"""Time stamps of events on this rank, by the host's clock or by the device, which runs behind the host."""
 
 from __future__ import annotations
 
@@ -11,30 +11,30 @@ import torch
 
 
 class Clock:
-    """Of what the main thread does. A stamp is taken where something happens and read later."""
+    """The clock of the main thread. A stamp is taken at an event and read later."""
 
     def start(self) -> None:
-        """To be called at the beginning of what is measured."""
+        """Called at the start of a measurement."""
 
     def now(self) -> Any:
-        """A stamp."""
+        """Takes a stamp."""
         return time.perf_counter()
 
     def read(self, stamp: Any) -> float:
-        """The stamp in seconds of :func:`time.perf_counter`."""
+        """Returns a stamp in seconds of :func:`time.perf_counter`."""
         return float(stamp)
 
     def ran(self) -> float | None:
-        """Seconds for which the main thread has had a core; None where it does not compute itself."""
+        """Returns the CPU time of the main thread in seconds; None where it does not compute."""
         return time.thread_time()
 
 
 class DeviceClock(Clock):
-    """Of what the current CUDA stream does, to which the main thread gives work long before it is done. Stamps are events."""
+    """The clock of the current CUDA stream, which runs behind the main thread. Stamps are CUDA events."""
 
     def start(self) -> None:
-        # Both clocks are read when nothing is on the device. From then on events count from here: single precision
-        # milliseconds are exact enough for seconds, not for a whole run.
+        # Reads both clocks while the device is idle. Later events count from here: milliseconds in single precision are exact enough
+        # for some seconds, but not for a run.
         torch.cuda.synchronize()
         self._zero = self.now()
         self._zero.synchronize()
@@ -54,12 +54,12 @@ class DeviceClock(Clock):
 
 
 class Marks:
-    """A CUDA transfer: when the stream came to it, when it was complete, and when the stream waited for it.
+    """Time stamps of a CUDA transfer: its start, its end, and the wait of the stream for it.
 
     Args:
         clock: gives the stamps.
-        works: what has been posted.
-        beside: a stream that has nothing to do but to wait for transfers, which tells when they are complete.
+        works: the posted operations.
+        beside: a stream that only waits for transfers, and so shows their ends.
     """
 
     def __init__(self, clock: Clock, works: Sequence[tuple[Any, int]], beside: Any) -> None:
@@ -72,24 +72,24 @@ class Marks:
         self._waited: tuple[Any, Any] | None = None
 
     def now(self) -> Any:
-        """A stamp."""
+        """Takes a stamp."""
         return self._clock.now()
 
     def waited(self, start: Any) -> None:
-        """From ``start``, a stamp, until now the stream waited for it."""
+        """Records that the stream has waited for the transfer since the stamp ``start``."""
         self._waited = start, self._clock.now()
 
     def read(self) -> tuple[float, float, tuple[float, float] | None]:
-        """Posted, done, and waited from and to, in seconds of :func:`time.perf_counter`."""
+        """Returns start, end, and (start, end) of the wait, None without one; in seconds of :func:`time.perf_counter`."""
         waited = self._waited and (self._clock.read(self._waited[0]), self._clock.read(self._waited[1]))
         return self._clock.read(self._posted), self._clock.read(self._done), waited
 
 
 class Timeline:
-    """Spans of what this rank does.
+    """Named spans of this rank's work.
 
     Attributes:
-        spans: name, and the stamps of its start and end.
+        spans: name, stamp of the start, stamp of the end.
     """
 
     def __init__(self, clock: Clock) -> None:
@@ -97,19 +97,19 @@ class Timeline:
         self.spans: list[tuple[str, Any, Any]] = []
 
     def add(self, name: str, start: Any) -> Any:
-        """A span from ``start`` until now, whose stamp it gives."""
+        """Adds a span from ``start`` until now, and returns the stamp of now."""
         end = self.clock.now()
         self.spans.append((name, start, end))
         return end
 
     @contextmanager
     def during(self, name: str) -> Iterator[None]:
-        """A span of what is done inside."""
+        """Adds a span of the code inside."""
         start = self.clock.now()
         yield
         self.add(name, start)
 
     def take(self) -> list[tuple[str, float, float]]:
-        """All spans in seconds; it is empty afterwards."""
+        """Returns all spans, in seconds of :func:`time.perf_counter`, and forgets them."""
         spans, self.spans = self.spans, []
         return [(name, self.clock.read(start), self.clock.read(end)) for name, start, end in spans]

@@ -1,4 +1,4 @@
-"""How many ranks each kind of parallelism has. Standard library only."""
+"""The number of ranks of each kind of parallelism. Standard library only."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ class Degrees:
     """Sizes of the kinds of parallelism.
 
     Attributes:
-        pipeline: stages' ranks.
+        pipeline: ranks that hold different stages.
         data: ranks that see different samples.
         context: ranks that see different tokens of a sequence.
         tensor: ranks that hold different parts of a layer.
-        expert: ranks that hold different experts. It takes no ranks of its own: experts are spread over the ranks of one pipeline
-            stage, whatever these ranks hold of the rest of the model.
+        expert: ranks that hold different experts. It adds no ranks: experts are spread over the ranks of one pipeline stage,
+            whatever these ranks hold of the other layers.
 
     Raises:
         ConfigError: ``expert`` does not divide the ranks of a stage.

@@ -1,7 +1,4 @@
-"""An engine runs the transfers of a group on torch's process groups. This one is the base of gloo's and NCCL's.
-
-The caller posts each transfer, and waits for it himself.
-"""
+"""The base of the two engines, gloo and NCCL, which run the transfers of a group on torch's process groups."""
 
 from __future__ import annotations
 
@@ -25,13 +22,13 @@ from lightning_overlap.ranks.transfer import Transfer, Waiter
 from lightning_overlap.torch_seams import c10d
 
 LONGEST_NAP = 0.002
-"""Seconds between two looks at a collective that the main thread waits for."""
+"""Longest time in seconds between two checks whether a collective is complete."""
 CLOCK_READINGS = 8
-"""Times that a rank reads another rank's clock."""
+"""Number of times that a rank reads the first member's clock."""
 
 
 class Work(Protocol):
-    """What torch returns for a posted operation."""
+    """A posted operation, as torch returns it."""
 
     def is_completed(self) -> bool: ...
 
@@ -41,17 +38,17 @@ class Work(Protocol):
 PostedWork = tuple[Work, int]
 """A posted operation, and the peer's rank in the group; -1: all members."""
 Piece = tuple[int, Tensor]
-"""A peer's rank in the group, and the contiguous tensor that it gets or sends."""
+"""A peer's rank in the group, and the contiguous tensor that is sent to it or received from it."""
 
 
 class Posted:
-    """The waiter of operations that their caller has posted.
+    """Waits for operations that the caller has posted.
 
     Args:
-        engine: waits for them.
-        label: names the transfer.
+        engine: of the operations.
+        label: name of the transfer.
         works: the operations.
-        sent: a tensor that must live as long as the waiter.
+        sent: a tensor to keep as long as this object exists.
     """
 
     def __init__(self, engine: Engine, label: str, works: list[PostedWork], sent: Tensor | None = None) -> None:
@@ -71,7 +68,7 @@ class Posted:
 class Engine:
     """Posts the transfers of a group and waits for them.
 
-    It has more than 20 methods, because it is the one surface of torch.distributed that both backends fill.
+    Here the caller posts and waits. It has more than 20 methods, since it is the whole interface of torch.distributed.
 
     Args:
         members: the ranks.
@@ -79,15 +76,15 @@ class Engine:
         gathers: the process group of all-gathers; None for a group that makes none.
 
     Attributes:
-        keyed: whether reduce-scatters and all-gathers find each other by their key, so that ranks may post them in different orders.
-            Otherwise, as every all-reduce, they find each other by the order of posting.
-        in_one_order: whether all ranks must post all of their transfers, of whatever group, in one order, as long as there are
-            kernels that have not run yet: CUDA loads one when it is first launched, and may wait for all that runs by then.
+        keyed: whether reduce-scatters and all-gathers are matched by their key, so that ranks may post them in different orders.
+            Otherwise, as every all-reduce, they are matched by the order of posting.
+        in_one_order: whether all ranks must post the transfers of all groups in one order. CUDA loads a kernel at its first launch,
+            and may then wait for all running kernels.
         averages: whether a reduction can divide its sum by the number of ranks.
-        scatters: whether it has a reduce-scatter of its own, for even pieces.
+        scatters: whether it has its own reduce-scatter, for shards of one size.
         sums_sparse: whether it sums sparse tensors.
         can_poll: whether a point-to-point operation tells when it is complete, as collectives do.
-        device: where the engine transfers tensors; None: on the CPU.
+        device: device of the tensors; None: the CPU.
     """
 
     keyed: ClassVar[bool] = True
@@ -108,13 +105,13 @@ class Engine:
 
     @property
     def connected(self) -> Any:
-        """The process group of all but gathers.
+        """The process group of all transfers but gathers.
 
         Raises:
-            TransferError: it has ended. (torch would take None for the world's.)
+            TransferError: the group has ended. (torch would use the world's process group for None.)
         """
         if self.process_group is None:
-            raise TransferError(f"group {self.members.name!r} has ended: another error came before this one")
+            raise TransferError(f"group {self.members.name!r} has ended after an earlier error. Look for that error")
         return self.process_group
 
     # -- transfers ---------------------------------------------------------------------------------------------------
@@ -124,7 +121,7 @@ class Engine:
         return Posted(self, transfer.label, [(dist.all_reduce(x, op, self.connected, async_op=True), -1)])
 
     def reduce_scatter(self, x: Tensor, piece: Tensor, op: Any, transfer: Transfer) -> Waiter:
-        """Posts the reduction of each rank's piece of ``x``, all of one size, if the engine :attr:`scatters`."""
+        """Posts the reduction of each rank's shard of ``x``, all of one size, if the engine :attr:`scatters`."""
         return Posted(self, transfer.label, [(dist.reduce_scatter_tensor(piece, x, op, self.connected, async_op=True), -1)])
 
     def exchange(self, receives: Sequence[Piece], sends: Sequence[Piece], key: int, transfer: Transfer) -> Waiter:
@@ -136,20 +133,20 @@ class Engine:
     def all_to_all(
         self, received: Tensor, x: Tensor, receive_sizes: Sequence[int], send_sizes: Sequence[int], key: int, transfer: Transfer
     ) -> Waiter:
-        """Posts the transfer of rows ``x`` to all members, and of theirs into ``received``."""
-        mine = self.members.rank
+        """Posts the transfer of rows of ``x`` to all members, and of their rows into ``received``."""
+        rank = self.members.rank
         incoming, outgoing = received.split(list(receive_sizes)), x.split(list(send_sizes))
-        incoming[mine].copy_(outgoing[mine])
-        peers = [(mine + i) % self.members.size for i in range(1, self.members.size)]
+        incoming[rank].copy_(outgoing[rank])
+        peers = [(rank + i) % self.members.size for i in range(1, self.members.size)]
         receives = [(p, incoming[p]) for p in peers if incoming[p].numel()]
         # The next rank first: otherwise all ranks would send to rank 0 at once.
         return self.exchange(receives, [(p, outgoing[p]) for p in peers if outgoing[p].numel()], key, transfer)
 
     def all_gather(self, x: Tensor, pieces: Sequence[Tensor], key: int, priority: int, pool: BufferPool, transfer: Transfer) -> Waiter:
-        """Posts the transfer of this rank's piece of ``x`` to all members, and of theirs into ``x``."""
-        mine = pieces[self.members.rank]
+        """Posts the transfer of this rank's shard of ``x`` to all members, and of their shards into ``x``."""
+        shard = pieces[self.members.rank]
         if len({piece.numel() for piece in pieces}) == 1:
-            return Posted(self, transfer.label, [(dist.all_gather_into_tensor(x, mine, self.gathers, async_op=True), -1)])
+            return Posted(self, transfer.label, [(dist.all_gather_into_tensor(x, shard, self.gathers, async_op=True), -1)])
         ranks = self.members.ranks
         works = [(dist.broadcast(piece, ranks[r], self.gathers, async_op=True), -1) for r, piece in enumerate(pieces)]
         return Posted(self, transfer.label, works)
@@ -169,18 +166,18 @@ class Engine:
             TransferError: the connection has ended, or torch refuses the operation.
         """
         try:
-            if process_group is None:  # torch would take the world's
+            if process_group is None:  # torch would use the world's
                 raise ConnectionError("the group has ended")
             return operation(x, self.members.ranks[peer], process_group, tag), peer
-        except Exception as error:  # of any kind: on a thread it would be lost, and the rank would wait for ever
+        except Exception as error:  # of any kind: a thread would lose it, and the rank would wait for ever
             raise self.failure(label, peer, error) from error
 
     def mark(self, waiter: Waiter, clock: Clock) -> Marks | None:
-        """Stamps of a posted transfer on the device's clock; None where the host's clock knows."""
+        """Returns time stamps of a posted transfer on the device's clock; None where the host's clock has its times."""
         return None
 
     def start_step(self) -> None:
-        """Before the first reduction of a step: earlier gathers are then sent, whatever there is to reduce."""
+        """Called before the first reduction of a step: earlier gathers are then sent also during reductions."""
 
     # -- waiting -----------------------------------------------------------------------------------------------------
 
@@ -188,7 +185,7 @@ class Engine:
         """Blocks until all works are complete.
 
         Raises:
-            TransferError: naming the transfer and the first peer that failed.
+            TransferError: with the transfer and the first peer that failed.
         """
         for work, peer in works:
             if peer < 0:
@@ -197,19 +194,19 @@ class Engine:
                 self.wait_for_one(label, work, peer)
 
     def wait_for_one(self, label: str, work: Work, peer: int) -> None:
-        """As :meth:`wait_for`. Hears of no other rank's error meanwhile."""
+        """Blocks until one work is complete, without looking for errors of other ranks; see :meth:`wait_for`."""
         try:
             work.wait()
         except RuntimeError as error:
             raise self.failure(label, peer, error) from error
 
     def complete(self, label: str, work: Work) -> None:
-        """Blocks until a collective is complete, and looks around meanwhile.
+        """Blocks until a collective is complete, and looks for errors of other ranks meanwhile.
 
-        Polled: a rank in a wait of gloo's hears of its own connections only, and a wait that is given up breaks them.
+        It polls, because a wait of gloo's notices failures of its own connections only, and a wait with a timeout breaks them.
 
         Raises:
-            TransferError: as :meth:`wait_for`, and as :meth:`look_around`.
+            TransferError: as :meth:`wait_for`, and as :meth:`check_others`.
         """
         start = looked = time.perf_counter()
         nap = 0.0
@@ -219,44 +216,44 @@ class Engine:
             nap = min((now - start) / 8, LONGEST_NAP)
             if now - looked > self.members.announcements.interval:
                 looked = now
-                self.look_around(label, start)
+                self.check_others(label, start)
         self.wait_for_one(label, work, -1)
 
-    def look_around(self, label: str, start: float) -> None:
-        """Raises what has gone wrong elsewhere. Whoever waits, since ``start``, calls it now and then.
+    def check_others(self, label: str, start: float) -> None:
+        """Raises the error of another rank, if there is one. Called repeatedly during a wait that began at ``start``.
 
         Raises:
             ConfigError: a rank has announced one.
-            TransferError: a rank has announced another error, or a peer has gone.
+            TransferError: a rank has announced another error, or a peer has ended.
         """
         self.members.announcements.look()
 
     def failure(self, label: str, peer: int, error: Exception) -> Exception:
-        """As :meth:`Members.failure`, with the last collectives of torch's Flight Recorder, if TORCH_FR_BUFFER_SIZE asks for it."""
+        """Returns :meth:`Members.failure` with the last collectives of torch's Flight Recorder, if TORCH_FR_BUFFER_SIZE is set."""
         recorder = getattr(c10d, self._recorder)
         entries = json.loads(recorder(includeCollectives=True, onlyActive=False)).get("entries", [])[-LISTED_TRANSFERS:]
         last = [f"{e['profiling_name']} {e['input_sizes']} of {e['process_group'][1]} ({e['state']})" for e in entries]
-        record = f" Last in torch's Flight Recorder: {', '.join(last)}." if last else ""
+        record = f" Last collectives in torch's Flight Recorder: {', '.join(last)}." if last else ""
         return self.members.failure(label, peer, error, record)
 
     # -- blocking ----------------------------------------------------------------------------------------------------
 
     def broadcast(self, x: Tensor, source: int, *, on_host: bool) -> None:
-        """A member's ``x``, in place. The host waits; on CUDA, unless ``on_host``, the stream alone does."""
+        """Copies ``x`` of the member ``source`` to all, in place. The host waits; on CUDA, unless ``on_host``, only the stream."""
         self.complete("a broadcast", dist.broadcast(x, self.members.ranks[source], self.connected, async_op=True))
 
     def gather_alike(self, x: Tensor, received: list[Tensor]) -> None:
-        """Fills ``received`` with every member's ``x``, all of one shape."""
+        """Fills ``received`` with every member's ``x``, all of one shape and dtype."""
         self.complete("a gather", dist.all_gather(received, x.contiguous(), self.connected, async_op=True))
 
     def gather_first(self, x: Tensor, received: list[Tensor] | None) -> None:
-        """As :meth:`gather_alike`, on the first member only; ``received`` is None on the others."""
+        """Fills ``received`` as :meth:`gather_alike`, on the first member only; it is None on the others."""
         self.complete("a gather", dist.gather(x, received, self.members.ranks[0], self.connected, async_op=True))
 
     def clock_offset(self) -> float:
-        """How far this rank's :func:`time.perf_counter` is ahead of the first member's, in seconds. Blocking, collective.
+        """Returns how far this rank's :func:`time.perf_counter` is ahead of the first member's, in seconds. Blocking, collective.
 
-        Cristian's algorithm: of several readings of the first member's clock, the one with the shortest round trip counts
+        Cristian's algorithm: reads the first member's clock several times and uses the reading with the shortest round trip
         (F. Cristian, Probabilistic clock synchronization, 1989).
         """
         answer = torch.zeros(1, dtype=torch.float64)
@@ -279,31 +276,31 @@ class Engine:
     # -- start and end -----------------------------------------------------------------------------------------------
 
     def connect(self, hops: Collection[tuple[int, int]]) -> None:
-        """Makes the connections of point-to-point transfers between (source, target) members, where they are made on first use."""
+        """Makes the connections between (source, target) members ahead, where the backend makes them at the first transfer."""
 
-    def rest(self) -> None:
-        """Ends threads. All transfers must have been waited for."""
+    def stop(self) -> None:
+        """Ends threads. No transfer may be under way."""
 
     def borrow(self) -> None:
-        """The process groups are another's, which outlive the engine."""
+        """Keeps the process groups alive after the engine, since they belong to another owner."""
         self._end.detach()
 
     def close(self) -> None:
-        """As :meth:`rest`, and ends the connections."""
-        self.rest()
+        """Ends threads and connections. No transfer may be under way."""
+        self.stop()
         self._end.detach()
         destroy(self.process_group, self.gathers)
         self.process_group = self.gathers = None
 
     def abandon(self) -> None:
-        """After a failure: lets go of the connections, whose end would wait for the transfers that are under way."""
+        """Drops the connections after a failure: to end them would wait for the transfers under way."""
         self._end.detach()
         self.process_group = self.gathers = None
 
 
 def destroy(*process_groups: Any) -> None:
-    """Ends connections, which live on otherwise, with threads of gloo's that wake a hundred times a second."""
+    """Destroys process groups, which torch would keep, with threads of gloo's that wake a hundred times a second."""
     for process_group in process_groups:
         if process_group is not None:
-            with suppress(ValueError):  # the world has ended, and they with it
+            with suppress(ValueError):  # they have ended with the world
                 dist.destroy_process_group(process_group)

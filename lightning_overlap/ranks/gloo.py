@@ -1,11 +1,10 @@
 """gloo: reduce-scatter, all-gather and all-to-all are made of point-to-point transfers.
 
-The stock ones move about twice the bytes that the link has to carry. Receives are posted before sends, so that both directions of a
-link run at once. Gathers have a process group, that is a set of connections, of their own. A transfer that is held back on one set
-cannot hold up the other, which makes an order of priority safe: a gather is sent in chunks, the most urgent first, and only while this
-rank has nothing of a reduction on its way. Gathers of an earlier step are not held back: a rank that is behind waits for them before
-it comes to the reduction that this rank waits for. A rank never waits for a gather before it has posted the receives of all of that
-step, so a chunk in flight always finds its receiver.
+gloo's own collectives move about twice the necessary bytes. Receives are posted before sends, so that both directions of a link run at
+once. Gathers have their own process group, that is, their own connections, so a delayed gather cannot block a reduction. This makes
+priorities safe: a gather is sent in chunks, the most urgent first, and only while this rank has no reduction under way. Gathers of an
+earlier step are not delayed: a rank that is behind waits for them before it posts the reduction that this rank waits for. A rank posts
+the receives of all gathers of a step before it waits for one of them, so a chunk always finds its receiver.
 """
 
 from __future__ import annotations
@@ -29,32 +28,32 @@ from lightning_overlap.ranks.sockets import Sockets
 from lightning_overlap.ranks.transfer import Transfer, Waiter
 
 CHUNK_BYTES = 1 << 20
-"""A gather is cut into chunks of this size: a more urgent transfer waits at most for the window of chunks."""
+"""Size of the chunks of a gather: a more urgent transfer waits for at most WINDOW of them."""
 WINDOW = 2
-"""Chunks in flight on the gather connections: one on the link and one ready behind it."""
+"""Chunks under way on the gather connections: one on the link and the next one."""
 SEND_BUFFER = 128 << 10
-"""Bytes that the kernel may hold of a gather connection. A chunk counts as sent once the kernel has it, and the kernel grows a
-busy connection's buffer to megabytes, which would share the link with the more urgent reductions that follow."""
-LOOK_AGAIN = 0.003
-"""Seconds after which a held gather looks again whether the link has nothing of a reduction to send."""
-GONE_FOR = 4.0
-"""Seconds of waiting after which a closed connection counts as a failure: the peer may have ended after it has sent all."""
-HUNG_UP = 2.0
-"""Seconds that threads have to end once their connections are closed."""
+"""Size of the kernel's send buffer for a gather connection. A chunk counts as sent once it is in the buffer. The kernel would let the
+buffer grow to megabytes, which would then share the link with more urgent reductions."""
+LINK_CHECK_INTERVAL = 0.003
+"""Seconds between two checks whether the link still sends a reduction, for which a gather is delayed."""
+CLOSED_CONNECTION_GRACE = 4.0
+"""Seconds of waiting after which a closed connection counts as a failure: the peer may have sent everything before it ended."""
+THREAD_EXIT_TIMEOUT = 2.0
+"""Seconds in which threads must end after their connections were closed."""
 _MAX_CHUNKS = 1 << 14
 _Operation = tuple[Callable[..., Any], Tensor, int, Any, int]
-"""What to call, a tensor, the peer's rank in the group, the process group, a tag."""
+"""The function to call, a tensor, the peer's rank in the group, the process group, a tag."""
 
 
 class GlooEngine(Engine):
-    """Collectives and point-to-point transfers that the caller posts and waits for.
+    """Runs transfers that the caller posts and waits for.
 
     Args:
         members: as in :class:`Engine`.
         process_group: as in :class:`Engine`.
         gathers: as in :class:`Engine`.
-        sockets: connections of ``process_group``, as far as they are known.
-        gather_sockets: those of ``gathers``.
+        sockets: connections of ``process_group``; empty if they are not known.
+        gather_sockets: connections of ``gathers``; empty if they are not known.
     """
 
     def __init__(
@@ -69,20 +68,20 @@ class GlooEngine(Engine):
         self.sockets = sockets or Sockets()
         self.gather_sockets = gather_sockets or Sockets()
 
-    def look_around(self, label: str, start: float) -> None:
-        # gloo does not wake a rank that waits for a point-to-point transfer in the middle of which the peer went away.
-        super().look_around(label, start)
-        if (self.sockets.hung_up() or self.gather_sockets.hung_up()) and time.perf_counter() - start > GONE_FOR:
+    def check_others(self, label: str, start: float) -> None:
+        # If a peer ends in the middle of a point-to-point transfer, gloo does not wake the rank that waits for it.
+        super().check_others(label, start)
+        if (self.sockets.is_closed() or self.gather_sockets.is_closed()) and time.perf_counter() - start > CLOSED_CONNECTION_GRACE:
             raise self.failure(label, -1, ConnectionError("a peer's connection is closed"))
 
     def ends(self) -> tuple[list[Any], list[Any]]:
-        """Both ends of each socket that was made together with the process groups, whoever has made it."""
+        """Returns the addresses of both ends of each socket that was made while the process groups were made, by any thread."""
         return self.sockets.ends(), self.gather_sockets.ends()
 
     def keep_connections(self, ends_of_peers: Sequence[tuple[list[Any], list[Any]]]) -> None:
-        """Keeps the sockets between members: another thread may have made others meanwhile.
+        """Keeps the sockets between members, since another thread may have made others meanwhile.
 
-        The kernel is to ask after a silent peer, and to bound what it holds of gathers.
+        Turns on keep-alive, and bounds the send buffers of gathers.
 
         Args:
             ends_of_peers: :meth:`ends` of every other member.
@@ -92,27 +91,30 @@ class GlooEngine(Engine):
             sockets.keep_alive()
         self.gather_sockets.bound_send_buffers(SEND_BUFFER)
 
-    def rest(self) -> None:
+    def stop(self) -> None:
         self.sockets.close()
         self.gather_sockets.close()
 
     def abandon(self) -> None:
-        """As :meth:`close`, after a failure: what is under way ends with an error, on this rank and on the others."""
+        """Ends the group after a failure, without waiting: shuts its sockets down, so that transfers under way fail on all members.
+
+        If its sockets are not known, the process groups are left to the garbage collector: to destroy them could block.
+        """
         known = self.sockets.known
         for sockets in (self.sockets, self.gather_sockets):
-            sockets.hang_up()
+            sockets.shut_down()
         self.stop_threads(known)
         if known or self.members.size == 1:
             self.close()
         else:
             super().abandon()
 
-    def stop_threads(self, hung_up: bool) -> None:
-        """Ends the engine's threads, if it has any and their connections are closed; otherwise leaves them alone."""
+    def stop_threads(self, closed: bool) -> None:
+        """Ends the engine's threads after a failure, if their connections are ``closed``; otherwise they end with the timeout."""
 
 
 class ThreadedGlooEngine(GlooEngine):
-    """Its threads post and wait. Once it rests, the caller does (a checkpoint after a fit). Arguments: see :class:`GlooEngine`."""
+    """Posts and waits on threads; once stopped, on the caller's (a checkpoint after a fit). Arguments: see :class:`GlooEngine`."""
 
     def __init__(self, *arguments: Any) -> None:
         super().__init__(*arguments)
@@ -121,7 +123,7 @@ class ThreadedGlooEngine(GlooEngine):
     def all_reduce(self, x: Tensor, op: Any, transfer: Transfer) -> Waiter:
         if self.threads is None:
             return super().all_reduce(x, op, transfer)
-        # Posted by the caller, as all collectives: they find each other by the order of posting.
+        # Posted by the caller, as all collectives, which are matched by the order of posting.
         work = dist.all_reduce(x, op, self.connected, async_op=True)
         return self._posted(transfer, [], works=[(work, -1)], reduction=True)
 
@@ -149,13 +151,13 @@ class ThreadedGlooEngine(GlooEngine):
             (dist.irecv, chunk, peer, self.gathers, first + i) for peer in peers for i, chunk in enumerate(_chunks(pieces[peer]))
         ]
         waiter = self._posted(transfer, receives, reduction=False)
-        # Sent from a copy: the weights may be updated or written by the user before the last peer has them.
-        mine = pieces[rank]
-        lent = pool.take(mine.numel(), mine.dtype, mine.device)
-        copy = lent[: mine.numel()].copy_(mine)
+        # Sent from a copy: the weights may be written before the last peer has received them.
+        shard = pieces[rank]
+        buffer = pool.take(shard.numel(), shard.dtype, shard.device)
+        copy = buffer[: shard.numel()].copy_(shard)
         chunks = [(chunk, peer, first + i) for i, chunk in enumerate(_chunks(copy)) for peer in peers]
         if chunks and self.threads is not None:
-            waiter.unsent, waiter.release = len(chunks), lambda: pool.give_back(lent)
+            waiter.unsent, waiter.release = len(chunks), lambda: pool.give_back(buffer)
             self.threads.send(waiter, priority, chunks)
         return waiter
 
@@ -163,17 +165,17 @@ class ThreadedGlooEngine(GlooEngine):
         if self.threads is not None:
             self.threads.start_step()
 
-    def rest(self) -> None:
+    def stop(self) -> None:
         if self.threads is not None:
             self.threads.close()
             self.threads = None
-        super().rest()
+        super().stop()
 
-    def stop_threads(self, hung_up: bool) -> None:
-        # A thread that stood in a wait at the end of the process would abort it: Python ends threads that come back to it by then, and
-        # C++ does not have it. One that gloo does not wake stands there until the timeout, and harms nobody.
-        if self.threads is not None and hung_up:
-            self.threads.close(HUNG_UP)
+    def stop_threads(self, closed: bool) -> None:
+        # A thread that returns from a wait of gloo's while the process ends would abort it: Python then ends the thread inside C++.
+        # A thread that gloo does not wake waits until the timeout, without harm.
+        if self.threads is not None and closed:
+            self.threads.close(THREAD_EXIT_TIMEOUT)
         self.threads = None
 
     def _posted(
@@ -186,21 +188,23 @@ class ThreadedGlooEngine(GlooEngine):
         return waiter
 
     def block_for(self, label: str, works: Sequence[PostedWork]) -> None:
-        """Waits in a thread of this engine's, which does not look for errors of other ranks: the main thread does."""
+        """Waits on a thread of this engine. Only the main thread looks for errors of other ranks meanwhile."""
         for work, peer in works:
             self.wait_for_one(label, work, peer)
 
 
 @dataclass(eq=False)
 class ThreadedWaiter:
-    """The waiter of a transfer that threads post and wait for.
+    """Waits for a transfer that threads post and wait for.
 
     Attributes:
-        works: posted operations that no thread has waited for yet.
-        unsent: chunks of a gather that the sending thread has still to send.
+        engine: has the threads.
+        transfer: record of the transfer.
+        works: posted operations for which no thread has waited yet.
+        unsent: number of a gather's chunks that are not sent.
         release: called after the last chunk.
-        settled: set by the thread that has waited for a reduction or posted a gather.
-        error: of a thread.
+        settled: set when a thread has waited for a reduction, or has posted a receive or a gather.
+        error: the error of a thread; None without one.
     """
 
     engine: ThreadedGlooEngine
@@ -212,7 +216,7 @@ class ThreadedWaiter:
     error: Exception | None = None
 
     def arrived(self) -> bool:
-        """Known only of a transfer that a thread waits for: gloo cannot be asked about point-to-point operations."""
+        """Whether a thread has waited for the transfer: gloo does not tell whether a point-to-point operation is complete."""
         return self.settled.is_set() and not self.works
 
     def wait(self) -> None:
@@ -227,26 +231,27 @@ class ThreadedWaiter:
         self.works.clear()
 
     def settle(self, error: Exception | None = None) -> None:
-        """A thread is through with it."""
+        """Called by a thread that has finished its work on the transfer."""
         self.error = self.error or error
         self.settled.set()
 
     def _wait_until_settled(self, start: float) -> None:
-        # gloo never wakes a thread that waits for a transfer in the middle of which the peer went away.
+        # If the peer ends in the middle of a transfer, gloo never wakes the thread that waits for it.
         while not self.settled.wait(self.engine.members.announcements.interval):
-            self.engine.look_around(self.transfer.label, start)
+            self.engine.check_others(self.transfer.label, start)
         if self.error is not None:
             raise self.error
 
 
 class Threads:
-    """Threads that do what would block the main thread: one posts, one waits for reductions, one waits for what the main thread waits
-    for, one sends chunks of gathers.
+    """Threads for work that would block the main thread.
 
-    Posting copies what is sent to the socket, and waits for gloo's own thread while that reads from the same connection: about a
-    millisecond a bucket, which the main thread has better use for. gloo tells of no point-to-point operation whether it is complete,
-    so a thread has to block; not the main thread, which must notice that a peer has gone. The threads hold Python's lock for
-    microseconds; all arithmetic stays on the main thread.
+    One posts, one waits for reductions, one waits in the place of the main thread, and one sends the chunks of gathers.
+
+    To post copies the data to the socket, and waits while gloo's own thread reads from the same connection: about a millisecond a
+    bucket, which the main thread should spend on compute. gloo does not tell whether a point-to-point operation is complete, so a
+    thread has to block. The main thread must not, since it has to notice that a peer has ended. The threads hold Python's lock for
+    microseconds; all arithmetic is on the main thread.
     """
 
     def __init__(self, engine: ThreadedGlooEngine) -> None:
@@ -268,32 +273,32 @@ class Threads:
             thread.start()
 
     def post(self, waiter: ThreadedWaiter, operations: list[_Operation], *, reduction: bool) -> None:
-        """Posts operations in the order of the calls. A thread then waits for a reduction; for a gather, only if it is asked to."""
+        """Posts operations in the order of the calls. A thread then waits for a reduction."""
         if reduction:
             with self.changed:
                 self._reducing += 1
         self._posts.put((waiter, operations, reduction))
 
     def send(self, waiter: ThreadedWaiter, priority: int, chunks: list[tuple[Tensor, int, int]]) -> None:
-        """Sends chunks (a tensor, the peer, a tag) when it is their turn."""
+        """Queues chunks (a tensor, the peer, a tag), which are sent by step, priority and order of the calls."""
         with self.changed:
             for tensor, peer, tag in chunks:
                 heapq.heappush(self._chunks, (self._step, priority, next(self._number), tensor, peer, tag, waiter))
             self.changed.notify()
 
     def wait_for(self, waiter: ThreadedWaiter) -> None:
-        """Waits, in the place of the caller, for operations that are posted."""
+        """Lets a thread wait for posted operations; the caller then waits for the waiter's ``settled``."""
         waiter.settled.clear()
         self._requests.put(waiter)
 
     def start_step(self) -> None:
-        """Chunks of earlier steps go before those that follow, whatever there is to reduce."""
+        """Starts a step: chunks of earlier steps are then sent before the new ones, also during reductions."""
         with self.changed:
             self._step += 1
             self.changed.notify()
 
     def close(self, limit: float | None = None) -> None:
-        """Ends the threads when they have nothing more to do, or leaves them alone after ``limit`` seconds."""
+        """Ends the threads after their last work; with a ``limit``, drops unsent chunks and waits at most so many seconds."""
         self._posts.put(None)
         self._requests.put(None)
         with self.changed:
@@ -308,7 +313,7 @@ class Threads:
     def _post(self) -> None:
         while (item := self._posts.get()) is not None:
             self._start(*item)
-            del item  # no thread keeps tensors that have gone until it has more to do
+            del item  # an idle thread must not keep tensors alive
         self._reductions.put(None)
 
     def _start(self, waiter: ThreadedWaiter, operations: list[_Operation], reduction: bool) -> None:
@@ -352,23 +357,23 @@ class Threads:
     def _may_send(self) -> bool:
         if not self._chunks:
             return False
-        # A reduction may wait for a peer that has not come to it, while the link is idle. To hold gathers back for it would keep the
-        # peer behind: its forward waits for them.
-        return not self._reducing or self._chunks[0][0] < self._step or self._engine.sockets.at_rest()
+        # A reduction may wait for a late peer while the link is idle. To delay gathers meanwhile would make the peer still later,
+        # since its forward waits for them.
+        return not self._reducing or self._chunks[0][0] < self._step or self._engine.sockets.is_idle()
 
     def _send_chunks(self) -> None:
         in_flight: list[tuple[PostedWork, ThreadedWaiter]] = []
         while True:
             with self.changed:
-                # With a chunk in flight there is something to wait for below; without one, for a change or an idle link.
+                # Without a chunk under way, wait here for new chunks, for the end of reductions, or for an idle link.
                 while not (in_flight or self._closing or self._may_send()):
-                    self.changed.wait(LOOK_AGAIN if self._chunks else None)
+                    self.changed.wait(LINK_CHECK_INTERVAL if self._chunks else None)
                 if self._closing and not in_flight and not self._chunks:
                     return
                 chosen: list[tuple[int, int, int, Tensor, int, int, ThreadedWaiter]] = []
                 while self._may_send() and len(in_flight) + len(chosen) < WINDOW:
                     chosen.append(heapq.heappop(self._chunks))
-            # Out of the lock, under which the main thread posts: a send copies its bytes before it returns.
+            # Without the lock, which the main thread needs to post: a send copies its bytes before it returns.
             for _, _, _, tensor, peer, tag, waiter in chosen:
                 waiter.transfer.started = waiter.transfer.started or time.perf_counter()
                 try:
@@ -395,6 +400,6 @@ class Threads:
 
 
 def _chunks(x: Tensor) -> Sequence[Tensor]:
-    """``x`` in pieces of CHUNK_BYTES; of more, where that would be too many to number."""
+    """Splits ``x`` into chunks of CHUNK_BYTES, or larger ones where there would be more than _MAX_CHUNKS."""
     step = max(CHUNK_BYTES // x.element_size(), -(-x.numel() // _MAX_CHUNKS))
     return x.split(step) if x.numel() else ()

@@ -1,6 +1,6 @@
 """A group of ranks and the transfers between them.
 
-A verb *posts* a transfer and returns a :class:`Pending`, which owns the buffers until it has been *waited* for.
+A verb *posts* a transfer and returns a :class:`Pending`, which owns the buffers until a *wait* for it has returned.
 """
 
 from __future__ import annotations
@@ -26,7 +26,9 @@ __all__ = ["Group", "Pending", "Transfer"]
 
 
 class Group(BlockingVerbs):
-    """Ranks that transfer tensors to each other, by whichever engine.
+    """Ranks that transfer tensors to each other, by gloo or by NCCL.
+
+    It has more than 20 methods, since it is the one interface of all transfers.
 
     Args:
         members: the ranks.
@@ -36,9 +38,9 @@ class Group(BlockingVerbs):
         keyed: as in :class:`Engine`.
         in_one_order: as in :class:`Engine`.
         sums_sparse: as in :class:`Engine`.
-        log: if it is a list, every transfer is added to it when it is posted.
-        clock: on CUDA, marks the transfers that are logged.
-        users: how many share it, each of whom closes it once; 0: it has ended.
+        log: gets every transfer when it is posted; None: no log.
+        clock: on CUDA, gives time stamps to logged transfers.
+        users: number of users, each of which closes the group once; 0: it has ended.
     """
 
     def __init__(self, members: Members, engine: Engine) -> None:
@@ -57,12 +59,12 @@ class Group(BlockingVerbs):
         """torch's process group, for libraries that communicate themselves; None in a group of one rank."""
         return self._engine.process_group
 
-    def transfers(self, x: Tensor) -> bool:
-        """Whether the engine itself transfers tensors of the device of ``x``: gloo only the CPU's, NCCL only CUDA's."""
+    def can_transfer(self, x: Tensor) -> bool:
+        """Whether the engine can transfer ``x``: gloo transfers tensors on the CPU, NCCL tensors on CUDA."""
         return x.device.type == ("cpu" if self._engine.device is None else self._engine.device.type)
 
     def device_of(self, x: Tensor) -> torch.device:
-        """Where ``x`` must be to be transferred: its device on gloo, this rank's CUDA device on NCCL."""
+        """Returns the device on which the engine can transfer ``x``: with gloo its own, with NCCL this rank's CUDA device."""
         return self._engine.device or x.device
 
     # -- verbs -------------------------------------------------------------------------------------------------------
@@ -71,18 +73,18 @@ class Group(BlockingVerbs):
         """Sums ``x`` over the group, in place.
 
         Args:
-            x: any shape, the same on every member. A sparse one is coalesced.
-            label: names the transfer in traces and errors; its part before the first dot is the mode's name.
-            divisor: the sum is divided by it; None: by nothing.
+            x: any shape and dtype, the same on all members; if sparse, coalesced.
+            label: name of the transfer in traces and errors; the part before the first dot is the mode's name.
+            divisor: of the sum; None: no division.
 
         Returns:
             The pending ``x``.
         """
         nbytes = x.indices().nbytes + x.values().nbytes if x.is_sparse else x.nbytes
-        op, rest = self._operation(divisor)
+        op, remaining = self._operation(divisor)
 
         def finish() -> Tensor:
-            return x if rest is None else x.div_(rest)
+            return x if remaining is None else x.div_(remaining)
 
         return self._post(label, 2 * nbytes, lambda transfer: self._engine.all_reduce(x, op, transfer), finish)
 
@@ -96,67 +98,67 @@ class Group(BlockingVerbs):
         divisor: float | None = None,
         wire: torch.dtype | None = None,
     ) -> Pending:
-        """Sums ``x`` over the group; each rank gets its piece, in place.
+        """Sums ``x`` over the group; each rank gets its shard of the sum, in place.
 
         Args:
-            x: 1-d tensor, contiguous; outside this rank's piece it is undefined afterwards where ``wire`` is set.
-            bounds: ``size + 1`` offsets into ``x``; the piece of rank r is ``x[bounds[r]:bounds[r + 1]]``. May be uneven. Where the
-                group is keyed, without ``wire``, this rank's piece may still be written to until the transfer is waited for.
-            key: tells this transfer from others in flight; the same on all ranks.
+            x: 1-d tensor, contiguous. With ``wire``, its values outside this rank's shard are undefined afterwards.
+            bounds: ``size + 1`` offsets into ``x``; the shard of rank r is ``x[bounds[r]:bounds[r + 1]]``. Sizes may differ. Where the
+                group is keyed, without ``wire``, this rank's shard may be written to until the wait.
+            key: identifies the transfer among those under way; the same on all ranks.
             label: as in :meth:`all_reduce`.
             divisor: as in :meth:`all_reduce`.
-            wire: dtype of the transfer. The sum is then made in fp32 (as the reference's
-                ``reduce_scatter_with_fp32_accumulation``).
+            wire: dtype of the transfer; sums are then computed in fp32 (as Megatron-Core's
+                ``reduce_scatter_with_fp32_accumulation``). None: the dtype of ``x``.
 
         Returns:
-            The pending piece.
+            The pending shard.
         """
-        own = x[bounds[self.rank] : bounds[self.rank + 1]]
+        shard = x[bounds[self.rank] : bounds[self.rank + 1]]
         dtype = wire or x.dtype
         outgoing = {p: x[bounds[p] : bounds[p + 1]].to(dtype) for p in range(self.size) if p != self.rank}
         nbytes = sum(piece.nbytes for piece in outgoing.values())
         if self._engine.scatters and wire is None and len({b - a for a, b in itertools.pairwise(bounds)}) == 1:
-            op, rest = self._operation(divisor)
+            op, remaining = self._operation(divisor)
             outgoing.clear()
 
             def finish() -> Tensor:
-                return own if rest is None else own.div_(rest)
+                return shard if remaining is None else shard.div_(remaining)
 
-            return self._post(label, nbytes, lambda transfer: self._engine.reduce_scatter(x, own, op, transfer), finish)
-        incoming = {p: self._pool.take(own.numel(), dtype, x.device) for p in outgoing}
+            return self._post(label, nbytes, lambda transfer: self._engine.reduce_scatter(x, shard, op, transfer), finish)
+        incoming = {p: self._pool.take(shard.numel(), dtype, x.device) for p in outgoing}
 
         def fold() -> Tensor:
-            # The order of the sum is fixed: this rank's piece, then the others by rank.
-            total = own if wire is None or own.dtype == torch.float32 else own.float()
+            # The order of the sum is fixed: this rank's shard, then the received ones by rank.
+            total = shard if wire is None or shard.dtype == torch.float32 else shard.float()
             for buffer in incoming.values():
-                total.add_(buffer[: own.numel()])
+                total.add_(buffer[: shard.numel()])
             if divisor is not None:
                 total.div_(divisor)
             for buffer in incoming.values():
                 self._pool.give_back(buffer)
             outgoing.clear()
-            return own if total is own else own.copy_(total)
+            return shard if total is shard else shard.copy_(total)
 
-        receives = [(p, buffer[: own.numel()]) for p, buffer in incoming.items() if own.numel()]
+        receives = [(p, buffer[: shard.numel()]) for p, buffer in incoming.items() if shard.numel()]
         sends = [(p, piece) for p, piece in outgoing.items() if piece.numel()]
         return self._post(label, nbytes, lambda transfer: self._engine.exchange(receives, sends, key, transfer), fold)
 
     def all_gather(self, x: Tensor, bounds: Sequence[int], *, key: int, label: str, priority: int = 0) -> Pending:
-        """Fills ``x`` with every rank's piece, in place.
+        """Fills ``x`` with every rank's shard, in place.
 
         Args:
-            x: 1-d tensor, contiguous, of which this rank's piece is set.
+            x: 1-d tensor, contiguous, in which this rank's shard is set.
             bounds: as in :meth:`reduce_scatter`.
             key: as in :meth:`reduce_scatter`.
             label: as in :meth:`all_reduce`.
-            priority: where gathers compete for the link, the lowest is sent first.
+            priority: on gloo, gathers with a lower number are sent first.
 
         Returns:
             The pending ``x``.
         """
         pieces = [x[a:b] for a, b in itertools.pairwise(bounds)]
         nbytes = pieces[self.rank].nbytes * (self.size - 1)
-        assert self.size == 1 or self._engine.gathers is not None, f"group {self.name!r} was made without gathers"
+        assert self.size == 1 or self._engine.gathers is not None, f"make group {self.name!r} with gathers=True"
         return self._post(
             label, nbytes, lambda transfer: self._engine.all_gather(x, pieces, key, priority, self._pool, transfer), lambda: x
         )
@@ -165,9 +167,9 @@ class Group(BlockingVerbs):
         """Sends rows of ``x`` to every member and receives rows from every member.
 
         Args:
-            x: contiguous; its dim 0 is cut into ``send_sizes``. It must not be written to until the transfer is waited for.
+            x: contiguous; dim 0 is split into ``send_sizes``. It must not be written to before the wait.
             send_sizes: rows for each member, by rank in the group; any may be 0.
-            receive_sizes: rows from each member: what that member has in ``send_sizes`` for this one.
+            receive_sizes: rows from each member: its ``send_sizes`` for this rank.
             key: as in :meth:`reduce_scatter`.
             label: as in :meth:`all_reduce`.
 
@@ -175,12 +177,12 @@ class Group(BlockingVerbs):
             The pending rows, in the order of the members: ``(sum(receive_sizes), *x.shape[1:])``, dtype and device as ``x``.
 
         Raises:
-            ValueError: there is not one size a member, or ``send_sizes`` do not sum to the rows of ``x``.
+            ValueError: the number of sizes is not that of the members, or ``send_sizes`` do not sum to the rows of ``x``.
         """
         if len(send_sizes) != self.size or len(receive_sizes) != self.size or sum(send_sizes) != x.shape[0]:
             raise ValueError(
-                f"all_to_all {label!r} over {self.size} ranks: send_sizes {list(send_sizes)} of {x.shape[0]} rows, receive_sizes "
-                f"{list(receive_sizes)}: give one size a rank, which sum to the rows"
+                f"all_to_all {label!r} over {self.size} ranks of {x.shape[0]} rows got send_sizes {list(send_sizes)} and "
+                f"receive_sizes {list(receive_sizes)}. Pass one size for each rank; send_sizes must sum to the rows"
             )
         received = x.new_empty(sum(receive_sizes), *x.shape[1:])
         if self.size == 1:
@@ -194,31 +196,31 @@ class Group(BlockingVerbs):
         )
 
     def send(self, x: Tensor, to: int, *, key: int, label: str) -> Pending:
-        """Sends ``x`` to a member. Nobody needs to wait for it: once it has gone, ``x`` is let go of.
+        """Sends ``x`` to a member. Nobody needs to wait for it: the transfer frees ``x`` once it is sent.
 
         Args:
-            x: contiguous. It must not be written to until the transfer has :meth:`Pending.arrived`.
+            x: contiguous. It must not be written to before :meth:`Pending.arrived` is True.
             to: the receiver's rank in the group.
-            key: tells this transfer from others in flight between the two, on gloo; NCCL's find each other by the order of posting.
-            label: as in :meth:`all_reduce`. Between two members, transfers of one label come in one order.
+            key: on gloo, identifies the transfer among those under way between the two; NCCL matches by the order of posting.
+            label: as in :meth:`all_reduce`. Two members post transfers of one label in the same order.
 
         Returns:
-            The pending transfer, whose result is empty: it keeps no reference to ``x``.
+            The pending transfer; its result is an empty tensor, so that it does not keep ``x``.
         """
         ends = (self.ranks[self.rank], self.ranks[to])
         return self._post(label, x.nbytes, lambda transfer: self._engine.send(x, to, key, transfer), lambda: torch.empty(0), ends)
 
     def receive(self, x: Tensor, source: int, *, key: int, label: str) -> Pending:
-        """Fills ``x``, contiguous, with what a member sends. To be posted before it is needed; see :meth:`send`."""
+        """Receives ``x``, contiguous, in place, from the member ``source``. For the arguments see :meth:`send`."""
         ends = (self.ranks[source], self.ranks[self.rank])
         return self._post(label, 0, lambda transfer: self._engine.receive(x, source, key, transfer), lambda: x, ends)
 
     def completed(self, x: Tensor, *, label: str) -> Pending:
-        """A transfer that has nothing to transfer: complete at once, with ``x`` as its result."""
+        """Returns a transfer that is complete without any communication, with the result ``x``."""
         return Pending(self.note(label, 0), Arrived(), lambda: x)
 
     def start_step(self) -> None:
-        """To be called before the first reduction of a step: gathers posted earlier are then sent whatever there is to reduce."""
+        """Called before the first reduction of a step: earlier gathers are then sent also during reductions."""
         self._engine.start_step()
 
     def connect(self, hops: Collection[tuple[int, int]]) -> None:
@@ -232,7 +234,7 @@ class Group(BlockingVerbs):
     # -- bookkeeping -------------------------------------------------------------------------------------------------
 
     def note(self, label: str, nbytes: int, ranks: tuple[int, ...] | None = None) -> Transfer:
-        """Records that a transfer is posted, between all members or ``ranks``, in global ranks."""
+        """Records a posted transfer between all members, or between the global ranks ``ranks``."""
         between = ranks or self.ranks
         transfer = Transfer(label, self._numbers[label, between], nbytes, between, time.perf_counter())
         self._numbers[label, between] += 1
@@ -259,22 +261,22 @@ class Group(BlockingVerbs):
         return Pending(transfer, waiter, finish)
 
     def _operation(self, divisor: float | None) -> tuple[Any, float | None]:
-        """torch's reduction, and the divisor that is left for afterwards."""
+        """Returns torch's reduction, and the divisor to apply afterwards."""
         if divisor == self.size and self._engine.averages:
             return dist.ReduceOp.AVG, None
         return dist.ReduceOp.SUM, divisor
 
     # -- end ---------------------------------------------------------------------------------------------------------
 
-    def rest(self) -> None:
-        """Ends the group's threads and frees its buffers, unless others use it. All its transfers must have been waited for."""
+    def stop(self) -> None:
+        """Ends the group's threads and frees its buffers, unless it has other users. No transfer may be under way."""
         if self.users > 1:
             return
-        self._engine.rest()
+        self._engine.stop()
         self._pool.clear()
 
     def close(self) -> None:
-        """One of its users needs it no more: with the last one it rests and ends its connections."""
+        """Ends the use by one of its users; the last one stops it and ends its connections."""
         self.users = max(self.users - 1, 0)
         if self.users:
             return
@@ -282,7 +284,7 @@ class Group(BlockingVerbs):
         self._pool.clear()
 
     def abandon(self) -> None:
-        """Ends the group after a failure: what is under way ends with an error, on this rank and on the others."""
+        """Ends the group after a failure: transfers under way end with an error, on this rank and on the others."""
         self.users = 0
         self._engine.abandon()
         self._pool.clear()

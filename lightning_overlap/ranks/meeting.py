@@ -1,4 +1,4 @@
-"""How ranks come together: each start meets the others within a limit, or names those that have not come."""
+"""Makes the world: ranks meet within a time limit, or an error names the missing ranks."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from lightning_overlap.ranks.announcements import TransferError, base_store
 from lightning_overlap.ranks.sockets import Sockets
 from lightning_overlap.ranks.world import patiently
 
-LOOK_AGAIN = 0.5
-"""Seconds between two attempts to reach the store, and between two looks at who has come."""
+POLL_INTERVAL = 0.5
+"""Longest time in seconds between two attempts to reach the store, and between two checks which ranks have come."""
 
 
 class Environment(Protocol):
-    """Who this process is, and where ranks meet: Lightning's ``ClusterEnvironment``."""
+    """The ranks and the address of the store: Lightning's ``ClusterEnvironment``."""
 
     @property
     def main_address(self) -> str:
@@ -32,7 +32,7 @@ class Environment(Protocol):
 
     @property
     def main_port(self) -> int:
-        """The port of the store there."""
+        """The port of the store on that host."""
 
     def global_rank(self) -> int:
         """This process's rank."""
@@ -45,93 +45,93 @@ def start_world(environment: Environment, backend: str, limit: timedelta, timeou
     """Makes the world's process group.
 
     Args:
-        environment: tells ranks, and where they meet.
+        environment: has this process's rank and the address of the store.
         backend: as in ``init_process_group``.
         limit: how long ranks wait for each other.
-        timeout: how long they wait for a transfer from then on.
+        timeout: how long later transfers may take.
         device: of this rank.
 
     Raises:
-        ConfigError: ranks disagree about who they are.
-        TransferError: they have not met in time.
+        ConfigError: two processes have the same rank, or ranks disagree about the world's size.
+        TransferError: some ranks have not come in time.
     """
     rank, size = environment.global_rank(), environment.world_size()
     host, port = environment.main_address, environment.main_port
-    os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"] = host, str(port)  # as Lightning leaves them
-    # torchrun's agent keeps its store when it starts the ranks again.
+    os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"] = host, str(port)  # as Lightning sets them
+    # torchrun's agent keeps its store when it restarts the ranks.
     store = PrefixStore(f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", open_store(host, port, rank, size, limit))
     meet_in(store, rank, size, limit)
     bound: dict[str, Any] = {} if device.type == "cpu" else {"device_id": device}
     make = partial(dist.init_process_group, backend, store=PrefixStore("default_pg", store), rank=rank, world_size=size, **bound)
-    patiently(partial(make, timeout=timeout), limit, f"the {size} ranks have met, and have not all connected")
+    patiently(partial(make, timeout=timeout), limit, f"the {size} ranks have met, but have not all connected")
     store.set_timeout(timeout)
 
 
 def open_store(host: str, port: int, rank: int, size: int, limit: timedelta) -> Any:
-    """The store that rank 0, or torchrun's agent, keeps."""
+    """Opens the store, which rank 0 or torchrun's agent serves."""
     serves = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
-    where = f"{host}:{port} (MASTER_ADDR, MASTER_PORT)"
+    address = f"MASTER_ADDR:MASTER_PORT={host}:{port}"
     if not serves:
-        _reach(host, port, limit, f"rank 0 has not opened {where}")
+        _reach(host, port, limit, f"rank 0 has not opened {address}")
     open_store = partial(TCPStore, host, port, size, serves, limit, wait_for_workers=False, multi_tenant=True)
-    return patiently(open_store, limit, f"rank {rank} finds no store at {where}, which may be another program's")
+    return patiently(open_store, limit, f"rank {rank} finds no store at {address} (another program may use this port)")
 
 
 def _reach(host: str, port: int, limit: timedelta, failed: str) -> None:
-    """Until somebody listens there: torch's own attempts take longer than their limit."""
+    """Returns when a process listens at the address. torch's own attempts take longer than their limit."""
     until = time.monotonic() + limit.total_seconds()
     while True:
         with suppress(OSError):
-            create_connection((host, port), LOOK_AGAIN).close()
+            create_connection((host, port), POLL_INTERVAL).close()
             return
         if time.monotonic() > until:
-            raise TransferError(f"{failed} within {limit}: it was not started, or has ended. meeting_timeout is how long others wait")
-        time.sleep(LOOK_AGAIN / 5)
+            raise TransferError(f"{failed} within {limit} (meeting_timeout): rank 0 was not started, or has ended. Look for its error")
+        time.sleep(POLL_INTERVAL / 5)
 
 
 def meet_in(store: Any, rank: int, size: int, limit: timedelta) -> None:
-    """Until all ranks have written down who they are.
+    """Returns when all ranks have registered in the store.
 
     Raises:
-        ConfigError: on those that have come, if ranks disagree.
-        TransferError: naming those that have not come.
+        ConfigError: two processes have the same rank, or ranks disagree about the world's size.
+        TransferError: some ranks have not come; with their numbers.
     """
     until = time.monotonic() + limit.total_seconds()
-    place = PrefixStore("lightning_overlap/meeting", store)
-    mine = f"{size} ranks, process {os.getpid()} of {gethostname()}"
-    first = place.compare_set(f"rank {rank}", "", mine).decode()
-    if first != mine:
-        place.set("wrong", f"two processes are rank {rank}: {first}, and {mine}: give each a RANK of its own")
+    registry = PrefixStore("lightning_overlap/meeting", store)
+    entry = f"{size} ranks, process {os.getpid()} of {gethostname()}"
+    first = registry.compare_set(f"rank {rank}", "", entry).decode()
+    if first != entry:
+        registry.set("wrong", f"two processes are rank {rank}: {first}, and {entry}. Give each process another RANK")
     names = [f"rank {other}" for other in range(size)]
     nap = 0.002
     try:
         while True:
-            if place.check(["wrong"]):
-                raise ConfigError(place.get("wrong").decode())
-            complete = place.check(names)  # one question, whatever the number of ranks
+            if registry.check(["wrong"]):
+                raise ConfigError(registry.get("wrong").decode())
+            complete = registry.check(names)  # one request, whatever the number of ranks
             late = time.monotonic() > until
             if complete or late:
-                come = [name for name in names if complete or place.check([name])]
-                sizes = {name: words.decode().split()[0] for name, words in zip(come, place.multi_get(come), strict=True)}
+                present = [name for name in names if complete or registry.check([name])]
+                sizes = {name: words.decode().split()[0] for name, words in zip(present, registry.multi_get(present), strict=True)}
                 if len(set(sizes.values())) > 1:
-                    place.set("wrong", f"ranks disagree about WORLD_SIZE: {sizes}. Start all with the same devices and num_nodes")
+                    registry.set("wrong", f"ranks disagree about WORLD_SIZE: {sizes}. Start all with the same devices and num_nodes")
                     continue
             if complete:
                 return
             if late:
-                missing = [other for other in range(size) if names[other] not in come]
+                missing = [other for other in range(size) if names[other] not in present]
                 raise TransferError(
-                    f"ranks {missing} of {size} have not come within {limit}: look for their errors, and start all of them. "
-                    "meeting_timeout is how long others wait"
+                    f"ranks {missing} of {size} have not come within {limit} (meeting_timeout). Look for their errors, and start "
+                    "all ranks"
                 )
-            time.sleep(nap)  # torch's own wait in the store writes a warning each time that it is looked up from
-            nap = min(1.5 * nap, LOOK_AGAIN)
+            time.sleep(nap)  # torch's own wait in the store writes a warning at each timeout
+            nap = min(1.5 * nap, POLL_INTERVAL)
     except dist.DistNetworkError as error:
-        raise TransferError(f"the process with the store, rank 0 or torchrun's agent, has ended while ranks met: {error}") from error
+        raise TransferError(f"the process with the store (rank 0 or torchrun's agent) has ended while ranks met: {error}") from error
 
 
 def keep_store_alive() -> None:
-    """The kernel asks after the process with the store, too."""
+    """Turns on keep-alive for the connections of the store, so that the end of its process is noticed."""
     store = base_store()
     if isinstance(store, TCPStore):
         connections = Sockets.of_port(store.port)

@@ -1,4 +1,4 @@
-"""The members of a group: their ranks, what this rank has posted to them, and how a failed transfer is told."""
+"""The members of a group: their ranks, this rank's last transfers, and the error of a failed transfer."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from lightning_overlap.ranks.announcements import Announcements, TransferError
 from lightning_overlap.ranks.transfer import Transfer
 
 REMEMBERED_TRANSFERS = 256
-"""Transfers among which an error looks for incomplete ones."""
+"""Number of last transfers that are kept, of which an error lists the incomplete ones."""
 LISTED_TRANSFERS = 8
-"""Incomplete transfers that an error lists at most."""
+"""Largest number of incomplete transfers that an error lists."""
 
 
 class Members:
@@ -22,12 +22,12 @@ class Members:
 
     Args:
         ranks: global ranks, in the order of their rank in the group.
-        name: names the group in errors.
+        name: name of the group in errors.
         announcements: where ranks announce their errors.
 
     Attributes:
-        size: how many they are.
-        rank: this process's rank among them.
+        size: number of members.
+        rank: this process's rank in the group.
         recent: the last transfers that this rank has posted.
     """
 
@@ -40,16 +40,16 @@ class Members:
         self.recent: deque[Transfer] = deque(maxlen=REMEMBERED_TRANSFERS)
 
     def failure(self, label: str, peer: int, error: Exception, flight_record: str) -> Exception:
-        """The error of a failed transfer.
+        """Makes the error of a failed transfer.
 
         Args:
-            label: names the transfer.
-            peer: the other end's rank in the group; -1 if it is not known.
+            label: name of the transfer.
+            peer: the peer's rank in the group; -1 if it is not known.
             error: what the backend raised.
-            flight_record: a sentence on the last collectives that torch knows of, or nothing.
+            flight_record: a sentence on torch's last collectives, or an empty string.
 
         Returns:
-            The error that a rank has announced, since it is the cause; or else a TransferError that names the transfer and the peer.
+            The error that a rank has announced, since it is the cause; without one, a TransferError with the transfer and the peer.
         """
         if (announced := self.announcements.announced()) is not None:
             return announced
@@ -58,8 +58,9 @@ class Members:
         now = time.perf_counter()
         incomplete = [f"{t.label} ({now - t.posted:.1f} s ago)" for t in list(self.recent) if not t.complete]
         more = f" and {len(incomplete) - LISTED_TRANSFERS} more" if incomplete[LISTED_TRANSFERS:] else ""
-        posted = f" Posted by this rank and not complete: {', '.join(incomplete[:LISTED_TRANSFERS])}{more}." if incomplete else ""
+        posted = f" Incomplete transfers of this rank: {', '.join(incomplete[:LISTED_TRANSFERS])}{more}." if incomplete else ""
         return TransferError(
             f"transfer {label!r} of group {self.name!r} between rank {self.ranks[self.rank]} and {who} failed: {error}. "
-            f"The peer has ended or cannot be reached; see its log. Resume from the last checkpoint.{posted}{flight_record}"
+            "The peer has ended or cannot be reached. Look for its error, and resume from the last checkpoint."
+            f"{posted}{flight_record}"
         )

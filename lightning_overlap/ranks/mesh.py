@@ -1,4 +1,4 @@
-"""The ranks as a mesh, and the groups of ranks by their meaning. The only place that knows the axes of the mesh."""
+"""The ranks as a mesh, and named groups of ranks. Only this file knows the axes of the mesh."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from lightning_overlap.ranks.group import Group
 from lightning_overlap.ranks.world import make_group
 
 GroupName = Literal["samples", "gradients", "experts", "expert_gradients", "tensor", "context", "pipeline", "batch", "stage", "world"]
-"""Which ranks a group joins:
+"""The ranks of each named group:
 
-    samples           those that hold the same part of the model and see different samples: sampler, metrics, ``reduce``
-    gradients         those whose gradients of the same parameters are summed: they see different samples or tokens
-    experts           those over which the experts of a layer are spread
-    expert_gradients  those of a stage that hold the same experts
-    tensor            those that hold different parts of a layer
-    context           those that see different tokens of the same sequences
-    pipeline          those that hold different stages
-    batch             those that share a batch
-    stage             those that hold the same stage
-    world             all
+    samples           ranks that hold the same part of the model and see different samples: sampler, metrics, ``reduce``
+    gradients         ranks whose gradients of the same parameters are summed: they see different samples or tokens
+    experts           ranks over which the experts of a layer are spread
+    expert_gradients  ranks of a stage that hold the same experts
+    tensor            ranks that hold different parts of a layer
+    context           ranks that see different tokens of the same sequences
+    pipeline          ranks that hold different stages
+    batch             ranks that share a batch
+    stage             ranks that hold the same stage
+    world             all ranks
 """
 _AXES: dict[str, tuple[str, ...]] = {
     "samples": ("dp",),
@@ -39,7 +39,7 @@ _AXES: dict[str, tuple[str, ...]] = {
 class ParallelMesh:
     """Ranks along four axes (pp, dp, cp, tp), outermost first: neighbours in a node are tensor ranks.
 
-    Experts are a second view of the same ranks: the ranks of a pipeline stage, which are consecutive, are cut into groups of
+    Experts are a second view of the same ranks: the ranks of a pipeline stage, which are consecutive, are divided into groups of
     ``degrees.expert`` consecutive ranks. So experts spread over tensor ranks first, then over context ranks, then over data ranks.
 
     The arithmetic needs no process group: Lightning asks for samplers before there is one.
@@ -56,32 +56,32 @@ class ParallelMesh:
         self._groups: dict[tuple[tuple[tuple[int, ...], ...], str], Group] = {}
 
     def size(self, name: GroupName) -> int:
-        """How many ranks a group of that name joins."""
+        """Returns the number of ranks in a group of that name."""
         if name in ("experts", "expert_gradients"):
             return self.degrees.expert if name == "experts" else self.degrees.stage // self.degrees.expert
         return math.prod(self._sizes[axis] for axis in _AXES[name])
 
     def index(self, name: GroupName, rank: int | None = None) -> int:
-        """A rank's place in its group of that name, which is in ascending order; this rank's by default."""
+        """Returns a rank's index in its group of that name, in ascending order of ranks; by default this rank's."""
         return self._position(name, self.rank if rank is None else rank)[1]
 
     def sets(self, name: GroupName) -> list[list[int]]:
-        """The global ranks of all groups of that name, each in ascending order. Every rank is in one of them."""
+        """Returns the global ranks of all groups of that name, each in ascending order. Every rank is in exactly one."""
         sets: dict[tuple[int, ...], list[int]] = {}
         for rank in range(self.degrees.world):
             sets.setdefault(self._position(name, rank)[0], []).append(rank)
         return list(sets.values())
 
     def group(self, name: GroupName, timeout: timedelta, traffic: str | None = None, *, gathers: bool = True) -> Group:
-        """The group of that name that this rank belongs to. Collective over the world: all ranks ask for the same in one order.
+        """Returns this rank's group of that name. Collective over the world: all ranks make the same calls in one order.
 
-        The same set of ranks is connected once for each kind of traffic, whoever asks, under whatever name: transfers of different
-        traffic must not wait for each other. Each who asks closes it; it ends with the last one.
+        A set of ranks is connected once for each kind of traffic, under any name: transfers of different traffic must not wait for
+        each other. Each caller closes the group, which ends with the last one.
 
         Args:
-            name: which ranks it joins.
+            name: of the ranks.
             timeout: how long a transfer may take.
-            traffic: what it transfers, such as ``data``, which then names it in errors; None: collectives and objects only.
+            traffic: kind of its transfers, such as ``data``, also its name in errors; None: blocking collectives and objects only.
             gathers: whether its traffic has all-gathers.
 
         Raises:
@@ -100,14 +100,14 @@ class ParallelMesh:
         return group
 
     def _position(self, name: GroupName, rank: int) -> tuple[tuple[int, ...], int]:
-        """What tells a rank's group from the others of that name, and its place in the group."""
+        """Returns an identifier of the rank's group among those of that name, and the rank's index in it."""
         if name in ("experts", "expert_gradients"):
             stage, of_stage = divmod(rank, self.degrees.stage)
             block, expert = divmod(of_stage, self.degrees.expert)
             return ((stage, block), expert) if name == "experts" else ((stage, expert), block)
-        others, index, step, left = [], 0, 1, rank
+        others, index, step, remaining = [], 0, 1, rank
         for axis, size in reversed(self._sizes.items()):
-            left, coordinate = divmod(left, size)
+            remaining, coordinate = divmod(remaining, size)
             if axis in _AXES[name]:
                 index += step * coordinate
                 step *= size

@@ -1,4 +1,4 @@
-"""NCCL: the native asynchronous collectives, in the order of their posting. The host never waits for the device on the hot path."""
+"""NCCL: its asynchronous collectives, in the order of posting. The host never waits for the device during a step."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from lightning_overlap.ranks.transfer import Transfer, Waiter
 
 
 class NcclEngine(Engine):
-    """Posts transfers on a communicator for gathers and one for the rest. Arguments: as in :class:`Engine`."""
+    """Posts gathers on one communicator and other transfers on another. Arguments: as in :class:`Engine`."""
 
     keyed = False
     in_one_order = True
@@ -29,13 +29,13 @@ class NcclEngine(Engine):
     def __init__(self, members: Members, process_group: Any, gathers: Any = None) -> None:
         super().__init__(members, process_group, gathers)
         self.device = torch.device("cuda", torch.cuda.current_device())
-        self._observer = torch.cuda.Stream()  # waits for transfers only, so that it knows when they are complete
-        # All ranks end a communicator together, and they do not collect garbage together.
+        self._observer = torch.cuda.Stream()  # only waits for transfers, and so shows their ends
+        # Ranks must end a communicator together, and garbage collection is not synchronised.
         self._end.detach()
 
     def exchange(self, receives: Sequence[Piece], sends: Sequence[Piece], key: int, transfer: Transfer) -> Waiter:
-        # All at once: NCCL runs the operations of a communicator one after the other, and each rank's first receive would wait for
-        # a send that stands behind the peer's first receive.
+        # In one batch: NCCL runs the operations of a communicator one after the other, so each rank's first receive would wait for
+        # a send that comes after the peer's first receive.
         ops = [dist.P2POp(dist.irecv, x, self.members.ranks[peer], self.connected) for peer, x in receives]
         ops += [dist.P2POp(dist.isend, x, self.members.ranks[peer], self.connected) for peer, x in sends]
         return Posted(self, transfer.label, [(work, -1) for work in dist.batch_isend_irecv(ops)] if ops else [])
@@ -48,7 +48,7 @@ class NcclEngine(Engine):
 
     def send(self, x: Tensor, peer: int, key: int, transfer: Transfer) -> Waiter:
         work = self.post(transfer.label, dist.isend, x, peer, self.process_group, key)
-        # NCCL lets go of x as soon as a stream waits, which may be another stream than x's.
+        # NCCL frees x as soon as a stream waits, which may be another stream than that of x.
         return Posted(self, transfer.label, [work], x)
 
     def mark(self, waiter: Waiter, clock: Clock) -> Marks | None:
@@ -65,8 +65,8 @@ class NcclEngine(Engine):
             dist.broadcast(x, self.members.ranks[source], self.connected, async_op=True).wait()
 
     def connect(self, hops: Collection[tuple[int, int]]) -> None:
-        # NCCL makes a connection with the first transfer, and both ends' hosts wait until the other one has come to it: two ranks that
-        # send to each other first would wait for ever.
+        # NCCL makes a connection at the first transfer, for which the hosts of both ends wait. Two ranks whose first transfers are
+        # sends to each other would wait for ever.
         dist.all_reduce(torch.zeros(1, device=self.device), group=self.connected)  # in which every member takes part
         mine: list[tuple[Callable[..., Any], int]] = [
             (dist.isend, target) for source, target in sorted(hops) if source == self.members.rank

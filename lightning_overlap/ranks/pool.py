@@ -1,4 +1,4 @@
-"""Buffers of transfers, kept for the next ones."""
+"""Buffers of transfers, reused by later transfers."""
 
 from __future__ import annotations
 
@@ -9,26 +9,22 @@ from torch import Tensor
 
 
 class BufferPool:
-    """Free buffers by device and dtype: fresh memory costs a page fault for every 4 KiB."""
+    """Free buffers by device and dtype. New memory would cost a page fault for every 4 KiB."""
 
     def __init__(self) -> None:
         self._free: dict[tuple[torch.device, torch.dtype], list[Tensor]] = defaultdict(list)
 
     def take(self, numel: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-        """The smallest free buffer of at least ``numel`` elements, or a new one. An empty one takes nothing from the pool."""
+        """Returns the smallest free buffer of at least ``numel`` elements, or a new one; a new one also for 0 elements."""
         free = self._free[device, dtype]
         fitting = [(buffer.numel(), i) for i, buffer in enumerate(free) if buffer.numel() >= numel > 0]
         return free.pop(min(fitting)[1]) if fitting else torch.empty(numel, dtype=dtype, device=device)
 
     def give_back(self, buffer: Tensor) -> None:
-        """Frees a buffer for the next transfer."""
+        """Makes a buffer free for later transfers."""
         if buffer.numel():
             self._free[buffer.device, buffer.dtype].append(buffer)
 
-    def sizes(self) -> list[int]:
-        """Elements of the free buffers, in ascending order."""
-        return sorted(buffer.numel() for free in self._free.values() for buffer in free)
-
     def clear(self) -> None:
-        """Lets go of all free buffers."""
+        """Drops all free buffers."""
         self._free.clear()

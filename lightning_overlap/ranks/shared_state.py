@@ -1,4 +1,4 @@
-"""What rank 0 has, everyone has: weights at setup, and buffers that training writes."""
+"""Copies values of one rank to the others: weights at setup, and buffers that training writes."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from lightning_overlap.ranks.group import Group, Pending
 from lightning_overlap.ranks.world import everyone, world_size
 from lightning_overlap.torch_seams import BatchNorm, buffers_of, version_of
 
-AT_ONCE = 1 << 25
-"""Bytes that are broadcast together: many small tensors cost one transfer, and no copy is larger."""
+BROADCAST_BYTES = 1 << 25
+"""Size up to which tensors are broadcast together: many small tensors cost one transfer, and no copy is larger."""
 
 
 @torch.no_grad()
 def share(tensors: Iterable[Tensor], group: Group | None = None, source: int = 0) -> None:
-    """One rank's values, in place. Collective, blocking.
+    """Copies the values of one rank's tensors to the other ranks, in place. Collective, blocking.
 
     Args:
-        tensors: the same shapes everywhere.
+        tensors: the same shapes, dtypes and order on all ranks.
         group: the ranks; by default all.
-        source: the rank in the group whose values count.
+        source: rank in the group of the rank whose values are copied.
     """
     if (group.size if group is not None else world_size()) == 1:
         return
@@ -34,15 +34,15 @@ def share(tensors: Iterable[Tensor], group: Group | None = None, source: int = 0
         ranks.broadcast(flat, source, on_host=False)
         if ranks.rank != source:
             for tensor, part in zip(together, flat.split([tensor.numel() for tensor in together]), strict=True):
-                with torch.inference_mode() if tensor.is_inference() else nullcontext():  # made in a validation
-                    tensor.data.copy_(part.view(tensor.shape))  # no new version, by which SharedBuffers sees what training writes
+                with torch.inference_mode() if tensor.is_inference() else nullcontext():  # a tensor that a validation has made
+                    tensor.data.copy_(part.view(tensor.shape))  # keeps the version, by which SharedBuffers notices writes of training
 
 
 def _batches(tensors: Iterable[Tensor]) -> Iterator[list[Tensor]]:
     open_: dict[tuple[torch.dtype, torch.device], list[Tensor]] = {}
     for tensor in tensors:
         together = open_.setdefault((tensor.dtype, tensor.device), [])
-        if together and sum(t.nbytes for t in together) + tensor.nbytes > AT_ONCE:
+        if together and sum(t.nbytes for t in together) + tensor.nbytes > BROADCAST_BYTES:
             yield list(together)
             together.clear()
         together.append(tensor)
@@ -51,18 +51,18 @@ def _batches(tensors: Iterable[Tensor]) -> Iterator[list[Tensor]]:
 
 @contextmanager
 def batch_norms_over(module: nn.Module, group: Group) -> Iterator[None]:
-    """Batch norms that sum over all ranks (``sync_batchnorm=True``) do so over this group inside.
+    """Inside, batch norms with ``sync_batchnorm=True`` sum over a group instead of all ranks.
 
     Args:
         module: the user's.
-        group: ranks that see different data. Those that share a batch would count it several times, and those of another stage would
-            be waited for in vain.
+        group: ranks that see different data. Ranks that share a batch would count it several times, and ranks of another stage do not
+            run the layer.
     """
     layers = [part for part in module.modules() if isinstance(part, nn.SyncBatchNorm) and part.process_group is None]
     for layer in layers:
         if group.size > 1:
             layer.process_group = group.process_group
-        else:  # which has no process group, and None would be the world's
+        else:  # it has no process group, and None means the world
             layer.forward = MethodType(BatchNorm.forward, layer)  # type: ignore[method-assign]
     try:
         yield
@@ -73,16 +73,16 @@ def batch_norms_over(module: nn.Module, group: Group) -> Iterator[None]:
 
 
 class SharedBuffers:
-    """Buffers that training writes (running statistics, codebooks) are the first rank's before each training step, as in DDP.
+    """Copies buffers that training writes (running statistics, codebooks) from the first rank before each step, as DDP does.
 
-    Which these are is agreed, so that the masks and tables of a transformer cost nothing: each step posts one number after its
-    forward, whether it has written a buffer that is not shared yet, and the next step reads it. What hooks write for the first time
-    after a forward is therefore shared a step later than in DDP.
+    Ranks agree on these buffers, so that the masks and tables of a transformer cost nothing: after forward each step posts one number,
+    whether it wrote a buffer that is not shared yet, and the next step reads it. A buffer that a hook writes for the first time
+    after forward is therefore shared one step later than in DDP.
 
     Args:
         module: the user's.
-        group: ranks that hold the same of it.
-        everyone: all ranks, on the CPU, so that reading a number never waits for a device.
+        group: ranks that hold the same part of it.
+        everyone: all ranks, on the CPU, so that reading the number does not wait for a device.
     """
 
     def __init__(self, module: nn.Module, group: Group, everyone: Group) -> None:
@@ -94,25 +94,25 @@ class SharedBuffers:
         self._news: Pending | None = None
 
     def before_forward(self) -> None:
-        """To be called on every rank before each training step."""
+        """Called on every rank before each training step."""
         if self._group.size == 1:
             return
         if self._news is None or self._news.wait().item():
             everyone = self._group.all_gather_objects(self._written())
             parts = {name.rpartition(".")[0] for names in [self._shared, *everyone] for name in names}
-            # All of a module's: torch does not see its own kernels write running statistics, only the count of batches beside them.
+            # All buffers of a module: torch's kernels give a new version to their count of batches, but not to running statistics.
             self._shared = sorted(name for name in self._state() if name.rpartition(".")[0] in parts)
         if self._shared:
             share(self._named(self._shared), self._group)
 
     def after_forward(self) -> None:
-        """To be called on every rank after each training step."""
+        """Called on every rank after each training step."""
         if self._group.size > 1:
             news = not set(self._shared).issuperset(self._written())
             self._news = self._everyone.all_reduce(torch.tensor(int(news)), label="buffers")
 
     def finish(self) -> None:
-        """Takes in what the last step has posted."""
+        """Waits for the number that the last step has posted."""
         if self._news is not None:
             self._news.wait()
 
@@ -121,7 +121,7 @@ class SharedBuffers:
         return [buffer for name in names if (buffer := buffers.get(name)) is not None]
 
     def _written(self) -> list[str]:
-        """Since setup."""
+        """Returns the names of the buffers that were written since setup."""
         return [name for name, state in self._state().items() if state != self._before.get(name)]
 
     def _state(self) -> dict[str, tuple[int, int]]:

@@ -1,4 +1,4 @@
-"""The sockets behind a gloo process group, for which it has neither an option nor a question. Linux; elsewhere nothing is known."""
+"""The sockets of a gloo process group, which has no interface for them. Works on Linux; elsewhere no socket is found."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ if sys.platform == "linux":
     import fcntl
     import termios
 
-ASK_AFTER = 5
-"""Seconds of silence after which a peer is asked whether it is there, and until it is asked again."""
-ASK_TIMES = 4
-"""Questions without an answer after which it is given up: 25 seconds after it was last heard of."""
+KEEPALIVE_INTERVAL = 5
+"""Seconds of silence before the first keep-alive probe, and between probes."""
+KEEPALIVE_PROBES = 4
+"""Probes without an answer after which a connection fails: 25 seconds after the peer's last packet."""
 _DESCRIPTORS = "/proc/self/fd"
 ENDED = (("", 0), ("", 0))
-"""The addresses of a connection that has ended: the same on all ranks, so that they say nothing of who was connected."""
+"""The addresses of a connection that has ended. All such connections have them, so they identify no connection."""
 
 
 class Sockets:
-    """Connections of this process, by descriptors of their own."""
+    """Connections of this process, each by a duplicate of its file descriptor."""
 
     def __init__(self) -> None:
         self._held: list[socket.socket] = []
@@ -34,31 +34,31 @@ class Sockets:
     @classmethod
     @contextmanager
     def made_inside(cls) -> Iterator[Sockets]:
-        """Gives what is filled, at the end of the block, with the connections that were made inside."""
+        """Yields an object that contains, after the block, the connections that were made inside."""
         made = cls()
         before = {inode for _, inode in _sockets()}
         yield made
-        # By inode: a descriptor's number may have been another file's before, the listing's own among them.
+        # By inode, since numbers of descriptors are reused.
         made._held = _connections(descriptor for descriptor, inode in _sockets() if inode not in before)
 
     @classmethod
     def of_port(cls, port: int) -> Sockets:
-        """Connections that a port of this machine, or of another one, has accepted."""
-        found = cls()
+        """Returns the connections from or to a port, on this machine or another."""
+        matching = cls()
         for connection in _connections(descriptor for descriptor, _ in _sockets()):
-            here, there = _ends(connection)
-            if port in (here[1], there[1]):
-                found._held.append(connection)
+            local, remote = _ends(connection)
+            if port in (local[1], remote[1]):
+                matching._held.append(connection)
             else:
                 connection.close()
-        return found
+        return matching
 
     def ends(self) -> list[tuple[Any, Any]]:
-        """The addresses of each one's two ends, this process's first."""
+        """Returns the addresses of each connection's two ends, this process's first."""
         return [_ends(connection) for connection in self._held]
 
     def keep(self, ends: Collection[tuple[Any, Any]]) -> None:
-        """Keeps those between these ends, and lets go of the others."""
+        """Keeps the connections between these ends, and closes the descriptors of the others."""
         kept = [connection for connection in self._held if _ends(connection) in ends and _ends(connection) != ENDED]
         for connection in self._held:
             if connection not in kept:
@@ -67,42 +67,42 @@ class Sockets:
 
     @property
     def known(self) -> bool:
-        """Whether there are any."""
+        """Whether any connection is known."""
         return bool(self._held)
 
-    def hang_up(self) -> None:
-        """Ends the connections, whoever has a descriptor of them. Who waits for what comes or goes on one of them gets an error."""
+    def shut_down(self) -> None:
+        """Ends the connections, also for other holders of their descriptors. Transfers on them fail on both ends."""
         for connection in self._held:
-            with suppress(OSError):  # the other end was quicker
+            with suppress(OSError):  # the other end has ended it
                 connection.shutdown(socket.SHUT_RDWR)
 
     def keep_alive(self) -> None:
-        """Has the kernel ask after a peer from which nothing comes.
+        """Turns on TCP keep-alive, so that the end of a silent peer is noticed.
 
-        A peer that was killed says so once, in a packet that a full link may drop; one whose machine is gone says nothing.
-        Who only waits to receive would not know before the timeout. What is sent and not acknowledged is given up as soon.
+        A killed peer sends one packet, which a full link may drop; a crashed machine sends none. A rank that only receives would
+        notice only at the timeout. Data that is not acknowledged fails after the same time.
         """
         if sys.platform == "linux":
             for connection in self._held:
                 connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-                connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, ASK_AFTER)
-                connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, ASK_AFTER)
-                connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, ASK_TIMES)
-                connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, 1000 * ASK_AFTER * (ASK_TIMES + 1))
+                connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, KEEPALIVE_INTERVAL)
+                connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, KEEPALIVE_INTERVAL)
+                connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, KEEPALIVE_PROBES)
+                connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, 1000 * KEEPALIVE_INTERVAL * (KEEPALIVE_PROBES + 1))
 
     def bound_send_buffers(self, nbytes: int) -> None:
-        """Bounds what the kernel holds of each (it doubles the number for its own needs)."""
+        """Sets the size of the kernel's send buffers (the kernel doubles it)."""
         for connection in self._held:
             connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, nbytes)
 
-    def at_rest(self) -> bool:
-        """Whether nothing that was sent is on its way; False where that is not known."""
+    def is_idle(self) -> bool:
+        """Whether all data that was sent is acknowledged; False where that is not known."""
         if sys.platform != "linux" or not self._held:
             return False
         return not any(struct.unpack("i", fcntl.ioctl(s, termios.TIOCOUTQ, bytes(4)))[0] for s in self._held)
 
-    def hung_up(self) -> bool:
-        """Whether the other end of one is gone."""
+    def is_closed(self) -> bool:
+        """Whether the other end of any connection is closed."""
         if sys.platform != "linux" or not self._held:
             return False
         ends = select.poll()
@@ -118,21 +118,21 @@ class Sockets:
 
 
 def _ends(connection: socket.socket) -> tuple[Any, Any]:
-    """Address and port of this process's end and of the other one."""
+    """Returns address and port of this process's end and of the other end."""
     try:
         (address, port, *_), (peer, peers_port, *_) = connection.getsockname(), connection.getpeername()
     except OSError:
         return ENDED
-    return (address.partition("%")[0], port), (peer.partition("%")[0], peers_port)  # each end has a name of its own for its interface
+    return (address.partition("%")[0], port), (peer.partition("%")[0], peers_port)  # each end has its own name for the interface
 
 
 def _connections(descriptors: Iterable[int]) -> list[socket.socket]:
-    """Those of the sockets that are connected, as descriptors of their own."""
-    found = []
+    """Returns the sockets that are connected, by duplicates of their descriptors."""
+    connected = []
     for descriptor in descriptors:
         try:
             connection = socket.socket(fileno=os.dup(descriptor))
-        except OSError:  # closed since
+        except OSError:  # closed meanwhile
             continue
         if connection.family not in (socket.AF_INET, socket.AF_INET6):  # process groups have no others
             connection.close()
@@ -142,16 +142,16 @@ def _connections(descriptors: Iterable[int]) -> list[socket.socket]:
         except OSError:  # it listens
             connection.close()
         else:
-            found.append(connection)
-    return found
+            connected.append(connection)
+    return connected
 
 
 def _sockets() -> Iterator[tuple[int, int]]:
-    """Descriptor and inode of every socket of this process."""
+    """Yields descriptor and inode of every socket of this process."""
     for name in os.listdir(_DESCRIPTORS) if os.path.isdir(_DESCRIPTORS) else ():
         try:
             status = os.fstat(int(name))
-        except OSError:  # closed since, as the listing's own is
+        except OSError:  # closed meanwhile, as that of listdir
             continue
         if stat.S_ISSOCK(status.st_mode):
             yield int(name), status.st_ino

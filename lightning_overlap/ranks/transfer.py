@@ -1,4 +1,4 @@
-"""A transfer: its record, and the handle of one that was posted."""
+"""A transfer: its record, and the handle of a posted transfer."""
 
 from __future__ import annotations
 
@@ -16,29 +16,28 @@ from lightning_overlap.torch_seams import is_profiled
 
 
 def span(label: str) -> AbstractContextManager[Any]:
-    """A named span of torch's profiler, and of nsys through ``emit_nvtx``.
+    """Returns a named span of torch's profiler, and of nsys through ``emit_nvtx``.
 
-    Made only while one of them runs: torch's ``record_function`` costs 20 microseconds of the host's time also when none does.
+    Without a running profiler it does nothing, since torch's ``record_function`` costs 20 microseconds even then.
     """
     return record_function(label) if is_profiled() else nullcontext()
 
 
 @dataclass(slots=True)
 class Transfer:
-    """Record of a transfer on one rank. Times are seconds of :func:`time.perf_counter`; None: not yet, or not known.
+    """Record of a transfer on one rank. Times are seconds of :func:`time.perf_counter`; None: not yet known.
 
     Attributes:
-        label: names what is transferred, such as ``data.grads[3]``; the part before the first dot names the mode.
-        number: count of the group's earlier transfers with this label: label and number mean the same transfer on every rank.
+        label: name of the data, such as ``data.grads[3]``; the part before the first dot names the mode.
+        number: count of the group's earlier transfers with this label. Label and number identify a transfer on all ranks.
         nbytes: bytes that this rank sends.
-        ranks: global ranks between which it is.
-        posted: when it was posted.
-        started: when its first byte could be sent, nothing else being in front of it (gloo).
-        done: when all that this rank sends had gone, and, of a reduction, all had come (gloo).
-        waited: from when to when this rank did nothing but wait for it.
-        marks: on CUDA, stamps of the device, which :meth:`read` puts in place of the host's times: those tell only when the device
-            was given work.
-        complete: whether nothing of it has still to come or go, as far as anybody has waited for it.
+        ranks: global ranks of its members.
+        posted: time of posting.
+        started: time from which its first byte could be sent, since earlier transfers were done (gloo).
+        done: time at which this rank had sent everything and, for a reduction, received everything (gloo).
+        waited: start and end of this rank's wait for it.
+        marks: on CUDA, time stamps of the device, by which :meth:`read` replaces the host's times: the host only queues work.
+        complete: whether a wait has shown that it is complete.
     """
 
     label: str
@@ -53,7 +52,7 @@ class Transfer:
     complete: bool = False
 
     def read(self) -> None:
-        """Replaces the host's times by the device's. Blocks until the device has come to the transfer's end."""
+        """Replaces the host's times by the device's. Blocks until the device has finished the transfer."""
         if self.marks is not None:
             self.posted, self.done, waited = self.marks.read()
             self.started = self.posted
@@ -62,7 +61,7 @@ class Transfer:
 
 
 class Waiter(Protocol):
-    """Waits for what an engine has posted."""
+    """Waits for operations that an engine has posted."""
 
     def arrived(self) -> bool:
         """Whether :meth:`wait` would return at once; False where that is not known."""
@@ -76,7 +75,7 @@ class Waiter(Protocol):
 
 
 class Arrived:
-    """The waiter of a transfer that is complete when it is posted, as in a group of one rank."""
+    """Waits for a transfer that is complete when it is posted, as in a group of one rank."""
 
     def arrived(self) -> bool:
         return True
@@ -90,8 +89,8 @@ class Pending:
 
     Args:
         transfer: its record.
-        waiter: waits for what the engine has posted.
-        finish: makes the result once the transfer is complete, such as the sum of the pieces that have come.
+        waiter: waits for the posted operations.
+        finish: makes the result once the transfer is complete, such as the sum of the received shards.
     """
 
     def __init__(self, transfer: Transfer, waiter: Waiter, finish: Callable[[], Tensor]) -> None:
@@ -101,7 +100,7 @@ class Pending:
         self._result: Tensor | None = None
 
     def arrived(self) -> bool:
-        """Whether :meth:`wait` would return at once. Of gloo's transfers, known only of reductions and sends."""
+        """Whether :meth:`wait` would return at once. On gloo known only for reductions and sends; False otherwise."""
         return self._waiter.arrived()
 
     def wait(self) -> Tensor:
@@ -115,7 +114,7 @@ class Pending:
                 self._wait()
             finish, self._finish = self._finish, None
             self._result = finish()
-        assert self._result is not None, "the finish of a transfer gives its result"
+        assert self._result is not None, "finish returns the result of the transfer"
         return self._result
 
     def _wait(self) -> None:

@@ -1,4 +1,4 @@
-"""All ranks: who they are, what they agree on, and the groups that they form."""
+"""All ranks: their numbers, agreements between them, and the groups that they form."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ T = TypeVar("T")
 
 
 class World:
-    """What this process knows of all ranks.
+    """The state of this process that concerns all ranks.
 
     Attributes:
         announcements: errors of all ranks.
         meeting_timeout: how long ranks wait for each other to make a group.
-        groups: of this process, those of several ranks.
-        trainer_lock: held by the thread that runs a Trainer: two threads' collectives would meet each other's on the other ranks.
+        groups: the groups of this process that have several ranks.
+        trainer_lock: held by the thread that runs a Trainer: collectives of two threads could be matched with each other.
     """
 
     def __init__(self) -> None:
@@ -41,10 +41,10 @@ class World:
         self.groups: weakref.WeakSet[Group] = weakref.WeakSet()
         self.trainer_lock = threading.RLock()
         self._everyone: Group | None = None
-        self._process_group: Any = None  # of torch's, for which `_everyone` was made
+        self._process_group: Any = None  # torch's world when `_everyone` was made
 
     def everyone(self) -> Group:
-        """The group of all ranks, on the CPU. On the world's own connections before ranks are assembled, and in another world."""
+        """Returns the group of all ranks, on the CPU. Before :meth:`assemble`, and in another world, it uses torch's connections."""
         if self._everyone is not None and self._process_group is dist.group.WORLD:
             return self._everyone
         members = Members(range(world_size()), "world", self.announcements)
@@ -53,10 +53,10 @@ class World:
         return Group(members, engine)
 
     def assemble(self, timeout: timedelta, meeting_timeout: timedelta) -> None:
-        """Makes the group of all ranks anew, in which they then agree. Collective over the world.
+        """Makes a new group of all ranks, for agreements. Collective over the world.
 
         Raises:
-            TransferError: not all ranks have come within ``meeting_timeout``.
+            TransferError: some ranks did not call it within ``meeting_timeout``.
         """
         if self._everyone is not None:
             self._everyone.close()
@@ -64,12 +64,12 @@ class World:
         self.meeting_timeout = meeting_timeout
         if world_size() == 1:
             return
-        # Groups find their members by a number that each rank counts, and an attempt that failed may have left them at different ones.
+        # Ranks name groups by a number that each rank counts. After a failed attempt ranks may have different numbers.
         counts = self.announcements.gather("groups", str(group_count()), meeting_timeout.total_seconds())
         if len(counts) < world_size():
             raise TransferError(
-                f"of {world_size()} ranks only {list(counts)} have come within {meeting_timeout}: look for the errors of the others. "
-                "meeting_timeout is how long ranks wait for each other"
+                f"only ranks {list(counts)} of {world_size()} have met within {meeting_timeout} (meeting_timeout). Look for the "
+                "errors of the other ranks"
             )
         set_group_count(max(map(int, counts.values())))
         self._everyone = make_group([range(world_size())], "world", timeout, backend="gloo", gathers=False, threads=False)
@@ -79,20 +79,20 @@ class World:
         """After a failure: ends the connections of all groups, so that no rank waits for another one's transfers."""
         for group in list(self.groups):
             group.abandon()
-        self._everyone = None  # what follows in this attempt is agreed on the world's own connections, which are in step
+        self._everyone = None  # torch's connections, which have no transfer under way, serve the rest of this attempt
 
 
 WORLD = World()
-"""The only object of this package that belongs to the process: torch.distributed has one world a process, and so one store."""
+"""The only object of this package that belongs to the process, since torch.distributed has one world and one store a process."""
 
 
 def world_size() -> int:
-    """Number of ranks that have met; 1 before there are process groups."""
+    """Returns the number of ranks; 1 before there are process groups."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
 def rank() -> int:
-    """Global rank of this process; 0 before there are process groups."""
+    """Returns the global rank of this process; 0 before there are process groups."""
     return dist.get_rank() if dist.is_initialized() else 0
 
 
@@ -102,39 +102,39 @@ def has_nccl() -> bool:
 
 
 def backend() -> str:
-    """Backend of the world: ``gloo``, ``nccl``; ``none`` before there are process groups."""
+    """Returns the backend of the world: ``gloo`` or ``nccl``; ``none`` before there are process groups."""
     return str(dist.get_backend()) if dist.is_initialized() else "none"
 
 
 def is_everyone(process_group: Any) -> bool:
-    """Whether a process group is that of all ranks, as None is."""
+    """Whether a process group contains all ranks; None means the group of all ranks."""
     return process_group is None or process_group is dist.group.WORLD
 
 
 def everyone() -> Group:
-    """As :meth:`World.everyone`."""
+    """Returns the group of all ranks; see :meth:`World.everyone`."""
     return WORLD.everyone()
 
 
 def agree(flag: bool, *, by_all: bool) -> bool:
-    """Whether all ranks pass True, or any, as ``by_all`` says. Collective over the world, blocking."""
+    """Whether all ranks pass True, or, without ``by_all``, any rank does. Collective over the world, blocking."""
     return WORLD.everyone().agree(flag, by_all=by_all) if world_size() > 1 else flag
 
 
 def all_gather_objects(value: T) -> list[T]:
-    """Every rank's object, by rank. Collective over the world, blocking."""
+    """Returns every rank's object, by rank. Collective over the world, blocking."""
     return WORLD.everyone().all_gather_objects(value) if world_size() > 1 else [value]
 
 
 def broadcast_object(value: T, source: int = 0) -> T:
-    """The object of a rank, rank 0 by default. Collective over the world, blocking."""
+    """Returns the object of the rank ``source``. Collective over the world, blocking."""
     return WORLD.everyone().share_object(value, source) if world_size() > 1 else value
 
 
 def end_world() -> None:
     """Ends all connections, at the end of the process.
 
-    A thread of gloo's that lets go of the last collective's tensors after Python has ended aborts the process (torch 2.13).
+    If a thread of gloo's frees the tensors of the last collective after Python has ended, the process aborts (torch 2.13).
     """
     if dist.is_initialized():
         WORLD.announcements.wait_until_heard()
@@ -150,15 +150,15 @@ def make_group(
     gathers: bool = True,
     threads: bool = True,
 ) -> Group:
-    """The group of this rank among disjoint ``rank_sets``. Collective over the world: all ranks name the same sets.
+    """Makes a group for each of some disjoint sets of ranks, and returns this rank's. Collective over the world.
 
     Args:
-        rank_sets: global ranks of each group.
-        name: names the group in errors.
+        rank_sets: global ranks of each group; the same on all ranks.
+        name: name of the group in errors.
         timeout: how long a transfer may take.
         backend: ``gloo`` or ``nccl``; by default the world's.
-        gathers: whether it makes all-gathers, which have connections of their own.
-        threads: whether gloo posts and waits on threads; without, each transfer is posted and waited for by its caller.
+        gathers: whether it makes all-gathers, which have separate connections.
+        threads: whether gloo posts and waits on threads instead of on the caller's thread.
 
     Raises:
         ConfigError: another rank has announced one.
@@ -173,7 +173,7 @@ def make_group(
                 process_groups[i] = _meet(ranks, name, timeout, backend)
         if dist.get_rank() in ranks:
             engine = _engine(Members(ranks, name, WORLD.announcements), process_groups, sockets, threads=threads)
-    assert engine is not None, f"rank {dist.get_rank()} is in none of {rank_sets}"
+    assert engine is not None, f"rank {dist.get_rank()} is not in any of {rank_sets}"
     group = Group(engine.members, engine)
     if group.size > 1:
         WORLD.groups.add(group)
@@ -185,33 +185,33 @@ def make_group(
 
 def _engine(members: Members, process_groups: Sequence[Any], sockets: Sequence[Sockets], *, threads: bool) -> Engine:
     if dist.get_backend(process_groups[0]) == "nccl":
-        for each in sockets:  # NCCL's own, and other threads': nothing is known of them
+        for each in sockets:  # sockets of NCCL and of other threads, which cannot be told apart
             each.close()
         return NcclEngine(members, *process_groups)
     return (ThreadedGlooEngine if threads and members.size > 1 else GlooEngine)(members, *process_groups, *sockets)
 
 
 def _meet(ranks: Sequence[int], name: str, timeout: timedelta, backend: str | None) -> Any:
-    """A process group. Its members wait for each other in the store, on a thread, while this one looks around."""
-    # The group keeps the timeout that it is made with, so the limit of the meeting is this rank's own.
+    """Makes a process group on a thread, where its members wait for each other, while this thread looks for errors."""
+    # torch uses the timeout also for later transfers, so it cannot limit the meeting.
     return patiently(
         lambda: dist.new_group(ranks, timeout=timeout, backend=backend),
         WORLD.meeting_timeout,
-        f"ranks {list(ranks)} have not all come to make group {name!r}",
+        f"ranks {list(ranks)} have not all met to make group {name!r}",
     )
 
 
 def patiently(do: Callable[[], T], limit: timedelta, failed: str) -> T:
-    """The result of ``do``, which blocks in a wait that nobody can end, such as torch's for the store.
+    """Returns the result of ``do``, which may block in a wait that cannot be interrupted, such as torch's for the store.
 
     Args:
         do: runs on a thread.
-        limit: time after which it is left there.
+        limit: time after which this function raises, and the thread continues.
         failed: the beginning of the error.
 
     Raises:
         ConfigError: another rank has announced one.
-        TransferError: another rank has announced another error, or the time is over.
+        TransferError: another rank has announced another error, or ``limit`` has passed.
     """
     results: queue.SimpleQueue[tuple[bool, Any]] = queue.SimpleQueue()
     device = torch.cuda.current_device() if torch.cuda.is_initialized() else None
@@ -226,7 +226,7 @@ def patiently(do: Callable[[], T], limit: timedelta, failed: str) -> T:
 
     threading.Thread(target=run, name="meeting", daemon=True).start()
     until = time.monotonic() + limit.total_seconds()
-    advice = "Look for the error of the rank that is missing, and start all of them; meeting_timeout is how long they wait"
+    advice = "Look for the error of the missing rank, and start all ranks; meeting_timeout sets how long they wait"
     while True:
         try:
             succeeded, result = results.get(timeout=WORLD.announcements.interval)

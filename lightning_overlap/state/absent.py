@@ -4,7 +4,7 @@ The values of an absent parameter are NaN on purpose (0 for integers, which have
 that it does not hold. If the user's code does, the result becomes NaN, and checks in the first step report the parameter; otherwise
 training would run on wrong numbers. NaN is also the marker of values that have not arrived: in parameters that have memory but no
 values (:mod:`lightning_overlap.model.materialize`, and a part that a mode allocates to assemble the unsharded model), and in hidden
-states of blocks that another rank runs (:mod:`lightning_overlap.model.block_stack`).
+states of blocks that another rank runs (:mod:`lightning_overlap.model.block_pass`).
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The state of one forward, so that two forwards can be under way: each has its own, in hooks as in backward."""
+"""The state that modes keep for one forward. Two forwards can be under way: each has its own state, also in backward."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ State = TypeVar("State")
 
 
 class Forward:
-    """What modes remember during one forward of the user's model and its backward.
+    """The state of all modes for one forward of the user's model and its backward.
 
     Attributes:
-        in_backward: whether its backward runs, in which activation checkpoints run parts of the forward again.
+        in_backward: whether the backward runs. Activation checkpoints then run parts of the forward again.
     """
 
     def __init__(self) -> None:
@@ -23,24 +23,24 @@ class Forward:
         self._states: dict[type, Any] = {}
 
     def of(self, kind: type[State]) -> State:
-        """The forward's state of a kind (a mode's dataclass with defaults), which is made when it is asked for first."""
+        """Returns the state of one type, a mode's dataclass with defaults. The first call creates it."""
         if kind not in self._states:
             self._states[kind] = kind()
         return self._states[kind]
 
     def branch(self) -> Forward:
-        """A forward that starts from copies of this one's states, and leaves this one as it is."""
-        made = Forward()
-        made.in_backward = self.in_backward
-        made._states = {kind: copy.copy(state) for kind, state in self._states.items()}
-        return made
+        """Returns a forward with copies of this one's states."""
+        branch = Forward()
+        branch.in_backward = self.in_backward
+        branch._states = {kind: copy.copy(state) for kind, state in self._states.items()}
+        return branch
 
 
 class Forwards:
-    """Tells hooks which forward they are called for.
+    """Finds the forward for which a hook is called.
 
-    Each thread computes one forward at a time. Backward runs in the thread that calls it, or, on CUDA, in a thread of autograd's,
-    which knows no forward of its own: there it is the one whose backward runs. One backward runs at a time.
+    Each thread computes one forward at a time. Backward runs in the thread that calls it or, on CUDA, in a thread of autograd. Such a
+    thread computes no forward, so there the forward is the one whose backward runs. One backward runs at a time.
     """
 
     def __init__(self) -> None:
@@ -52,14 +52,14 @@ class Forwards:
         """The forward that this thread computes, or whose backward it runs."""
         current: Forward | None = getattr(self._threads, "forward", None) or self._in_backward
         if current is None:
-            # Kept apart from those that were started: a thread of autograd's lives on, and must ask for the next backward's forward.
+            # Not stored as ``forward``: a thread of autograd outlives the backward, and must find the forward of the next one.
             current = getattr(self._threads, "unstarted", None)
         if current is None:
             current = self._threads.unstarted = Forward()
         return current
 
     def start(self) -> Forward:
-        """From here on this thread computes a new forward."""
+        """Starts a new forward in this thread."""
         self._threads.forward = Forward()
         return self._threads.forward
 
@@ -74,12 +74,12 @@ class Forwards:
             self._threads.forward = before
 
     def start_backward(self) -> None:
-        """The backward of this thread's forward starts."""
+        """Marks the start of the backward of this thread's forward."""
         self._in_backward = self.current
         self._in_backward.in_backward = True
 
     def finish_backward(self) -> None:
-        """The backward that was started last is over."""
+        """Marks the end of the backward that was started last."""
         if self._in_backward is not None:
             self._in_backward.in_backward = False
         self._in_backward = None

@@ -1,4 +1,4 @@
-"""Cuts a batch into microbatches."""
+"""Splits a batch into microbatches."""
 
 from __future__ import annotations
 
@@ -15,8 +15,9 @@ from lightning_overlap.model.trees import is_container, items, leaves, rebuild
 from lightning_overlap.steps.step import Step
 
 Dims = Mapping[str, int | None]
-"""By place in the batch (``mask``, or ``1.mask`` in a tuple), along which dim something is cut; None: it is in every part."""
-HOW_TO_SAY = "say what is cut, and what is not, PipelineParallel(batch_dims={'x': 0, 'mask': None}) say"
+"""The dim of samples, by path in the batch (``mask``, or ``1.mask`` in a tuple). None: each microbatch gets the unsplit tensor."""
+REMEDY = "name the dim of samples, or None for what has no samples, for example PipelineParallel(batch_dims={'x': 0, 'mask': None})"
+"""What to do, for errors."""
 
 
 @dataclass(frozen=True)
@@ -24,9 +25,9 @@ class Microbatches:
     """The microbatches of one training step.
 
     Attributes:
-        step: the user's.
-        parts: the microbatches, as ``training_step`` gets them.
-        shares: by microbatch, what its loss is multiplied by in the batch's loss. 0: the microbatch is left out.
+        step: the user's step.
+        parts: the microbatches, the arguments of ``training_step``.
+        shares: the factor of each microbatch's loss in the loss of the batch. 0: no backward of the microbatch is run.
     """
 
     step: Step
@@ -35,31 +36,33 @@ class Microbatches:
 
 
 def shapes_of(batch: Any) -> Hashable:
-    """The shapes and dtypes of a batch's tensors, which decide the shapes of all that is computed from it."""
+    """Returns the shapes and dtypes of a batch's tensors. Batches with equal ones have activations of equal shapes."""
     return tuple((tuple(leaf.shape), str(leaf.dtype)) for leaf in leaves(batch) if isinstance(leaf, Tensor))
 
 
-def samples(batch: Any, dims: Dims | None = None) -> int:
-    """The batch's size: the length that most of its tensors have in their first dim. Those inside of lists count last.
+def count_samples(batch: Any, dims: Dims | None = None) -> int:
+    """Returns the number of samples: the most frequent length of the first dim of the batch's tensors.
+
+    Tensors inside lists are considered only if there are no others.
 
     Args:
         batch: the batch.
-        dims: what the user says of it.
+        dims: the dims of samples that the user names. They decide alone.
 
     Raises:
-        ConfigError: the batch does not tell how many samples it has.
+        ConfigError: the number is ambiguous.
     """
     if named := _named(batch, dims or {}):
         if len(set(named.values())) > 1:
-            raise ConfigError(f"pipeline_parallel.batch_dims cuts what has different numbers of samples: {_in_words(named)}")
+            raise ConfigError(f"pipeline_parallel.batch_dims names dims of different lengths: {_describe(named)}")
         return next(iter(named.values()))
     tensors = {path: len(leaf) for path, leaf in _walk(batch) if isinstance(leaf, Tensor) and leaf.dim()}
     if not tensors:
         return _samples_in_lists(batch)
-    longer = {path: length for path, length in tensors.items() if length > 1} or tensors  # a number may come as a tensor of one
+    longer = {path: length for path, length in tensors.items() if length > 1} or tensors  # a tensor of length 1 may be a scalar
     (size, most), *others = Counter(longer.values()).most_common()
     if others and others[0][1] == most:
-        raise ConfigError(f"the batch does not tell how many samples it has: {_in_words(longer)} long: {HOW_TO_SAY}")
+        raise ConfigError(f"the number of samples in the batch is ambiguous, {_describe(longer)}: {REMEDY}")
     return size
 
 
@@ -68,12 +71,12 @@ def refuse_other_dim(batch: Any, size: int, batch_size: int | None, dims: Dims) 
 
     Args:
         batch: a full batch.
-        size: the number of samples, from the tensors' first dims.
-        batch_size: the data loader's; None if it does not tell.
+        size: the number of samples, from :func:`count_samples`.
+        batch_size: the data loader's batch size, or None if it is unknown.
         dims: the dims of samples that the user names.
 
     Raises:
-        ConfigError: ``size`` is not that of the data loader, and another dim of a tensor is.
+        ConfigError: ``size`` is not ``batch_size``, but another dim of a tensor has that length.
     """
     if batch_size is None or size % batch_size == 0 or any(dim is not None for dim in dims.values()):
         return
@@ -91,21 +94,21 @@ def _samples_in_lists(batch: Any) -> int:
     lists = {path: value for path, value in _walk(batch) if isinstance(value, list | tuple)}
     lengths = {len(leaf) for leaf in leaves(batch) if isinstance(leaf, Tensor) and leaf.dim()}
     if not lengths:
-        raise ConfigError("a batch without a tensor cannot be cut into microbatches: have the data loader collate tensors")
+        raise ConfigError("a batch without a tensor cannot be split into microbatches: have the data loader collate tensors")
     if len(lengths) > 1:
         raise ConfigError(
-            f"a batch of lists, whose tensors have the lengths {sorted(lengths)}, does not tell how many samples it has: have the "
-            f"data loader put a tensor beside them that has one row for each sample, or {HOW_TO_SAY}"
+            f"the number of samples in the batch is ambiguous: it has only lists, of tensors of the lengths {sorted(lengths)}. Have "
+            f"the data loader add a tensor with one row for each sample, or {REMEDY}"
         )
     if len({len(value) for value in lists.values()}) == 1 and not isinstance(batch, list | tuple):
         raise ConfigError(
-            f"{', '.join(lists)} may be a list with an item for each sample, or one of columns: {HOW_TO_SAY}: 0 cuts the list itself"
+            f"{', '.join(lists)} may be a list with an item for each sample, or a list of columns: {REMEDY}. 0 splits the list itself"
         )
     return lengths.pop()
 
 
 def _walk(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
-    """What is in a batch, by place. Lists and tuples are not gone into, but for the batch itself, which is one of columns."""
+    """Yields the paths and leaves of a batch. A list or tuple in it is a leaf; a batch that is one is a list of columns."""
     if isinstance(value, list | tuple) and path:
         yield path, value
     elif is_container(value):
@@ -116,49 +119,53 @@ def _walk(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def _named(batch: Any, dims: Dims) -> dict[str, int]:
-    """By place that the user says is cut, how long it is.
+    """Returns the number of samples along each dim that the user names, by path.
 
     Raises:
-        ConfigError: there is nothing at a place.
+        ConfigError: the batch has no such path.
     """
-    found: dict[str, int] = {}
+    lengths: dict[str, int] = {}
     for path, dim in dims.items():
         value = batch
-        for name in path.split(".") if path else ():  # an empty one names a batch that is a tensor
+        for name in path.split(".") if path else ():  # the empty path names a batch that is a tensor
             value = dict(items(value)).get(name) if is_container(value) else None
         if value is None:
             known = ", ".join(path for path, _ in _walk(batch))
-            raise ConfigError(f"pipeline_parallel.batch_dims names {path!r}, and the batch has {known}")
+            raise ConfigError(f"pipeline_parallel.batch_dims names {path!r}, but the batch has {known}")
         if dim is not None:
-            found[path] = value.shape[dim] if isinstance(value, Tensor) else len(value)
-    return found
+            lengths[path] = value.shape[dim] if isinstance(value, Tensor) else len(value)
+    return lengths
 
 
-def _in_words(lengths: Mapping[str, int]) -> str:
-    return ", ".join(f"{path or 'it'} is {length}" for path, length in lengths.items())
+def _describe(lengths: Mapping[str, int]) -> str:
+    return ", ".join(f"{path or 'the batch'} has {length}" for path, length in lengths.items())
 
 
-def cut(batch: Any, parts: int, dims: Dims | None = None) -> list[Any]:
-    """The batch in so many parts along the first dim, of sizes that differ by one at most, the larger ones first.
+def split_batch(batch: Any, count: int, dims: Dims | None = None) -> list[Any]:
+    """Splits the samples of a batch into microbatches whose sizes differ by one at most, the larger ones first.
 
-    Tensors and lists whose length is the batch's are cut, in mappings, sequences and dataclasses; the rest is in every part.
-    A sequence of tensors that are all to be cut is not: it is one of columns, as is the batch itself.
+    Tensors and lists with as many items as the batch has samples are split along their first dim, in nested containers too. All
+    other values are in each microbatch. A sequence of tensors that are all split is itself not split: it is a list of columns, as is
+    a batch that is a sequence.
 
     Args:
         batch: the batch.
-        parts: how many.
-        dims: what the user says of it.
+        count: the number of microbatches.
+        dims: the dims of samples that the user names.
+
+    Raises:
+        ConfigError: the number of samples, or whether a list has an item for each sample, is ambiguous.
     """
-    size = samples(batch, dims)
+    size = count_samples(batch, dims)
     bounds = [0]
-    for i in range(parts):
-        bounds.append(bounds[-1] + size // parts + (i < size % parts))
+    for i in range(count):
+        bounds.append(bounds[-1] + size // count + (i < size % count))
     return [_narrow(batch, size, start, end, dims or {}, "") for start, end in pairwise(bounds)]
 
 
-def in_every_part(batch: Any, dims: Dims | None = None) -> dict[str, tuple[int, ...]]:
-    """Tensors with rows that :func:`cut` leaves whole, though nobody has said so, and their shapes."""
-    size = samples(batch, dims)
+def unsplit_tensors(batch: Any, dims: Dims | None = None) -> dict[str, tuple[int, ...]]:
+    """Returns the shapes of tensors with rows that :func:`split_batch` does not split, and that the user does not name in ``dims``."""
+    size = count_samples(batch, dims)
     return {
         path: tuple(leaf.shape)
         for path, leaf in _walk(batch)
@@ -178,8 +185,8 @@ def _narrow(value: Any, size: int, start: int, end: int, dims: Dims, path: str) 
             return value[start:end]
         if all(isinstance(item, Tensor) for item in value) and not any(name.startswith(f"{path}.") for name in dims):
             raise ConfigError(
-                f"{path} has as many items as the batch has samples, {size}, and so has each of its items: {HOW_TO_SAY}: "
-                f"{{{path!r}: 0}} cuts the list itself"
+                f"{path} has as many items as the batch has samples, {size}, and so has each of its items: {REMEDY}. "
+                f"{{{path!r}: 0}} splits the list itself"
             )
     names = iter([name for name, _ in items(value)])
 
@@ -197,7 +204,7 @@ def _slice(value: Any, dim: int | None, start: int, end: int) -> Any:
 
 
 def _are_columns(items: Sequence[Any], size: int) -> bool:
-    """Whether a sequence as long as the batch has what is to be cut in each of its items, and not an item for each sample."""
+    """Whether each item of a sequence has values of all samples; otherwise the sequence has an item for each sample."""
 
     def is_column(item: Any) -> bool:
         return isinstance(item, Tensor | list | tuple) and any(

@@ -1,7 +1,7 @@
-"""Random numbers of a step in parts.
+"""Random numbers of a step that runs in parts.
 
-Every rank calls ``training_step`` for itself, and all must draw the same numbers. What is drawn is decided by keys: the step's, the
-microbatch's number and the block's number, wherever and in whatever order they are computed.
+Each rank calls ``training_step`` itself, and all must draw the same random numbers. So generators are seeded by the step's key, the
+microbatch's number and the block's number: the rank and the order of the computation have no influence.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def preserve_random_state(device: torch.device) -> Iterator[None]:
 
 
 def seed_all(*key: int) -> None:
-    """Seeds torch's, NumPy's and Python's generators with a number that ``key`` decides."""
+    """Seeds torch's, NumPy's and Python's generators from ``key``."""
     seed = random.Random(repr(key)).getrandbits(63)
     random.seed(seed)
     if "numpy" in sys.modules:
@@ -44,12 +44,12 @@ def seed_all(*key: int) -> None:
 def seed_torch(seed: int) -> None:
     """Seeds torch's generators."""
     torch.default_generator.manual_seed(seed)
-    if torch.cuda.is_initialized():  # torch.manual_seed would put down a whole traceback where it is not
+    if torch.cuda.is_initialized():  # else torch.manual_seed would queue the call, with its traceback
         torch.cuda.manual_seed_all(seed)
 
 
 def seed_generators(module: nn.Module, *key: int) -> None:
-    """Seeds generators that are attributes of the module, which no seed of torch, NumPy or Python reaches, each with its own seed."""
+    """Seeds generators that are attributes of the module, each with another seed. No global seed reaches them."""
     first = random.Random(repr(key)).getrandbits(32)
     numpy: Any = sys.modules.get("numpy")
     for number, value in enumerate(vars(module).values()):
@@ -63,5 +63,5 @@ def seed_generators(module: nn.Module, *key: int) -> None:
 
 
 def block_seeder(key: Sequence[int], microbatch: int) -> Callable[[int], None]:
-    """A function of a block's number that seeds torch's generators for the block, by the step's key, the microbatch and the block."""
+    """Returns a function that seeds torch's generators for a block, from the step's key, the microbatch and the block's number."""
     return lambda block: seed_torch(hash((*key, microbatch, block)) & _SEEDS)

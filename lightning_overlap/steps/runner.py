@@ -2,8 +2,8 @@
 
     for each action:   receive its inputs   |   compute   |   send its outputs
 
-Between two stages of one rank tensors are handed over directly. Between two ranks a :class:`Transfers` sends and receives them. With
-one stage nothing is handed over: the runner then computes the microbatches of an ordinary step.
+Tensors between two stages of this rank are only stored. Tensors for other ranks go through a :class:`Transfers`. With one stage there
+are neither: the runner computes the microbatches of an ordinary step.
 """
 
 from __future__ import annotations
@@ -18,80 +18,80 @@ from lightning_overlap.ranks.clock import Timeline
 from lightning_overlap.steps.schedule import Action, Schedule
 
 Tensors = Sequence[Tensor]
-"""The tensors that a stage hands on for one microbatch: activations, detached, ``requires_grad`` if they have a gradient; or the
-gradients of those activations that have one."""
+"""The tensors that go from stage to stage for one microbatch: detached activations, with ``requires_grad`` if they get a gradient; or
+the gradients of those activations."""
 
 
 class Compute(Protocol):
-    """What an action of a schedule computes."""
+    """Computes the actions of a schedule."""
 
     def forward(self, stage: int, microbatch: int, inputs: Tensors) -> Tensors | None:
         """Runs a stage's forward.
 
         Args:
-            stage: its number.
-            microbatch: its number.
-            inputs: the activations of the stage before; none for stage 0.
+            stage: the number of the stage.
+            microbatch: the number of the microbatch.
+            inputs: the activations of the previous stage; empty for stage 0.
 
         Returns:
             The activations for the next stage; None from the last stage.
         """
 
     def backward(self, action: Action, gradients: Tensors) -> Tensors:
-        """Runs a stage's backward: ``B`` the whole of it, ``I`` without the gradients of weights.
+        """Runs a stage's backward.
 
         Args:
-            action: what to run.
-            gradients: of the activations that the stage has handed on; none for the last stage.
+            action: ``B`` for the complete backward, ``I`` for the gradients of inputs only.
+            gradients: the gradients of the activations that ``forward`` returned; empty for the last stage.
 
         Returns:
-            The gradients of the inputs that have one.
+            The gradients of those inputs that require one.
         """
 
     def weights(self, stage: int, microbatch: int) -> None:
-        """Computes the gradients of weights that an ``I`` has left."""
+        """Computes the gradients of weights, after an ``I``."""
 
 
 class Transfers(Protocol):
-    """Sends activations and gradients between ranks. An item is named by the stage whose activations it belongs to: ``F2.0`` are the
-    activations after stage 2 of microbatch 0, ``B2.0`` their gradients."""
+    """Sends activations and gradients between ranks. An item has the name of the stage that computes the activations: ``F2.0`` are the
+    activations of stage 2, microbatch 0, and ``B2.0`` their gradients."""
 
     def start_action(self, index: int) -> None:
-        """Called before the rank's action number ``index``; once more, with the number of actions, after the last one."""
+        """Called before each action with its index, and after the last one with the number of actions."""
 
     def send(self, item: Action, tensors: Tensors) -> None:
-        """Sends an item to the rank that needs it."""
+        """Posts the send of an item to the rank that needs it."""
 
     def receive(self, item: Action) -> Tensors:
-        """Waits for an item of another rank."""
+        """Waits for an item from another rank, and returns its tensors."""
 
 
 class Runner:
     """Runs one rank's actions.
 
     Args:
-        schedule: of all ranks.
-        rank: this one's number in the schedule.
-        transfers: between the ranks; None if the schedule has one rank.
+        schedule: the schedule of all ranks.
+        rank: the number of this rank in the schedule.
+        transfers: the transfers between the ranks; None if the schedule has one rank.
     """
 
     def __init__(self, schedule: Schedule, rank: int, transfers: Transfers | None = None) -> None:
-        assert schedule.ranks == 1 or transfers is not None, "several ranks hand tensors on by transfers"
+        assert schedule.ranks == 1 or transfers is not None, "a schedule of several ranks needs transfers"
         self.actions = schedule.actions[rank]
         self._schedule = schedule
         self._transfers = transfers
         self._local: dict[Action, Tensors] = {}
-        """Items on their way from one stage of this rank to another."""
+        """Items that one stage of this rank has computed, and another one has not used yet."""
 
     def run(self, compute: Compute, timeline: Timeline | None = None) -> None:
         """Runs all actions of one batch.
 
         Args:
-            compute: what the actions compute.
-            timeline: records when each action computes, without its waiting.
+            compute: computes the actions.
+            timeline: records the time in which each action computes, without its waits.
         """
         self._local.clear()
-        trained: set[tuple[int, int]] = set()  # stages and microbatches whose activations will get gradients
+        trained: set[tuple[int, int]] = set()  # the stages and microbatches whose activations get gradients
         for index, action in enumerate(self.actions):
             stage, microbatch = action.stage, action.microbatch
             if self._transfers is not None:
@@ -111,9 +111,9 @@ class Runner:
             else:
                 gradients = self._receive(Action("B", stage, microbatch)) if (stage, microbatch) in trained else ()
                 with computing:
-                    of_inputs = compute.backward(action, gradients)
-                if of_inputs:
-                    self._send(Action("B", stage - 1, microbatch), of_inputs)
+                    input_gradients = compute.backward(action, gradients)
+                if input_gradients:
+                    self._send(Action("B", stage - 1, microbatch), input_gradients)
         if self._transfers is not None:
             self._transfers.start_action(len(self.actions))
 

@@ -1,16 +1,16 @@
-"""Pipeline schedules as data: what each rank computes, in which order. Standard library only.
+"""Pipeline schedules as data: the order of the forwards and backwards that each rank computes. Standard library only.
 
-A batch passes the stages in microbatches. Schedules differ in which microbatch a rank takes next, which decides how long ranks
-stand idle (the bubble) and how many microbatches' activations they hold.
+A batch passes the stages in microbatches. A schedule decides which microbatch a rank takes next. This order decides how long ranks are
+idle (the bubble) and how many microbatches' activations they hold.
 
     1f1b, two ranks, four microbatches
     rank 0   F0.0 F0.1           B0.0 F0.2      B0.1 F0.3      B0.2      B0.3
     rank 1        F1.0 B1.0 F1.1 B1.1 F1.2 B1.2 F1.3 B1.3
 
-In all of them each stage runs its forwards, its backwards and its weights' gradients in the order of the microbatches, so that
-gradients are the same sums in every one.
+In every schedule each stage runs its forwards, its backwards and its weights' gradients in the order of the microbatches, so that
+gradients are the same sums.
 
-For P ranks with V stages each, M >= P microbatches, a forward that takes 1 and a backward that takes 2, of which 1 for the weights:
+For P ranks with V stages each, M >= P microbatches, a forward of 1 unit of time and a backward of 2, of which 1 for the weights:
 
     schedule         bubble   stage activations held, at most
     gpipe            3(P-1)   VM                                    Huang et al., GPipe, 2019
@@ -38,13 +38,13 @@ from lightning_overlap.decision import ConfigError
 
 
 class Action(NamedTuple):
-    """What a rank does in one go.
+    """The forward or backward of one microbatch on one stage.
 
     Attributes:
-        kind: ``F`` forward, ``B`` backward, ``I`` backward for the gradients of inputs alone, ``W`` the gradients of weights that an
-            ``I`` has left.
-        stage: counted along the model.
-        microbatch: of the batch.
+        kind: ``F`` forward, ``B`` backward, ``I`` the part of a backward for the gradients of inputs, ``W`` its other part, for the
+            gradients of weights.
+        stage: the number of the stage, along the model.
+        microbatch: the number of the microbatch in the batch.
     """
 
     kind: str
@@ -55,20 +55,20 @@ class Action(NamedTuple):
         return f"{self.kind}{self.stage}.{self.microbatch}"
 
     @property
-    def gives(self) -> Action:
-        """The action as others need it: an ``I`` gives them what a ``B`` does."""
+    def result(self) -> Action:
+        """The action under which others need the result: ``B`` for an ``I`` too, because both compute the gradients of inputs."""
         return self._replace(kind="B") if self.kind == "I" else self
 
 
 @dataclass(frozen=True)
 class Schedule:
-    """All ranks' actions for one batch.
+    """The actions of all ranks for one batch.
 
     Attributes:
-        name: of the schedule.
-        microbatches: of the batch.
-        placement: by stage, its rank.
-        actions: by rank, in their order.
+        name: the name of the schedule.
+        microbatches: the number of microbatches.
+        placement: the rank of each stage.
+        actions: the actions of each rank, in order.
     """
 
     name: str
@@ -86,19 +86,19 @@ class Schedule:
 
     @property
     def splits_backward(self) -> bool:
-        """Whether backward is in two parts anywhere."""
+        """Whether any backward is split into ``I`` and ``W``."""
         return any(action.kind == "I" for row in self.actions for action in row)
 
     def stages_of(self, rank: int) -> tuple[int, ...]:
-        """A rank's stages, in rising order."""
-        return tuple(stage for stage, there in enumerate(self.placement) if there == rank)
+        """Returns the stages of a rank, in rising order."""
+        return tuple(stage for stage, holder in enumerate(self.placement) if holder == rank)
 
     def text(self) -> str:
-        """One line a rank, after one with the name; :func:`parse` reads it."""
+        """Returns the name on a line, and the actions of each rank on a line. :func:`parse` reads it."""
         return "\n".join([f"# {self.name}", *(" ".join(map(str, row)) for row in self.actions)]) + "\n"
 
     def needs(self, action: Action) -> list[Action]:
-        """What must be over before an action, as :attr:`Action.gives` says it."""
+        """Returns the results that an action needs, see :attr:`Action.result`."""
         kind, stage, microbatch = action
         if kind == "W":
             return [Action("B", stage, microbatch)]
@@ -108,48 +108,48 @@ class Schedule:
         return [Action("F", stage, microbatch), *after]
 
     def receiver(self, action: Action) -> int | None:
-        """The other rank that goes on from an action; None if it is the same one, or none."""
+        """Returns the rank to which an action's result is sent; None if no other rank needs it."""
         stage = action.stage + (1 if action.kind == "F" else -1)
         if action.kind == "W" or stage not in range(self.stages) or self.placement[stage] == self.placement[action.stage]:
             return None
         return self.placement[stage]
 
     def order(self) -> list[Action]:
-        """All ranks' actions in one order in which they can be run: a rank's in its own, each after what it needs.
+        """Merges the actions of all ranks into one order, in which each action comes after those that it needs.
 
         Raises:
-            ConfigError: there is none; with the action at which each rank stands still.
+            ConfigError: the ranks would wait for each other forever. It names the action at which each rank waits.
         """
         order: list[Action] = []
-        over: set[Action] = set()
-        at = [0] * self.ranks
-        moved = True
-        while moved:
-            moved = False
+        results: set[Action] = set()
+        next_index = [0] * self.ranks
+        progress = True
+        while progress:
+            progress = False
             for rank, row in enumerate(self.actions):
-                while at[rank] < len(row) and over.issuperset(self.needs(row[at[rank]])):
-                    order.append(row[at[rank]])
-                    over.add(row[at[rank]].gives)
-                    at[rank] += 1
-                    moved = True
-        blocked = [(rank, row[at[rank]]) for rank, row in enumerate(self.actions) if at[rank] < len(row)]
+                while next_index[rank] < len(row) and results.issuperset(self.needs(row[next_index[rank]])):
+                    order.append(row[next_index[rank]])
+                    results.add(row[next_index[rank]].result)
+                    next_index[rank] += 1
+                    progress = True
+        blocked = [(rank, row[next_index[rank]]) for rank, row in enumerate(self.actions) if next_index[rank] < len(row)]
         if blocked:
-            called = {action.gives: str(action) for row in self.actions for action in row}
+            names = {action.result: str(action) for row in self.actions for action in row}
             waits = []
             for rank, action in blocked:
-                missing = " and ".join(called.get(need, str(need)) for need in self.needs(action) if need not in over)
+                missing = " and ".join(names.get(need, str(need)) for need in self.needs(action) if need not in results)
                 waits.append(f"rank {rank} at {action}, which needs {missing}")
-            raise ConfigError(f"schedule {self.name} stands still: {'; '.join(waits)}: run what is needed earlier")
+            raise ConfigError(f"schedule {self.name} deadlocks: {'; '.join(waits)}. Move the needed actions forward")
         return order
 
 
 def parse(text: str) -> Schedule:
     """Reads a schedule, the inverse of :meth:`Schedule.text`: a line of actions for each rank.
 
-    Empty lines and what follows a # are left out; a remark on the first line is the schedule's name.
+    Empty lines and comments, from # on, are ignored. A comment on the first line is the schedule's name.
 
     Raises:
-        ConfigError: naming the line, or what :func:`validate` finds.
+        ConfigError: a line is wrong, or :func:`validate` refuses the schedule.
     """
     rows: list[tuple[Action, ...]] = []
     line_of: dict[int, int] = {}  # by stage
@@ -157,43 +157,43 @@ def parse(text: str) -> Schedule:
     for number, line in enumerate(lines, 1):
         row = []
         for word in line.partition("#")[0].split():
-            if (found := re.fullmatch(r"([FBIW])(\d+)\.(\d+)", word)) is None:
+            if (match := re.fullmatch(r"([FBIW])(\d+)\.(\d+)", word)) is None:
                 raise ConfigError(
-                    f"line {number} of the schedule: {word!r} is no action; F0.3 is the forward of stage 0, microbatch 3, and B, I or "
-                    "W in place of F its backward, that of inputs, or of weights"
+                    f"line {number} of the schedule: {word!r} is no action. F0.3 is the forward of stage 0, microbatch 3. B0.3 is its "
+                    "backward, or I0.3 the backward for inputs and W0.3 for weights"
                 )
-            action = Action(found[1], int(found[2]), int(found[3]))
+            action = Action(match[1], int(match[2]), int(match[3]))
             if line_of.setdefault(action.stage, number) != number:
                 raise ConfigError(
-                    f"line {number} of the schedule: {word!r} is of stage {action.stage}, which line {line_of[action.stage]} has: "
-                    "a line is a rank, and a stage is on one"
+                    f"line {number} of the schedule: {word!r} is an action of stage {action.stage}, which is on line "
+                    f"{line_of[action.stage]}. A line is a rank, and each stage is on one rank"
                 )
             row.append(action)
         if row:
             rows.append(tuple(row))
-    place = {action.stage: rank for rank, row in enumerate(rows) for action in row}
-    if not place or sorted(place) != list(range(len(place))):
-        raise ConfigError(f"the schedule has the stages {sorted(place)}: number them from 0, and leave none out")
-    made = Schedule(
+    rank_of = {action.stage: rank for rank, row in enumerate(rows) for action in row}
+    if not rank_of or sorted(rank_of) != list(range(len(rank_of))):
+        raise ConfigError(f"the schedule has the stages {sorted(rank_of)}: number them from 0 without gaps")
+    schedule = Schedule(
         name=lines[0].lstrip("# ").rstrip() if lines[0].startswith("#") else "file",
         microbatches=1 + max(action.microbatch for row in rows for action in row),
-        placement=tuple(place[stage] for stage in range(len(place))),
+        placement=tuple(rank_of[stage] for stage in range(len(rank_of))),
         actions=tuple(rows),
     )
-    validate(made)
-    return made
+    validate(schedule)
+    return schedule
 
 
 def validate(schedule: Schedule) -> None:
-    """Checks that everything is computed once, where the placement says, and that no rank waits for ever.
+    """Checks that each stage computes each microbatch once, on its rank, and that no rank waits forever.
 
     Raises:
-        ConfigError: naming what is missing, too much, misplaced or blocked.
+        ConfigError: an action is missing, redundant, on the wrong rank, or blocked.
     """
-    said = f"schedule {schedule.name}"
+    name = f"schedule {schedule.name}"
     if set(schedule.placement) != set(range(schedule.ranks)):
-        there = sorted(set(schedule.placement))
-        raise ConfigError(f"{said} has {schedule.ranks} ranks, and its placement names the ranks {there}: give each a stage")
+        ranks = sorted(set(schedule.placement))
+        raise ConfigError(f"{name} has {schedule.ranks} ranks, but its placement names the ranks {ranks}: give each rank a stage")
     run_by: dict[Action, int] = {}
     for rank, row in enumerate(schedule.actions):
         for action in row:
@@ -204,23 +204,23 @@ def validate(schedule: Schedule) -> None:
                 or microbatch not in range(schedule.microbatches)
             ):
                 raise ConfigError(
-                    f"{said}: rank {rank} runs {action}, and there are F, B, I and W of stages 0 to {schedule.stages - 1} and "
-                    f"microbatches 0 to {schedule.microbatches - 1}"
+                    f"{name}: rank {rank} runs {action}, which does not exist. Actions are F, B, I and W of stages 0 to "
+                    f"{schedule.stages - 1} and microbatches 0 to {schedule.microbatches - 1}"
                 )
             if action in run_by:
-                raise ConfigError(f"{said}: {action} is run twice, by ranks {run_by[action]} and {rank}: leave one out")
+                raise ConfigError(f"{name}: ranks {run_by[action]} and {rank} both run {action}: remove one of them")
             if (holder := schedule.placement[stage]) != rank:
-                raise ConfigError(f"{said}: {action} is run by rank {rank}, and its stage is on rank {holder}: run it there")
+                raise ConfigError(f"{name}: rank {rank} runs {action}, but its stage is on rank {holder}: run it there")
             run_by[action] = rank
     for stage in range(schedule.stages):
         for microbatch in range(schedule.microbatches):
             kinds = [kind for kind in "FBIW" if Action(kind, stage, microbatch) in run_by]
-            wanted = "FIW" if "B" not in kinds and {"I", "W"} & set(kinds) else "FB"
-            missing = [str(Action(kind, stage, microbatch)) for kind in wanted if kind not in kinds]
-            spare = [str(Action(kind, stage, microbatch)) for kind in kinds if kind not in wanted]
-            if missing or spare:
-                wrong = f"{', '.join(missing)} missing" if missing else f"{', '.join(spare)} too much"
-                raise ConfigError(f"{said}: {wrong}: each stage runs F and B, or F, I and W, of each microbatch")
+            needed = "FIW" if "B" not in kinds and {"I", "W"} & set(kinds) else "FB"
+            missing = [str(Action(kind, stage, microbatch)) for kind in needed if kind not in kinds]
+            redundant = [str(Action(kind, stage, microbatch)) for kind in kinds if kind not in needed]
+            if missing or redundant:
+                problem = f"{', '.join(missing)} missing" if missing else f"{', '.join(redundant)} redundant"
+                raise ConfigError(f"{name}: {problem}. Each stage runs F and B, or F, I and W, of each microbatch")
     schedule.order()
 
 
@@ -228,7 +228,7 @@ def validate(schedule: Schedule) -> None:
 
 
 def _looped(ranks: int, virtual: int) -> tuple[int, ...]:
-    """The placement around the ranks, ``virtual`` times."""
+    """Returns the placement that goes around the ranks ``virtual`` times."""
     return tuple(stage % ranks for stage in range(ranks * virtual))
 
 
@@ -236,57 +236,56 @@ def _gpipe(ranks: int, virtual: int, microbatches: int, group: int | None) -> Sc
     """All forwards, then all backwards."""
     rows = []
     for rank in range(ranks):
-        own = range(rank, ranks * virtual, ranks)
-        forward = [Action("F", stage, m) for stage in own for m in range(microbatches)]
-        backward = [Action("B", stage, m) for stage in reversed(own) for m in range(microbatches)]
+        stages = range(rank, ranks * virtual, ranks)
+        forward = [Action("F", stage, m) for stage in stages for m in range(microbatches)]
+        backward = [Action("B", stage, m) for stage in reversed(stages) for m in range(microbatches)]
         rows.append((*forward, *backward))
     return Schedule("gpipe", microbatches, _looped(ranks, virtual), tuple(rows))
 
 
 Slot = tuple[int | None, int]
-"""A turn in a rank's order: a microbatch, or None, and which of the rank's stages."""
+"""An entry of a rank's order: a microbatch, or None for an empty entry, and the index of one of the rank's stages."""
 
 
-def _by_turns(name: str, ranks: int, virtual: int, slots: Sequence[Slot], warmup: Sequence[int]) -> Schedule:
-    """Forwards to warm up, then a forward and a backward by turns, then the backwards that are left.
+def _alternate(name: str, ranks: int, virtual: int, slots: Sequence[Slot], warmup: Sequence[int]) -> Schedule:
+    """Builds a schedule of warm-up forwards, then forwards and backwards by turns, then the remaining backwards.
 
     Args:
-        name: of the schedule.
-        ranks: of the pipeline.
-        virtual: stages of a rank.
-        slots: the order of a rank's forwards, and with its stages counted from the last one, of its backwards. Slots without a
-            microbatch are left out at the end: what can be run with them can be run without.
-        warmup: by rank, the slots before its first backward's forward.
+        name: the name of the schedule.
+        ranks: the number of ranks.
+        virtual: the number of stages of each rank.
+        slots: the order of a rank's forwards and, with its stages counted from the last one, of its backwards. Empty slots are removed
+            at the end: a schedule that runs with them also runs without them.
+        warmup: the number of warm-up forwards of each rank.
     """
     rows = []
     for rank in range(ranks):
         forward = [(m, Action("F", chunk * ranks + rank, m or 0)) for m, chunk in slots]
         backward = [(m, Action("B", (virtual - 1 - chunk) * ranks + rank, m or 0)) for m, chunk in slots]
         first = min(warmup[rank], len(slots))
-        turns = [slot for turn in zip(forward[first:], backward, strict=False) for slot in turn]
-        row = [*forward[:first], *turns, *backward[len(slots) - first :]]
+        pairs = [slot for pair in zip(forward[first:], backward, strict=False) for slot in pair]
+        row = [*forward[:first], *pairs, *backward[len(slots) - first :]]
         rows.append(tuple(action for m, action in row if m is not None))
     microbatches = 1 + max(m for m, _ in slots if m is not None)
     return Schedule(name, microbatches, _looped(ranks, virtual), tuple(rows))
 
 
 def _one_f_one_b(ranks: int, virtual: int, microbatches: int, group: int | None) -> Schedule:
-    """A rank holds no more than it takes to keep the ones behind it busy."""
-    return _by_turns("1f1b", ranks, 1, [(m, 0) for m in range(microbatches)], [ranks - rank - 1 for rank in range(ranks)])
+    """Each rank runs only as many forwards ahead as keep the later ranks busy."""
+    return _alternate("1f1b", ranks, 1, [(m, 0) for m in range(microbatches)], [ranks - rank - 1 for rank in range(ranks)])
 
 
 def _eager_one_f_one_b(ranks: int, virtual: int, microbatches: int, group: int | None) -> Schedule:
-    """Twice as many forwards before the first backward: what goes to the next stage and back has another microbatch to hide under."""
+    """1F1B with twice as many warm-up forwards: another microbatch hides the transfers to the next stage and back."""
     warmup = [2 * (ranks - rank - 1) for rank in range(ranks)]
-    return _by_turns("eager_1f1b", ranks, 1, [(m, 0) for m in range(microbatches)], warmup)
+    return _alternate("eager_1f1b", ranks, 1, [(m, 0) for m in range(microbatches)], warmup)
 
 
 def _slots(ranks: int, virtual: int, microbatches: int, group: int) -> list[Slot]:
-    """The order of a rank's forwards: one group of microbatches after the other through each stage of the rank in turn.
+    """Returns the order of a rank's forwards: each group of microbatches passes all stages of the rank before the next group.
 
-    No rank waits for ever if every group has at least as many slots as there are ranks, which the reference demands of groups.
-    Counts for which that cannot be are met thus: as one group if no more is held for it, else as groups of equal size, not above
-    ``group``, with empty slots.
+    No rank waits forever if every group has at least as many slots as there are ranks, which Megatron-LM requires. Other counts of
+    microbatches become one group if it holds no more activations, else groups of equal size, at most ``group``, with empty slots.
     """
     rest = microbatches % group
     if virtual * microbatches <= _held(ranks, virtual, group):
@@ -302,126 +301,126 @@ def _slots(ranks: int, virtual: int, microbatches: int, group: int) -> list[Slot
 
 
 def _held(ranks: int, virtual: int, group: int) -> int:
-    """Stage activations that rank 0 of an interleaved schedule holds at most."""
+    """Returns the most stage activations that rank 0 of an interleaved schedule holds."""
     return (virtual - 1) * group + 2 * ranks - 1
 
 
 def _interleaved(ranks: int, virtual: int, microbatches: int, group: int | None) -> Schedule:
-    """1F1B over several stages a rank, of which each is a smaller part of the model: the bubble is that of one of them."""
+    """1F1B over several smaller stages a rank: the bubble is only as long as the forward and backward of one of them."""
     slots = _slots(ranks, virtual, microbatches, max(group or ranks, ranks))
-    width = slots.index(next(slot for slot in slots if slot[1] == 1))  # of the first group
+    width = slots.index(next(slot for slot in slots if slot[1] == 1))  # the size of the first group
     warmup = [2 * (ranks - rank - 1) + (virtual - 1) * width for rank in range(ranks)]
-    return _by_turns("interleaved", ranks, virtual, slots, warmup)
+    return _alternate("interleaved", ranks, virtual, slots, warmup)
 
 
 # -- backward in two parts ---------------------------------------------------------------------------------------------
 
 
-def _split(name: str, whole: Schedule, held: int) -> Schedule:
-    """The same forwards and backwards, with the weights' gradients where their rank would stand idle.
+def _split_backward(name: str, unsplit: Schedule, limit: int) -> Schedule:
+    """Splits each backward into ``I`` and ``W``, and puts the ``W`` where its rank would be idle.
 
-    Found by running it with a unit of time for each action: a rank takes its next forward or backward as soon as it can be run, and
-    until then the oldest weights' gradients that it has left.
+    Simulates the schedule with one unit of time for each action. A rank takes its next forward or backward as soon as it can run, and
+    until then its oldest pending ``W``.
 
     Args:
-        name: of the schedule.
-        whole: with whole backwards.
-        held: the most stage activations of a rank, at least those of ``whole``. A forward for which there is no room waits.
+        name: the name of the new schedule.
+        unsplit: a schedule of ``F`` and ``B``.
+        limit: the most stage activations that a rank may hold, at least as many as in ``unsplit``. A forward above the limit waits.
     """
-    rows: list[list[Action]] = [[] for _ in whole.actions]
-    at, holding = [0] * whole.ranks, [0] * whole.ranks
-    left: list[deque[Action]] = [deque() for _ in whole.actions]
-    over: set[Action] = set()
-    while any(left) or any(at[rank] < len(row) for rank, row in enumerate(whole.actions)):
-        ended, run = [], sum(map(len, rows))
-        for rank, row in enumerate(whole.actions):
-            action = row[at[rank]] if at[rank] < len(row) else None
-            full = action is not None and action.kind == "F" and holding[rank] == held
-            if action is not None and not full and over.issuperset(whole.needs(action)):
-                at[rank] += 1
-                ended.append(action)
+    rows: list[list[Action]] = [[] for _ in unsplit.actions]
+    next_index, held = [0] * unsplit.ranks, [0] * unsplit.ranks
+    pending: list[deque[Action]] = [deque() for _ in unsplit.actions]
+    results: set[Action] = set()
+    while any(pending) or any(next_index[rank] < len(row) for rank, row in enumerate(unsplit.actions)):
+        new_results, count = [], sum(map(len, rows))
+        for rank, row in enumerate(unsplit.actions):
+            action = row[next_index[rank]] if next_index[rank] < len(row) else None
+            is_full = action is not None and action.kind == "F" and held[rank] == limit
+            if action is not None and not is_full and results.issuperset(unsplit.needs(action)):
+                next_index[rank] += 1
+                new_results.append(action)
                 if action.kind == "F":
-                    holding[rank] += 1
+                    held[rank] += 1
                     rows[rank].append(action)
                 else:
-                    left[rank].append(action._replace(kind="W"))
+                    pending[rank].append(action._replace(kind="W"))
                     rows[rank].append(action._replace(kind="I"))
-            elif left[rank]:
-                holding[rank] -= 1
-                rows[rank].append(left[rank].popleft())
-        assert sum(map(len, rows)) > run, f"{name} has room for {held} activations, fewer than {whole.name} holds"
-        over.update(ended)
-    return replace(whole, name=name, actions=tuple(map(tuple, rows)))
+            elif pending[rank]:
+                held[rank] -= 1
+                rows[rank].append(pending[rank].popleft())
+        assert sum(map(len, rows)) > count, f"{name} may hold {limit} activations, fewer than {unsplit.name} holds"
+        results.update(new_results)
+    return replace(unsplit, name=name, actions=tuple(map(tuple, rows)))
 
 
 def _zb_h1(ranks: int, virtual: int, microbatches: int, group: int | None) -> Schedule:
-    """1F1B with a split backward. Every rank may hold what rank 0 does: later ones hold weights' gradients back for longer."""
-    return _split("zb_h1", _one_f_one_b(ranks, 1, microbatches, None), ranks)
+    """1F1B with split backwards. Every rank may hold as much as rank 0: later ranks defer more gradients of weights."""
+    return _split_backward("zb_h1", _one_f_one_b(ranks, 1, microbatches, None), ranks)
 
 
 def _interleaved_zb(ranks: int, virtual: int, microbatches: int, group: int | None) -> Schedule:
-    """The interleaved one with a split backward. Every rank may hold what rank 0 does."""
-    whole = _interleaved(ranks, virtual, microbatches, group)
-    return _split("interleaved_zb", whole, _held(ranks, virtual, max(group or ranks, ranks)))
+    """The interleaved schedule with split backwards. Every rank may hold as much as rank 0."""
+    unsplit = _interleaved(ranks, virtual, microbatches, group)
+    return _split_backward("interleaved_zb", unsplit, _held(ranks, virtual, max(group or ranks, ranks)))
 
 
-# -- V-shaped: the stages run down the ranks and up again, so that the last one is on the rank of the first --------------------
+# -- V-shaped: stages go down the ranks and up again, so that the first rank has the first and the last stage ------------------
 
 
 def _v_shaped(name: str, ranks: int, microbatches: int, *, steady: str, flush: str) -> Schedule:
-    """DualPipeV's eight steps.
+    """Builds DualPipeV's eight steps.
 
-    Written as kind and way, 0 down and 1 up; a W is the oldest that an I has left. Fewer than two microbatches a rank are run as
-    two, and those that there are not left out: what can be run with them can be run without.
+    A word is a kind and a direction, 0 down and 1 up; ``W`` is the oldest pending one. With fewer than two microbatches a rank, the
+    order of two is built, and actions of the surplus ones are removed: a schedule that runs with them also runs without them.
 
     Args:
-        name: of the schedule.
-        ranks: of the pipeline.
-        microbatches: of the batch.
-        steady: a turn of the fourth step, with all four of forward and backward, down and up.
-        flush: a turn of the fifth step, in which no forward goes down any more.
+        name: the name of the schedule.
+        ranks: the number of ranks.
+        microbatches: the number of microbatches.
+        steady: the words that the fourth step repeats: forward and backward, down and up.
+        flush: the words that the fifth step repeats, without a forward that goes down.
     """
     rows = []
     count = max(microbatches, 2 * ranks)
     for rank in range(ranks):
-        behind = ranks - rank - 1
+        later_ranks = ranks - rank - 1
         row: list[Action] = []
-        run: Counter[tuple[bool, int]] = Counter()  # by whether it is a forward, and stage
-        left: deque[Action] = deque()
-        for turn in [
-            *["F0"] * (2 * behind),
+        next_microbatch: Counter[tuple[bool, int]] = Counter()  # by whether it is a forward, and stage
+        pending: deque[Action] = deque()
+        for word in [
+            *["F0"] * (2 * later_ranks),
             *["F0", "F1"] * (rank + 1),
-            *["I1", "W", "F1"] * behind,
-            *steady.split() * (count - ranks - behind),
-            *flush.split() * behind,
+            *["I1", "W", "F1"] * later_ranks,
+            *steady.split() * (count - ranks - later_ranks),
+            *flush.split() * later_ranks,
             *(["B1", "B0"] * (rank + 1))[: rank + 1],
             *(["I1", "I0"] * (rank + 1))[rank + 1 :],
-            *["W", "I0"] * behind,
+            *["W", "I0"] * later_ranks,
             *["W"] * (rank + 1),
         ]:
-            if turn == "W":
-                row.append(left.popleft())
+            if word == "W":
+                row.append(pending.popleft())
                 continue
-            kind, stage = turn[0], rank if turn[1] == "0" else 2 * ranks - 1 - rank
-            action = Action(kind, stage, run[kind == "F", stage])
-            run[kind == "F", stage] += 1
+            kind, stage = word[0], rank if word[1] == "0" else 2 * ranks - 1 - rank
+            action = Action(kind, stage, next_microbatch[kind == "F", stage])
+            next_microbatch[kind == "F", stage] += 1
             row.append(action)
             if kind == "I":
-                left.append(action._replace(kind="W"))
+                pending.append(action._replace(kind="W"))
         rows.append(tuple(action for action in row if action.microbatch < microbatches))
     return Schedule(name, microbatches, (*range(ranks), *reversed(range(ranks))), tuple(rows))
 
 
 def _dualpipev(ranks: int, virtual: int, microbatches: int, group: int | None) -> Schedule:
-    """A forward beside each backward of another microbatch, to hide one's transfers behind the other; here one after the other."""
+    """Each forward is next to a backward of another microbatch, whose compute hides its transfers. A rank runs them in sequence."""
     return _v_shaped("dualpipev", ranks, microbatches, steady="F0 B1 F1 B0", flush="B1 F1 B0")
 
 
 def _zb_v(ranks: int, virtual: int, microbatches: int, group: int | None) -> Schedule:
-    """DualPipeV's order with each backward before the forward beside it, which frees its room, and with every backward split."""
+    """DualPipeV's order, with each backward before the forward next to it, so that its activations are released, and all split."""
     order = _v_shaped("zb_v", ranks, microbatches, steady="B1 F0 B0 F1", flush="B1 B0 F1")
-    whole = replace(order, actions=tuple(tuple(a.gives for a in row if a.kind != "W") for row in order.actions))
-    return _split("zb_v", whole, 2 * ranks)
+    unsplit = replace(order, actions=tuple(tuple(a.result for a in row if a.kind != "W") for row in order.actions))
+    return _split_backward("zb_v", unsplit, 2 * ranks)
 
 
 # -- by name -----------------------------------------------------------------------------------------------------------
@@ -436,38 +435,38 @@ SCHEDULES: dict[str, Callable[[int, int, int, int | None], Schedule]] = {
     "zb_v": _zb_v,
     "dualpipev": _dualpipev,
 }
-"""Schedules by name: builders of ranks, stages a rank, microbatches and group."""
+"""The function that builds each schedule from the numbers of ranks, stages a rank and microbatches, and the group."""
 STAGES_OF_A_RANK = {"1f1b": 1, "eager_1f1b": 1, "zb_h1": 1, "zb_v": 2, "dualpipev": 2}
-"""How many stages a rank has, where that is not free."""
+"""The only possible number of stages a rank, of schedules that do not let the user choose."""
 INTERLEAVED = ("interleaved", "interleaved_zb")
-"""Those with groups of microbatches, and with at least two stages a rank."""
+"""Schedules with groups of microbatches and at least two stages a rank."""
 
 
 def build(name: str, ranks: int, virtual: int, microbatches: int, *, group: int | None = None) -> Schedule:
-    """A schedule by name.
+    """Builds a schedule.
 
     Args:
-        name: one of SCHEDULES.
-        ranks: of the pipeline.
-        virtual: stages of each rank.
-        microbatches: of the batch, any number.
-        group: of an interleaved schedule: microbatches that go through one of a rank's stages before the next one is begun. By
-            default, and at least, ``ranks``; fewer where the microbatches cannot be grouped so without a rank waiting for ever.
+        name: a key of :data:`SCHEDULES`.
+        ranks: the number of ranks.
+        virtual: the number of stages of each rank.
+        microbatches: the number of microbatches, any.
+        group: for interleaved schedules: the number of microbatches that pass one of a rank's stages before its next stage starts. The
+            default, and the least, is ``ranks``; smaller groups are used if a rank would wait forever otherwise.
 
     Raises:
-        ConfigError: there is no such schedule.
+        ConfigError: the schedule does not exist for these numbers.
     """
     if name not in SCHEDULES:
-        raise ConfigError(f"there is no schedule {name!r}; there are {', '.join(SCHEDULES)}")
-    for what, number in {"ranks": ranks, "virtual": virtual, "microbatches": microbatches, "group": group}.items():
+        raise ConfigError(f"schedule {name!r} does not exist; known are {', '.join(SCHEDULES)}")
+    for argument, number in {"ranks": ranks, "virtual": virtual, "microbatches": microbatches, "group": group}.items():
         if number is not None and number < 1:
-            raise ConfigError(f"schedule {name} cannot have {what}={number}: give at least 1")
-    if (wanted := STAGES_OF_A_RANK.get(name, virtual)) != virtual:
-        raise ConfigError(f"schedule {name} needs virtual_stages: {wanted}, and there are {virtual}")
+            raise ConfigError(f"schedule {name} cannot have {argument}={number}: it must be at least 1")
+    if (needed := STAGES_OF_A_RANK.get(name, virtual)) != virtual:
+        raise ConfigError(f"schedule {name} needs virtual_stages: {needed}, not {virtual}")
     if name in INTERLEAVED and virtual < 2:
-        raise ConfigError(f"schedule {name} needs virtual_stages of at least 2, and there is {virtual}: 1f1b and zb_h1 are for 1")
+        raise ConfigError(f"schedule {name} needs virtual_stages of at least 2, not {virtual}. For 1, use 1f1b or zb_h1")
     if name not in INTERLEAVED and group is not None:
-        raise ConfigError(f"schedule {name} has no groups of microbatches: leave out group={group}, or use {' or '.join(INTERLEAVED)}")
-    made = SCHEDULES[name](ranks, virtual, microbatches, group)
-    validate(made)
-    return made
+        raise ConfigError(f"schedule {name} has no groups of microbatches: remove group={group}, or use {' or '.join(INTERLEAVED)}")
+    schedule = SCHEDULES[name](ranks, virtual, microbatches, group)
+    validate(schedule)
+    return schedule

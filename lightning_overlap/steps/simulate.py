@@ -1,8 +1,8 @@
-"""A schedule run on paper: how long it takes, who stands idle, what is held. Standard library only."""
+"""Simulates a schedule: how long it takes, how long ranks are idle, how many activations they hold. Standard library only."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -12,14 +12,14 @@ from lightning_overlap.steps.schedule import Action, Schedule
 
 @dataclass(frozen=True)
 class Simulation:
-    """How a schedule would run.
+    """The result of a simulation.
 
     Attributes:
-        seconds: from the first action to the end of the last.
-        spans: rank, action, start and end in seconds, each rank's in its order.
-        busy: by rank, the seconds in which it computes.
-        peak: by rank, the most stage activations held at once: from F until the end of B, or of W where backward is split.
-        exposed: seconds more than with transfers that take no time.
+        seconds: the time from the start of the first action to the end of the last.
+        spans: rank, action, start and end in seconds; the actions of a rank are in order.
+        busy: the seconds in which each rank computes.
+        peak: the most stage activations that each rank holds at once: from ``F`` until the end of ``B``, or of ``W``.
+        exposed: the seconds that transfers add.
     """
 
     seconds: float
@@ -30,8 +30,22 @@ class Simulation:
 
     @property
     def bubble(self) -> float:
-        """The part of the ranks' time in which they do not compute, 0 to 1."""
+        """The share of the ranks' time in which they do not compute, 0 to 1."""
         return 1 - sum(self.busy) / (len(self.busy) * self.seconds)
+
+
+class Transfer(NamedTuple):
+    """A transfer of an action's result between two ranks.
+
+    Attributes:
+        action: the action.
+        source: the rank that ran it.
+        target: the rank that needs the result.
+    """
+
+    action: Action
+    source: int
+    target: int
 
 
 def simulate(
@@ -43,101 +57,115 @@ def simulate(
     transfer: float = 0.0,
     overlapped: bool = True,
 ) -> Simulation:
-    """Runs a schedule on paper: an action starts when its rank is free and what it needs has arrived.
+    """Simulates a schedule: an action starts when its rank is free and the results that it needs have arrived.
 
     Times are for one microbatch, the same for all stages or one for each.
 
     Args:
-        schedule: a valid one.
+        schedule: a valid schedule.
         forward: seconds of a forward.
-        backward: seconds of a whole backward.
-        weight: seconds of the weights' part of it; by default half of it.
-        transfer: seconds of a transfer between two ranks. A rank sends one at a time, in the order of its actions: what goes to the
-            next stage and what goes back share its link.
-        overlapped: transfers run beside compute. Otherwise sender and receiver both stand still for it, at its place in
-            :func:`in_turn`: the plain twin.
+        backward: seconds of a complete backward.
+        weight: seconds of the part of a backward for the gradients of weights; half of it by default.
+        transfer: seconds of a transfer between two ranks. A rank sends one result at a time, in the order of its actions: sends to the
+            next and to the previous stage share its link.
+        overlapped: whether transfers run during compute. In the plain twin they do not: sender and receiver both wait for each
+            transfer, in the order of :func:`blocking_order`.
 
     Raises:
-        ConfigError: as many times are given as there are not stages; or the schedule stands still.
+        ConfigError: the number of times is not the number of stages, or the schedule deadlocks.
     """
-    stages = range(schedule.stages)
     forwards, backwards = _by_stage("forward", forward, schedule), _by_stage("backward", backward, schedule)
     weights = [b / 2 for b in backwards] if weight is None else _by_stage("weight", weight, schedule)
-    cost = {"F": forwards, "B": backwards, "I": [backwards[s] - weights[s] for s in stages], "W": weights}
-
-    free, busy = [0.0] * schedule.ranks, [0.0] * schedule.ranks
-    held, peak = [0] * schedule.ranks, [0] * schedule.ranks
-    computed = [0.0] * schedule.ranks  # until when a rank's last action ran, after which its transfers can begin
-    link_free = [0.0] * schedule.ranks
-    here: dict[Action, float] = {}  # when its own stage can go on from it
-    there: dict[Action, float] = {}  # when the next or previous stage can
-    spans = []
-
-    def send(action: Action, source: int, target: int) -> None:
-        begin = max(here[action.gives], link_free[source], 0.0 if overlapped else computed[target])
-        there[action.gives] = link_free[source] = arrival = begin + transfer
-        if not overlapped:
-            free[source], free[target] = max(free[source], arrival), max(free[target], arrival)
-
-    for event in schedule.order() if overlapped else in_turn(schedule):
-        if isinstance(event, Handover):
-            send(event.after, event.source, event.target)
-            continue
-        action = event
-        rank, seconds = schedule.placement[action.stage], cost[action.kind][action.stage]
-        arrived = [(here if need.stage == action.stage else there)[need] for need in schedule.needs(action)]
-        start = max(free[rank], *arrived, 0.0)
-        busy[rank] += seconds
-        held[rank] += {"F": 1, "I": 0, "B": -1, "W": -1}[action.kind]
-        peak[rank] = max(peak[rank], held[rank])
-        free[rank] = computed[rank] = here[action.gives] = there[action.gives] = start + seconds
-        if overlapped and (target := schedule.receiver(action)) is not None:
-            send(action, rank, target)
-        spans.append((rank, action, start, start + seconds))
-    seconds = max(free)
-    hindered = transfer or not overlapped
-    unhindered = simulate(schedule, forward=forwards, backward=backwards, weight=weights).seconds if hindered else seconds
-    return Simulation(seconds, tuple(spans), tuple(busy), tuple(peak), seconds - unhindered)
+    inputs = [b - w for b, w in zip(backwards, weights, strict=True)]
+    clock = _Clock(schedule, {"F": forwards, "B": backwards, "I": inputs, "W": weights}, transfer, overlapped=overlapped)
+    for event in schedule.order() if overlapped else blocking_order(schedule):
+        if isinstance(event, Transfer):
+            clock.send(event)
+        else:
+            clock.compute(event)
+    seconds = max(clock.free)
+    has_transfers = transfer or not overlapped
+    ideal = simulate(schedule, forward=forwards, backward=backwards, weight=weights).seconds if has_transfers else seconds
+    return Simulation(seconds, tuple(clock.spans), tuple(clock.busy), tuple(clock.peak), seconds - ideal)
 
 
-class Handover(NamedTuple):
-    """What an action gives to another rank.
+class _Clock:
+    """The time of each rank during a simulation.
+
+    Args:
+        schedule: the schedule.
+        costs: the seconds of an action, by its kind and stage.
+        transfer: the seconds of a transfer.
+        overlapped: whether transfers run during compute.
 
     Attributes:
-        after: the action.
-        source: its rank.
-        target: the rank that needs it.
+        free: the time from which each rank can start its next action.
+        spans, busy, peak: see :class:`Simulation`.
     """
 
-    after: Action
-    source: int
-    target: int
+    def __init__(self, schedule: Schedule, costs: Mapping[str, Sequence[float]], transfer: float, *, overlapped: bool) -> None:
+        self.free, self.busy = [0.0] * schedule.ranks, [0.0] * schedule.ranks
+        self.peak = [0] * schedule.ranks
+        self.spans: list[tuple[int, Action, float, float]] = []
+        self._schedule, self._costs, self._transfer, self._overlapped = schedule, costs, transfer, overlapped
+        self._held = [0] * schedule.ranks
+        self._computed = [0.0] * schedule.ranks
+        """The end of each rank's latest action, before its transfers."""
+        self._link_free = [0.0] * schedule.ranks
+        self._local: dict[Action, float] = {}
+        """The time at which a result is ready for its own stage."""
+        self._arrived: dict[Action, float] = {}
+        """The time at which a result is ready for the next or previous stage."""
+
+    def compute(self, action: Action) -> None:
+        """Runs an action as early as its rank and the results that it needs allow, and with overlap sends its result."""
+        rank, seconds = self._schedule.placement[action.stage], self._costs[action.kind][action.stage]
+        ready = [(self._local if need.stage == action.stage else self._arrived)[need] for need in self._schedule.needs(action)]
+        start = max(self.free[rank], *ready, 0.0)
+        end = start + seconds
+        self.busy[rank] += seconds
+        self._held[rank] += {"F": 1, "I": 0, "B": -1, "W": -1}[action.kind]
+        self.peak[rank] = max(self.peak[rank], self._held[rank])
+        self.free[rank] = self._computed[rank] = self._local[action.result] = self._arrived[action.result] = end
+        self.spans.append((rank, action, start, end))
+        if self._overlapped and (target := self._schedule.receiver(action)) is not None:
+            self.send(Transfer(action, rank, target))
+
+    def send(self, transfer: Transfer) -> None:
+        """Transfers a result as early as the link allows. Without overlap, both ranks wait for it."""
+        (action, source, target), free = transfer, self.free
+        start = max(self._local[action.result], self._link_free[source], 0.0 if self._overlapped else self._computed[target])
+        self._arrived[action.result] = self._link_free[source] = arrival = start + self._transfer
+        if not self._overlapped:
+            free[source], free[target] = max(free[source], arrival), max(free[target], arrival)
 
 
-def in_turn(schedule: Schedule) -> list[Action | Handover]:
-    """All ranks' actions and transfers in one order, for the plain twin, in which both ends stand still for a transfer.
+def blocking_order(schedule: Schedule) -> list[Action | Transfer]:
+    """Merges the actions and transfers of all ranks into one order for the plain twin, in which both ranks wait for a transfer.
 
-    It is that of a run with transfers that take no time and backwards of two forwards: each transfer comes when its action is over,
-    before whatever either end has not begun by then. A rank that does its part of one order for all can wait for no other for
-    ever: of what is not over yet, the first in the order has both its ends ready.
+    It is the order of times in a run with transfers that take no time and backwards of two forwards: a transfer comes as soon as its
+    action ends, before all actions that either rank has not started by then. Ranks that keep this order never deadlock: the first
+    event that is not complete has both its ranks ready.
     """
-    events: list[tuple[float, bool, int, Action | Handover]] = []
+    events: list[tuple[float, bool, int, Action | Transfer]] = []
     for rank, action, start, end in simulate(schedule).spans:
         events.append((start, True, rank, action))
         if (target := schedule.receiver(action)) is not None:
-            events.append((end, False, rank, Handover(action, rank, target)))
+            events.append((end, False, rank, Transfer(action, rank, target)))
     return [event for *_, event in sorted(events, key=lambda event: event[:3])]
 
 
 def _by_stage(name: str, seconds: float | Sequence[float], schedule: Schedule) -> list[float]:
     times = list(seconds) if isinstance(seconds, Sequence) else [seconds] * schedule.stages
     if len(times) != schedule.stages:
-        raise ConfigError(f"{name} has {len(times)} times, and schedule {schedule.name} {schedule.stages} stages: give one for each")
+        raise ConfigError(
+            f"{name} has {len(times)} times, but schedule {schedule.name} has {schedule.stages} stages: give one for each"
+        )
     return times
 
 
 def draw(schedule: Schedule) -> str:
-    """The schedule over time, if transfers are hidden and a backward takes twice as long as a forward; dots are the bubble."""
+    """Draws a schedule over time, with hidden transfers and backwards of two forwards. Dots are the bubble."""
     width = max(len(str(action)) for row in schedule.actions for action in row) + 1
     lines = [""] * schedule.ranks
     for rank, action, start, end in simulate(schedule).spans:

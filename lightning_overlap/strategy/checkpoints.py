@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_overlap.decision import ConfigError
-from lightning_overlap.model.materialize import forget, is_deferred
+from lightning_overlap.model.materialize import is_deferred, move_absent_to_meta
 from lightning_overlap.modes.base import Holder, OptimizerHolder, OverlapMode
 from lightning_overlap.ranks.group import Group
 from lightning_overlap.ranks.mesh import ParallelMesh
@@ -195,7 +195,7 @@ class Checkpoints:
         """
         self._saves.wait()
         if not in_fit:
-            forget(module)
+            move_absent_to_meta(module)
         if is_local(path):
             path = in_place(Path(path))
             if is_folder(path):

@@ -118,7 +118,7 @@ class _Trial(DrivenStep):
     def backward(self, loss: Tensor, share: float) -> None:
         (loss * share).backward()
 
-    def logged(self, shares: Sequence[float], weights: Sequence[float] | None = None) -> Any:
+    def merge_logs(self, shares: Sequence[float], weights: Sequence[float] | None = None) -> Any:
         return torch.stack([self._outputs[number].double() * share for number, share in enumerate(shares) if share]).sum().cpu()
 
     def log(self, merged: Any) -> None:
@@ -260,7 +260,7 @@ class FirstStep:
                 if loss.requires_grad and share:  # a loss of NaN times 0 is NaN
                     self._step.backward(loss, share)
                 del loss
-            result.loss = float(self._step.logged(shares))
+            result.loss = float(self._step.merge_logs(shares))
             result.buffers = self._buffers()
         if len(shares) > 1:
             result.batch_loss = self._batch_loss()

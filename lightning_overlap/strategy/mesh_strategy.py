@@ -159,7 +159,7 @@ class MeshStrategy(DDPStrategy):
         ranks = self._samples or everyone()
         if ranks.size == 1:
             return tensor
-        if not ranks.transfers(tensor):  # a device's tensor over gloo
+        if not ranks.can_transfer(tensor):  # a device's tensor over gloo
             return super().reduce(tensor, self._samples and self._samples.process_group, reduce_op)
         mean = isinstance(reduce_op, str) and reduce_op.lower() in ("mean", "avg")
         total = ranks.sum(tensor, "sum" if mean else reduce_op)
@@ -174,7 +174,7 @@ class MeshStrategy(DDPStrategy):
         ranks = self._samples or everyone()
         if ranks.size == 1:
             return tensor.unsqueeze(0)
-        if sync_grads or not ranks.transfers(tensor):  # with gradients, or a device's tensor over gloo
+        if sync_grads or not ranks.can_transfer(tensor):  # with gradients, or a device's tensor over gloo
             return super().all_gather(tensor, self._samples and self._samples.process_group, sync_grads)
         return torch.stack(ranks.all_gather_alike(tensor.detach()))
 

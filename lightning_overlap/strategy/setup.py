@@ -18,7 +18,7 @@ from lightning_overlap.config import OverlapConfig
 from lightning_overlap.decision import ConfigError
 from lightning_overlap.facts import Facts
 from lightning_overlap.messages import log_on_rank_zero
-from lightning_overlap.model.materialize import initialize, materialize, without_values
+from lightning_overlap.model.materialize import initialize, materialize, no_values_error
 from lightning_overlap.plan import resolve
 from lightning_overlap.ranks.group import Group
 from lightning_overlap.ranks.mesh import ParallelMesh
@@ -129,6 +129,7 @@ def share_random_state(group: Group, device: torch.device) -> None:
 
 def share_weights(module: nn.Module, timeout: timedelta) -> None:
     """Broadcasts the parameters and buffers of rank 0, over the device's backend. Collective."""
+    # Made for this broadcast only: no mode has a group of all ranks on the device's backend.
     group = make_group([range(world_size())], "weights", timeout, gathers=False, threads=False)
     share([*module.parameters(), *module.buffers()], group)
     group.close()
@@ -158,7 +159,8 @@ def give_memory(
     made = materialize(module, device, holds)
     empty = initialize(module, made, load)
     if names := next(filter(None, all_gather_objects(empty) if world_size() > 1 else [empty]), None):
-        raise without_values(names)  # the same on every rank
+        raise no_values_error(names)  # the same on every rank
+    # Made for this broadcast only: which ranks hold the same parts depends on all modes together, so no mode declares it.
     group = make_group(same_parts, "made", timeout, gathers=False, threads=False)
     share([tensor for name, tensor in [*module.named_parameters(), *module.named_buffers()] if holds(name)], group)
     group.close()

@@ -17,7 +17,7 @@ from lightning.pytorch.strategies import Strategy
 from torch import Tensor
 from torchmetrics import Metric
 
-from lightning_overlap.model.snapshots import unchanged, within_reach
+from lightning_overlap.model.snapshots import preserve_attributes, reachable_objects
 from lightning_overlap.modes.base import OverlapMode, hold_gradient_syncs
 from lightning_overlap.steps.random_state import seed_generators
 from lightning_overlap.strategy.logs import LogRecord, combine, current_value, is_number, numbers_of, sendable_options, write_logs
@@ -91,8 +91,8 @@ class DrivenStep:
         for mode in self._modes:
             mode.finish_backward()
 
-    def aside(self, modules: Sequence[torch.nn.Module], *, metrics: bool) -> AbstractContextManager[None]:
-        return unchanged([*modules, *(self._metrics if metrics else ())])
+    def preserve(self, modules: Sequence[torch.nn.Module], *, metrics: bool) -> AbstractContextManager[None]:
+        return preserve_attributes([*modules, *(self._metrics if metrics else ())])
 
     @cached_property
     def _metrics(self) -> list[torch.nn.Module]:
@@ -100,7 +100,7 @@ class DrivenStep:
 
     @contextmanager
     def trial(self) -> Iterator[None]:
-        with unchanged(within_reach(self._module)):
+        with preserve_attributes(reachable_objects(self._module)):
             yield
         self._outputs.clear()
         self._logs.clear()
@@ -109,7 +109,7 @@ class DrivenStep:
     def weight(self) -> Callable[[Any], Any] | None:
         return getattr(self._module, "microbatch_weight", None)
 
-    def logged(self, shares: Sequence[float], weights: Sequence[float] | None = None) -> Any:
+    def merge_logs(self, shares: Sequence[float], weights: Sequence[float] | None = None) -> Any:
         """Merges losses, outputs and logs of the microbatches: a weighted mean, or the reduction that ``reduce_fx`` names.
 
         Args:

@@ -24,7 +24,7 @@ from lightning_overlap.config import OverlapConfig
 from lightning_overlap.decision import ConfigError
 from lightning_overlap.messages import log_on_rank_zero
 from lightning_overlap.model.block_stack import without_nested_tensors
-from lightning_overlap.model.materialize import forget, is_deferred
+from lightning_overlap.model.materialize import is_deferred, move_absent_to_meta
 from lightning_overlap.modes.base import Driver, Holder, OverlapMode, Setup, hold_gradient_syncs
 from lightning_overlap.modes.context.config import ContextParallel
 from lightning_overlap.modes.data.config import DataParallel
@@ -181,7 +181,7 @@ class OverlapStrategy(MeshStrategy):
         self.model = self.precision_plugin.convert_module(self.model)
         if fitting and self._layer_sync is not None:
             self.model = self._layer_sync.apply(self.model)
-        forget(self.model)
+        move_absent_to_meta(self.model)
         self._mesh = ParallelMesh(self.mesh.degrees, self.global_rank)  # an earlier run's modes keep its groups
         self._agree(trainer, self.checkpoints.layout, self.checkpoints.in_background)
         self.checkpoints.use(self.modes, self.mesh)

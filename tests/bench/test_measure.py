@@ -83,7 +83,7 @@ def rows(overlapped, plain, compute, communication, exposed):
     ("figures", "words"),
     [
         ((1.1, 1.0, 0.9, 0.1, 0.1), "overlap costs 100 ms more than it hides here; set overlap: off"),
-        ((1.0, 2.0, 0.9, 0.5, 0.01), "nothing to gain from a setting, 10 of 1000 ms are exposed"),
+        ((1.0, 2.0, 0.9, 0.5, 0.01), "no setting can gain much, only 10 of 1000 ms are exposed"),
         ((1.0, 2.0, 0.8, 0.5, 0.2), "data.grads is exposed most, 150 of 1000 ms; try data_parallel: a smaller bucket_size"),
         ((1.0, 2.0, 0.5, 0.8, 0.2), "and the link is the limit; try data_parallel: reduce_scatter_with_fp32_accumulation: true"),
     ],
@@ -133,7 +133,7 @@ def test_a_sweep_of_a_method_that_does_not_exist_is_refused():
 )
 def test_a_sweep_of_what_is_no_setting_is_refused(setting):
     runs = Runs(Net(), None, OverlapStrategy(), {})
-    with pytest.raises(ConfigError, match=f"--sweep {setting}: it is MODE.SETTING=VALUE"):
+    with pytest.raises(ConfigError, match=f"--sweep {setting} is not MODE.SETTING=VALUE"):
         sweep(runs, setting, steps=1, warmup=1, repeats=1)
 
 

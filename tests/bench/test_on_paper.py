@@ -54,10 +54,10 @@ def test_a_modes_efficiency_leaves_out_what_the_others_are_waited_for():
 def test_a_schedule_is_told_from_given_times():
     # Two ranks, four microbatches, 1 + 2 each: 12 of compute and 3 of bubble. 1F1B cannot hide transfers at its ends.
     free = describe_times(build("1f1b", 2, 1, 4), "1,2,0")
-    assert free.startswith("on paper a batch takes 15 ms, 0 of them for transfers (15 ms if sends")
-    assert free.endswith("without transfers 15, of which the bubble is 20%")
+    assert free.startswith("simulated: a batch takes 15 ms, of which 0 ms are exposed transfers (15 ms without overlap)")
+    assert free.endswith("without transfers 15 ms, of which the bubble is 20%")
     slow = describe_times(build("1f1b", 2, 1, 4), "10,20,5")
-    assert "without transfers 150, of which the bubble is 20%" in slow
-    assert not slow.startswith("on paper a batch takes 150 ms")
-    with pytest.raises(ConfigError, match="it is FORWARD,BACKWARD,TRANSFER"):
+    assert "without transfers 150 ms, of which the bubble is 20%" in slow
+    assert not slow.startswith("simulated: a batch takes 150 ms")
+    with pytest.raises(ConfigError, match="is not FORWARD,BACKWARD,TRANSFER"):
         describe_times(build("1f1b", 2, 1, 4), "1,2")

@@ -1,4 +1,4 @@
-"""The stack of blocks: what a pass runs, and what it refuses."""
+"""The stack of blocks: a pass runs its blocks, stands in for the others, and refuses loops that it cannot follow."""
 
 import contextlib
 import pickle
@@ -9,7 +9,8 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from lightning_overlap.decision import ConfigError
-from lightning_overlap.model.block_stack import ARGUMENTS, BlockStack, Pass, Slot, structure
+from lightning_overlap.model.block_pass import ARGUMENTS, Pass, Slot, structure
+from lightning_overlap.model.block_stack import BlockStack
 
 
 class Add(nn.Module):
@@ -67,18 +68,19 @@ OUTPUTS = dict.fromkeys(range(4), Slot(0))
 def test_the_middle_of_the_stack(loop):
     s, told = stack(), []
     received = torch.tensor([10.0], requires_grad=True)
-    carried = {(0, 0): received}
-    how = Pass(frozenset({1, 2}), 3, carried, OUTPUTS, wanted=lambda leaf: leaf == (2, 0), before=told.append)
+    current_pass = Pass(
+        frozenset({1, 2}), 3, {(0, 0): received}, OUTPUTS, is_kept=lambda leaf: leaf == (2, 0), before_block=told.append
+    )
     after = []
-    with s.passing(how):
+    with s.running(current_pass):
         loop(s, torch.zeros(1))
         after.append("not reached")
     assert not after
-    assert list(how.kept) == [(2, 0)]
-    sent = how.kept[2, 0]
+    assert list(current_pass.kept) == [(2, 0)]
+    sent = current_pass.kept[2, 0]
     assert sent.tolist() == [13.0]
     assert told == [1, 2]
-    sent.sum().backward()  # a checkpoint runs its block again, with what was received
+    sent.sum().backward()  # a checkpoint runs its block again, with the received tensor
     assert received.grad.tolist() == [1.0]
     assert told in ([1, 2], [1, 2, 2, 1])
 
@@ -86,38 +88,38 @@ def test_the_middle_of_the_stack(loop):
 @pytest.mark.parametrize("loop", LOOPS)
 def test_the_end_of_the_stack(loop):
     s = stack()
-    with s.passing(Pass(frozenset({3}), 4, {(2, 0): torch.tensor([10.0])}, OUTPUTS)):
+    with s.running(Pass(frozenset({3}), 4, {(2, 0): torch.tensor([10.0])}, OUTPUTS)):
         assert loop(s, torch.zeros(1)).tolist() == [13.0]
 
 
 def test_a_last_stage_without_blocks():
     s = stack()
-    with s.passing(Pass(frozenset(), 4, {(3, 0): torch.tensor([10.0])}, OUTPUTS)):
+    with s.running(Pass(frozenset(), 4, {(3, 0): torch.tensor([10.0])}, OUTPUTS)):
         assert plain(s, torch.zeros(1)).tolist() == [10.0]
 
 
 def test_a_first_stage_without_blocks():
     s = stack()
-    how = Pass(frozenset(), 0, first=True, wanted=lambda leaf: True)
-    with s.passing(how):
+    current_pass = Pass(frozenset(), 0, is_first=True, is_kept=lambda leaf: True)
+    with s.running(current_pass):
         plain(s, torch.tensor([7.0]))
-    assert how.kept[ARGUMENTS, 0].tolist() == [7.0]
+    assert current_pass.kept[ARGUMENTS, 0].tolist() == [7.0]
 
 
 def test_blocks_that_return_tuples():
     s = stack(Pair)
     outputs = {block: structure(block, (torch.ones(1), "weights")) for block in range(4)}
-    how = Pass(frozenset({2}), 3, {(1, 0): torch.tensor([10.0])}, outputs, wanted=lambda leaf: True)
-    with s.passing(how):
+    current_pass = Pass(frozenset({2}), 3, {(1, 0): torch.tensor([10.0])}, outputs, is_kept=lambda leaf: True)
+    with s.running(current_pass):
         x = torch.zeros(1)
         for block in s.blocks:
             x, weights = block(x)
             assert weights == "weights"
-    assert how.kept[2, 0].tolist() == [12.0]
+    assert current_pass.kept[2, 0].tolist() == [12.0]
 
 
 class Remembers(Add):
-    """Returns a dictionary, with the first block's input and what was handed to it."""
+    """Returns a dictionary with the input of the first block and the inputs of all blocks so far."""
 
     def forward(self, hidden_states, first=None, memory=()):
         first = hidden_states if first is None else first
@@ -132,11 +134,11 @@ def remembering(s, x):
     return x + sum(memory) + first
 
 
-def test_whatever_blocks_return_is_found_by_name_and_place():
+def test_nested_outputs_of_blocks():
     s = stack(Remembers)
     expected = remembering(s, torch.ones(1))
-    whole = Pass(frozenset({0, 1}), 2, wanted=lambda leaf: True)
-    with s.passing(whole):
+    whole = Pass(frozenset({0, 1}), 2, is_kept=lambda leaf: True)
+    with s.running(whole):
         remembering(s, torch.ones(1))
     asked = []
 
@@ -144,17 +146,17 @@ def test_whatever_blocks_return_is_found_by_name_and_place():
         asked.append(leaf)
         return whole.kept[leaf]
 
-    nan = torch.full((1,), float("nan"))  # of parameters that are elsewhere
-    with s.passing(Pass(frozenset({2, 3}), 4, outputs=dict(whole.outputs), fetch=fetch)):
+    nan = torch.full((1,), float("nan"))  # computed from parameters of another stage
+    with s.running(Pass(frozenset({2, 3}), 4, structures=dict(whole.structures), fetch=fetch)):
         assert remembering(s, nan).tolist() == expected.tolist()
     assert asked == [(1, 0), (1, 1), (1, 2), (1, 3)]
-    carried = {leaf: whole.kept[leaf] for leaf in asked}
-    with s.passing(Pass(frozenset({2, 3}), 4, carried, dict(whole.outputs))):
+    received = {leaf: whole.kept[leaf] for leaf in asked}
+    with s.running(Pass(frozenset({2, 3}), 4, received, dict(whole.structures))):
         assert remembering(s, nan).tolist() == expected.tolist()
-    del carried[1, 1]
+    del received[1, 1]
     with (
-        pytest.raises(ConfigError, match="tensor 1 of what block 1 returns is used on another stage"),
-        s.passing(Pass(frozenset({2, 3}), 4, carried, dict(whole.outputs))),
+        pytest.raises(ConfigError, match="this stage uses tensor 1 of the output of block 1"),
+        s.running(Pass(frozenset({2, 3}), 4, received, dict(whole.structures))),
     ):
         remembering(s, nan)
 
@@ -173,7 +175,7 @@ def test_an_argument_that_is_computed_before_the_blocks():
         asked.append(leaf)
         return {(0, 0): torch.tensor([10.0]), (ARGUMENTS, 1): torch.tensor(2.0)}[leaf]
 
-    with s.passing(Pass(frozenset({1, 2, 3}), 4, outputs=dict(OUTPUTS), fetch=fetch, wanted=lambda leaf: True)):
+    with s.running(Pass(frozenset({1, 2, 3}), 4, structures=dict(OUTPUTS), fetch=fetch, is_kept=lambda leaf: True)):
         assert conditioned(torch.ones(1)).tolist() == [22.0]
     assert asked == [(0, 0), (ARGUMENTS, 1)]
 
@@ -189,11 +191,12 @@ def collected(s, x):
 
 def test_hidden_states_that_the_loop_collects():
     s = stack()
-    carried = {(0, 0): torch.tensor([5.0]), (1, 0): torch.tensor([6.0])}
-    with s.passing(Pass(frozenset({2, 3}), 4, carried, OUTPUTS)):
+    received = {(0, 0): torch.tensor([5.0]), (1, 0): torch.tensor([6.0])}
+    with s.running(Pass(frozenset({2, 3}), 4, received, OUTPUTS)):
         assert collected(s, torch.zeros(1)).tolist() == [5.0, 6.0, 8.0, 11.0]
-    del carried[0, 0]
-    with pytest.raises(ConfigError, match="tensor 0 of what block 0"), s.passing(Pass(frozenset({2, 3}), 4, carried, OUTPUTS)):
+    del received[0, 0]
+    current_pass = Pass(frozenset({2, 3}), 4, received, OUTPUTS)
+    with pytest.raises(ConfigError, match="tensor 0 of the output of block 0"), s.running(current_pass):
         collected(s, torch.zeros(1))
 
 
@@ -207,26 +210,26 @@ class ReturnsMore(Add):
         return super().forward(hidden_states), Other()
 
 
-def test_what_is_no_tensor_is_refused_where_it_is_read():
+def test_a_value_that_is_no_tensor_is_refused_where_it_is_read():
     s = stack(ReturnsMore)
     outputs = {block: pickle.loads(pickle.dumps(structure(block, (torch.ones(1), Other())))) for block in range(4)}
-    how = Pass(frozenset({2}), 3, {(1, 0): torch.zeros(1)}, outputs)
+    current_pass = Pass(frozenset({2}), 3, {(1, 0): torch.zeros(1)}, outputs)
 
     def through(x, other=None):
         for block in s.blocks:
             x, other = block(x, other)
 
-    with pytest.raises(ConfigError, match="block 1 returns a Other, which another stage reads"), s.passing(how):
+    with pytest.raises(ConfigError, match="another stage reads the Other that block 1 returns"), s.running(current_pass):
         through(torch.zeros(1))
 
 
-def test_sequential_and_what_is_left_of_it():
+def test_a_sequential_is_ordinary_without_a_pass():
     s = stack(container=nn.Sequential)
-    how = Pass(frozenset({0}), 1, wanted=lambda leaf: leaf == (0, 0))
-    with s.passing(how):
+    current_pass = Pass(frozenset({0}), 1, is_kept=lambda leaf: leaf == (0, 0))
+    with s.running(current_pass):
         s.blocks(torch.ones(1))
-    assert how.kept[0, 0].tolist() == [1.0]
-    assert s.blocks(torch.ones(1)).tolist() == [7.0]  # outside of a pass it is the user's
+    assert current_pass.kept[0, 0].tolist() == [1.0]
+    assert s.blocks(torch.ones(1)).tolist() == [7.0]  # without a pass the list is ordinary
     assert [b.amount for b in s.blocks[1:3]] == [1.0, 2.0]
     s.remove()
     assert type(s.blocks) is nn.Sequential
@@ -261,15 +264,15 @@ def without(s, x):
 @pytest.mark.parametrize(
     ("loop", "said"),
     [
-        (between, "between block 0 and block 1 of blocks the loop does something"),
-        (twice, "block 0 of blocks is called where block 4 is next"),
-        (some, "ended with 2 of the 4 blocks of blocks called"),
+        (between, "the code between block 0 and block 1 of blocks changes the hidden states"),
+        (twice, "block 0 of blocks was called after 4 of 4 blocks"),
+        (some, "called 2 of the 4 blocks of blocks"),
         (without, "no hidden states were found in the arguments of a block of blocks"),
     ],
 )
 def test_loops_that_cannot_be_cut_are_refused(loop, said):
     s = stack()
-    with pytest.raises(ConfigError, match=said), s.passing(everything()):
+    with pytest.raises(ConfigError, match=said), s.running(everything()):
         loop(s, torch.zeros(1))
 
 
@@ -280,8 +283,8 @@ def catching(s, x):
 
 def test_a_forward_that_catches_everything_is_refused():
     s = stack()
-    how = Pass(frozenset({0}), 1)
-    with pytest.raises(ConfigError, match="catches every exception"), s.passing(how):
+    current_pass = Pass(frozenset({0}), 1)
+    with pytest.raises(ConfigError, match="catches every exception"), s.running(current_pass):
         catching(s, torch.zeros(1))
 
 
@@ -291,16 +294,16 @@ def failing(s, x):
 
 def test_an_exception_of_the_users_comes_through():
     s = stack()
-    with pytest.raises(ZeroDivisionError), s.passing(everything()):
+    with pytest.raises(ZeroDivisionError), s.running(everything()):
         failing(s, torch.zeros(1))
-    with s.passing(everything()):
+    with s.running(everything()):
         plain(s, torch.zeros(1))  # and the stack can be used again
 
 
 def test_an_evaluation_may_go_through_it_again_or_not_at_all():
     s, again = stack(), []
-    with s.passing(everything(again=lambda: again.append(1))):
+    with s.running(everything(restart=lambda: again.append(1))):
         twice(s, torch.zeros(1))
     assert again == [1]
-    with s.passing(everything(again=lambda: None)):
+    with s.running(everything(restart=lambda: None)):
         torch.zeros(1)

@@ -1,4 +1,4 @@
-"""The boundary of the block stack: cuts nest as they declare, whatever the order of registration."""
+"""The boundary of the block stack: cuts nest as they declare, in whatever order they are registered."""
 
 from typing import Any
 
@@ -23,7 +23,7 @@ class Block(nn.Module):
 
 
 class Half(TokenCut):
-    """Keeps the first half of the tokens; doubles them at the exit."""
+    """Keeps the first half of the tokens; repeats them after the last block."""
 
     remedy = "cut nothing"
 

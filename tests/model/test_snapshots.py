@@ -1,4 +1,4 @@
-"""A step that is tried leaves the user's objects as they were."""
+"""A step that is only tried does not change the user's objects."""
 
 from collections import Counter, defaultdict, deque
 from dataclasses import dataclass, field
@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torchmetrics import SumMetric
 
-from lightning_overlap.model.snapshots import unchanged, within_reach
+from lightning_overlap.model.snapshots import preserve_attributes, reachable_objects
 
 
 @dataclass
@@ -21,7 +21,7 @@ class Holds(nn.Module):
     def __init__(self):
         super().__init__()
         self.norm = nn.BatchNorm1d(2)
-        self.metrics = {"sum": SumMetric()}  # which no module list knows
+        self.metrics = {"sum": SumMetric()}  # in no module list
         self.trackers = [Tracker()]
         self.itself = self.trackers
         self.count = Counter(a=1)
@@ -52,12 +52,12 @@ class Holds(nn.Module):
         return float(metric.sum_value), metric.update_called, tracker.seen, list(tracker.losses), *counts, *running
 
 
-def test_nothing_is_left_of_what_a_step_writes():
+def test_all_that_a_step_writes_is_restored():
     module = Holds()
     module(torch.ones(3, 2))
     before = module.told()
     del module.made_here
-    with unchanged(within_reach(module)):
+    with preserve_attributes(reachable_objects(module)):
         module(torch.randn(3, 2))
         assert module.told() != before
     assert module.told() == before
@@ -66,9 +66,9 @@ def test_nothing_is_left_of_what_a_step_writes():
     assert module.last.maxlen == 2
 
 
-def test_what_belongs_to_libraries_is_not_gone_into():
+def test_objects_of_libraries_are_not_reached():
     module = nn.Linear(2, 2)
     module.optimizer = torch.optim.SGD(module.parameters(), 0.1)
-    module.function = test_nothing_is_left_of_what_a_step_writes
+    module.function = test_all_that_a_step_writes_is_restored
     module._trainer = Tracker()
-    assert within_reach(module) == [module]
+    assert reachable_objects(module) == [module]

@@ -86,7 +86,7 @@ def test_all_to_all_names_sizes_that_do_not_fit(world):
 def refused_sizes():
     group = make_group([[0, 1]], "test", datetime.timedelta(seconds=30), gathers=False, threads=False)
     try:
-        with pytest.raises(ValueError, match=r"send_sizes \[1, 1\] of 3 rows"):
+        with pytest.raises(ValueError, match=r"of 3 rows got send_sizes \[1, 1\]"):
             group.all_to_all(torch.ones(3, 1), [1, 1], [1, 1], key=0, label="x")
         return True
     finally:
@@ -115,7 +115,7 @@ def gathers_before_sums():
     try:
         for _ in range(20):
             looks = iter([False])
-            group._engine.sockets.at_rest = lambda looks=looks: next(looks, True)
+            group._engine.sockets.is_idle = lambda looks=looks: next(looks, True)
             x = torch.full((2,), -1.0)
             x[rank] = rank
             with group._engine.threads.changed:
@@ -132,7 +132,7 @@ def test_a_gather_is_not_forgotten_behind_a_sum(world):
 
 
 def lagging_rank():
-    """Rank 1 is a step ahead: it waits for a reduce of rank 0, which waits for a gather of the step before."""
+    """Rank 1 is one step ahead: it waits for a reduction of rank 0, which waits for a gather of the earlier step."""
     rank = dist.get_rank()
     group = make_group([[0, 1]], "test", datetime.timedelta(seconds=20))
     try:
@@ -164,7 +164,7 @@ def send_buffers():
             with socket.socket(fileno=os.dup(int(descriptor))) as connection:
                 connection.getpeername()
                 sizes[os.fstat(int(descriptor)).st_ino] = connection.getsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF)
-        except OSError:  # no socket, or closed since
+        except OSError:  # no socket, or closed meanwhile
             continue
     return sizes
 
@@ -182,12 +182,12 @@ def bounded_connections():
 @pytest.mark.skipif(sys.platform != "linux", reason="descriptors are listed, and send buffers bounded, on Linux only")
 def test_connections_of_gathers_alone_have_small_send_buffers(world):
     for bounded, connections in world(4).run(bounded_connections):
-        assert bounded == 3  # one a peer
-        assert connections == 6  # the reduces' are there too, and are not bounded
+        assert bounded == 3  # one for each peer
+        assert connections == 6  # including those of reductions, which are not bounded
 
 
 def ahead_of_a_peer():
-    """The first rank has asked for a reduce that its peer comes to only after a gather of the same step."""
+    """The first rank waits for a reduction that its peer posts only after a gather of the same step."""
     rank, bounds = dist.get_rank(), [0, 2, 4]
     group = make_group([[0, 1]], "test", datetime.timedelta(seconds=10))
     try:
@@ -237,7 +237,7 @@ def test_point_to_point(world, size):
 
 
 def let_go(last):
-    """The last transfers of a group, after which its threads have nothing more to do."""
+    """Runs the last transfers of a group, after which its threads are idle."""
     group = make_group([[0, 1]], "test", datetime.timedelta(seconds=30), gathers=False)
     try:
         peer, used = 1 - dist.get_rank(), [torch.ones(1000), torch.ones(1000)]
@@ -264,7 +264,7 @@ def test_tensors_that_have_gone_or_come_are_let_go_of(world, last):
 
 
 def halfway(folder):
-    """The second rank is killed in the middle of a transfer that the first one waits for."""
+    """The second rank is killed during a transfer for which the first rank waits."""
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=int(os.environ["RANK"]), world_size=2)
     group = make_group([[0, 1]], "test", datetime.timedelta(minutes=5))
     x = torch.zeros(1 << 28)
@@ -288,7 +288,7 @@ def test_a_peer_that_dies_in_the_middle_of_a_transfer_is_noticed(tmp_path):
 
 
 def connections_of_others():
-    """Another thread connects to a server of somebody's while a group is made."""
+    """Another thread connects to another server while a group is made."""
     server = socket.socket()
     server.bind(("127.0.0.1", 0))
     server.listen()
@@ -320,14 +320,24 @@ def test_connections_of_loggers_are_left_alone(world):
         assert ours == [1, 1]
 
 
+def free_sizes(pool):
+    """The elements of a pool's free buffers on the CPU, in ascending order: takes them until a new one comes, and gives them back."""
+    taken = [pool.take(1, torch.float32, torch.device("cpu"))]
+    while taken[-1].numel() > 1:
+        taken.append(pool.take(1, torch.float32, torch.device("cpu")))
+    for buffer in taken[:-1]:
+        pool.give_back(buffer)
+    return [buffer.numel() for buffer in taken[:-1]]
+
+
 def free_buffers():
-    """What a group that is used with pieces of several sizes keeps."""
+    """The free buffers of a group after transfers of pieces of several sizes."""
     group = make_group([[0, 1]], "test", datetime.timedelta(seconds=30), gathers=False, threads=False)
     try:
         sizes = []
         for bounds in ([0, 0, 8], [0, 4, 8], [0, 0, 8], [0, 6, 8], [0, 4, 8]):
             group.reduce_scatter(torch.ones(8), bounds, key=0, label="reduce").wait()
-            sizes.append(group._pool.sizes())
+            sizes.append(free_sizes(group._pool))
         meta = group._pool.take(4, torch.float32, torch.device("meta"))
         group._pool.give_back(torch.empty(64))
         return sizes, meta.device.type, group._pool.take(4, torch.float32, torch.device("cpu")).numel()
@@ -378,8 +388,8 @@ def never_sends():
     WORLD.announcements.start()
     WORLD.announcements.interval = 0.1
     WORLD.assemble(datetime.timedelta(seconds=30), datetime.timedelta(seconds=30))
-    group = make_group([[0, 1]], "at rest", datetime.timedelta(minutes=30))
-    group.rest()
+    group = make_group([[0, 1]], "stopped", datetime.timedelta(minutes=30))
+    group.stop()
     try:
         if dist.get_rank() == 1:
             WORLD.announcements.announce(ValueError("the user's"))
@@ -392,5 +402,5 @@ def never_sends():
         WORLD.announcements.end()
 
 
-def test_who_waits_in_a_group_at_rest_hears_why_nobody_sends(own_world):
+def test_a_wait_in_a_stopped_group_raises_the_error_of_the_sender(own_world):
     assert own_world.run(never_sends) == ["rank 1 has failed: ValueError: the user's", None]

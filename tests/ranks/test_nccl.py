@@ -1,4 +1,4 @@
-"""What NCCL is asked for, in which order and on which communicator: calls of torch.distributed, recorded without a device."""
+"""The calls of torch.distributed for NCCL, their order and communicators, recorded without a device."""
 
 import weakref
 
@@ -16,7 +16,7 @@ RANK, RANKS = 1, (4, 5, 6)  # this process is the second member, with the global
 
 
 class Recorder:
-    """The surface of torch.distributed that the engine uses."""
+    """The interface of torch.distributed that the engine uses."""
 
     def __init__(self):
         self.calls = []
@@ -40,7 +40,7 @@ class Recorder:
 
 
 class RecordedWork:
-    """A posted operation. The host must not ask whether it is complete, but where it polls."""
+    """A posted operation. The host must not ask whether it is complete, except where it polls."""
 
     def __init__(self, recorder, name):
         self.recorder, self.name = recorder, name
@@ -126,7 +126,7 @@ def test_only_a_divisor_that_is_not_the_size_is_divided_by_afterwards(group, div
 
 @pytest.mark.parametrize(("bounds", "wire"), [(UNEVEN, None), (EVEN, torch.bfloat16)])
 def test_what_has_no_native_collective_is_posted_at_once_receives_first(group, recorder, bounds, wire):
-    """One after the other, each rank's receive would stand before the send that its peer waits for."""
+    """Posted one after the other, each rank's receive would block the send that its peer waits for."""
     group.reduce_scatter(torch.ones(6), bounds, key=0, label="x", wire=wire).wait()
     receives = [("irecv", 4, "reductions"), ("irecv", 6, "reductions")]
     sends = [("isend", peer, "reductions") for peer in ((6,) if bounds is UNEVEN else (4, 6))]  # rank 4 has an empty piece

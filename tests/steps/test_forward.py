@@ -1,4 +1,4 @@
-"""Which forward a thread is asked for."""
+"""Each thread finds its forward, in backward too."""
 
 import threading
 
@@ -6,7 +6,7 @@ from lightning_overlap.steps.forward import Forwards
 
 
 def in_a_thread(function):
-    """What ``function`` gives in a thread that lives on, as those of autograd do."""
+    """Returns the result of ``function`` in a thread that outlives the call, as threads of autograd do."""
     answers = []
     thread = threading.Thread(target=lambda: answers.append(function()))
     thread.start()
@@ -21,7 +21,7 @@ def test_a_thread_of_autograd_finds_the_forward_whose_backward_runs():
     def asked_before_and_in_backward():
         before = forwards.current
         with forwards.backward(first):
-            forwards._threads.forward = None  # as in a thread that has started none
+            forwards._threads.forward = None  # as in a thread that has started no forward
             return before, forwards.current
 
     before, during = in_a_thread(asked_before_and_in_backward)

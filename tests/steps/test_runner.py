@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_overlap.steps.microbatches import cut
+from lightning_overlap.steps.microbatches import split_batch
 from lightning_overlap.steps.runner import Runner
 from lightning_overlap.steps.schedule import Action, Schedule, build, parse
 
@@ -12,7 +12,7 @@ TWO_STAGES = "F0.0 F1.0 B1.0 F0.1 F1.1 B1.1 B0.0 B0.1 F0.2 F1.2 B1.2 F0.3 F1.3 B
 
 
 class Chain:
-    """Stages that are linear layers, and a loss: the mean of the output's squares, of a share of the batch."""
+    """Linear layers as stages. The loss is the mean of the squared outputs, times the microbatch's share of the batch."""
 
     def __init__(self, stages, parts):
         torch.manual_seed(0)
@@ -46,7 +46,7 @@ def batch():
 
 def whole(stages):
     reference = Chain(stages, [])
-    for part in cut(batch(), 4):
+    for part in split_batch(batch(), 4):
         y = part
         for layer in reference.layers:
             y = layer(y)
@@ -60,12 +60,12 @@ def whole(stages):
     ids=["gpipe", "1f1b", "two stages"],
 )
 def test_microbatches_without_a_pipeline_are_those_of_a_loop(schedule: Schedule) -> None:
-    chain = Chain(schedule.stages, cut(batch(), 4))
+    chain = Chain(schedule.stages, split_batch(batch(), 4))
     Runner(schedule, 0).run(chain)
     assert chain.order == list(schedule.actions[0])
     assert all(map(torch.equal, chain.gradients(), whole(schedule.stages)))
 
 
 def test_several_ranks_need_transfers() -> None:
-    with pytest.raises(AssertionError, match="by transfers"):
+    with pytest.raises(AssertionError, match="needs transfers"):
         Runner(build("1f1b", 2, 1, 4), 0)

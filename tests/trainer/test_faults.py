@@ -95,8 +95,8 @@ def test_a_silent_peer_is_named_within_the_timeout(monkeypatch):
     finally:
         world.close()
     assert "between rank 0 and rank" in message
-    assert "Posted by this rank and not complete: data." in message
-    assert "Last in torch's Flight Recorder: gloo:" in message
+    assert "Incomplete transfers of this rank: data." in message
+    assert "Last collectives in torch's Flight Recorder: gloo:" in message
 
 
 class NotFinite(InTheThirdBatch):
@@ -145,8 +145,8 @@ class NoData(Uneven):
     [
         (ThawsALayer, {}, "frozen at setup and is trained now"),
         (ThawsALayer, {"data": {"distributed_optimizer": False}}, "frozen at setup and is trained now"),
-        (AddsAParameter, {}, "parameter groups have changed since setup"),
-        (AddsAParameter, {"data": {"distributed_optimizer": False}}, "parameter groups have changed since setup"),
+        (AddsAParameter, {}, "param_groups changed after setup"),
+        (AddsAParameter, {"data": {"distributed_optimizer": False}}, "param_groups changed after setup"),
         (Uneven, {"use_distributed_sampler": False}, "different numbers of training batches, [2, 4] by rank"),
         (NoData, {"use_distributed_sampler": False}, "ranks [0] have no batch, and other ranks have some"),
     ],

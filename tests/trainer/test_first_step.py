@@ -358,7 +358,7 @@ class LeavesOut(Net):
 def test_a_block_that_is_left_out_is_told_alike_on_all_ranks(world: Any) -> None:
     told = world(2).run(fit, LeavesOut, PIPELINE)
     assert told[0] == told[1]
-    assert "training_step calls the blocks [0, 1, 3] of blocks, which has 4" in told[0]
+    assert "training_step called the blocks [0, 1, 3] of blocks, which has 4" in told[0]
 
 
 class LeavesOutTheFirst(Net):

@@ -303,5 +303,5 @@ def test_what_a_callback_unfreezes_is_reduced(world):
     epochs = {"max_epochs": 2, "max_steps": -1, "limit_train_batches": 3}
     ours, one = (world(size).run(trained, Finetuned, epochs) for size in (2, 1))
     assert ours[0]["hash"] == ours[1]["hash"]
-    assert "Thaws brings in parameters while training" in ours[0]["plan"]
+    assert "Thaws adds parameters during training" in ours[0]["plan"]
     torch.testing.assert_close(torch.tensor(ours[0]["weights"]), torch.tensor(one[0]["weights"]), rtol=1e-4, atol=2e-5)

@@ -11,7 +11,7 @@ UNFOLLOWED = refused("the sharded model computes a different first step from the
 """A value passes by a way that the mode does not follow, and the first-step check finds it."""
 CUT_FAILS = refused("but the sharded model failed")
 """The same, where the user's code raises an error in the sharded model."""
-BETWEEN_BLOCKS = refused("of blocks the loop does something with the hidden states")
+BETWEEN_BLOCKS = refused("changes the hidden states")
 OTHER_STAGE = refused("of another stage: what is registered before")
 SECOND_TENSOR = refused("is called with a second tensor that gradients flow through")
 NO_ROLES = refused("tensor_parallel needs to know which layers to cut")
@@ -19,7 +19,7 @@ NO_PLAN = refused("has no plan of its own for tensor_parallel")
 UNKNOWN_STYLE = refused("which is not in this version")
 NOT_FOUND = refused("the stack of blocks was not found")
 WRAPPED = refused("computes its weight or bias from other parameters")
-LEFT_OUT = refused("block was left out in this step")
+LEFT_OUT = refused("block was not called in this step")
 IN_PLACE = refused("changes logits whose vocabulary is cut")
 NO_VOCABULARY = refused("no embedding or head has the role vocab_embedding or vocab_head")
 

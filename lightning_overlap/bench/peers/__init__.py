@@ -1,4 +1,4 @@
-"""What else can train the same module, with the settings that suit it best: a file for each mode that has peers."""
+"""Other strategies that can train the same module, each with its best settings: a file for each mode that has such peers."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ from lightning_overlap.config import OverlapConfig
 from lightning_overlap.plan import Plan
 
 Peer = tuple[Callable[[], Strategy], Callable[[LightningModule], LightningModule]]
-"""A maker of the strategy, and what has to be done to the module first."""
+"""Two functions: one makes the strategy, one prepares the module."""
 
 
 def find_peers(plan: Plan, config: OverlapConfig, backend: str) -> dict[str, Peer]:
-    """Gives the peers by name: those of the one mode that has all the ranks. Mixtures have none.
+    """Returns the peers by name, if one mode has all the ranks. Mixtures of modes have none.
 
-    A mode's peers are made by ``peers(config, ranks, backend)`` of the module here that has the mode's name. Those of another mode
-    would train on another batch a step.
+    The function ``peers(config, ranks, backend)`` of the module with the mode's name makes them. Peers of another mode would train on
+    another batch a step.
 
     Args:
-        plan: of the run that they are compared with.
-        config: what it was asked for.
-        backend: of the process group, the same for all.
+        plan: of the measured run.
+        config: of the measured run.
+        backend: of the process group.
     """
     sharding = [mode for mode in plan.modes if mode.name in plan.choices and plan.choices[mode.name].size.value > 1]
     if len(sharding) != 1 or find_spec(f"{__name__}.{sharding[0].name}") is None:

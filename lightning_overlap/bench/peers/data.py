@@ -35,10 +35,10 @@ def peers(config: OverlapConfig, ranks: int, backend: str) -> dict[str, Peer]:
 
 
 def _shard_blocks(module: LightningModule) -> LightningModule:
-    """A module whose ``configure_model`` shards each block and the rest, and keeps weights gathered until backward has used them."""
+    """Returns a module whose ``configure_model`` shards blocks and other children, and keeps weights gathered until backward."""
 
     if any(True for _ in module.parameters(recurse=False)):
-        raise ConfigError("parameters of the LightningModule itself would be in no sharded part")
+        raise ConfigError("a parameter of the LightningModule itself belongs to none of the sharded children")
 
     def configure_model(self: Any) -> None:
         type(module).configure_model(self)

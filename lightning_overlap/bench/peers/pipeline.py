@@ -1,4 +1,4 @@
-"""The peer of pipeline parallelism, torch.distributed.pipelining: the same stages, in torch's schedules and transfers."""
+"""The peer of pipeline parallelism, torch.distributed.pipelining: the same stages with torch's schedules and transfers."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleGP
 
 from lightning_overlap.bench.peers import Peer
 from lightning_overlap.config import OverlapConfig
-from lightning_overlap.model.block_stack import BlockStack, Pass, Slot
+from lightning_overlap.model.block_pass import Pass, Slot
+from lightning_overlap.model.block_stack import BlockStack
 from lightning_overlap.modes import MODES
 from lightning_overlap.modes.pipeline import PIPELINE
 from lightning_overlap.modes.pipeline.mode import PipelineMode
@@ -27,11 +28,11 @@ SCHEDULES: dict[str, Any] = {
     "eager_1f1b": Schedule1F1B,
     "interleaved": ScheduleInterleaved1F1B,
 }
-"""Of ours, what torch has in its place."""
+"""torch's schedule for each schedule of this package that torch has."""
 
 
 class _Stage(nn.Module):
-    """One stage of the user's training_step: hidden states to hidden states, or to the loss. Blocks must give hidden states alone."""
+    """One stage of training_step, from hidden states to hidden states or the loss. Blocks must return only hidden states."""
 
     def __init__(self, stack: BlockStack, blocks: range, *, first: bool, last: bool) -> None:
         super().__init__()
@@ -41,34 +42,34 @@ class _Stage(nn.Module):
         self.parts: Sequence[Any] = ()
 
     def forward(self, x: Tensor) -> Tensor:
-        assert self.step is not None, "a batch is at hand"
-        # Before its first batch torch runs each stage once to see the shapes: the microbatches then come in a turned order.
+        assert self.step is not None, "run_step sets the step"
+        # torch runs each stage once before the first batch, to learn the shapes: microbatches are then numbered in a rotated order.
         number, self.number = self.number % len(self.parts), self.number + 1
         before, end = (self._blocks.start - 1, 0), (self._blocks.stop - 1, 0)
-        how = Pass(
+        current_pass = Pass(
             run=frozenset(self._blocks),
             stop=self._stack.size if self._last else self._blocks.stop,
-            carried={} if self._first else {before: x},
-            outputs={block: Slot(0) for block in range(self._stack.size)},
-            wanted=lambda leaf: leaf == end,
-            before=block_seeder(self.step.key, number),
+            received={} if self._first else {before: x},
+            structures={block: Slot(0) for block in range(self._stack.size)},
+            is_kept=lambda leaf: leaf == end,
+            before_block=block_seeder(self.step.key, number),
         )
         seed_all(*self.step.key, number)
-        with self._stack.passing(how):
+        with self._stack.running(current_pass):
             loss = self.step.forward(self.parts[number], number)
         if not self._last:
-            return how.kept[end]
-        assert loss is not None, "a peer trains what gives a loss"
+            return current_pass.kept[end]
+        assert loss is not None, "training_step returns a loss"
         return loss.reshape(1)
 
 
 class _TorchPipelining(PipelineMode):
-    """The pipeline mode with torch's schedule in the place of its own."""
+    """The pipeline mode with torch's schedule instead of its own."""
 
     def run_step(self, step: Step) -> None:
         assert self._stack is not None, "the model is parallelized before it is trained"
         count = self.config.count
-        parts = microbatches.cut(step.batch, count)
+        parts = microbatches.split_batch(step.batch, count)
         if not hasattr(self, "_torch_stages"):
             stages = len(self._stages)
             mine = [stage for stage, rank in enumerate(self._placement) if rank == self._rank]
@@ -84,18 +85,18 @@ class _TorchPipelining(PipelineMode):
             self._schedule = schedule(of_rank, count, loss_fn=lambda out, _: out.sum() / count)
         for stage in self._torch_stages:
             stage.step, stage.parts, stage.number = step, parts, 0
-        numbers = torch.zeros(count)  # torch cuts them into microbatches; the stages have the user's
+        numbers = torch.zeros(count)  # torch splits these; the stages have the user's microbatches
         inputs = (numbers,) if self._rank == self._placement[0] else ()
         target = {"target": numbers} if self.has_the_loss else {}
         step.start_backward()
         with preserve_random_state(self._device):
             self._schedule.step(*inputs, **target)
         step.finish_backward()
-        step.log(self.with_the_loss(lambda: step.logged([1 / count] * count)))
+        step.log(self.with_the_loss(lambda: step.merge_logs([1 / count] * count)))
 
 
 class TorchPipelining(OverlapConfig):
-    """The user's configuration, with that mode in the place of ours."""
+    """The user's configuration, with that mode instead of the pipeline mode."""
 
     modes = tuple(replace(mode, mode_type=_TorchPipelining) if mode is PIPELINE else mode for mode in MODES)
 

@@ -32,11 +32,11 @@ def peers(config: OverlapConfig, ranks: int, backend: str) -> dict[str, Peer]:
     def strategy() -> ModelParallelStrategy:
         return ModelParallelStrategy(data_parallel_size=1, tensor_parallel_size=ranks, process_group_backend=backend)
 
-    return {"Lightning ModelParallel (DTensor)": (strategy, partial(_cut_layers, config.parallel_plan, ranks))}
+    return {"Lightning ModelParallel (DTensor)": (strategy, partial(_shard_layers, config.parallel_plan, ranks))}
 
 
-def _cut_layers(plan: Mapping[str, str], size: int, module: LightningModule) -> LightningModule:
-    """A module whose ``configure_model`` has torch cut the layers that we cut, and the tokens; the vocabulary is left whole."""
+def _shard_layers(plan: Mapping[str, str], size: int, module: LightningModule) -> LightningModule:
+    """Returns a module whose ``configure_model`` lets torch shard the same layers, and the tokens; the vocabulary stays unsharded."""
 
     def configure_model(self: Any) -> None:
         type(module).configure_model(self)
@@ -50,7 +50,7 @@ def _cut_layers(plan: Mapping[str, str], size: int, module: LightningModule) -> 
             styles[region.name] = PrepareModuleInput(input_layouts=Shard(1), desired_input_layouts=Replicate())
         for cut in found.cuts:
             if cut.role == "column":
-                # Torch cuts what is fused as if it were one: in this order of the rows each rank gets its part of each.
+                # torch shards a fused weight as one matrix: in this order of rows each rank gets its part of each fused weight.
                 weight: Any = cut.module.weight
                 piece = Piece(weight.shape, cut.dim, cut.parts)
                 weight.data = torch.cat([piece.of(weight.data, rank, size) for rank in range(size)])

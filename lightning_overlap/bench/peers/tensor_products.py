@@ -1,9 +1,9 @@
-"""Times the products of tensor parallelism by themselves, each beside its transfer.
+"""Times the products of tensor parallelism alone, each with its transfer.
 
     torchrun --nproc-per-node 2 -m lightning_overlap.bench.peers.tensor_products --tokens 2048 --width 1024 --hidden 4096
 
-Overlapped is the code that trains. Its limit is the longer of the same product in one piece, whose input is there, and the same
-transfers by themselves. The peer is torch's own tensor parallelism on the same layers, tokens cut before and after them.
+The row overlapped is the code that trains. Its limit is the longer of the same product without transfers and the transfers alone. The
+peer is torch's tensor parallelism on the same layers, with sharded tokens before and after them.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ PEER = "torch's tensor parallelism"
 
 
 class MLP(nn.Module):
-    """What is cut: a column layer and a row layer, the same on all ranks."""
+    """The layers to shard: a column layer and a row layer, the same on all ranks."""
 
     def __init__(self, width: int, hidden: int) -> None:
         super().__init__()
@@ -48,7 +48,7 @@ class MLP(nn.Module):
         return self.down(F.gelu(self.up(x)))
 
     def share(self, rank: int, size: int) -> MLP:
-        """Itself, of which this rank's part is left."""
+        """Keeps only this rank's part of the weights, and returns itself."""
         low, high = shares(len(self.up.weight), size)[rank : rank + 2]
         self.up.weight = nn.Parameter(self.up.weight[low:high].detach().clone())
         self.down.weight = nn.Parameter(self.down.weight[:, low:high].detach().clone())
@@ -56,7 +56,7 @@ class MLP(nn.Module):
 
 
 class Numbers:
-    """What goes in, the same whoever multiplies: all tokens, and this rank's part of each."""
+    """The inputs of all products: all tokens, and this rank's part of tokens and features."""
 
     def __init__(self, rank: int, size: int, tokens: int, width: int, hidden: int) -> None:
         random = torch.Generator().manual_seed(1)
@@ -67,7 +67,7 @@ class Numbers:
 
     @staticmethod
     def both_ways(forward: Callable[[Tensor], Tensor], mlp: MLP, x: Tensor, grad: Tensor) -> list[Tensor]:
-        """Output and the gradients of input and weights."""
+        """Returns the output and the gradients of input and weights."""
         x = x.detach().requires_grad_()
         y = forward(x)
         return [y.detach(), *torch.autograd.grad(y, [x, mlp.up.weight, mlp.down.weight], grad)]
@@ -99,14 +99,14 @@ def _torchs(mlp: MLP, given: Numbers, x: Tensor, grad: Tensor) -> list[Run]:
 
 
 def ways(group: Group, apart: Group, tokens: int, width: int, hidden: int, splits: int | None = None) -> dict[str, list[Run]]:
-    """By name, how each of :data:`PRODUCTS` can be run.
+    """Returns functions, by name of the row, that run each of :data:`PRODUCTS`.
 
     Args:
         group: all ranks.
-        apart: the same ranks again; it makes none but the transfers alone afterwards.
-        tokens: of a sequence; the ranks divide it.
-        width: of the hidden states.
-        hidden: of the MLP; the ranks divide it.
+        apart: the same ranks; its transfers are skipped, and timed alone afterwards.
+        tokens: tokens of a sequence, a multiple of the ranks.
+        width: features of the hidden states.
+        hidden: features inside the MLP, a multiple of the ranks.
         splits: as in :class:`Exchange`.
     """
     rank, size = group.rank, group.size
@@ -168,12 +168,12 @@ def main() -> None:
     dist.init_process_group("gloo")
     size = dist.get_world_size()
     if asked.tokens % size or asked.hidden % size:
-        parser.error(f"--tokens {asked.tokens} and --hidden {asked.hidden} are to be multiples of the {size} ranks")
+        parser.error(f"--tokens {asked.tokens} and --hidden {asked.hidden} must be multiples of the {size} ranks")
     group, apart = (make_group([range(size)], name, timedelta(minutes=5)) for name in ("products", "transfers"))
     runs = ways(group, apart, asked.tokens, asked.width, asked.hidden, asked.splits)
-    found = table(measure(runs, asked.steps, asked.repeats))
+    result = table(measure(runs, asked.steps, asked.repeats))
     if group.rank == 0:
-        print(found)
+        print(result)
     for each in (group, apart):
         each.close()
     end_world()

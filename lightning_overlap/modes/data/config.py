@@ -1,4 +1,4 @@
-"""Configuration and gates of data parallelism. Standard library only."""
+"""Configuration and decisions of data parallelism. Standard library only."""
 
 from __future__ import annotations
 
@@ -17,42 +17,46 @@ ADVICE = {
     "params": "a smaller bucket_size: forward waits for its first bucket",
     "norm": "clipping by value, which waits for no norm",
 }
-"""By kind of transfer, what may help where it is exposed."""
-UNALIGNED = "a stage whose backward is over gathers while earlier stages still compute; a later start would hide less"
+"""By kind of transfer: a setting that may hide more of it."""
+UNALIGNED = "each stage gathers when its own backward ends, while earlier stages still compute, which hides more"
 """Why ``auto`` does not align the gathers of stages that update in backward."""
+UNKNOWN_OPTIMIZER = "default for elementwise optimizers such as AdamW; checked when fit creates it"
+"""Why the optimizer is sharded before it is known."""
+MIN_BUCKET = 65_536
+"""Elements of the smallest bucket that ``auto`` chooses."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class DataParallel:
-    """Data parallelism with a distributed optimizer (ZeRO stage 1 with sharded gradients' reduction)."""
+    """Data parallelism with a distributed optimizer (ZeRO stage 1, with reduce-scattered gradients)."""
 
     size: int | Literal["auto"] = "auto"
-    """Ranks along the axis; ``auto``: those that the other axes leave."""
+    """Number of data ranks; ``auto``: all ranks divided by the sizes of the other modes."""
     distributed_optimizer: Switch = "auto"
-    """Each rank updates its share of the parameters and keeps the optimizer's state of that share only."""
+    """Each rank updates a shard of the parameters and keeps the optimizer's state of that shard only."""
     overlap_grad_reduce: Switch = "auto"
-    """Reduce a bucket as soon as backward has made its gradients."""
+    """Reduce a bucket as soon as its gradients are complete."""
     overlap_param_gather: Switch = "auto"
     """Gather updated parameters under the next forward. Needs the distributed optimizer."""
     overlap_optimizer_step: Switch = "auto"
-    """Update a bucket as soon as it is reduced, in backward. Needs that nothing looks at all the gradients first."""
+    """Update a bucket in backward, as soon as it is reduced. Nothing may need all gradients first, such as clipping."""
     align_param_gather: Switch = "auto"
-    """Start the gathers of a pipeline's stages after the whole step, in the order of forward, not in each stage's last backward; on
-    NCCL ``auto`` does, with or without a pipeline."""
+    """Start the gathers of all pipeline stages after the step, in the order of forward, instead of in each stage's last backward. On
+    NCCL ``auto`` turns it on, with or without a pipeline."""
     bucket_size: int | Literal["auto"] = "auto"
-    """Elements at which a bucket closes. Smaller hides more, larger moves faster."""
+    """Elements at which a bucket closes. Smaller buckets hide more, larger ones are transferred faster."""
     param_gather_prefetch: int | Literal["all"] = "all"
-    """Buckets in flight ahead of the one that forward waits for."""
+    """Buckets that are gathered ahead of the one that forward waits for."""
     grad_reduce_dtype: Literal["fp32", "param"] = "fp32"
     """Dtype in which gradients are kept and reduced: fp32, or the parameter's."""
     reduce_scatter_with_fp32_accumulation: bool = False
-    """bf16 on the wire, sums in fp32. Halves the bytes of an fp32 reduction."""
+    """Send bf16 and sum in fp32. Halves the bytes of an fp32 reduction."""
     average_in_collective: bool = True
-    """Divide by the number of ranks in the reduction; otherwise before it."""
+    """Divide gradients by the number of ranks in the reduction; otherwise before it."""
     check_for_nan_in_grad: bool = False
-    """Raise before a gradient that is not finite is sent, naming parameter, bucket and rank."""
+    """Raise an error, with parameter, bucket and rank, if a gradient is NaN or infinite. Nothing is updated before this check."""
     num_optimizer_instances: int = 1
-    """Shard inside each of so many groups of ranks, and all-reduce across them."""
+    """Shard the optimizer inside each of so many groups of ranks, and all-reduce shards over the groups."""
     pad_buckets_for_high_nccl_busbw: bool = False
     """Pad buckets to multiples of 2**16 elements."""
 
@@ -75,19 +79,19 @@ class DataParallel:
 
 @dataclass(frozen=True, kw_only=True)
 class DataChoices(Choices):
-    """What was decided for data parallelism; for its settings see :class:`DataParallel`.
+    """The decisions for data parallelism; for the settings see :class:`DataParallel`.
 
     Attributes:
-        distributed_optimizer: what a rank updates: a flat shard of the elements, some whole parameters, or (``off``) everything.
-        gradients: the collective that reduces them.
-        overlap_grad_reduce: each bucket is reduced in backward.
-        overlap_param_gather: parameters are gathered under the next forward, before it, or (``off``) in the step.
-        overlap_optimizer_step: when buckets are updated; ``off``: all of them in the user's ``step()``.
-        align_param_gather: gathers start after the step, on all ranks in the order of forward.
+        distributed_optimizer: what a rank updates: a flat shard, some whole parameters, or (``off``) all parameters.
+        gradients: the collective that reduces gradients.
+        overlap_grad_reduce: whether buckets are reduced in backward.
+        overlap_param_gather: when parameters are gathered: under the next forward, before it, or (``off``) in the step.
+        overlap_optimizer_step: when buckets are updated; ``off``: all at once in the user's ``step()``.
+        align_param_gather: whether gathers start after the step, on all ranks in the order of forward.
         bucket_size: elements at which a bucket closes.
         grad_reduce_dtype: in which gradients are kept and reduced.
         num_optimizer_instances: groups of ranks inside each of which the optimizer is sharded.
-        later_parameters: parameters that are frozen now may be trained later.
+        later_parameters: whether parameters that are frozen at setup may be trained later.
     """
 
     distributed_optimizer: Choice[Literal["off", "elementwise shards", "whole parameters"]]
@@ -103,16 +107,16 @@ class DataChoices(Choices):
 
     @property
     def is_sharded(self) -> bool:
-        """Whether a rank updates a part of the parameters only."""
+        """Whether a rank updates a shard of the parameters only."""
         return self.distributed_optimizer.value != "off"
 
 
 def decide(config: DataParallel, degrees: Degrees, facts: Facts, *, overlap: bool) -> DataChoices | None:
-    """The home of this mode's gates; see :class:`lightning_overlap.modes.descriptor.Decide`."""
+    """Decides everything of this mode; see :class:`lightning_overlap.modes.descriptor.Decide`."""
     if degrees.data == 1:
         return None
     if facts.precision == "16-mixed":
-        raise ConfigError("precision 16-mixed scales the loss, which is not in this version; use bf16-mixed")
+        raise ConfigError("precision 16-mixed scales the loss, which is not supported; use bf16-mixed")
     optimizer = _optimizer(config, facts)
     sharded = optimizer.value != "off"
     gradients = _gradients(sharded, facts)
@@ -122,15 +126,15 @@ def decide(config: DataParallel, degrees: Degrees, facts: Facts, *, overlap: boo
         config.overlap_grad_reduce,
         best=True,
         otherwise=False,
-        because="a bucket is reduced as soon as backward has made its gradients",
+        because="a bucket is reduced as soon as its gradients are complete",
         overlap=overlap,
     )
     gather = _gather(config, facts, sharded=sharded, overlap=overlap)
     step = _step(config, facts, sharded=sharded, reduced=reduce.value, gathered=gather.value != "off", overlap=overlap)
-    wire = "sent in bf16, summed in fp32" if config.reduce_scatter_with_fp32_accumulation else "gradients are sent as they are kept"
+    wire = "sent in bf16, summed in fp32" if config.reduce_scatter_with_fp32_accumulation else "gradients are kept and sent in it"
     instances = config.num_optimizer_instances
     return DataChoices(
-        size=Choice(degrees.data, config.size, f"of {facts.world_size} ranks"),
+        size=Choice(degrees.data, config.size, _size_reason(degrees, facts)),
         distributed_optimizer=optimizer,
         gradients=gradients,
         overlap_grad_reduce=reduce,
@@ -144,6 +148,11 @@ def decide(config: DataParallel, degrees: Degrees, facts: Facts, *, overlap: boo
     )
 
 
+def _size_reason(degrees: Degrees, facts: Facts) -> str:
+    others = {"pipeline": degrees.pipeline, "context": degrees.context, "tensor": degrees.tensor}
+    return " / ".join([f"{facts.world_size} ranks", *(f"{name} {size}" for name, size in others.items() if size > 1)])
+
+
 def _needs_optimizer(sharded: bool) -> tuple[bool, str]:
     return not sharded, "it needs the distributed optimizer; set data_parallel.distributed_optimizer: true"
 
@@ -152,7 +161,7 @@ def _gather(
     config: DataParallel, facts: Facts, *, sharded: bool, overlap: bool
 ) -> Choice[Literal["off", "under next forward", "before next forward"]]:
     best: Literal["under next forward", "before next forward"] = "before next forward" if facts.compiled else "under next forward"
-    compiled = "compiled code cannot wait for single weights, so all of them are waited for before it"
+    compiled = "compiled code cannot wait for a single weight, so all are gathered before it runs"
     return settle(
         "data_parallel.overlap_param_gather",
         config.overlap_param_gather,
@@ -169,7 +178,7 @@ def _step(
 ) -> Choice[Literal["off", "in backward", "after backward"]]:
     inseparable = [f.reason for f in facts.optimizers or () if not f.separable]
     readers = ", ".join(facts.gradient_readers)
-    # A step that looks at all the gradients comes after backward, and can still go bucket by bucket, each followed by its gather.
+    # A step that needs all gradients comes after backward. It can still update one bucket after the other, each before its gather.
     by_bucket = overlap and config.overlap_optimizer_step == "auto" and gathered and not inseparable
     otherwise: Literal["off", "after backward"] = "after backward" if by_bucket else "off"
     return settle(
@@ -177,13 +186,13 @@ def _step(
         config.overlap_optimizer_step,
         best="in backward",
         otherwise=otherwise,
-        because="nothing looks at all the gradients before the step",
+        because="nothing needs all gradients before the step",
         blockers=[
             _needs_optimizer(sharded),
             (not reduced, "gradients are not reduced in backward; set data_parallel.overlap_grad_reduce: true"),
-            (bool(facts.gradient_clip_val), "gradient_clip_val looks at all the gradients; train without it"),
+            (bool(facts.gradient_clip_val), "gradient_clip_val needs all gradients before the step; train without it"),
             (bool(readers), f"{readers} may read or change gradients; remove it"),
-            (config.check_for_nan_in_grad, "check_for_nan_in_grad must pass before any update; turn it off"),
+            (config.check_for_nan_in_grad, "check_for_nan_in_grad checks all gradients before the step; turn it off"),
             (bool(inseparable), "; ".join(inseparable) + "; use an optimizer such as AdamW"),
         ],
         overlap=overlap,
@@ -202,28 +211,31 @@ def _alignment(
 ) -> Choice[bool]:
     ordered = facts.backend == "nccl"
     alone = degrees.pipeline == 1 and not ordered
+    asked = config.align_param_gather is True
     earlier = step.value == "in backward"
     if ordered and earlier and config.align_param_gather is False:
         raise ConfigError(
-            "data_parallel.align_param_gather: false cannot run on NCCL: a gather that is posted when a rank sees that a reduce has "
-            "arrived stands before reduces that another rank has posted first, and may wait for them. Leave it out"
+            "data_parallel.align_param_gather: false can deadlock on NCCL: NCCL needs the same order of collectives on all ranks, "
+            "and without alignment each rank starts its all-gathers when its own reductions complete. Remove the setting, or set "
+            "it to auto"
         )
     return settle(
         "data_parallel.align_param_gather",
         config.align_param_gather,
         best=True,
         otherwise=False,
-        because="all ranks post in one order on NCCL"
-        if ordered
-        else "all stages gather in the order of forward once the step is over",
+        because="on NCCL all ranks must post in one order" if ordered else "after the step, all stages gather in the order of forward",
         blockers=[
-            (alone, "one rank has all stages; leave it out, or set pipeline_parallel.size"),
+            (
+                alone,
+                "no pipeline: there are no stages to align" + ("; remove the setting, or set pipeline_parallel.size" if asked else ""),
+            ),
             _needs_optimizer(sharded),
             (gather.value == "off", "parameters are gathered in the step; set data_parallel.overlap_param_gather: true"),
-            (config.param_gather_prefetch != "all", "forward posts what param_gather_prefetch bounds; set it to all"),
+            (config.param_gather_prefetch != "all", "with param_gather_prefetch, forward posts the gathers; set it to all"),
             (
                 config.align_param_gather == "auto" and not alone and not ordered,
-                UNALIGNED if earlier else "all stages gather after backward as it is",
+                UNALIGNED if earlier else "all stages gather after backward without it",
             ),
         ],
         overlap=overlap,
@@ -242,19 +254,19 @@ def _optimizer(config: DataParallel, facts: Facts) -> Choice[Literal["off", "ele
         config.distributed_optimizer,
         best=best,
         otherwise="off",
-        because="; ".join(whole) or "; ".join(f.reason for f in facts.optimizers or ()) or "the optimizer is not known yet",
+        because="; ".join(whole) or "; ".join(f.reason for f in facts.optimizers or ()) or UNKNOWN_OPTIMIZER,
         blockers=[
             (
                 not facts.automatic_optimization,
-                "with manual optimization user code toggles and steps whole parameters; set automatic_optimization = True",
+                "with manual optimization user code steps unsharded parameters; set automatic_optimization = True",
             ),
             (bool(coupled), f"{'; '.join(coupled)}; use an optimizer such as AdamW"),
             (
                 bool(readers),
-                f"{', '.join(readers)} reads the optimizer's state outside of the step, by parameters, and would find none in shards; "
-                "use an optimizer without",
+                f"{', '.join(readers)} reads the optimizer's state outside the step, by parameter, but the state is sharded; use an "
+                "optimizer that does not",
             ),
-            (bool(facts.unfreezers), f"{', '.join(facts.unfreezers)} brings in parameters while training; remove it"),
+            (bool(facts.unfreezers), f"{', '.join(facts.unfreezers)} adds parameters during training; remove it"),
         ],
     )
 
@@ -263,7 +275,7 @@ def _gradients(sharded: bool, facts: Facts) -> Choice[Literal["all-reduce", "red
     if not sharded:
         return Choice("all-reduce", None, "every rank updates every parameter")
     if facts.gradient_readers:
-        return Choice("all-reduce", None, f"{', '.join(facts.gradient_readers)} may read gradients, so every rank gets all of them")
+        return Choice("all-reduce", None, f"{', '.join(facts.gradient_readers)} may read gradients, so each rank gets all gradients")
     return Choice("reduce-scatter", None, "each rank needs the gradients of its shard only")
 
 
@@ -272,15 +284,22 @@ def _bucket_size(config: DataParallel, degrees: Degrees, facts: Facts) -> Choice
         return Choice(config.bucket_size, config.bucket_size, "elements")
     large = max(40_000_000, 1_000_000 * degrees.data)
     if facts.parameters is None:
-        return Choice(large, "auto", "elements; a smaller model gets 32 buckets")
-    of_rank = facts.parameters // (degrees.pipeline * degrees.tensor)
-    size = min(large, max(of_rank // 32, 65_536))
-    return Choice(size, "auto", f"elements: {of_rank:,} parameters a rank / 32, at least 65,536 and at most {large:,}")
+        return Choice(large, "auto", "elements, the maximum; a smaller model gets 32 buckets")
+    per_rank = facts.parameters // (degrees.pipeline * degrees.tensor)
+    share = per_rank // 32
+    limit = ""
+    if share < MIN_BUCKET:
+        limit = f" = {share:,}, raised to the minimum {MIN_BUCKET:,}"
+    elif share > large:
+        limit = f" = {share:,}, lowered to the maximum {large:,}"
+    return Choice(min(large, max(share, MIN_BUCKET)), "auto", f"elements: {per_rank:,} parameters per rank / 32{limit}")
 
 
 def _refuse_settings(config: DataParallel, size: int, *, sharded: bool, scattered: bool) -> None:
-    """Raises:
-    ConfigError: with every reason against settings that decide nothing.
+    """Checks settings that are no decision of their own.
+
+    Raises:
+        ConfigError: with every reason against them.
     """
     instances = config.num_optimizer_instances
     reasons = [

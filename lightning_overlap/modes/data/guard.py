@@ -1,23 +1,23 @@
-"""Reading a parameter completes it, wherever the reader stands.
+"""Whoever reads a parameter waits until it is complete.
 
-While a bucket is gathered under the next forward, its weights are partly old. Waiting in a forward pre-hook of the module
-that owns them is not enough: ``nn.MultiheadAttention`` reads its child's weight without calling the child, tied heads read
-``embedding.weight``, callbacks copy weights for averages. All of them go through ``module._parameters``, so that is where
-the first wait is. (DeepSpeed's ZeRO-3 intercepts the same place for parameters that are used outside their module.)
+While a bucket is gathered under the next forward, its parameters are partly old. A forward pre-hook that waits is not enough:
+``nn.MultiheadAttention`` reads the weight of a child without calling it, tied heads read ``embedding.weight``, and callbacks copy
+weights for averages. All of them read ``module._parameters``, which is therefore replaced by a dictionary that waits.
+(DeepSpeed's ZeRO-3 intercepts the same dictionary for parameters that are used outside their module.)
 
-A reference that somebody keeps (a list of parameters, ``optimizer.param_groups``, an average's list) does not go through the
-module. Therefore an incomplete parameter also has another class, whose ``__torch_function__`` waits before any function of torch
-reads or writes it. The module's guard stays, since it comes first, and since extensions in C++ ask no ``__torch_function__``.
+A kept reference (a list of parameters, ``optimizer.param_groups``) does not go through the module. So an incomplete parameter also
+has another class, whose ``__torch_function__`` waits before a function of torch reads or writes it. The dictionary is still needed:
+it waits first, and C++ extensions do not call ``__torch_function__``.
 
-What neither sees: a view that was taken earlier (``parameter.data``, ``parameter.detach()``) and is used while its parameter is
-incomplete. A write through a detached view is found by the parameter's version, and is an error (``Gathers.finish``).
+Neither sees an earlier view (``parameter.data``, ``parameter.detach()``) that is used while its parameter is incomplete. The
+parameter's version shows a write through a detached view, which is an error (``Gathers.finish``).
 """
 
 from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Callable, Iterable, Sized
+from collections.abc import Callable, Container, Iterable, Sized
 from typing import Any, ClassVar
 
 import torch
@@ -25,11 +25,11 @@ from torch import Tensor, nn
 from torch.compiler import is_compiling
 
 from lightning_overlap.model.trees import leaves
-from lightning_overlap.torch_seams import WithoutSubclasses
+from lightning_overlap.torch_seams import WithoutSubclasses, parameters_of, set_parameters
 
 
 class GuardedParameters(dict[str, "nn.Parameter | None"]):
-    """``module._parameters`` that calls ``complete(parameter)`` before it gives one away, while ``incomplete`` is not empty."""
+    """``module._parameters`` that calls ``complete(parameter)`` before it returns a parameter, while ``incomplete`` is not empty."""
 
     def __init__(self, plain: dict[str, nn.Parameter | None], incomplete: Sized, complete: Callable[[nn.Parameter], None]) -> None:
         super().__init__(plain)
@@ -48,7 +48,7 @@ class GuardedParameters(dict[str, "nn.Parameter | None"]):
         return self._checked(super().get(name, default))
 
     def values(self) -> Any:
-        if is_compiling():  # what was compiled begins with complete weights
+        if is_compiling():  # compiled code starts with complete parameters
             return super().values()
         for parameter in super().values():
             self._checked(parameter)
@@ -64,7 +64,7 @@ class GuardedParameters(dict[str, "nn.Parameter | None"]):
 
 
 class CompleteBefore:
-    """A forward pre-hook that completes all of a module's parameters. Copies and pickles of the module do without."""
+    """A forward pre-hook that completes all of a module's parameters. In copies and pickles of the module it does nothing."""
 
     def __init__(self, parameters: GuardedParameters) -> None:
         self._parameters = parameters
@@ -77,7 +77,7 @@ class CompleteBefore:
 
 
 def _nothing(parameter: nn.Parameter) -> None:
-    """What completes nothing."""
+    """Completes nothing."""
 
 
 _ATTRIBUTES = "grad_fn is_leaf shape dtype device ndim layout is_sparse is_cuda is_cpu is_meta nbytes itemsize _version output_nr name"
@@ -96,11 +96,11 @@ _READ_NO_VALUES = frozenset(
         torch.is_complex,
     ]
 )
-"""Functions that ask for or change what belongs to a parameter besides its values: they wait for nothing."""
+"""Functions that read no values of a parameter, only its attributes: they do not wait."""
 
 
 class IncompleteParameter:
-    """The class of an incomplete parameter, before its own class. Every use of the values completes it."""
+    """The first base of an incomplete parameter's class; its ordinary class is the second. Every use of the values waits for them."""
 
     complete: ClassVar[Callable[[nn.Parameter], None]]
     plain: ClassVar[type[nn.Parameter]]
@@ -125,8 +125,41 @@ class IncompleteParameter:
         return self.__reduce_ex__(protocol)
 
 
+class GuardedModules:
+    """Modules whose parameters are completed before they are read.
+
+    Args:
+        incomplete: empty while all parameters are complete.
+        complete: completes a parameter.
+    """
+
+    def __init__(self, incomplete: Sized, complete: Callable[[nn.Parameter], None]) -> None:
+        self._incomplete = incomplete
+        self._complete = complete
+        self._modules: list[nn.Module] = []
+        self._hooks: list[Any] = []
+
+    def guard(self, model: nn.Module, ids: Container[int]) -> None:
+        """Guards the modules of a model that hold any of the parameters with these ids."""
+        for module in model.modules():
+            if any(p is not None and id(p) in ids for p in parameters_of(module).values()):
+                guarded = GuardedParameters(parameters_of(module), self._incomplete, self._complete)
+                set_parameters(module, guarded)
+                self._modules.append(module)
+                if isinstance(module, nn.RNNBase):  # reads its weights from a list, not from the dictionary
+                    self._hooks.append(module.register_forward_pre_hook(CompleteBefore(guarded)))
+
+    def free(self) -> None:
+        """Makes the modules ordinary again."""
+        for hook in self._hooks:
+            hook.remove()
+        for module in self._modules:
+            set_parameters(module, dict(parameters_of(module)))
+        self._modules, self._hooks = [], []
+
+
 class ReferenceGuard:
-    """Gives parameters a class that completes them when they are used, and takes it back.
+    """Gives incomplete parameters a class that completes them when they are used.
 
     Args:
         complete: completes a parameter, and so calls :meth:`free` with it.
@@ -135,10 +168,10 @@ class ReferenceGuard:
     def __init__(self, complete: Callable[[nn.Parameter], None]) -> None:
         self._complete = complete
         self._classes: dict[type[nn.Parameter], type[nn.Parameter]] = {}
-        self._said = False
+        self._warned = False
 
     def guard(self, parameters: Iterable[nn.Parameter]) -> None:
-        """From here on these are incomplete."""
+        """Gives parameters the guarding class."""
         for parameter in parameters:
             if not isinstance(parameter, IncompleteParameter):
                 parameter.__class__ = self._class_for(type(parameter))
@@ -151,17 +184,17 @@ class ReferenceGuard:
 
     @staticmethod
     def free(parameters: Iterable[nn.Parameter]) -> None:
-        """These are complete."""
+        """Gives parameters, which are complete, their ordinary class again."""
         for parameter in parameters:
             if isinstance(parameter, IncompleteParameter):
                 parameter.__class__ = type(parameter).plain  # type: ignore[assignment]
 
     def _use(self, parameter: nn.Parameter) -> None:
-        if not self._said:
-            self._said = True
+        if not self._warned:
+            self._warned = True
             warnings.warn(
-                "weights are used here through a reference that was kept, before forward has read them: their gather is waited for "
-                "here, and is hidden less (said once). It is hidden again if they are used later, or only now and then",
+                "weights are used through a kept reference before forward has read them, so their gather is waited for and is less "
+                "hidden (warned once). Use them after forward, or less often",
                 stacklevel=3,
             )
         self._complete(parameter)

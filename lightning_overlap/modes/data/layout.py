@@ -1,4 +1,4 @@
-"""Where each parameter lies in the flat buffers, and where each bucket begins and ends. Arithmetic only.
+"""Offsets of parameters and buckets in the flat buffers. Arithmetic only.
 
 The rules are Megatron-Core's, since they decide the bytes of sharded states: parameters in reverse order of registration
 (close to the order of their gradients); a bucket closes once it holds at least ``bucket_size`` elements, and never splits
@@ -21,13 +21,13 @@ def pad(offset: int, multiple: int) -> int:
 
 
 def bucket_multiple(shards: int, high_busbw: bool = False) -> int:
-    """What the end of a sharded bucket is a multiple of, in elements."""
+    """Returns the number of elements of which the end of a sharded bucket is a multiple."""
     return math.lcm(shards, 128, 2**16 if high_busbw else 1)
 
 
 @dataclass(frozen=True)
 class Slot:
-    """Place of a parameter, in elements of the flat buffer."""
+    """Offsets of a parameter in the flat buffer, in elements."""
 
     parameter: int
     start: int
@@ -36,27 +36,27 @@ class Slot:
 
 @dataclass(frozen=True)
 class Bucket:
-    """A piece of the flat buffer that is transferred at once, in elements; ``end`` includes padding."""
+    """Offsets of a bucket in the flat buffer, in elements; ``end`` includes padding."""
 
     index: int
     start: int
     end: int
     slots: tuple[Slot, ...]
 
-    def bounds(self, shards: int, *, whole: bool) -> tuple[int, ...]:
-        """``shards + 1`` offsets from ``start``: the ranks' pieces, equal ones, or runs of whole parameters.
+    def bounds(self, shards: int, *, whole_parameters: bool) -> tuple[int, ...]:
+        """Returns the ``shards + 1`` offsets from ``start`` between which the ranks' shards lie.
 
-        Whole parameters are dealt out in their order, each to the rank in whose equal piece its middle lies, so that no
-        piece is far from an equal one unless a single parameter is.
+        Shards are equal, or hold whole parameters: each parameter then belongs to the rank in whose equal shard its middle lies. So
+        a shard's size is far from an equal share only if a single parameter's is.
         """
         size = self.end - self.start
         equal = [size * r // shards for r in range(shards + 1)]
-        if not whole:
+        if not whole_parameters:
             return tuple(equal)
         cuts = [0] * shards + [size]
         for rank in range(1, shards):
-            inside = [s.start - self.start for s in self.slots if (s.start + s.end) / 2 - self.start >= equal[rank]]
-            cuts[rank] = min(inside, default=size)
+            starts = [s.start - self.start for s in self.slots if (s.start + s.end) / 2 - self.start >= equal[rank]]
+            cuts[rank] = min(starts, default=size)
         return tuple(cuts)
 
 
@@ -68,14 +68,14 @@ def lay_out(
     sharded: bool,
     high_busbw: bool = False,
 ) -> tuple[Bucket, ...]:
-    """Buckets of parameters.
+    """Divides parameters into buckets, from the last parameter to the first.
 
     Args:
-        sizes: elements of each parameter, in the order of registration (or in reverse of the order seen in backward).
+        sizes: elements of each parameter, in the order of registration (or in reverse of the order of their gradients).
         bucket_size: a bucket closes at this number of elements; None: one bucket.
         shards: ranks over which a bucket is sharded.
-        sharded: whether the optimizer is distributed; without, nothing is padded.
-        high_busbw: pad the ends of buckets further.
+        sharded: whether the optimizer is distributed. If not, buckets are not padded.
+        high_busbw: pad buckets to multiples of 2**16 elements.
     """
     buckets: list[Bucket] = []
     slots: list[Slot] = []
@@ -100,16 +100,18 @@ def lay_out(
 
 
 def lateness(layout: Sequence[Bucket], sizes: Sequence[int], order: Sequence[int]) -> float:
-    """How late buckets can be sent, from 0 to 1: the part of all gradients that is there when a bucket's last one is.
+    """Returns how late buckets can be sent, from 0 to 1: the part of all gradients that exists when a bucket is complete.
+
+    The mean over the buckets, weighted by their sizes.
 
     Args:
         layout: the buckets.
         sizes: elements of each parameter.
         order: the parameters in the order of their gradients.
     """
-    there, total = {}, 0
+    elements_until, total = {}, 0
     for parameter in order:
         total += sizes[parameter]
-        there[parameter] = total
-    ready = sum(sum(sizes[s.parameter] for s in b.slots) * max(there[s.parameter] for s in b.slots) for b in layout)
+        elements_until[parameter] = total
+    ready = sum(sum(sizes[s.parameter] for s in b.slots) * max(elements_until[s.parameter] for s in b.slots) for b in layout)
     return ready / total**2 if total else 0.0

@@ -1,4 +1,4 @@
-"""The user's optimizer, stepping this rank's pieces of the buckets."""
+"""Lets the user's optimizer update this rank's shards of the buckets."""
 
 from __future__ import annotations
 
@@ -20,19 +20,19 @@ OWNER = "_lightning_overlap_owner"
 
 
 class ShardedOptimizer:
-    """Lets an optimizer hold the state of this rank's pieces only.
+    """Lets an optimizer hold the state of this rank's shards only.
 
-    Its ``param_groups`` are the user's, and the shards stand in their place while ``step()`` runs, whoever calls it
-    (optimizer step hooks). Its update is elementwise, or the pieces are whole parameters, so the numbers are the same.
+    ``param_groups`` hold the user's parameters, and this rank's shards while ``step()`` runs, whoever calls it (hooks of the step).
+    The update is elementwise, or shards are whole parameters, so the numbers are those of the unsharded optimizer.
 
     Args:
         optimizer: the user's.
-        buckets: the mode's, the same list for as long as the mode lives.
-        gathers: where updated buckets go.
-        whole: pieces end where parameters end.
-        by_bucket: whether it may step a bucket at a time.
-        gather_at_once: whether ``step()`` ends with complete parameters.
-        reduced_in_pieces: whether this rank has the reduced gradients of its pieces only.
+        buckets: the mode's; the list is the same object as long as the mode lives.
+        gathers: of the updated buckets.
+        whole_parameters: a shard ends where a parameter ends.
+        by_bucket: whether it may update one bucket at a time.
+        gather_at_once: whether parameters are complete at the end of ``step()``.
+        scattered: whether this rank has the reduced gradients of its shards only.
     """
 
     def __init__(
@@ -41,32 +41,32 @@ class ShardedOptimizer:
         buckets: list[LiveBucket],
         gathers: Gathers,
         *,
-        whole: bool,
+        whole_parameters: bool,
         by_bucket: bool,
         gather_at_once: bool,
-        reduced_in_pieces: bool,
+        scattered: bool,
     ) -> None:
         self._optimizer = optimizer
         self._buckets = buckets
         self._gathers = gathers
-        self._whole = whole
+        self._whole_parameters = whole_parameters
         self._by_bucket = by_bucket
         self._gather_at_once = gather_at_once
-        self._reduced_in_pieces = reduced_in_pieces
-        self._users: list[list[nn.Parameter]] = []  # the user's param_groups, while the shards stand in their place
+        self._scattered = scattered
+        self._users: list[list[nn.Parameter]] = []  # of the user's param_groups, while these hold shards
         self._stepping = self._released = False
-        earlier: ShardedOptimizer | None = getattr(optimizer, OWNER, None)  # the module may give the same object in each fit
-        given: dict[str, Any] | None = optimizer.state_dict() if earlier is None and optimizer.state else None
+        earlier: ShardedOptimizer | None = getattr(optimizer, OWNER, None)  # an optimizer may be used in several fits
+        initial: dict[str, Any] | None = optimizer.state_dict() if earlier is None and optimizer.state else None
         if earlier is not None:
-            given = earlier.disown()
-            for group in groups_of(buckets):  # the first rank of each has the states of the group's parameters
-                given["state"] = {**given["state"], **group.share_object(given["state"])}
+            initial = earlier.disown()
+            for group in groups_of(buckets):  # the first rank of a group has the states of the group's parameters
+                initial["state"] = {**initial["state"], **group.share_object(initial["state"])}
         setattr(optimizer, OWNER, self)
         self._names = state.original_names(optimizer, buckets)
-        self._cut()
-        if given is not None:
+        self._make_shards()
+        if initial is not None:
             optimizer.state.clear()
-            self.load(given)
+            self.load(initial)
         self._hooks = [
             optimizer.register_step_pre_hook(self._before_step),
             optimizer.register_step_post_hook(self._after_step),
@@ -78,7 +78,7 @@ class ShardedOptimizer:
 
     # -- shards ------------------------------------------------------------------------------------------------------
 
-    def _cut(self) -> None:
+    def _make_shards(self) -> None:
         group_of = {id(p): g for g, group in enumerate(self._optimizer.param_groups) for p in group["params"]}
         self._shards: list[list[nn.Parameter]] = [[] for _ in self._optimizer.param_groups]
         for bucket in self._buckets:
@@ -87,45 +87,45 @@ class ShardedOptimizer:
                 self._shards[segment.group].append(segment.parameter)
 
     def _segment(self, bucket: LiveBucket, group_of: Mapping[int, int]) -> None:
-        """Cuts this rank's piece of a bucket where the optimizer's group changes (at every parameter, if they stay whole)."""
-        own = bucket.own
+        """Divides this rank's shard of a bucket where the optimizer's group changes; whole parameters also at each parameter."""
+        shard = bucket.shard
         if bucket.data.dtype in HALF:
-            bucket.main = bucket.data[own].float()
+            bucket.main = bucket.data[shard].float()
         runs: list[tuple[int, int, int, nn.Parameter]] = []  # group, start, end, first parameter
         for slot, parameter in zip(bucket.layout.slots, bucket.parameters, strict=True):
-            start = max(slot.start - bucket.layout.start, own.start)
-            end = min(slot.end - bucket.layout.start, own.stop)
+            start = max(slot.start - bucket.layout.start, shard.start)
+            end = min(slot.end - bucket.layout.start, shard.stop)
             group = group_of.get(id(parameter))
             if start >= end or group is None:
                 continue
-            if runs and runs[-1][0] == group and not self._whole and _only_padding(bucket, runs[-1][2], start):
+            if runs and runs[-1][0] == group and not self._whole_parameters and _only_padding(bucket, runs[-1][2], start):
                 runs[-1] = (group, runs[-1][1], end, runs[-1][3])
             else:
                 runs.append((group, start, end, parameter))
         for group, start, end, first in runs:
-            flat = bucket.data[start:end] if bucket.main is None else bucket.main[start - own.start : end - own.start]
-            parameter = nn.Parameter(flat.view(first.shape) if self._whole else flat)
-            setattr(parameter, COUNTED_ELSEWHERE, is_counted_elsewhere(first))  # as all of a bucket
+            flat = bucket.data[start:end] if bucket.main is None else bucket.main[start - shard.start : end - shard.start]
+            parameter = nn.Parameter(flat.view(first.shape) if self._whole_parameters else flat)
+            setattr(parameter, COUNTED_ELSEWHERE, is_counted_elsewhere(first))  # equal in a bucket
             bucket.segments.append(Segment(parameter, group, start, end))
 
     def move(self, old: Sequence[LiveBucket]) -> None:
-        """The buckets are new: cuts them, and takes the state along from the old ones."""
-        self._cut()
+        """Makes shards of the new buckets, and moves the state there from the ``old`` ones. Collective."""
+        self._make_shards()
         state.move(self._optimizer, old, self._buckets)
 
     # -- step --------------------------------------------------------------------------------------------------------
 
     def parameters(self) -> list[nn.Parameter]:
-        """This rank's shards, with their part of the reduced gradients: what clipping looks at."""
+        """Returns this rank's shards, with their part of the reduced gradients."""
         for bucket in self._reduced():
             self._take_gradients(bucket)
         return [parameter for group in self._shards for parameter in group]
 
     def update(self, bucket: LiveBucket) -> None:
-        """Steps the segments of one reduced bucket, and sends them."""
+        """Updates this rank's shard of one reduced bucket, and schedules the gather of the bucket."""
         self._take_gradients(bucket)
         self._gathers.finish(bucket)
-        self.adopt(bucket)  # of weights that the user's hooks have written since the last step
+        self.adopt(bucket)  # hooks may have written weights since the last step
         users = self._put([[s.parameter for s in bucket.segments if s.group == index] for index in range(len(self._shards))])
         self._stepping = True
         try:
@@ -136,15 +136,15 @@ class ShardedOptimizer:
         self._publish(bucket)
 
     def _before_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Before ``optimizer.step()``, whoever calls it: the shards take the places of the user's parameters."""
+        """Puts the shards into ``param_groups`` before ``optimizer.step()``, whoever calls it."""
         if self._stepping:
             return None
         if self._released:
-            raise ConfigError("after fit the optimizer's state is in the ranks' shards: make a new optimizer to step by hand")
+            raise ConfigError("the optimizer's state stays sharded after fit, so it cannot step. Make a new optimizer")
         result = None
         closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
         if closure is not None:
-            # It runs backward, which must be over before the shards can be stepped.
+            # The closure runs backward, which must end before the shards are updated.
             with torch.enable_grad():
                 loss = closure()
             result = (args[0], lambda: loss), {key: value for key, value in kwargs.items() if key != "closure"}
@@ -170,28 +170,28 @@ class ShardedOptimizer:
 
     def _before_state_dict(self, optimizer: Optimizer) -> None:
         raise ConfigError(
-            "the optimizer's state is sharded over the ranks; trainer.save_checkpoint() saves the whole of it, and "
-            "trainer.strategy.optimizer_state(optimizer), called on every rank, gives it to the first"
+            "the optimizer's state is sharded over the ranks. trainer.save_checkpoint() saves it complete. "
+            "trainer.strategy.optimizer_state(optimizer), called on every rank, returns it complete on the first rank"
         )
 
     def _put(self, parameters: Sequence[list[nn.Parameter]]) -> list[list[nn.Parameter]]:
-        """Puts parameters into the param_groups and gives those that were there."""
+        """Replaces the parameters of ``param_groups``, and returns the former ones."""
         before = [group["params"] for group in self._optimizer.param_groups]
-        for group, mine in zip(self._optimizer.param_groups, parameters, strict=True):
-            group["params"] = mine
+        for group, new in zip(self._optimizer.param_groups, parameters, strict=True):
+            group["params"] = new
         return before
 
     def _reduced(self) -> list[LiveBucket]:
-        """Those with fresh gradients, the same on all ranks, in the order in which forward reads them."""
+        """Returns the buckets with new gradients, the same on all ranks, in the order in which forward reads them."""
         return sorted((b for b in self._buckets if b.has_new_gradients), key=lambda b: b.order)
 
     def _take_gradients(self, bucket: LiveBucket) -> None:
-        """The segments get their part of the reduced gradients, once."""
+        """Gives the segments their part of the reduced gradients, once a step."""
         if bucket.phase is Phase.TAKEN:
             return
         bucket.phase = Phase.TAKEN
-        if not self._reduced_in_pieces:
-            # Everyone has the whole gradients, and the user's hooks may have put others in their place, or none.
+        if not self._scattered:
+            # Every rank has all gradients, and the user's hooks may have replaced or removed them.
             if all(parameter.grad is None for parameter in bucket.parameters):
                 bucket.phase = Phase.IDLE
                 return
@@ -213,43 +213,43 @@ class ShardedOptimizer:
     # -- state -------------------------------------------------------------------------------------------------------
 
     def state(self) -> dict[str, Any]:
-        """The unsharded state on the first rank of each bucket's group, as :func:`state.gather` gives it. Collective."""
+        """Returns the unsharded state on the first rank of each bucket's group; see :func:`state.gather`. Collective."""
         return state.gather(self._optimizer, self._buckets, self._names)
 
     def load(self, state_dict: dict[str, Any]) -> None:
-        """Takes this rank's share of an unsharded state."""
+        """Loads this rank's part of an unsharded state."""
         state.load(self._optimizer, self._buckets, self._names, state_dict)
         self.adopt_parameters()
 
     def shards(self, saved: Mapping[str, Mapping[str, Any]] | None) -> dict[str, dict[str, Any]]:
-        """This rank's part of the state, as :func:`state.shards` gives it."""
+        """Returns this rank's part of the state; see :func:`state.shards`."""
         return state.shards(self._optimizer, self._buckets, saved)
 
     def adopt_parameters(self) -> None:
-        """The weights have been written: the main parameters follow."""
+        """Sets main parameters to the weights, after these were written."""
         for bucket in self._buckets:
             self.adopt(bucket)
 
     def adopt(self, bucket: LiveBucket) -> None:
-        """A main parameter that does not round to its weight is of another time: the weight counts."""
+        """Sets a main parameter to its weight, unless it rounds to the weight: the weight was then not written."""
         if bucket.main is not None and not self._released:
-            weights = bucket.data[bucket.own]
+            weights = bucket.data[bucket.shard]
             torch.where(bucket.main.to(weights.dtype) == weights, bucket.main, weights, out=bucket.main)
 
     def release(self) -> None:
-        """The fit is over: the state stays, for checkpoints and for a next fit, and nothing steps any more."""
+        """Ends the updates after a fit. The state stays, for checkpoints and for the next fit."""
         self._released = True
 
     def disown(self) -> dict[str, Any]:
-        """Gives the optimizer and its state away. Collective, as :meth:`state`."""
-        given = self.state()
+        """Returns the state as :meth:`state`, and leaves the optimizer without state, hooks and owner. Collective."""
+        released = self.state()
         for hook in self._hooks:
             hook.remove()
         delattr(self._optimizer, OWNER)
         self._optimizer.state.clear()
-        return given
+        return released
 
 
 def _only_padding(bucket: LiveBucket, start: int, end: int) -> bool:
-    """Whether no parameter lies between two places: zeros with zero gradients, which every optimizer leaves alone."""
+    """Whether no parameter lies between two offsets. Padding is zeros with zero gradients, which no optimizer changes."""
     return not any(start < s.end - bucket.layout.start and s.start - bucket.layout.start < end for s in bucket.layout.slots)

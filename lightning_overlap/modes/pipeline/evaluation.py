@@ -19,7 +19,7 @@ from weakref import WeakValueDictionary
 
 import torch
 
-from lightning_overlap.model.block_stack import ARGUMENTS, Leaf, Pass
+from lightning_overlap.model.block_pass import ARGUMENTS, Leaf, Pass
 from lightning_overlap.modes.pipeline.flow import Flow
 from lightning_overlap.modes.pipeline.transfers import Form
 from lightning_overlap.ranks.group import Group, Pending
@@ -33,7 +33,7 @@ class _Handed:
     """What a stage hands on.
 
     Attributes:
-        outputs: by block so far, what it returns, as in :class:`lightning_overlap.model.block_stack.Pass`.
+        outputs: by block so far, what it returns, as in :class:`lightning_overlap.model.block_pass.Pass`.
         places: by leaf, which of the tensors it is. Several blocks may return the same one.
         forms: of the tensors.
     """
@@ -72,26 +72,26 @@ class Evaluation:
             again: called where the model is called a second time; None: it is gone through once more.
         """
         rank = self._group.rank
-        how = Pass(run=frozenset(), stop=size, first=self._placement[0] == rank)
+        current_pass = Pass(run=frozenset(), stop=size, is_first=self._placement[0] == rank)
         if self._flow is None:
-            how.kept = WeakValueDictionary()
+            current_pass.kept = WeakValueDictionary()
         sources: dict[int, int] = {}  # by stage whose tensors come to this rank, in the order in which they come
         for before, stage in pairwise(self._filled):
             source, target = self._placement[max(before, 0)], self._placement[stage]
             if target == rank:
-                how.run |= frozenset(self._stages[stage])
+                current_pass.run |= frozenset(self._stages[stage])
             if source != target == rank:
                 sources[before] = source
             if target != source == rank:
-                how.leave[self._last_block(before)] = partial(self._hand_on, how, before, [target])
+                current_pass.after_block[self._last_block(before)] = partial(self._hand_on, current_pass, before, [target])
         going_on = range(self._group.size) if alone is None else [alone]
         if self._placement[self._end] == rank:
             others = [other for other in going_on if other != rank]
-            how.leave[self._last_block(self._end)] = partial(self._hand_on, how, self._end, others)
+            current_pass.after_block[self._last_block(self._end)] = partial(self._hand_on, current_pass, self._end, others)
         elif rank in going_on:
             sources[self._end] = self._placement[self._end]
         if rank not in going_on:
-            how.stop = max(how.run, default=-1) + 1
+            current_pass.stop = max(current_pass.run, default=-1) + 1
         arrived: set[int] = set()
 
         def arrive(block: int) -> None:
@@ -100,38 +100,40 @@ class Evaluation:
             stage = next(stage for stage in sources if self._last_block(stage) >= block)
             if stage not in arrived:
                 arrived.add(stage)
-                self._receive(how, stage, sources[stage])
+                self._receive(current_pass, stage, sources[stage])
 
         def start_again() -> None:
             arrived.clear()
-            how.carried.clear()
-            how.kept.clear()
+            current_pass.received.clear()
+            current_pass.kept.clear()
 
-        how.arrive, how.again = (arrive if sources else None), again or start_again
-        how.wanted = lambda leaf: any(self._goes_on(how, stage, leaf) for stage in self._filled)
-        return how
+        current_pass.receive, current_pass.restart = (arrive if sources else None), again or start_again
+        current_pass.is_kept = lambda leaf: any(self._goes_on(current_pass, stage, leaf) for stage in self._filled)
+        return current_pass
 
     def _last_block(self, stage: int) -> int:
         return self._stages[stage][-1] if stage >= 0 else ARGUMENTS
 
-    def _goes_on(self, how: Pass, stage: int, leaf: Leaf) -> bool:
+    def _goes_on(self, current_pass: Pass, stage: int, leaf: Leaf) -> bool:
         """Whether a stage hands on a tensor."""
-        if self._flow is None or leaf == (self._last_block(stage), how.hidden) or self._flow.is_new(leaf):
+        hidden = current_pass.progress.hidden_index
+        if self._flow is None or leaf == (self._last_block(stage), hidden) or self._flow.is_new(leaf):
             return True
         if stage < self._end:
             return leaf in self._flow.after(max(stage, 0))
         # After the blocks the last stage uses of its own ones what it uses of others, but for the hidden states that come to it.
         first = min(self._stages[self._end])
         if first == 0:  # there are no others
-            return leaf[1] != how.hidden
-        return leaf[1] in {number for block, number in self._flow.uses[-1] if number != how.hidden or block < first - 1}
+            return leaf[1] != hidden
+        return leaf[1] in {number for block, number in self._flow.uses[-1] if number != hidden or block < first - 1}
 
-    def _hand_on(self, how: Pass, stage: int, targets: list[int]) -> None:
-        here = {leaf: x for leaf, x in {**how.kept, **how.carried}.items() if self._goes_on(how, stage, leaf)}
+    def _hand_on(self, current_pass: Pass, stage: int, targets: list[int]) -> None:
+        tensors_here = {**current_pass.kept, **current_pass.received}
+        here = {leaf: x for leaf, x in tensors_here.items() if self._goes_on(current_pass, stage, leaf)}
         tensors = list({id(x): x for x in here.values()}.values())
         numbers = {id(x): number for number, x in enumerate(tensors)}
         places = {leaf: numbers[id(x)] for leaf, x in here.items()}
-        handed = _Handed(how.outputs, places, [Form(tuple(x.shape), x.dtype, trained=False) for x in tensors])
+        handed = _Handed(current_pass.structures, places, [Form(tuple(x.shape), x.dtype, trained=False) for x in tensors])
         said = torch.frombuffer(bytearray(pickle.dumps(handed)), dtype=torch.uint8).to(self._device)
         length = torch.tensor([len(said)], device=self._device)
         sends = [
@@ -142,7 +144,7 @@ class Evaluation:
         for pending in sends:
             pending.wait()
 
-    def _receive(self, how: Pass, stage: int, source: int) -> None:
+    def _receive(self, current_pass: Pass, stage: int, source: int) -> None:
         numbers = itertools.count(self._key(stage))
 
         def receive(shape: Sequence[int], dtype: torch.dtype) -> Pending:
@@ -153,8 +155,8 @@ class Evaluation:
         handed: _Handed = pickle.loads(receive([length], torch.uint8).wait().cpu().numpy().tobytes())
         pending = [receive(form.shape, form.dtype) for form in handed.forms]
         tensors = [each.wait() for each in pending]
-        how.outputs |= handed.outputs
-        how.carried |= {leaf: tensors[number] for leaf, number in handed.places.items()}
+        current_pass.structures |= handed.outputs
+        current_pass.received |= {leaf: tensors[number] for leaf, number in handed.places.items()}
 
     @staticmethod
     def _key(stage: int) -> int:

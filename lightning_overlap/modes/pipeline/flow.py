@@ -16,7 +16,7 @@ from typing import Any
 
 from torch import Tensor, device
 
-from lightning_overlap.model.block_stack import ARGUMENTS, Leaf, Pass, count_slots
+from lightning_overlap.model.block_pass import ARGUMENTS, Leaf, Pass, count_slots
 from lightning_overlap.ranks.announcements import in_words, raise_from_words
 from lightning_overlap.ranks.group import Group
 
@@ -28,7 +28,7 @@ class Flow:
     Attributes:
         stages: by stage, its blocks.
         uses: by stage, the tensors of earlier blocks that it computes with.
-        outputs: by block, what it returns, as in :class:`lightning_overlap.model.block_stack.Pass`.
+        outputs: by block, what it returns, as in :class:`lightning_overlap.model.block_pass.Pass`.
     """
 
     stages: Sequence[range]
@@ -120,22 +120,22 @@ def _run_stage(
     size: int,
 ) -> tuple[_Ran, Exception | None]:
     blocks = stages[stage]
-    how = Pass(
+    current_pass = Pass(
         run=frozenset(blocks),
         stop=size if stage == len(stages) - 1 else blocks.stop,
-        outputs=dict(outputs),
-        first=stage == 0,
-        wanted=lambda leaf: True,
+        structures=dict(outputs),
+        is_first=stage == 0,
+        is_kept=lambda leaf: True,
         fetch=asks if stage > 0 else None,
     )
     if not blocks and 0 < stage < len(stages) - 1:
         return _Ran(frozenset(), {}), None  # it hands on what it gets
     try:
-        run(stage, how)
+        run(stage, current_pass)
     except Exception as error:  # the others are waiting to be asked
         return _Ran(frozenset(), {}, in_words(error)), error
-    made |= {leaf: x.detach().requires_grad_(x.requires_grad) for leaf, x in how.kept.items()}
-    return _Ran(frozenset(how.carried), {block: how.outputs[block] for block in blocks}), None
+    made |= {leaf: x.detach().requires_grad_(x.requires_grad) for leaf, x in current_pass.kept.items()}
+    return _Ran(frozenset(current_pass.received), {block: current_pass.structures[block] for block in blocks}), None
 
 
 class _Asks:

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from lightning_overlap.decision import ConfigError
-from lightning_overlap.model.block_stack import METADATA, Pass
+from lightning_overlap.model.block_pass import METADATA, Pass
 from lightning_overlap.model.trees import leaves
 
 
@@ -18,17 +18,17 @@ class Misplaced(TorchFunctionMode):
 
     Args:
         absent: parameters that other ranks hold, by name.
-        how: the stage's pass.
+        current_pass: the stage's pass.
     """
 
-    def __init__(self, absent: Mapping[str, Tensor], how: Pass) -> None:
+    def __init__(self, absent: Mapping[str, Tensor], current_pass: Pass) -> None:
         super().__init__()
         self._names = {id(parameter): name for name, parameter in absent.items()}
-        self._how = how
+        self._pass = current_pass
         self._used: dict[str, None] = {}
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if self._how.matters and function not in METADATA:
+        if self._pass.progress.needs_parameters and function not in METADATA:
             self._used |= {self._names[id(leaf)]: None for leaf in leaves((args, kwargs or {})) if id(leaf) in self._names}
         return function(*args, **(kwargs or {}))
 

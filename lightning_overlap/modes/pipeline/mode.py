@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_overlap.decision import ConfigError
-from lightning_overlap.model.block_stack import BlockStack, Pass
+from lightning_overlap.model.block_pass import Pass
+from lightning_overlap.model.block_stack import BlockStack
 from lightning_overlap.model.blocks import Blocks, find_blocks
 from lightning_overlap.model.boundary import Nesting
 from lightning_overlap.model.markers import LATE_GRADIENT, STAGE, clear_markers
@@ -159,7 +160,7 @@ class PipelineMode(Driver, Holder):
             transfers.start_batch([shapes_of(part) for part in parts])
             runner.run(stages, self.timeline)
         stages.finish()
-        step.log(self.with_the_loss(lambda: step.logged(weights.loss, weights.logs)))
+        step.log(self.with_the_loss(lambda: step.merge_logs(weights.loss, weights.logs)))
 
     def _run_of(self, count: int, flow: Flow) -> tuple[Runner, PipelineTransfers]:
         """The schedule of a batch of ``count`` microbatches, ready to run."""
@@ -179,8 +180,8 @@ class PipelineMode(Driver, Holder):
     def _tell_how_it_is_cut(self, batch: Any, count: int) -> None:
         if self._rank > 0 or self.group.ranks[0] > 0:
             return
-        size = microbatches.samples(batch, self.config.batch_dims)
-        if whole := microbatches.in_every_part(batch, self.config.batch_dims):
+        size = microbatches.count_samples(batch, self.config.batch_dims)
+        if whole := microbatches.unsplit_tensors(batch, self.config.batch_dims):
             said = ", ".join(f"{path} {shape}" for path, shape in whole.items())
             warnings.warn(
                 f"the batch has {size} samples, and each microbatch has all of {said}. If that is no table or mask of the whole "
@@ -194,16 +195,16 @@ class PipelineMode(Driver, Holder):
             )
 
     def _rehearse(self, stack: BlockStack, step: Step, part: Any) -> Flow:
-        def run(stage: int, how: Pass) -> None:
-            how.before, how.matters = block_seeder(step.key, 0), stage == 0
+        def run(stage: int, current_pass: Pass) -> None:
+            current_pass.before_block = block_seeder(step.key, 0)
             absent = {name: held.parameter for name, held in self.partition.foreign.items()}
             loss: Tensor | None = None
-            with step.trial(), preserve_random_state(self._device), Misplaced(absent, how) as misplaced:
+            with step.trial(), preserve_random_state(self._device), Misplaced(absent, current_pass) as misplaced:
                 seed_all(*step.key, 0)
-                with stack.passing(how):
+                with stack.running(current_pass):
                     loss = step.forward(copied(part), 0)  # which is run again
             last = stage == len(self._stages) - 1
-            made = [x for leaf, x in how.kept.items() if leaf[0] == self._stages[stage].stop - 1]
+            made = [x for leaf, x in current_pass.kept.items() if leaf[0] == self._stages[stage].stop - 1]
             misplaced.refuse([loss] if last and loss is not None else made, stage, stack.name)
 
         return rehearse(self._stages, self._placement, self.group, self._device, run, stack.size)
@@ -214,7 +215,7 @@ class PipelineMode(Driver, Holder):
         with preserve_random_state(self._device):
             for number, (part, share) in enumerate(zip(parts, weights.loss, strict=True)):
                 seed_all(*step.key, number)
-                with self._stack.unsplit(block_seeder(step.key, number)):
+                with self._stack.unsharded(block_seeder(step.key, number)):
                     yield part, number, share
 
     @contextmanager
@@ -240,11 +241,11 @@ class PipelineMode(Driver, Holder):
     def _parts(self, step: Step) -> tuple[list[Any], Weights]:
         """The microbatches of a step, and what each one counts."""
         dims = self.config.batch_dims
-        size = microbatches.samples(step.batch, dims)
+        size = microbatches.count_samples(step.batch, dims)
         if self._checked <= 1:  # the last batch of an epoch may be smaller
             microbatches.refuse_other_dim(step.batch, size, step.batch_size, dims)
         count = min(self.config.count, size)
-        parts = microbatches.cut(step.batch, count, dims)
+        parts = microbatches.split_batch(step.batch, count, dims)
         sizes = [size // count + (number < size % count) for number in range(count)]
         return parts, weigh(parts, sizes, self.config.microbatch_weight, step.weight)
 
@@ -316,12 +317,12 @@ class PipelineMode(Driver, Holder):
         again = self._refuse_to_go_again if mirrored else None
         flow = self._model.flow if self._model is not None else None
         plan = Evaluation(self._stages, self._placement, flow, self._hops, self._device)
-        how = plan.make_pass(self._stack.size, self._placement[-1] if mirrored else None, again)
+        current_pass = plan.make_pass(self._stack.size, self._placement[-1] if mirrored else None, again)
         try:
-            with self._stack.passing(how):
+            with self._stack.running(current_pass):
                 yield
         finally:
-            how.let_go()
+            current_pass.release()
 
     @staticmethod
     def _refuse_to_go_again() -> None:
@@ -396,7 +397,7 @@ class PipelineMode(Driver, Holder):
             clear_markers(parameter)
         if complete:
             for group in set(self.channels.values()):
-                group.rest()
+                group.stop()
 
 
 def look(model: nn.Module, config: PipelineParallel, roles: Mapping[str, str]) -> PipelineFacts | None:

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from lightning_overlap.decision import ConfigError
-from lightning_overlap.model.block_stack import BlockStack, Pass
+from lightning_overlap.model.block_pass import Pass
+from lightning_overlap.model.block_stack import BlockStack
 from lightning_overlap.modes.pipeline.flow import Flow
 from lightning_overlap.modes.pipeline.weight_grad import WeightGradients
 from lightning_overlap.steps.forward import Forward, Forwards
@@ -99,27 +100,27 @@ class Stages:
         blocks, leaving = flow.stages[stage], flow.after(stage)
         if not blocks and 0 < stage < self._last_stage:
             return self._hand_on(stage, microbatch, leaves, [carried[leaf] for leaf in leaving])
-        how = Pass(
+        current_pass = Pass(
             run=frozenset(blocks),
             stop=self._model.stack.size if is_last else blocks.stop,
-            carried=carried,
-            outputs=dict(flow.outputs),
-            first=stage == 0,
-            wanted=frozenset(leaving).__contains__,
-            before=block_seeder(step.key, microbatch),
+            received=carried,
+            structures=dict(flow.outputs),
+            is_first=stage == 0,
+            is_kept=frozenset(leaving).__contains__,
+            before_block=block_seeder(step.key, microbatch),
         )
         seed_all(*step.key, microbatch)
         loss: Tensor | None = None
         # Every stage runs the code before the blocks, and a rank may have several: it counts once.
-        aside = step.aside(() if stage == 0 else self._model.first_stage, metrics=not is_last)
+        aside = step.preserve(() if stage == 0 else self._model.first_stage, metrics=not is_last)
         running = self._model.forwards.running(self._forwards[microbatch])
-        with running, self._model.stack.passing(how), self._splitting(stage, microbatch), aside:
+        with running, self._model.stack.running(current_pass), self._splitting(stage, microbatch), aside:
             loss = step.forward(self._batch.parts[microbatch], microbatch)
         if is_last:
             self._graphs[stage, microbatch] = leaves, [self._checked_loss(loss, microbatch)]
             return None
-        outputs = [how.find(leaf) for leaf in leaving]
-        how.let_go()  # activation checkpoints keep the pass
+        outputs = [current_pass.resolve(leaf) for leaf in leaving]
+        current_pass.release()  # activation checkpoints keep the pass
         return self._hand_on(stage, microbatch, leaves, outputs)
 
     def _hand_on(self, stage: int, microbatch: int, leaves: list[Tensor], outputs: list[Tensor]) -> Tensors:

@@ -38,6 +38,7 @@ class TiedGradients:
         for holders in sorted(self._names):  # the same groups on all ranks, in one order
             sets = [[row[r] for r in holders] for row in pipelines]
             rest = [[other] for row in pipelines for r, other in enumerate(row) if r not in holders]
+            # No named group: only the partition knows which ranks of a pipeline hold the parameter.
             group = make_group([*sets, *rest], "pipeline.tied", timeout, gathers=False, threads=False)
             if rank in holders:
                 self.groups[holders] = group

@@ -8,7 +8,7 @@
 Both ends know the whole schedule. So a receive is posted before it is needed, in the order in which its peer sends; and a send is
 never waited for: its tensor is freed when it has been sent. No transfer queues behind one of the other direction, see :func:`lane`.
 
-The plain twin posts transfers between two actions (those that :func:`in_turn` has there), and waits for all of them at once: nothing
+The plain twin posts transfers between two actions (as in :func:`blocking_order`), and waits for all of them at once: nothing
 is under way while either end computes. On CUDA the first batch of a kind goes that way, too: see ``Group.in_one_order``.
 """
 
@@ -26,7 +26,7 @@ from lightning_overlap.decision import ConfigError
 from lightning_overlap.ranks.group import Group, Pending
 from lightning_overlap.steps.runner import Tensors
 from lightning_overlap.steps.schedule import Action, Schedule
-from lightning_overlap.steps.simulate import Handover, in_turn
+from lightning_overlap.steps.simulate import Transfer, blocking_order
 
 DTYPES = (
     *(torch.float32, torch.bfloat16, torch.float16, torch.float64),
@@ -332,12 +332,12 @@ def sent_after(actions: Sequence[Action], stages: int) -> Iterator[Action]:
 def between(schedule: Schedule, rank: int) -> list[list[Action]]:
     """What the plain twin sends and receives before each of a rank's actions, and after the last one, as :func:`sent_after` has it."""
     places: list[list[Action]] = [[]]
-    for event in in_turn(schedule):
-        if not isinstance(event, Handover):
+    for event in blocking_order(schedule):
+        if not isinstance(event, Transfer):
             if schedule.placement[event.stage] == rank:
                 places.append([])
         elif rank in (event.source, event.target):
-            places[-1] += sent_after([event.after], schedule.stages)
+            places[-1] += sent_after([event.action], schedule.stages)
     return places
 
 

@@ -58,7 +58,9 @@ class TensorMode(Holder):
             keep_gathered=config.keep_gathered_input,
             methods=config.methods,
         )
-        self._engine = userbuffers.Engine(userbuffers.library(), self._exchange) if choices.backend.value == "userbuffers" else None
+        self._engine: userbuffers.UserbuffersLayers | None = None
+        if choices.backend.value == "userbuffers":
+            self._engine = userbuffers.UserbuffersLayers(userbuffers.library(), self._exchange)
         self._undo: list[Callable[[], None]] = []
         self._first_rank = self.mesh.index("gradients") == 0
 
@@ -294,7 +296,7 @@ class TensorMode(Holder):
             self._engine.close()
         self._partition.give_back(complete=complete)
         if complete:
-            self.group.rest()
+            self.group.stop()
 
 
 def look(model: nn.Module, config: TensorParallel, roles: Mapping[str, str]) -> TensorFacts | None:

@@ -23,7 +23,7 @@ from lightning_overlap.modes.tensor.gemm import Exchange
 from lightning_overlap.modes.tensor.linear import Prepared, Reading, alike, matrix, prepare, read, row_product
 from lightning_overlap.modes.tensor.random_state import CommonNumbers
 from lightning_overlap.modes.tensor.sequence import enter, leave
-from lightning_overlap.modes.tensor.userbuffers import Engine
+from lightning_overlap.modes.tensor.userbuffers import UserbuffersLayers
 
 
 @dataclass
@@ -66,7 +66,7 @@ class Regions:
         boundary: Boundary,
         numbers: CommonNumbers,
         fused: symm_mem.Operators | None,
-        engine: Engine | None,
+        engine: UserbuffersLayers | None,
     ) -> None:
         self.columns: Mapping[str, Sequence[nn.Module]] = {}
         self.has_trained = False

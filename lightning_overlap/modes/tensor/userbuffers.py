@@ -79,7 +79,7 @@ class Multiplied(Arriving):
             return Gathered(self.own, self.reading.shape[-2], self.reading.exchange, f"tensor.input[{self.reading.name}]")
 
 
-class Engine:
+class UserbuffersLayers:
     """Transformer Engine's modules for a model's layers, and the process's userbuffers.
 
     Args:

@@ -77,7 +77,7 @@ def test_every_layout(parameters, bucket_size, shards, whole):
     assert buckets[0].start == 0
     assert all(a.end == b.start for a, b in itertools.pairwise(buckets))
     for bucket in buckets:
-        bounds = bucket.bounds(shards, whole=whole)
+        bounds = bucket.bounds(shards, whole_parameters=whole)
         assert bounds[0] == 0
         assert bounds[-1] == bucket.end - bucket.start
         assert list(bounds) == sorted(bounds)

@@ -24,9 +24,9 @@ class Weigh(Callback):
     def on_train_end(self, trainer, module):
         (mode,) = trainer.strategy.modes
         state = [v for s in trainer.optimizers[0].state.values() for v in s.values() if isinstance(v, torch.Tensor)]
-        flat = [t for b in mode._buckets for t in (b.data, b.grads, b.main) if t is not None]
+        flat = [t for b in mode.buckets.live for t in (b.data, b.grads, b.main) if t is not None]
         gradients = [p.grad for p in module.parameters() if p.grad is not None]
-        tensors = [*module.parameters(), *gradients, *flat, *state, *(s.parameter for b in mode._buckets for s in b.segments)]
+        tensors = [*module.parameters(), *gradients, *flat, *state, *(s.parameter for b in mode.buckets.live for s in b.segments)]
         storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
         self.bytes = sum(storages.values()) / sum(p.numel() for p in module.parameters())
 

@@ -1,4 +1,4 @@
-"""What is sent when: the mode's transfers, recorded between the layers' forwards and backwards."""
+"""The order of the mode's transfers among the layers' forwards and backwards."""
 
 from datetime import timedelta
 
@@ -136,8 +136,8 @@ def test_clipping_keeps_updates_until_all_is_reduced(make):
 
 @pytest.mark.parametrize("given", [{"pipeline": 2, "data": {"align_param_gather": True}}, {"in_one_order": True}])
 def test_gathers_that_are_aligned_start_after_the_step(make, given):
-    """Of updates in backward, too, and then in the order of forward; the next forward waits as ever. On NCCL, ranks that post a gather
-    when they see that a reduce has arrived would post it before or after the next reduce."""
+    """Gathers of updates in backward, too, start after the step, in the order of forward. On NCCL, a rank that posted a gather when a
+    reduction is complete could post it before the next reduction, and another rank after it."""
     step = make(**given)
     backward = [f"{what} {i}" for i in (3, 2, 1, 0) for what in ("backward", "reduce", "wait for reduce")]
     assert step()[2 * LAYERS + 1 :] == [*backward, "step", *(f"gather {i}" for i in range(LAYERS))]

@@ -138,7 +138,7 @@ def differences(dtype: str) -> Any:
     for tokens, leading, bias, beside in itertools.product([4, 8], [(), (3,), (2, 2)], [True, False], [True, False]):
         whole, cut = Region(bias, kind), Region(bias, kind)
         cut.cut(group.rank, group.size)
-        engine = userbuffers.Engine(fake.library, exchange)
+        engine = userbuffers.UserbuffersLayers(fake.library, exchange)
         cut.out.forward = partial(engine.row_product, layer=cut.out, name="out", region="region")  # type: ignore[method-assign]
         x = torch.randn(*leading, tokens, 8, dtype=kind, generator=torch.Generator().manual_seed(1))
         weights = torch.randn(*leading, tokens, 8, dtype=kind, generator=torch.Generator().manual_seed(2))
@@ -179,7 +179,7 @@ def test_a_cut_region_is_the_whole_one(world: Any, size: int, dtype: str) -> Non
 def only_beside() -> float:
     """Where something reads the input twice and no column layer is called: the largest difference of its gradient."""
     group = tensor_group(dist.get_world_size())
-    engine = userbuffers.Engine(Fake().library, Exchange(group, scattered=True))
+    engine = userbuffers.UserbuffersLayers(Fake().library, Exchange(group, scattered=True))
     region = Region(True, torch.float64)
     region.cut(group.rank, group.size)
     own = torch.randn(4, 8, dtype=torch.float64, requires_grad=True)
@@ -250,7 +250,7 @@ def test_training_is_close_to_one_process(world: Any, case: str) -> None:
 
 def test_what_does_not_fit_is_said_once() -> None:
     library = userbuffers.Library(mock.Mock(), mock.Mock(), mock.Mock())
-    engine = userbuffers.Engine(library, Exchange(mock.Mock(size=2), scattered=True))
+    engine = userbuffers.UserbuffersLayers(library, Exchange(mock.Mock(size=2), scattered=True))
     layer, x = nn.Linear(8, 4), torch.zeros(3, 2, 8, requires_grad=True)
     assert not engine.fits((3, 4), 8, x, [layer]), "before the first step"
     engine.start(x, 4)

@@ -26,7 +26,7 @@ class NobodyInitialises(Net):
 
 def test_what_nothing_gives_values_to_is_named(world):
     for said in world(2).run(refused, NobodyInitialises, {"size": 2, "microbatches": 2}):
-        assert said.startswith("ConfigError: head.bias came from the meta device, and nothing gives values")
+        assert said.startswith("ConfigError: head.bias came from the meta device and got no values")
 
 
 class OnMeta(Net):
@@ -120,7 +120,7 @@ def test_no_rank_holds_a_model_from_the_meta_device(world, tmp_path, kind):
         assert found["validated"] == begun[0]["validated"] or rank > 3
         assert found["refused"] == begun[0]["refused"]
         assert "blocks.1.norm.weight" in found["refused"]
-        assert "another rank has the values, from a fit" in found["refused"]
+        assert "After a fit, another rank may have the values" in found["refused"]
     # The same that a model in memory makes of the first one's checkpoint, on one rank or on four.
     for pipeline in ({"size": 1}, layout):
         expected = world(4).run(fit_from_meta, pipeline, None, first, kind, False, 2)

@@ -104,10 +104,10 @@ def gathered(aligned: bool) -> tuple[list[list[str]], dict[int, set[int]], torch
     class Listens(Callback):
         def on_train_start(self, trainer: Trainer, module: Any) -> None:
             pipeline, data = trainer.strategy.modes  # type: ignore[attr-defined]
-            for bucket in data._buckets:
+            for bucket in data.buckets.live:
                 stages_of[bucket.key] = {stage for name in bucket.names for stage in pipeline.partition.users[name]}
             for verb, said in (("reduce_scatter", "reduce"), ("all_gather", "gather")):
-                setattr(data.group, verb, heard(getattr(data.group, verb), lambda *_, key, said=said, **__: f"{said} {key}"))
+                setattr(data.groups[0], verb, heard(getattr(data.groups[0], verb), lambda *_, key, said=said, **__: f"{said} {key}"))
 
         def on_train_batch_start(self, *_: Any) -> None:
             steps.append([])

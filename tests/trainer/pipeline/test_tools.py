@@ -95,4 +95,4 @@ def test_a_benchmark_tells_modes_apart_and_simulates_the_schedule(world):
     paper = figures["on_paper"]
     assert 0 < paper["forward"] < paper["ideal"] <= paper["simulated"]
     assert "pipeline: communication " in table
-    assert "on paper, with forward " in table
+    assert "simulated, with forward " in table
