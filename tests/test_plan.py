@@ -150,7 +150,7 @@ def test_explicit_requests_are_not_dropped(data, facts, words):
 def test_what_a_pipeline_cannot_run_with():
     config = OverlapConfig(pipeline_parallel=PipelineParallel(size=2))
     with pytest.raises(
-        ConfigError, match=r"EMAWeightAveraging averages all weights, and a rank has its stages' only: save checkpoints"
+        ConfigError, match=r"EMAWeightAveraging averages all weights, but a rank has only its stages': save checkpoints"
     ):
         resolve(config, Facts(world_size=2, averagers=("EMAWeightAveraging",)))
 
@@ -162,12 +162,12 @@ EVEN = {"of_modes": (PipelineFacts("blocks", (2, 2), (12, 12), 4, 0.9, ("Conv1D"
 @pytest.mark.parametrize(
     ("pipeline", "facts", "choice", "why"),
     [
-        ({}, EVEN, True, r"waits, of at most 2 microbatches at once: on paper 3\.7% of a step"),
-        ({"wgrad_deferral_limit": 1}, EVEN, True, r"at most 1 microbatches at once: on paper 2\.5%"),
-        ({"defer_embedding_wgrad": True}, EVEN, True, r"at most 8 microbatches at once: on paper 7\.4%"),
-        ({"schedule": "zb_h1"}, EVEN, True, "where its rank waits: on paper"),
-        ({}, {"of_modes": (PipelineFacts("blocks", (2, 2), (12, 12), 0),)}, False, "no linear layer that is trained"),
-        ({}, {"of_modes": (PipelineFacts("blocks", (2, 2), (120, 120), 1),)}, False, "on paper it wins 0"),
+        ({}, EVEN, True, r"would wait, for at most 2 microbatches: estimated gain 3\.7% of a step"),
+        ({"wgrad_deferral_limit": 1}, EVEN, True, r"at most 1 microbatches: estimated gain 2\.5%"),
+        ({"defer_embedding_wgrad": True}, EVEN, True, r"at most 8 microbatches: estimated gain 7\.4%"),
+        ({"schedule": "zb_h1"}, EVEN, True, "while its rank would wait: estimated gain"),
+        ({}, {"of_modes": (PipelineFacts("blocks", (2, 2), (12, 12), 0),)}, False, "there is no trained nn.Linear"),
+        ({}, {"of_modes": (PipelineFacts("blocks", (2, 2), (120, 120), 1),)}, False, "estimated gain is only 0"),
         ({}, {}, False, "the model is not known yet"),
         ({"defer_embedding_wgrad": False}, EVEN, False, "as configured"),
         ({"size": 1, "microbatches": 4}, {}, False, "one rank"),
@@ -183,8 +183,8 @@ def test_the_heads_gradients_are_deferred_where_that_wins(pipeline, facts, choic
 def test_the_plan_tells_stages_and_what_a_split_backward_leaves():
     config = OverlapConfig(pipeline_parallel=PipelineParallel(size=2, schedule="zb_h1"))
     features = resolve(config, Facts(world_size=2, **EVEN)).features()
-    assert features["pipeline_parallel.size"].why == "2 stages, one a rank; blocks by stage: 2, 2 (blocks)"
-    expected = "in linear layers, which have 90% of the parameters that the blocks train; not in Conv1D"
+    assert features["pipeline_parallel.size"].why == "2 stages, one per rank; blocks by stage: 2, 2 (blocks)"
+    expected = "in linear layers: 90% of the blocks' trained parameters; not in Conv1D"
     assert features["pipeline_parallel.split_backward"].why == expected
 
 
@@ -200,9 +200,9 @@ def test_a_schedules_file_is_run_as_it_stands(tmp_path):
 @pytest.mark.parametrize(
     ("pipeline", "facts", "words"),
     [
-        ({}, {"of_modes": (PipelineFacts("blocks", (2, 2), (12, 12), 0),)}, "no linear layer that is trained comes after the blocks"),
-        ({"size": 1, "microbatches": 4}, {}, "one rank, which waits for nobody"),
-        ({"schedule": "zb_h1", "wgrad_deferral_limit": 2}, EVEN, "leave out wgrad_deferral_limit"),
+        ({}, {"of_modes": (PipelineFacts("blocks", (2, 2), (12, 12), 0),)}, "there is no trained nn.Linear after the blocks"),
+        ({"size": 1, "microbatches": 4}, {}, "one rank waits for no other"),
+        ({"schedule": "zb_h1", "wgrad_deferral_limit": 2}, EVEN, "remove wgrad_deferral_limit"),
     ],
 )
 def test_deferral_that_cannot_be_is_not_dropped(pipeline, facts, words):
@@ -252,7 +252,7 @@ def test_tensor_parallelism_says_what_it_does():
     choices = plan.choices["tensor"]
     assert choices.sequence_parallel.value
     assert choices.overlap.value
-    assert "parts of the tokens are multiplied as they arrive" in choices.overlap.why
+    assert "tokens are multiplied piece by piece as they are received" in choices.overlap.why
     assert choices.vocab_parallel.value
     assert choices.size.why == "plan of Llama: 4 column"
     assert tensor_plan(found=None).choices["tensor"].size.value == 2, "before the model is known"
@@ -263,38 +263,38 @@ def test_tensor_parallelism_says_what_it_does():
     assert not loose.sequence_parallel.value
     assert "blocks.0.conv, b, c and 1 more may mix tokens" in loose.sequence_parallel.why
     assert loose.overlap.value
-    assert "sums of inputs' gradients travel while weights' gradients are computed" in loose.overlap.why
+    assert "inputs' gradients are summed while weights' gradients are computed" in loose.overlap.why
 
 
 @pytest.mark.parametrize(
     ("given", "words"),
     [
         ({"found": ("", ("blocks.0.conv",), 0), "sequence_parallel": True}, "blocks.0.conv may mix tokens"),
-        ({"sequence_parallel": False, "overlap": True}, "which only sequence_parallel has"),
-        ({"sequence_parallel": False, "methods": {"row_fprop": "plain"}}, "of sequence_parallel, which is off"),
-        ({"overlap": False, "methods": {"row_fprop": "pipeline"}}, "overlap: false makes all of them plain: leave it out"),
+        ({"sequence_parallel": False, "overlap": True}, "only sequence_parallel has these"),
+        ({"sequence_parallel": False, "methods": {"row_fprop": "plain"}}, "for sequence_parallel, which is off"),
+        ({"overlap": False, "methods": {"row_fprop": "pipeline"}}, "overlap: false makes all of them plain: remove it"),
         (
             {"keep_gathered_input": True, "methods": {"column_wgrad": "plain"}},
-            "gathers nothing for column_wgrad: leave one of them out",
+            "nothing is gathered for column_wgrad: remove one of the two",
         ),
         ({"backend": "symm_mem", "methods": {"row_fprop": "plain"}, "facts": {"device": "cuda"}}, "set backend: p2p"),
         ({"size": 1, "methods": {"row_fprop": "plain"}}, "needs tensor_parallel.size of at least 2"),
         ({"found": ("", (), 0), "vocab_parallel": True}, "no embedding or head has the role"),
         ({"facts": {"precision": "16-mixed"}}, "precision 16-mixed scales the loss"),
-        ({"facts": {"optimizers": (OptimizerFacts("Muon", True, False, True, ""),)}}, "Muon looks at whole matrices"),
+        ({"facts": {"optimizers": (OptimizerFacts("Muon", True, False, True, ""),)}}, "Muon needs complete matrices"),
         (
             {"facts": {"clippers": ("Net.configure_gradient_clipping",)}},
-            "clips by a norm over the gradients that a rank has, its pieces",
+            "clips by the norm of this rank's gradients only, which are pieces",
         ),
         ({"facts": {"optimizers": (REFUSES,)}}, "Shy fails on test matrices (TypeError: no)"),
-        ({"facts": {"averagers": ("EMAWeightAveraging",)}}, "EMAWeightAveraging averages copies of whole weights"),
+        ({"facts": {"averagers": ("EMAWeightAveraging",)}}, "EMAWeightAveraging averages copies of complete weights"),
         ({"pipeline": PipelineParallel(size=2, microbatches=4, schedule="zb_h1")}, "zb_h1 splits backward"),
         (
             {
                 "pipeline": PipelineParallel(size=2, microbatches=4, defer_embedding_wgrad=True),
                 "facts": {"of_modes": (PipelineFacts("blocks", (2, 2), (9, 9), 5),)},
             },
-            "in an order of its own",
+            "in its own order",
         ),
     ],
 )

@@ -1,6 +1,6 @@
 """The contracts between the strategy and the modes.
 
-Every mode is an :class:`OverlapMode`. What only some modes do is in contracts of its own, which a mode inherits beside it:
+Every mode is an :class:`OverlapMode`. Three more contracts are for some modes only:
 
     Driver            runs the training step in parts, backward included     pipeline
     Holder            a rank holds a part of the model                       pipeline, tensor
@@ -30,14 +30,14 @@ from lightning_overlap.steps.step import Step
 
 @dataclass(frozen=True)
 class Setup:
-    """What every mode is made with, beside its own configuration and choices.
+    """The arguments that all modes have in common.
 
     Attributes:
         mesh: the ranks.
-        timeout: how long a transfer may take.
-        roles: of the model's parts, by name, as the user gave them (``parallel_plan``).
+        timeout: the longest that a transfer may take.
+        roles: by name of a part of the model, its role, from the user's ``parallel_plan``.
         first_step_is_verified: the whole first step is compared with that of the unsharded model, so a mode need not check its part.
-        boundary: of the model's block stack, where modes register how they cut hidden states.
+        boundary: of the model's block stack, where modes register their :class:`~lightning_overlap.model.boundary.TokenCut`.
     """
 
     mesh: ParallelMesh
@@ -48,27 +48,27 @@ class Setup:
 
 
 class OverlapMode:
-    """One way to shard work and to hide the communication that it costs. A mode overrides what it needs.
+    """One way to shard work, with the overlap that hides its communication. A mode overrides the methods that it needs.
 
     Args:
-        config: the mode's: what was asked for.
-        choices: the mode's: what was decided.
-        setup: ranks, timeout, roles.
+        config: the mode's settings.
+        choices: the mode's decisions.
+        setup: arguments that all modes have in common.
 
     Attributes:
-        name: prefix of the labels of the mode's transfers.
-        nesting: what the mode cuts, which decides the order in which modes are applied.
-        timeline: where the mode records what it computes beyond the user's own step; None: nowhere.
+        name: the first part of the labels of the mode's transfers.
+        nesting: what the mode shards. It decides the order in which modes are applied.
+        timeline: records the mode's own computations; None: they are not recorded.
     """
 
     name: str
     nesting: ClassVar[Nesting]
     keeps_bits: ClassVar[bool] = True
-    """Whether a step has the same bits as one of the unsharded model, and as one without overlap."""
+    """Whether a step is bit-equal to a step of the unsharded model, and to one without overlap."""
     announcements: ClassVar[tuple[str, ...]] = ()
-    """Labels of transfers that tell a receiver what comes next: a benchmark without transfers still makes them."""
+    """Labels of transfers that a receiver needs to post its next receives: a benchmark without transfers still makes these."""
     remark: ClassVar[str] = ""
-    """A sentence about its transfers for the profiler's table."""
+    """A sentence about the mode's transfers for the profiler's table."""
 
     def __init__(self, config: Any, choices: Choices, setup: Setup) -> None:
         self.config = config
@@ -88,18 +88,18 @@ class OverlapMode:
         """Checks the model before any mode changes it.
 
         Raises:
-            ConfigError: the mode cannot cut this model. The model is unchanged.
+            ConfigError: the mode cannot shard this model. The model is unchanged.
         """
 
     def parallelize(self, model: nn.Module) -> None:
-        """Cuts the model to this rank's part."""
+        """Shards the model: this rank keeps its part."""
 
     def prepare_optimizers(self, optimizers: Sequence[Optimizer]) -> None:
-        """Prepares what this rank updates. ``param_groups`` stay the user's, except during a step."""
+        """Prepares the optimizers for this rank's part. ``param_groups`` stay the user's, except during a step."""
 
     @contextmanager
     def hold_gradient_sync(self) -> Iterator[None]:
-        """Inside, backwards only accumulate gradients (all but the last of an accumulation window): ``_held`` is True."""
+        """Inside, backwards accumulate gradients without communication, as before the last microbatch of an accumulation window."""
         before, self._held = self._held, True
         try:
             yield
@@ -108,7 +108,7 @@ class OverlapMode:
 
     @contextmanager
     def complete_gradients(self) -> Iterator[None]:
-        """Inside, backwards complete their gradients, also within :meth:`hold_gradient_sync`."""
+        """Inside, backwards complete their gradients, even within :meth:`hold_gradient_sync`."""
         before, self._held = self._held, False
         try:
             yield
@@ -116,7 +116,7 @@ class OverlapMode:
             self._held = before
 
     def trial(self) -> AbstractContextManager[None]:
-        """Inside, steps are computed for their loss and gradients only: the mode updates nothing and remembers nothing of them."""
+        """Inside, steps compute loss and gradients only: the mode updates nothing, and keeps no state of them."""
         return nullcontext()
 
     def start_forward(self) -> None:
@@ -133,36 +133,36 @@ class OverlapMode:
         return sum_of_squares
 
     def sync_parameters(self) -> None:
-        """Completes the weights, before anything reads them (evaluation, a checkpoint)."""
+        """Completes the weights before they are read (evaluation, a checkpoint)."""
 
     def adopt_parameters(self) -> None:
-        """Called after weights or optimizer state were loaded: copies that the mode keeps follow them."""
+        """Called after weights or optimizer state were loaded. The mode updates its copies of them."""
 
     def release(self, *, complete: bool = True) -> None:
-        """Gives the model back as the user made it, with its present weights. The optimizer's state can still be asked for.
+        """Restores the user's model, with its present weights. The optimizer's state stays available.
 
         Args:
-            complete: wait for transfers under way. After a failure nothing may be waited for, and some weights may be old.
+            complete: wait for pending transfers. After a failure, nothing may be waited for, and weights may be old or NaN.
         """
 
     def close(self) -> None:
-        """Ends threads and connections, after :meth:`release`."""
+        """Ends threads and connections. Called after :meth:`release`."""
         for group in self.groups:
             group.close()
 
 
 class Driver(OverlapMode, ABC):
-    """A mode that runs the user's steps in parts, backward included. On some ranks a step may end before the loss."""
+    """A mode that runs the user's steps in parts, with their backward. On some ranks a step may end before the loss."""
 
     @abstractmethod
     def run_step(self, step: Step) -> None:
         """Runs a training step: the forward and backward of all its microbatches."""
 
     @abstractmethod
-    def whole_parts(self, step: Step) -> Iterator[tuple[Any, int, float]]:
-        """Yields the microbatches of a step for the whole model: microbatch, number, share of the batch's loss.
+    def unsharded_microbatches(self, step: Step) -> Iterator[tuple[Any, int, float]]:
+        """Yields the microbatches of a step for the unsharded model: microbatch, number, share of the batch's loss.
 
-        Until the next one is taken, random numbers are those that the microbatch has in :meth:`run_step`.
+        Until the next microbatch is requested, random numbers are the same as in the microbatch's forward in :meth:`run_step`.
         """
 
     @property
@@ -175,23 +175,23 @@ class Driver(OverlapMode, ABC):
         """Runs ``compute`` on the rank that has the loss and broadcasts its result. Collective.
 
         Raises:
-            Exception: the error of ``compute``; on the other ranks a ``ConfigError`` or ``TransferError`` with its message.
+            Exception: the error of ``compute``; on other ranks a ``ConfigError`` or ``TransferError`` with its message.
         """
 
     @property
     @abstractmethod
     def mirrors_evaluation(self) -> bool:
-        """Whether validation steps inside a fit end before the loss on the ranks that do not compute it."""
+        """Whether validation steps inside a fit end before the loss on ranks that do not compute it."""
 
     @abstractmethod
-    def failed_without_loss(self, message: str | None) -> str | None:
-        """Finds an error of a rank without the loss, if the rank with the loss has none. Collective.
+    def error_without_loss(self, message: str | None) -> str | None:
+        """Finds an error of a rank without the loss, if the rank with the loss has no error. Collective.
 
         Args:
-            message: of this rank's error; None if it has none.
+            message: the message of this rank's error; None if it has no error.
 
         Returns:
-            The message of the first such error; None if there is none.
+            The message of the first such error; None if there is no such error.
         """
 
     @abstractmethod
@@ -200,7 +200,7 @@ class Driver(OverlapMode, ABC):
 
     @abstractmethod
     def evaluating(self) -> AbstractContextManager[None]:
-        """Around each step of a validation inside a fit."""
+        """Inside, a step of a validation inside a fit runs this rank's part."""
 
     @abstractmethod
     def finish_evaluation(self) -> None:
@@ -212,68 +212,68 @@ class Holder(OverlapMode, ABC):
 
     @classmethod
     def holds(cls, model: nn.Module, config: Any, roles: Mapping[str, str], mesh: ParallelMesh) -> Callable[[str], bool]:
-        """Tells which parameters and buffers, by name, this rank will hold any part of.
+        """Returns a function that tells whether this rank will hold a part of the parameter or buffer with a name.
 
         Args:
-            model: without memory (on the meta device).
+            model: on the meta device, without memory.
             config: the mode's.
-            roles: of the model's parts, by name, as the user gave them.
+            roles: by name of a part of the model, its role, from the user's ``parallel_plan``.
             mesh: the ranks.
 
         Raises:
-            ConfigError: the mode cannot cut such a model.
+            ConfigError: the mode cannot shard this model.
         """
         return lambda name: True
 
     @abstractmethod
-    def whole(self) -> AbstractContextManager[None]:
-        """Inside, this rank has the model as the user wrote it, with the present weights of all ranks. Collective."""
+    def unsharded(self) -> AbstractContextManager[None]:
+        """Inside, this rank has the user's unsharded model, with the present weights of all ranks. Collective."""
 
     @abstractmethod
     def local_part(self, name: str, tensor: Tensor) -> Tensor | None:
-        """This rank's part of a tensor that belongs to a parameter (its gradient) or is a buffer; None if it holds no part.
+        """This rank's part of a tensor that has a parameter's or buffer's shape (a gradient); None if this rank holds no part.
 
         Args:
             name: of the parameter or buffer.
-            tensor: whole, in the parameter's shape.
+            tensor: unsharded.
         """
 
     @abstractmethod
-    def whole_model(self, state: dict[str, Any]) -> dict[str, Any]:
-        """Adds the other ranks' parts to the module's ``state_dict``, on the first rank. Collective."""
+    def gather_model_state(self, state: dict[str, Any]) -> dict[str, Any]:
+        """Adds the other ranks' parts to the module's ``state_dict()``, on the first rank. Collective."""
 
     @abstractmethod
-    def whole_optimizer(self, optimizer: Optimizer, state: dict[str, Any]) -> dict[str, Any]:
+    def gather_optimizer_state(self, optimizer: Optimizer, state: dict[str, Any]) -> dict[str, Any]:
         """Adds the other ranks' parts to an optimizer's ``state_dict()``, on the first rank. Collective."""
 
     @abstractmethod
-    def local_optimizer(self, optimizer: Optimizer, state: dict[str, Any]) -> dict[str, Any]:
-        """This rank's part of an optimizer's whole ``state_dict()``."""
+    def local_optimizer_state(self, optimizer: Optimizer, state: dict[str, Any]) -> dict[str, Any]:
+        """This rank's part of an unsharded optimizer's ``state_dict()``."""
 
     @abstractmethod
     def layout_of(self, name: str) -> Hashable:
-        """Identifies how this mode cuts a parameter or buffer: those with the same layout are cut over the ranks alike."""
+        """Identifies how this mode shards a parameter or buffer: equal for all that are sharded in the same way."""
 
     @abstractmethod
     def part_of(self, layout: Hashable, rank: int) -> Hashable:
-        """Identifies the part that a rank holds of a tensor: equal for equal values; None if it holds no part.
+        """Identifies the part that a rank holds of a tensor: equal for ranks with the same part; None if the rank holds no part.
 
         Args:
-            layout: of the tensor, from :meth:`layout_of`.
+            layout: the tensor's, from :meth:`layout_of`.
             rank: the global rank.
         """
 
     def place_of(self, name: str) -> Place | None:
-        """Where this rank's part lies in what the modes before this one have left of a tensor; None if it is all of that."""
+        """Where this rank's part lies in the part that outer modes give this rank; None if it is all of that part."""
         return None
 
 
 class OptimizerHolder(OverlapMode, ABC):
-    """A mode under which a rank holds a part of the optimizer's state. An answer of None (or False): not of this optimizer."""
+    """A mode under which a rank holds a part of the state of some optimizers. For other optimizers a method returns None or False."""
 
     @abstractmethod
     def stepped_parameters(self, optimizer: Optimizer) -> list[nn.Parameter] | None:
-        """The shards, with their gradients, that are stepped in the place of the optimizer's parameters."""
+        """The shards, with their gradients, that the optimizer steps in place of its parameters."""
 
     @abstractmethod
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any] | None:
@@ -281,7 +281,7 @@ class OptimizerHolder(OverlapMode, ABC):
 
     @abstractmethod
     def load_optimizer_state(self, optimizer: Optimizer, state: dict[str, Any]) -> bool:
-        """Loads such a state. Returns whether it did."""
+        """Loads a state of :meth:`optimizer_state`. Returns whether it did."""
 
     @abstractmethod
     def optimizer_shards(
@@ -293,14 +293,14 @@ class OptimizerHolder(OverlapMode, ABC):
 
         Args:
             optimizer: whose state it is.
-            saved: for loading: a state by parameter and key, whose tensors may be on the meta device. Memory for a state like it is
-                made first, and the caller writes into what is returned.
+            saved: for loading: a state by parameter and key, whose tensors may be on the meta device. The method first allocates a
+                state like it, and the caller writes into the returned tensors.
         """
 
 
 @contextmanager
 def hold_gradient_syncs(modes: Sequence[OverlapMode]) -> Iterator[None]:
-    """Every mode holds its gradient synchronisation inside."""
+    """Inside, every mode holds its gradient synchronization, see :meth:`OverlapMode.hold_gradient_sync`."""
     with ExitStack() as stack:
         for mode in modes:
             stack.enter_context(mode.hold_gradient_sync())

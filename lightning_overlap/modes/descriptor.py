@@ -1,4 +1,4 @@
-"""What the core knows of a mode: one descriptor, which ``modes/<mode>/__init__.py`` gives and ``MODES`` lists."""
+"""The descriptor of a mode. ``modes/<mode>/__init__.py`` defines it, ``MODES`` lists it, and the core loops over that list."""
 
 from __future__ import annotations
 
@@ -17,33 +17,33 @@ from lightning_overlap.steps.schedule import Schedule
 
 class Decide(Protocol):
     def __call__(self, config: Any, degrees: Degrees, facts: Facts, *, overlap: bool) -> Choices | None:
-        """Decides every feature of the mode: the home of its gates.
+        """Decides every feature of the mode.
 
         Args:
             config: the mode's.
-            degrees: ranks along each axis: what a mode may know of its neighbours.
+            degrees: the number of ranks along each axis. A mode knows no more of other modes.
             facts: about the run.
-            overlap: False: every overlap is off, and the layout stays.
+            overlap: False turns every overlap off, and keeps the layout.
 
         Returns:
             The choices; None if the mode is off.
 
         Raises:
-            ConfigError: an explicit request cannot be met.
+            ConfigError: a setting of the user cannot be met.
         """
 
 
 class Look(Protocol):
     def __call__(self, model: nn.Module, config: Any, roles: Mapping[str, str]) -> object | None:
-        """Finds what the mode's choices depend on in the model, none of which has been taken yet.
+        """Finds the facts about the model on which the mode's choices depend. Called before :class:`Decide`.
 
         Args:
             model: the user's.
             config: the mode's.
-            roles: of the model's parts, by name, as the user gave them.
+            roles: by name of a part of the model, its role, from the user's ``parallel_plan``.
 
         Returns:
-            An object of the mode's class of facts; None if the mode has nothing to do.
+            An object of the mode's class of facts; None if the mode is off.
 
         Raises:
             ConfigError: the mode cannot shard this model.
@@ -52,40 +52,40 @@ class Look(Protocol):
 
 class Environment(Protocol):
     def __call__(self, config: Any, capability: int | None) -> Sequence[Setting]:
-        """Lists the environment variables that the mode wants on CUDA while its overlap is on.
+        """Lists the environment variables that the mode's overlap needs on CUDA.
 
         Args:
             config: the mode's.
-            capability: the device's compute capability (major); None if it is not known.
+            capability: the device's compute capability (major); None: unknown.
         """
 
 
 class Scheduled(Protocol):
     def __call__(self, config: Any, choices: Any | None) -> Schedule | None:
-        """Gives the schedule in which the mode runs a step in parts.
+        """Returns the schedule in which the mode runs a step in parts; None if it does not.
 
         Args:
             config: the mode's.
-            choices: what was decided for the mode; None for the schedule as configured.
+            choices: the mode's; None: the schedule as configured.
         """
 
 
 @dataclass(frozen=True, kw_only=True)
 class ModeDescriptor:
-    """One mode, for everybody who loops over modes: plan, launch, strategy, benchmark, verification.
+    """One mode, for the code that loops over modes: plan, launch, strategy, benchmark, verification.
 
     Attributes:
         name: the first part of the labels of its transfers (``data`` of ``data.grads``), its key in a plan, and the name of the module
             of ``bench/peers`` with its peers, if it has any.
         section: its field in :class:`~lightning_overlap.config.OverlapConfig`.
         decide: see :class:`Decide`.
-        mode_type: the class that runs it; None if it cannot run in this version.
+        mode_type: the mode's class; None if this version cannot run the mode.
         look: see :class:`Look`.
         environment: see :class:`Environment`.
-        advice: by kind of transfer (``grads`` of ``data.grads``), what may help where it is exposed; under ``bytes`` what may help
-            where the link is too slow, under an empty key what may help against anything else.
+        advice: by kind of transfer (``grads`` of ``data.grads``), what may help if it is exposed. The key ``bytes`` is for a link that
+            is too slow, the empty key for all other transfers.
         schedule: see :class:`Scheduled`.
-        unchecked: fields of its configuration for a benchmark without transfers, whose numbers are wrong: its checks are off.
+        unchecked: settings that turn the mode's checks off, for a benchmark without transfers, whose numbers are wrong.
     """
 
     name: str
@@ -99,12 +99,12 @@ class ModeDescriptor:
     unchecked: Mapping[str, object] = field(default_factory=dict)
 
     def advise(self, kind: str) -> str:
-        """What may help where a kind of transfer is exposed."""
+        """The advice for a kind of transfer that is exposed."""
         fallback = self.advice.get("", "overlap: off, or a larger batch")
         return f"{self.section}: {self.advice.get(kind, fallback)}"
 
 
 def in_order(modes: Iterable[ModeDescriptor]) -> list[tuple[ModeDescriptor, type[OverlapMode]]]:
-    """The modes that can run, with their classes, in the order in which they are applied: from the outside of the model inwards."""
+    """The modes that can run, with their classes, in the order in which they are applied: from the outermost nesting inwards."""
     runnable = [(mode, mode.mode_type) for mode in modes if mode.mode_type is not None]
     return sorted(runnable, key=lambda pair: pair[1].nesting)

@@ -117,7 +117,7 @@ class Checkpoints:
             share(module.buffers(), samples)  # every rank writes some of them
         state = self._state_of(module)
         for mode in () if self._is_sharded else reversed(self._holders):  # the last mode sharded the smallest parts
-            state = mode.whole_model(state)
+            state = mode.gather_model_state(state)
         return state
 
     def optimizer_state(self, module: nn.Module, optimizer: Optimizer, unsharded: Callable[[], dict[str, Any]]) -> dict[str, Any]:
@@ -133,7 +133,7 @@ class Checkpoints:
         states = (state for mode in self._optimizer_holders if (state := mode.optimizer_state(optimizer)) is not None)
         state = next(states, None) or unsharded()
         for mode in reversed(self._holders):
-            state = mode.whole_optimizer(optimizer, state)
+            state = mode.gather_optimizer_state(optimizer, state)
         return state
 
     def _optimizer_shards(self, optimizer: Optimizer, saved: Any = None) -> dict[str, dict[str, Any]] | None:
@@ -258,7 +258,7 @@ class Checkpoints:
                 self._sharded.load_optimizer(state, optimizer, parameter_names(module), self._parts, allocate)
                 continue
             for holder in self._holders:
-                state = holder.local_optimizer(optimizer, state)
+                state = holder.local_optimizer_state(optimizer, state)
             if not any(mode.load_optimizer_state(optimizer, state) for mode in self._optimizer_holders):
                 optimizer.load_state_dict(state)
         for mode in self._modes:

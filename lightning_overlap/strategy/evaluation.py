@@ -105,7 +105,7 @@ class _FailsTogether:
             self.__wrapped__()
         except Exception as error:
             failure = error
-        message = self._driver.failed_without_loss(f"{type(failure).__name__}: {failure}" if failure else None)
+        message = self._driver.error_without_loss(f"{type(failure).__name__}: {failure}" if failure else None)
         if message is not None:
             raise ConfigError(
                 f"on_validation_epoch_end failed on a rank without the last stage ({message}). With "

@@ -209,7 +209,7 @@ class FirstStep:
         result = _Result()
         with ExitStack() as stack:
             for mode in reversed(self._holders):
-                stack.enter_context(mode.whole())
+                stack.enter_context(mode.unsharded())
             self._drop_gradients()
             stack.enter_context(preserve_random_state(self._device))
             stack.enter_context(_without_dropout())
@@ -249,7 +249,7 @@ class FirstStep:
         Returns:
             The microbatches' shares of the loss; None if ``training_step`` returns no loss.
         """
-        parts = self._driver.whole_parts(self._step) if self._driver is not None else iter([(self._step.batch, 0, 1.0)])
+        parts = self._driver.unsharded_microbatches(self._step) if self._driver is not None else iter([(self._step.batch, 0, 1.0)])
         shares = []
         with self._step.trial():
             for part, number, share in parts:

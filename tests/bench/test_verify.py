@@ -200,14 +200,14 @@ def cut(fault):
     parallel = TensorParallel(size=2, verify_blocks=False)
     strategy = OverlapStrategy(tensor_parallel=parallel, verify_first_step=False, cluster_environment=TorchElasticEnvironment())
     strategy.parallel_devices = [torch.device("cpu")] * 2
-    real = Gathered.arriving
+    real = Gathered.received
 
-    def arriving(gathered):
+    def received(gathered):
         for rank, low, rows in real(gathered):
             wrong = fault and gathered._exchange.overlapped
             yield rank, low, rows * 1.01 if wrong else rows
 
-    with mock.patch.object(Gathered, "arriving", arriving):
+    with mock.patch.object(Gathered, "received", received):
         return [(v.equal, str(v)) for v in verify(CutNet(), None, strategy, given, steps=3, against="single")]
 
 

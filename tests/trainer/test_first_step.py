@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
 from lightning_overlap import ConfigError, OverlapStrategy, PipelineParallel, TensorParallel
+from tests.helpers import transformer
 
 QUIET = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
 WIDTH = 16
@@ -25,15 +26,9 @@ SUMMED = {"tensor_parallel": TensorParallel(size=2, sequence_parallel=False)}
 BOTH = {**TENSOR, **PIPELINE}
 
 
-class Attention(nn.Module):
+class Attention(transformer.Attention):
     def __init__(self) -> None:
-        super().__init__()
-        self.head_dim = 4
-        self.qkv, self.proj = nn.Linear(WIDTH, 3 * WIDTH), nn.Linear(WIDTH, WIDTH)
-
-    def forward(self, x: Tensor) -> Tensor:
-        q, k, v = self.qkv(x).unflatten(-1, (3, -1, self.head_dim)).permute(2, 0, 3, 1, 4)
-        return self.proj(F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(2))
+        super().__init__(WIDTH)
 
 
 class MLP(nn.Module):
@@ -45,16 +40,9 @@ class MLP(nn.Module):
         return self.down(F.gelu(self.up(x)))
 
 
-class Block(nn.Module):
+class Block(transformer.Block):
     def __init__(self) -> None:
-        super().__init__()
-        self.norm1, self.norm2 = nn.LayerNorm(WIDTH), nn.LayerNorm(WIDTH)
-        self.attention, self.mlp = Attention(), MLP()
-        self.dropout = nn.Dropout(0.1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = x + self.dropout(self.attention(self.norm1(x)))
-        return x + self.dropout(self.mlp(self.norm2(x)))
+        super().__init__(WIDTH, Attention, MLP, dropout=0.1)
 
 
 class Net(LightningModule):
@@ -62,7 +50,7 @@ class Net(LightningModule):
 
     parallel_plan: ClassVar[dict[str, str]] = {
         "attention.qkv": "column[3]",
-        "attention.proj": "row",
+        "attention.out": "row",
         "mlp.up": "column",
         "mlp.down": "row",
     }
@@ -232,7 +220,7 @@ class Slopes(Attention):
         heads, tokens = q.shape[1], q.shape[2]
         distance = torch.arange(tokens).view(1, -1) - torch.arange(tokens).view(-1, 1)
         bias = distance * torch.tensor([2.0 ** -(8 * (h + 1) / heads) for h in range(heads)]).view(-1, 1, 1)
-        return self.proj(F.scaled_dot_product_attention(q, k, v, attn_mask=bias).transpose(1, 2).flatten(2))
+        return self.out(F.scaled_dot_product_attention(q, k, v, attn_mask=bias).transpose(1, 2).flatten(2))
 
 
 class Alibi(Net):

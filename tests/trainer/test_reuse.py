@@ -73,7 +73,7 @@ class AsksForTheState(Callback):
 
 def test_the_state_of_a_shard_is_not_taken_for_the_whole(world):
     for message in world(2).run(ask_for_the_state):
-        assert "sharded over the ranks; trainer.save_checkpoint()" in message
+        assert "sharded over the ranks. trainer.save_checkpoint()" in message
 
 
 def ask_for_the_state():

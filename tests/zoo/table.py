@@ -12,15 +12,15 @@ UNFOLLOWED = refused("the sharded model computes a different first step from the
 CUT_FAILS = refused("but the sharded model failed")
 """The same, where the user's code raises an error in the sharded model."""
 BETWEEN_BLOCKS = refused("changes the hidden states")
-OTHER_STAGE = refused("of another stage: what is registered before")
-SECOND_TENSOR = refused("is called with a second tensor that gradients flow through")
-NO_ROLES = refused("tensor_parallel needs to know which layers to cut")
-NO_PLAN = refused("has no plan of its own for tensor_parallel")
-UNKNOWN_STYLE = refused("which is not in this version")
+OTHER_STAGE = refused("of another stage: the first stage holds modules")
+SECOND_TENSOR = refused("is called with a second tensor that needs a gradient")
+NO_ROLES = refused("tensor_parallel needs roles for the layers to shard")
+NO_PLAN = refused("has no plan for tensor_parallel")
+UNKNOWN_STYLE = refused("which this version does not support")
 NOT_FOUND = refused("the stack of blocks was not found")
 WRAPPED = refused("computes its weight or bias from other parameters")
 LEFT_OUT = refused("block was not called in this step")
-IN_PLACE = refused("changes logits whose vocabulary is cut")
+IN_PLACE = refused("changes logits whose vocabulary is sharded")
 NO_VOCABULARY = refused("no embedding or head has the role vocab_embedding or vocab_head")
 
 # -- numbers that are not those of the whole batch -------------------------------------------------------------------------------

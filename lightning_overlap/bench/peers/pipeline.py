@@ -71,22 +71,23 @@ class _TorchPipelining(PipelineMode):
         count = self.config.count
         parts = microbatches.split_batch(step.batch, count)
         if not hasattr(self, "_torch_stages"):
-            stages = len(self._stages)
-            mine = [stage for stage, rank in enumerate(self._placement) if rank == self._rank]
+            partition = self.partition
+            stages = len(partition.stages)
+            mine = [stage for stage, rank in enumerate(partition.placement) if rank == self.group.rank]
             self._torch_stages = [
-                _Stage(self._stack, self._stages[stage], first=stage == 0, last=stage == stages - 1) for stage in mine
+                _Stage(self._stack, partition.stages[stage], first=stage == 0, last=stage == stages - 1) for stage in mine
             ]
             made = [
                 PipelineStage(module, stage, stages, self._device, group=self.group.process_group)
                 for module, stage in zip(self._torch_stages, mine, strict=True)
             ]
-            schedule = SCHEDULES[self.config.chosen]
-            of_rank = made if self.config.chosen == "interleaved" else made[0]
+            schedule = SCHEDULES[self.config.schedule_name]
+            of_rank = made if self.config.schedule_name == "interleaved" else made[0]
             self._schedule = schedule(of_rank, count, loss_fn=lambda out, _: out.sum() / count)
         for stage in self._torch_stages:
             stage.step, stage.parts, stage.number = step, parts, 0
         numbers = torch.zeros(count)  # torch splits these; the stages have the user's microbatches
-        inputs = (numbers,) if self._rank == self._placement[0] else ()
+        inputs = (numbers,) if self.group.rank == self.partition.placement[0] else ()
         target = {"target": numbers} if self.has_the_loss else {}
         step.start_backward()
         with preserve_random_state(self._device):
@@ -103,7 +104,7 @@ class TorchPipelining(OverlapConfig):
 
 def peers(config: OverlapConfig, ranks: int, backend: str) -> dict[str, Peer]:
     """See :func:`lightning_overlap.bench.peers.find_peers`; none for schedules that torch does not have."""
-    if config.pipeline_parallel.chosen not in SCHEDULES:
+    if config.pipeline_parallel.schedule_name not in SCHEDULES:
         return {}
 
     def strategy() -> OverlapStrategy:

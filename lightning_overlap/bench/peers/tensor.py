@@ -23,7 +23,7 @@ from torch.distributed.tensor.parallel import (
 from lightning_overlap.bench.peers import Peer
 from lightning_overlap.config import OverlapConfig
 from lightning_overlap.modes.tensor.partition import Piece
-from lightning_overlap.modes.tensor.plan import find
+from lightning_overlap.modes.tensor.plan import find_plan
 
 
 def peers(config: OverlapConfig, ranks: int, backend: str) -> dict[str, Peer]:
@@ -40,7 +40,7 @@ def _shard_layers(plan: Mapping[str, str], size: int, module: LightningModule) -
 
     def configure_model(self: Any) -> None:
         type(module).configure_model(self)
-        found = find(self, plan, size)
+        found = find_plan(self, plan, size)
         blocks = self.get_submodule(found.blocks)
         styles: dict[str, Any] = {}
         for name, block in blocks.named_modules(prefix=found.blocks):
@@ -48,15 +48,15 @@ def _shard_layers(plan: Mapping[str, str], size: int, module: LightningModule) -
                 styles[name] = SequenceParallel(use_local_output=True)
         for region in found.regions:
             styles[region.name] = PrepareModuleInput(input_layouts=Shard(1), desired_input_layouts=Replicate())
-        for cut in found.cuts:
-            if cut.role == "column":
+        for layer in found.layers:
+            if layer.role == "column":
                 # torch shards a fused weight as one matrix: in this order of rows each rank gets its part of each fused weight.
-                weight: Any = cut.module.weight
-                piece = Piece(weight.shape, cut.dim, cut.parts)
+                weight: Any = layer.module.weight
+                piece = Piece(weight.shape, layer.dim, layer.parts)
                 weight.data = torch.cat([piece.of(weight.data, rank, size) for rank in range(size)])
-                styles[cut.name] = ColwiseParallel()
-            elif cut.role == "row":
-                styles[cut.name] = RowwiseParallel(output_layouts=Shard(1))
+                styles[layer.name] = ColwiseParallel()
+            elif layer.role == "row":
+                styles[layer.name] = RowwiseParallel(output_layouts=Shard(1))
         mesh = self.device_mesh["tensor_parallel"]
         parallelize_module(self, mesh, styles)
         entry = PrepareModuleInput(input_layouts=Replicate(), desired_input_layouts=Shard(1), use_local_output=True)

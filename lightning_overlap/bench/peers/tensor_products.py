@@ -26,7 +26,7 @@ from torch.nn import functional as F
 from lightning_overlap.bench.rows import Row
 from lightning_overlap.bench.skip import Skipped
 from lightning_overlap.modes.tensor.gemm import Exchange, shares
-from lightning_overlap.modes.tensor.linear import Arriving, prepare, read, row_product
+from lightning_overlap.modes.tensor.linear import PendingInput, gather_input, prepare_input, row_product
 from lightning_overlap.ranks.group import Group
 from lightning_overlap.ranks.world import all_gather_objects, end_world, make_group
 from lightning_overlap.tables import as_text
@@ -76,13 +76,13 @@ class Numbers:
 def _ours(exchange: Exchange, mlp: MLP, given: Numbers) -> list[Run]:
     tokens = given.x.shape[-2]
 
-    def gather(x: Tensor) -> Arriving:
-        return read(x, [mlp.up], prepare([mlp.up], exchange, "mlp"), tokens)
+    def gather(x: Tensor) -> PendingInput:
+        return gather_input(x, [mlp.up], prepare_input([mlp.up], exchange, "mlp"), tokens)
 
     def forward(x: Tensor) -> Tensor:
         handle = gather(x)
-        more = {"reading": handle.reading, "own": handle.gathered.own}
-        return row_product(F.gelu(mlp.up(handle)), mlp.down, exchange, "mlp", **more)  # type: ignore[arg-type]
+        y = F.gelu(mlp.up(handle))
+        return row_product(y, mlp.down, exchange, "mlp", input_state=handle.state, local_input=handle.gathered.local)
 
     return [
         torch.no_grad()(lambda: [mlp.up(gather(given.own_x))]),
@@ -114,15 +114,15 @@ def ways(group: Group, apart: Group, tokens: int, width: int, hidden: int, split
     mlp = MLP(width, hidden).share(rank, size)
     skipped = Skipped(apart)
     alone: list[Run] = []
-    for run in _ours(Exchange(apart, scattered=True, splits=splits), mlp, given):
+    for run in _ours(Exchange(apart, sharded=True, splits=splits), mlp, given):
         run()
         alone.append(partial(lambda calls: [p.wait() for call in calls if (p := call()) is not None], list(skipped.calls)))
         skipped.calls.clear()
     cut = {"up": ColwiseParallel(input_layouts=Shard(1)), "down": RowwiseParallel(output_layouts=Shard(1))}
     peer = parallelize_module(MLP(width, hidden), init_device_mesh("cpu", (size,)), cut)
     return {
-        "overlapped": _ours(Exchange(group, scattered=True, splits=splits), mlp, given),
-        "plain": _ours(Exchange(group, scattered=True, overlapped=False), mlp, given),
+        "overlapped": _ours(Exchange(group, sharded=True, splits=splits), mlp, given),
+        "plain": _ours(Exchange(group, sharded=True, overlapped=False), mlp, given),
         "GEMM": _torchs(mlp, given, given.x, given.grad),
         "transfer": alone,
         PEER: _torchs(peer, given, given.own_x, given.own_grad),  # type: ignore[arg-type]

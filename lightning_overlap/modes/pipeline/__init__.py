@@ -2,7 +2,8 @@
 
 from lightning_overlap.modes.descriptor import ModeDescriptor
 from lightning_overlap.modes.pipeline.config import ADVICE, decide, environment, schedule_of
-from lightning_overlap.modes.pipeline.mode import PipelineMode, look
+from lightning_overlap.modes.pipeline.division import look
+from lightning_overlap.modes.pipeline.mode import PipelineMode
 
 PIPELINE = ModeDescriptor(
     name="pipeline",

@@ -26,69 +26,69 @@ from lightning_overlap.steps.simulate import simulate
 
 ADVICE = {
     "bytes": "fewer virtual_stages, which send less",
-    "tied": "a head of its own instead of a tied one",
-    "norm": "clipping by value, which waits for no norm",
+    "tied": "an untied head",
+    "norm": "clipping by value, which needs no norm",
     "": "a larger p2p_prefetch, or more microbatches",
 }
 """By kind of transfer, what may help where it is exposed."""
 WEIGHTS = ("samples", "labels", "causal_labels", "sum")
-"""What a microbatch counts for in the batch's loss."""
-WORTH_IT = 0.01
-"""The part of a step that deferring the head's gradients must win on paper: for less, nobody's memory is taken."""
+"""Ways to weigh a microbatch's loss in the batch's loss."""
+LEAST_GAIN = 0.01
+"""The smallest estimated gain, as a part of a step, for which deferring the head's gradients may take memory."""
 
 
 EVALUATION = {
-    "replicate": "the last hidden states go to all ranks, which all go on to the loss",
-    "mirror": "the last stage goes on to the loss, and tells the others what it logs and returns",
+    "replicate": "the last hidden states are sent to all ranks, and each computes the loss",
+    "mirror": "the last stage computes the loss, and sends the others what it logs and returns",
 }
-"""What each does in a validation inside fit."""
+"""By setting, what it does in a validation inside fit."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class PipelineParallel:
-    """Pipeline parallelism: ranks hold consecutive blocks, and a batch passes them in microbatches."""
+    """Pipeline parallelism: ranks hold consecutive blocks, and a batch passes through them in microbatches."""
 
     size: int = 1
     """Ranks along the axis."""
     virtual_stages: int = 1
-    """Stages on a rank. More make the bubble smaller and send more."""
+    """Stages on each rank. More stages make the bubble smaller and send more."""
     microbatches: int | Literal["auto"] = "auto"
     """Parts of a batch; ``auto``: four for each rank. A batch with fewer samples has as many parts as samples."""
     batch_dims: dict[str, int | None] = field(default_factory=dict)
-    """What in a batch is cut into microbatches, where that does not show in the shapes: by place (``mask``, or ``1.mask`` in a tuple)
-    the dim of the samples; null: each microbatch has all of it. By default what has as many rows as the batch has samples is cut."""
+    """By the path of a tensor in the batch (``mask``, or ``1.mask`` in a tuple), its dim of samples; null: each microbatch gets all of
+    it. By default each tensor whose dim 0 has as many entries as the batch has samples is split along that dim."""
     microbatch_weight: Literal["samples", "labels", "causal_labels", "sum"] = "samples"
-    """What a microbatch's loss counts for. ``samples``: the loss is a mean over samples. ``labels``: it is a mean over the entries of
-    the batch's ``labels`` that are not -100; ``causal_labels``: over those but the first of each sequence, as Hugging Face's causal
-    models have it. ``sum``: it is a sum, or divided by something of the whole batch, and microbatches' losses add up. A method
-    ``microbatch_weight(batch)`` of the module, which gives a number for a microbatch, goes before."""
+    """The weight of a microbatch's loss. ``samples``: the loss is a mean over samples. ``labels``: it is a mean over the entries of
+    the batch's ``labels`` that are not -100; ``causal_labels``: the same without the first entry of each sequence, as in Hugging
+    Face's causal models. ``sum``: it is a sum, or divided by a number of the complete batch, and losses of microbatches add up. A
+    method ``microbatch_weight(batch)`` of the module, which returns a microbatch's weight, takes precedence."""
     schedule: str = "auto"
-    """``1f1b``, ``eager_1f1b`` (holds more activations, and hides transfers under them), ``interleaved``, ``gpipe``, ``zb_h1``,
+    """``1f1b``, ``eager_1f1b`` (holds more activations, and so hides transfers), ``interleaved``, ``gpipe``, ``zb_h1``,
     ``interleaved_zb``, ``zb_v``, ``dualpipev``, or a schedule's file; ``auto``: ``interleaved`` with virtual stages, else
     ``eager_1f1b``."""
     microbatch_group: int | None = None
-    """Microbatches that an interleaved schedule runs of one stage before the next one on the rank; by default ``size``."""
+    """Microbatches of one stage that an interleaved schedule runs before it runs the rank's next stage; by default ``size``."""
     layers_per_stage: tuple[int, ...] | None = None
     """Blocks of each stage; by default stages have about the same number of parameters."""
     layout: str | None = None
-    """Stages as a string, ``Et*3|(tt|)*5,tL`` say: E the embedding, t a block, L head and loss, | between stages."""
+    """Stages as a string, for example ``Et*3|(tt|)*5,tL``: E is the embedding, t a block, L head and loss, | separates stages."""
     held_by_all: tuple[str, ...] = ()
-    """Modules and parameters, by name, that every stage holds: what is used before the blocks and after them, or beside them. Their
-    gradients are summed over the stages, as those of a tied embedding are."""
+    """Names of modules and parameters that every stage holds, because they are used both before and after the blocks, or beside them.
+    Their gradients are summed over the stages, like those of a tied embedding."""
     overlap_p2p: bool | Literal["auto"] = "auto"
-    """Transfers between stages run beside compute: receives are posted ahead and nobody waits for a send."""
+    """Transfers between stages run during compute: receives are posted early, and no rank waits for a send."""
     p2p_prefetch: int = 2
-    """Receives that are posted ahead, for each direction."""
+    """Receives that are posted early, for each direction."""
     defer_embedding_wgrad: bool | Literal["auto"] = "auto"
-    """The gradients of the head's weight, of linear layers after the blocks, are computed where the last stage's rank waits, and
-    what it sends goes out sooner. Takes the memory of a microbatch's logits for each microbatch that is left."""
+    """The rank of the last stage computes the weights' gradients of the head (linear layers after the blocks) while it would wait, and
+    so sends sooner. Each deferred microbatch keeps the memory of its logits."""
     wgrad_deferral_limit: int = 0
-    """Microbatches of which the head's gradients are left at once. 0: any number; where ``auto`` has turned it on, ``size``."""
+    """The most microbatches whose head gradients are deferred at the same time. 0: no limit; ``size`` if ``auto`` has turned it on."""
     evaluation: Literal["replicate", "mirror"] = "replicate"
-    """A validation inside fit: ``replicate`` gives the last hidden states to all ranks, each of which goes on to the loss;
-    ``mirror`` has the last stage alone go on, and tells the others what it logs, its metrics and the numbers that it returns. It
-    sends less, and no rank holds the weights of another; what ``validation_step`` collects on ``self`` is then on the last
-    stage only."""
+    """A validation inside fit. ``replicate`` sends the last hidden states to all ranks, each of which computes the loss. With
+    ``mirror`` only the last stage computes the loss, and sends the others its logs, its metrics and the numbers that it returns.
+    That sends less, and no rank needs another's weights; but what ``validation_step`` collects on ``self`` exists on the last stage
+    only."""
 
     def __post_init__(self) -> None:
         unset = {"microbatches": "auto", "microbatch_group": None}
@@ -97,41 +97,41 @@ class PipelineParallel:
                 check_count(f"pipeline_parallel.{name}", getattr(self, name))
         if type(self.wgrad_deferral_limit) is not int or self.wgrad_deferral_limit < 0:
             raise ConfigError(
-                "pipeline_parallel.wgrad_deferral_limit must be a number of microbatches, or 0 for any, "
+                "pipeline_parallel.wgrad_deferral_limit must be a number of microbatches, or 0 for no limit, "
                 f"got {self.wgrad_deferral_limit!r}"
             )
         if self.wgrad_deferral_limit and self.defer_embedding_wgrad is False:
-            raise ConfigError("pipeline_parallel.wgrad_deferral_limit limits nothing with defer_embedding_wgrad: false: leave one out")
+            raise ConfigError("pipeline_parallel.wgrad_deferral_limit has no effect with defer_embedding_wgrad: false: remove one")
         if self.microbatch_group is not None and self.microbatch_group < self.size:
             raise ConfigError(
-                f"pipeline_parallel.microbatch_group={self.microbatch_group} is below size={self.size}: a rank would wait for its own "
-                f"microbatches to come round; set {self.size} or more, or leave it out"
+                f"pipeline_parallel.microbatch_group={self.microbatch_group} must be at least size={self.size}: with fewer, a rank "
+                f"waits for microbatches to pass the other ranks. Set {self.size} or more, or remove it"
             )
         for name in ("overlap_p2p", "defer_embedding_wgrad"):
             check_switch(f"pipeline_parallel.{name}", getattr(self, name))
         check_word("pipeline_parallel.evaluation", self.evaluation, tuple(EVALUATION))
         check_word("pipeline_parallel.microbatch_weight", self.microbatch_weight, WEIGHTS)
         if odd := [dim for dim in self.batch_dims.values() if not (dim is None or (isinstance(dim, int) and dim >= 0))]:
-            raise ConfigError(f"pipeline_parallel.batch_dims has a dim of 0 or more, or null, for each place, got {odd[0]!r}")
+            raise ConfigError(f"pipeline_parallel.batch_dims: each value must be a dim of 0 or more, or null, got {odd[0]!r}")
         if self.layout is not None and self.layers_per_stage is not None:
-            raise ConfigError("pipeline_parallel has both layout and layers_per_stage, which say the same: give one")
-        if (self.size > 1 or self.microbatches != "auto") and self.stages * self.count <= MOST:  # a larger one when there is a world
-            self.plan(self.count)  # a schedule that cannot be built is refused where it is asked for
+            raise ConfigError("pipeline_parallel has both layout and layers_per_stage: set only one")
+        if (self.size > 1 or self.microbatches != "auto") and self.stages * self.count <= MOST:  # larger ones when the fit starts
+            self.plan(self.count)  # refuses a schedule that cannot be built
 
     @property
     def runs(self) -> bool:
-        """Whether there is anything to do; microbatches in one process are the reference for more."""
+        """Whether the mode is on. Microbatches in one process are the reference of a pipeline."""
         return self.size > 1 or self.count > 1
 
     @property
     def count(self) -> int:
-        """Microbatches of a batch that has at least as many samples."""
+        """The number of microbatches of a batch with at least as many samples."""
         if self.microbatches == "auto":
             return 4 * self.size if self.size > 1 else 1
         return self.microbatches
 
     @property
-    def chosen(self) -> str:
+    def schedule_name(self) -> str:
         """The schedule's name, or its file's."""
         if self.schedule == "auto":
             if self.virtual_stages > 1:
@@ -140,41 +140,41 @@ class PipelineParallel:
         return self.schedule
 
     @property
-    def kept(self) -> int:
-        """Microbatches of which the head's gradients may be left at once, where they are deferred; 0: any number."""
+    def deferral_limit(self) -> int:
+        """The most microbatches whose head gradients may be deferred at the same time; 0: no limit."""
         return self.wgrad_deferral_limit or (self.size if self.defer_embedding_wgrad == "auto" else 0)
 
     @property
     def stages(self) -> int:
-        """Of all ranks."""
+        """The number of stages of all ranks."""
         return self.size * self.virtual_stages
 
     def plan(self, microbatches: int) -> Schedule:
-        """The schedule for so many microbatches.
+        """The schedule for a number of microbatches.
 
         Raises:
             ConfigError: there is no such schedule.
         """
-        if self.chosen in SCHEDULES:
-            return build(self.chosen, self.size, self.virtual_stages, microbatches, group=self.microbatch_group)
-        path = Path(self.chosen)
+        if self.schedule_name in SCHEDULES:
+            return build(self.schedule_name, self.size, self.virtual_stages, microbatches, group=self.microbatch_group)
+        path = Path(self.schedule_name)
         if not path.is_file():
             raise ConfigError(
                 f"pipeline_parallel.schedule={self.schedule!r} is neither one of {', '.join(SCHEDULES)} nor a file with a schedule"
             )
-        made = parse(path.read_text())
-        validate(made)
-        if (made.ranks, made.stages) != (self.size, self.stages):
+        schedule = parse(path.read_text())
+        validate(schedule)
+        if (schedule.ranks, schedule.stages) != (self.size, self.stages):
             raise ConfigError(
-                f"the schedule in {path} is for {made.ranks} ranks and {made.stages} stages, and pipeline_parallel has "
+                f"the schedule in {path} is for {schedule.ranks} ranks and {schedule.stages} stages, but pipeline_parallel has "
                 f"{self.size} and {self.stages}: change size and virtual_stages, or the file"
             )
-        if made.microbatches != microbatches:
+        if schedule.microbatches != microbatches:
             raise ConfigError(
-                f"the schedule in {path} is for {made.microbatches} microbatches, and there are {microbatches}: set "
-                f"microbatches: {made.microbatches}, with batches of at least as many samples (drop_last=True)"
+                f"the schedule in {path} is for {schedule.microbatches} microbatches, but there are {microbatches}: set "
+                f"microbatches: {schedule.microbatches}, with batches of at least as many samples (drop_last=True)"
             )
-        return made
+        return schedule
 
 
 @dataclass(frozen=True)
@@ -183,11 +183,11 @@ class PipelineFacts:
 
     Attributes:
         name: of the list of blocks.
-        blocks: number of blocks, by stage.
-        work: elements of the matrices that a token is multiplied by, by stage.
-        head_work: those of the last stage's linear layers after the blocks, whose weights' gradients can come later.
-        split: the fraction of the blocks' trained elements whose gradients a split backward leaves for later.
-        unsplit: classes of the modules with matrices whose gradients it cannot leave.
+        blocks: by stage, the number of blocks.
+        work: by stage, the number of matrix elements that a token is multiplied by.
+        head_work: the same of the linear layers after the blocks, whose weights' gradients can be deferred.
+        split: the fraction of the blocks' trained elements whose gradients a split backward can defer.
+        unsplit: class names of modules with matrices whose gradients it cannot defer.
     """
 
     name: str
@@ -204,11 +204,11 @@ class PipelineChoices(Choices):
 
     Attributes:
         schedule: its name, or its file's.
-        microbatches: of a batch that has at least as many samples.
-        overlap_p2p: receives are posted ahead, and nobody waits for a send.
-        split_backward: gradients of weights are computed apart from those of inputs; None where the schedule does not.
-        defer_embedding_wgrad: the gradients of the head's weight are computed where its rank waits.
-        evaluation: how a validation inside fit reaches the loss.
+        microbatches: the number of microbatches of a batch with at least as many samples.
+        overlap_p2p: receives are posted early, and no rank waits for a send.
+        split_backward: gradients of weights are computed separately from those of inputs; None if the schedule does not do that.
+        defer_embedding_wgrad: the gradients of the head's weights are computed while its rank would wait.
+        evaluation: how a validation inside fit computes the loss.
         work: as in :class:`PipelineFacts`; empty if the model is not known.
         head_work: as in :class:`PipelineFacts`; 0 if the model is not known.
     """
@@ -228,28 +228,28 @@ def decide(config: PipelineParallel, degrees: Degrees, facts: Facts, *, overlap:
     if not config.runs:
         return None
     schedule = config.plan(config.count)
-    _refuse_what_cannot_run(config, facts, cut=degrees.tensor > 1 and schedule.splits_backward)
+    _refuse_what_cannot_run(config, facts, splits_sharded_layers=degrees.tensor > 1 and schedule.splits_backward)
     timing = simulate(schedule)
     activations = ", ".join(map(str, timing.peak))
     model = facts.of(PipelineFacts)
     blocks = "" if model is None else f"; blocks by stage: {', '.join(map(str, model.blocks))} ({model.name or 'the model'})"
-    a_rank = "one a rank" if config.virtual_stages == 1 else f"{config.virtual_stages} a rank"
+    per_rank = "one per rank" if config.virtual_stages == 1 else f"{config.virtual_stages} per rank"
     return PipelineChoices(
-        size=Choice(config.size, config.size, f"{config.stages} stages, {a_rank}{blocks}"),
+        size=Choice(config.size, config.size, f"{config.stages} stages, {per_rank}{blocks}"),
         schedule=Choice(
-            config.chosen,
+            config.schedule_name,
             config.schedule,
-            f"bubble {timing.bubble:.0%} with {config.count} microbatches if transfers are hidden; "
-            f"activations of at most {activations} microbatches are held, by rank",
+            f"estimated bubble {timing.bubble:.0%} ({config.count} microbatches, transfers fully hidden); "
+            f"peak activations by rank, in microbatches: {activations}",
         ),
-        microbatches=Choice(config.count, config.microbatches, "a batch is cut along its first dim"),
+        microbatches=Choice(config.count, config.microbatches, "a batch is split along its dim of samples"),
         overlap_p2p=settle(
             "pipeline_parallel.overlap_p2p",
             config.overlap_p2p,
             best=True,
             otherwise=False,
-            because=f"{config.p2p_prefetch} receives are posted ahead in each direction, and nobody waits for a send",
-            blockers=[(config.size == 1, "there is one rank, which sends nothing")],
+            because=f"{config.p2p_prefetch} receives are posted early in each direction, and no rank waits for a send",
+            blockers=[(config.size == 1, "one rank sends nothing")],
             overlap=overlap,
         ),
         split_backward=_split(model) if schedule.splits_backward else None,
@@ -260,8 +260,8 @@ def decide(config: PipelineParallel, degrees: Degrees, facts: Facts, *, overlap:
     )
 
 
-def scheduled(config: PipelineParallel, choices: PipelineChoices, microbatches: int) -> Schedule:
-    """The schedule that is run, of so many microbatches."""
+def build_schedule(config: PipelineParallel, choices: PipelineChoices, microbatches: int) -> Schedule:
+    """The schedule that the mode runs for a number of microbatches."""
     schedule = config.plan(microbatches)
     if not choices.defer_embedding_wgrad.value:
         return schedule
@@ -269,54 +269,60 @@ def scheduled(config: PipelineParallel, choices: PipelineChoices, microbatches: 
 
 
 def _deferred(config: PipelineParallel, work: tuple[int, ...], head_work: int, schedule: Schedule) -> Schedule:
-    """On paper a token costs what it is multiplied by, and backward twice that. Where backward is split the head's are in its W."""
+    """Defers the head's gradients. A token's estimated cost is the number of elements it is multiplied by; in backward twice that.
+
+    A schedule that splits backward is returned as it is: it computes the head's gradients in its ``W`` actions.
+    """
     if schedule.splits_backward:
         return schedule
-    return defer(schedule, work, [2 * each for each in work], head_work, config.kept)
+    return defer(schedule, work, [2 * each for each in work], head_work, config.deferral_limit)
 
 
 def _split(model: PipelineFacts | None) -> Choice[bool]:
-    """What a schedule that splits backward finds to split."""
+    """Describes which gradients a schedule that splits backward can defer."""
     if model is None:
         return Choice(True, None, "in linear layers; the model is not known yet")
     rest = f"; not in {', '.join(model.unsplit)}" if model.unsplit else ""
-    return Choice(True, None, f"in linear layers, which have {model.split:.0%} of the parameters that the blocks train{rest}")
+    return Choice(True, None, f"in linear layers: {model.split:.0%} of the blocks' trained parameters{rest}")
 
 
 def _deferral(
     config: PipelineParallel, degrees: Degrees, model: PipelineFacts | None, schedule: Schedule, *, overlap: bool
 ) -> Choice[bool]:
-    asked = config.defer_embedding_wgrad
-    wanted = overlap and asked is not False
-    if config.size > 1 and model is None and wanted:
-        return Choice(False, asked, "the model is not known yet")
+    requested = config.defer_embedding_wgrad
+    is_wanted = overlap and requested is not False
+    if config.size > 1 and model is None and is_wanted:
+        return Choice(False, requested, "the model is not known yet")
     has_head = config.size > 1 and model is not None and model.head_work > 0
-    gain = _gain(config, model, schedule) if model is not None and has_head and wanted else 0.0
-    limit = "" if schedule.splits_backward else f", of at most {config.kept or config.count} microbatches at once"
+    gain = _gain(config, model, schedule) if model is not None and has_head and is_wanted else 0.0
+    limit = "" if schedule.splits_backward else f", for at most {config.deferral_limit or config.count} microbatches"
     return settle(
         "pipeline_parallel.defer_embedding_wgrad",
-        asked,
+        requested,
         best=True,
         otherwise=False,
-        because=f"the gradients of the head's weight are computed where its rank waits{limit}: on paper {gain:.1%} of a step",
+        because=f"the head's weight gradients are computed while its rank would wait{limit}: estimated gain {gain:.1%} of a step",
         blockers=[
-            (config.size == 1, "there is one rank, which waits for nobody"),
-            (degrees.tensor > 1, "tensor_parallel has the layers' gradients computed in an order of its own"),
-            (config.size > 1 and not has_head, "no linear layer that is trained comes after the blocks (nn.Linear only)"),
+            (config.size == 1, "one rank waits for no other"),
+            (degrees.tensor > 1, "tensor_parallel computes the layers' gradients in its own order"),
+            (config.size > 1 and not has_head, "there is no trained nn.Linear after the blocks"),
             (
                 schedule.splits_backward and config.wgrad_deferral_limit > 0,
-                f"{config.chosen} splits backward and says itself where weights' gradients are computed: leave out "
+                f"the schedule {config.schedule_name} splits backward, and orders weights' gradients itself: remove "
                 "wgrad_deferral_limit",
             ),
-            (asked == "auto" and has_head and config.chosen not in SCHEDULES, "a schedule's file is run as it stands"),
-            (asked == "auto" and has_head and gain < WORTH_IT, f"on paper it wins {gain:.1%} of a step"),
+            (requested == "auto" and has_head and config.schedule_name not in SCHEDULES, "a schedule from a file is not changed"),
+            (
+                requested == "auto" and has_head and gain < LEAST_GAIN,
+                f"estimated gain is only {gain:.1%} of a step (threshold {LEAST_GAIN:.0%})",
+            ),
         ],
         overlap=overlap,
     )
 
 
 def _gain(config: PipelineParallel, model: PipelineFacts, schedule: Schedule) -> float:
-    """The part of a step that it wins on paper."""
+    """The estimated gain of deferring the head's gradients, as a part of a step."""
     forward, head = model.work, model.head_work
     backward = [2 * work for work in forward]
     at_once, later = ([*forward[:-1], forward[-1] - head], forward) if schedule.splits_backward else (forward, [*forward[:-1], head])
@@ -325,16 +331,16 @@ def _gain(config: PipelineParallel, model: PipelineFacts, schedule: Schedule) ->
     return 1 - after / before
 
 
-def _refuse_what_cannot_run(config: PipelineParallel, facts: Facts, *, cut: bool) -> None:
-    """Refuses, with every reason.
+def _refuse_what_cannot_run(config: PipelineParallel, facts: Facts, *, splits_sharded_layers: bool) -> None:
+    """Refuses what a pipeline does not support.
 
     Args:
-        config: what was asked for.
+        config: the mode's.
         facts: about the run.
-        cut: the schedule splits backward, and layers are cut.
+        splits_sharded_layers: whether the schedule splits backward and tensor parallelism shards layers.
 
     Raises:
-        ConfigError: something is in the way.
+        ConfigError: there is a reason; with every reason.
     """
     optimizers = facts.optimizers or ()
     coupled = [o.name for o in optimizers if not o.independent and o.known]
@@ -344,40 +350,43 @@ def _refuse_what_cannot_run(config: PipelineParallel, facts: Facts, *, cut: bool
         [
             (
                 not facts.automatic_optimization,
-                "manual optimization runs backward itself, in the middle of training_step: use automatic",
+                "manual optimization runs backward inside training_step: use automatic optimization",
             ),
-            (facts.precision == "16-mixed", "precision 16-mixed scales the loss, which is not in this version: use bf16-mixed"),
-            (facts.compiled, "torch.compile has not been tried with stages, which run blocks through stand-ins: train without it"),
-            (bool(facts.unfreezers), f"{', '.join(facts.unfreezers)} gives the optimizer parameters later: freeze in configure_model"),
+            (facts.precision == "16-mixed", "precision 16-mixed scales the loss, which this version does not support: use bf16-mixed"),
+            (facts.compiled, "torch.compile is not tested with pipeline stages: train without it"),
+            (
+                bool(facts.unfreezers),
+                f"{', '.join(facts.unfreezers)} adds parameters to the optimizer during the fit: freeze in configure_model",
+            ),
             (
                 bool(facts.averagers),
-                f"{', '.join(facts.averagers)} averages all weights, and a rank has its stages' only: save checkpoints and average "
+                f"{', '.join(facts.averagers)} averages all weights, but a rank has only its stages': save checkpoints and average "
                 "those",
             ),
             (
-                cut,
-                f"{config.chosen} splits backward, and tensor_parallel computes gradients in an order of its own: use interleaved or "
-                "1f1b",
+                splits_sharded_layers,
+                f"the schedule {config.schedule_name} splits backward, but tensor_parallel computes gradients in its own order: use "
+                "interleaved or 1f1b",
             ),
-            (bool(coupled), f"{', '.join(coupled)} looks at all parameters at once, and a rank has its stages' only"),
+            (bool(coupled), f"{', '.join(coupled)} needs all parameters, but a rank has only its stages'"),
             (
                 bool(facts.clippers),
-                f"{', '.join(facts.clippers)} clips by a norm over the gradients that a rank has, its stages' only: use "
+                f"{', '.join(facts.clippers)} clips by the norm of this rank's gradients only, which are its stages': use "
                 "gradient_clip_val, or call self.clip_gradients(...) in configure_gradient_clipping",
             ),
-            (bool(unknown), f"{'; '.join(unknown)}, and a rank has its stages' parameters only: use an optimizer such as AdamW"),
+            (bool(unknown), f"{'; '.join(unknown)}. A rank has only its stages' parameters: use an optimizer such as AdamW"),
         ],
     )
 
 
 def schedule_of(config: PipelineParallel, choices: PipelineChoices | None) -> Schedule:
     """See :class:`lightning_overlap.modes.descriptor.Scheduled`."""
-    return config.plan(config.count) if choices is None else scheduled(config, choices, config.count)
+    return config.plan(config.count) if choices is None else build_schedule(config, choices, config.count)
 
 
 def environment(config: PipelineParallel, capability: int | None) -> list[Setting]:
     """See :class:`lightning_overlap.modes.descriptor.Environment`."""
     if config.size == 1:
         return []
-    why = "pipeline_parallel: a receive that is posted ahead has a queue to itself, where no kernel waits behind it"
+    why = "pipeline_parallel: receives that are posted early get their own hardware queue and do not block later kernels"
     return [Setting("CUDA_DEVICE_MAX_CONNECTIONS", "32", why)]

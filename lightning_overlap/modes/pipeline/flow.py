@@ -1,11 +1,11 @@
-"""What goes from stage to stage: the hidden states, and whatever else later blocks or the loss read of earlier blocks.
+"""Finds which tensors each stage sends: the hidden states, and every other tensor of its blocks that later stages read.
 
-Which tensors these are is found by running each stage once, one after the other, on the first microbatch of a fit. A stage that needs
-a tensor of an earlier one asks for it, and the rank that has it answers, since it has nothing else to do. ::
+On the first microbatch of a fit the stages run one after the other. A stage that needs a tensor of an earlier stage requests it, and
+the rank that has it answers. ::
 
-    rank 0   runs stage 0 | answers                  | answers
-    rank 1   answers      | runs stage 1, asks       | answers
-    rank 2   answers      | answers                  | runs stage 2, asks
+    rank 0   runs stage 0 | answers                   | answers
+    rank 1   answers      | runs stage 1, requests    | answers
+    rank 2   answers      | answers                   | runs stage 2, requests
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ from lightning_overlap.ranks.group import Group
 
 @dataclass(frozen=True)
 class Flow:
-    """What goes from stage to stage.
+    """The tensors that stages send.
 
     Attributes:
-        stages: by stage, its blocks.
-        uses: by stage, the tensors of earlier blocks that it computes with.
-        outputs: by block, what it returns, as in :class:`lightning_overlap.model.block_pass.Pass`.
+        stages: by stage, the numbers of its blocks.
+        uses: by stage, the tensors of earlier stages that it reads.
+        outputs: by block, the structure of its output, as in :class:`lightning_overlap.model.block_pass.Pass`.
     """
 
     stages: Sequence[range]
@@ -44,28 +44,28 @@ class Flow:
         block, number = leaf
         return block in self.outputs and number >= count_slots(self.outputs[block])
 
-    def after(self, stage: int) -> tuple[Leaf, ...]:
-        """What a stage hands on: all that later stages use and that is made in it, or before it."""
+    def sent_after(self, stage: int) -> tuple[Leaf, ...]:
+        """The tensors that a stage sends: made in it or in an earlier stage, and read by a later one."""
         used = {leaf for uses in self.uses[stage + 1 :] for leaf in uses}
         return tuple(sorted(leaf for leaf in used if self.stage_of(leaf[0]) <= stage))
 
 
 @dataclass(frozen=True)
-class _Ran:
-    """A stage has been run.
+class _Result:
+    """The result of a stage's run.
 
     Attributes:
-        uses: what it has asked for.
-        outputs: of the blocks that it has run.
-        failed: the error that has ended it, in words.
+        uses: the tensors that it has requested.
+        outputs: by block of the stage, the structure of its output.
+        failure: the message of the error that ended it; None if it ended without one.
     """
 
     uses: frozenset[Leaf]
     outputs: dict[int, Any]
-    failed: str | None = None
+    failure: str | None = None
 
 
-def rehearse(
+def find_flow(
     stages: Sequence[range],
     placement: Sequence[int],
     group: Group,
@@ -73,40 +73,39 @@ def rehearse(
     run: Callable[[int, Pass], None],
     size: int,
 ) -> Flow:
-    """Finds what goes from stage to stage. Collective.
+    """Runs every stage once, and records which tensors it reads. Collective.
 
     Args:
-        stages: by stage, its blocks.
+        stages: by stage, the numbers of its blocks.
         placement: by stage, its rank.
         group: the pipeline's ranks.
-        on: where this rank's tensors are.
+        on: this rank's device.
         run: runs a stage's forward with a pass.
-        size: how many blocks there are.
+        size: the number of blocks.
 
     Raises:
-        ConfigError: a stage cannot be run so; on every rank.
+        ConfigError: the user's code fails in a stage; on every rank.
     """
-    made: dict[Leaf, Tensor] = {}
-    found = Flow(stages, [frozenset()] * len(stages), {})
+    kept: dict[Leaf, Tensor] = {}
+    no_uses = Flow(stages, [frozenset()] * len(stages), {})
     uses: list[frozenset[Leaf]] = []
     outputs: dict[int, Any] = {}
 
     def owner(leaf: Leaf) -> int:
-        return placement[found.stage_of(leaf[0])]
+        return placement[no_uses.stage_of(leaf[0])]
 
     for stage, rank in enumerate(placement):
         if rank == group.rank:
-            mine, failed = _run_stage(stage, stages, outputs, made, _Asks(group, owner, made, on), run, size)
-            group.share_object(mine, rank)
-            if failed is not None:
-                raise failed
-            ran = mine
+            result, error = _run_stage(stage, stages, outputs, kept, _Requests(group, owner, kept, on), run, size)
+            group.share_object(result, rank)
+            if error is not None:
+                raise error
         else:
-            ran = _answer(rank, group, owner, made)
-        if ran.failed is not None:
-            raise_from_words(ran.failed)
-        uses.append(ran.uses)
-        outputs |= ran.outputs
+            result = _answer(rank, group, owner, kept)
+        if result.failure is not None:
+            raise_from_words(result.failure)
+        uses.append(result.uses)
+        outputs |= result.outputs
     return Flow(stages, uses, outputs)
 
 
@@ -114,11 +113,11 @@ def _run_stage(
     stage: int,
     stages: Sequence[range],
     outputs: dict[int, Any],
-    made: dict[Leaf, Tensor],
-    asks: _Asks,
+    kept: dict[Leaf, Tensor],
+    requests: _Requests,
     run: Callable[[int, Pass], None],
     size: int,
-) -> tuple[_Ran, Exception | None]:
+) -> tuple[_Result, Exception | None]:
     blocks = stages[stage]
     current_pass = Pass(
         run=frozenset(blocks),
@@ -126,38 +125,39 @@ def _run_stage(
         structures=dict(outputs),
         is_first=stage == 0,
         is_kept=lambda leaf: True,
-        fetch=asks if stage > 0 else None,
+        fetch=requests if stage > 0 else None,
     )
     if not blocks and 0 < stage < len(stages) - 1:
-        return _Ran(frozenset(), {}), None  # it hands on what it gets
+        return _Result(frozenset(), {}), None  # it only forwards the tensors that it receives
     try:
         run(stage, current_pass)
-    except Exception as error:  # the others are waiting to be asked
-        return _Ran(frozenset(), {}, in_words(error)), error
-    made |= {leaf: x.detach().requires_grad_(x.requires_grad) for leaf, x in current_pass.kept.items()}
-    return _Ran(frozenset(current_pass.received), {block: current_pass.structures[block] for block in blocks}), None
+    except Exception as error:  # the other ranks wait for requests
+        return _Result(frozenset(), {}, in_words(error)), error
+    kept |= {leaf: x.detach().requires_grad_(x.requires_grad) for leaf, x in current_pass.kept.items()}
+    return _Result(frozenset(current_pass.received), {block: current_pass.structures[block] for block in blocks}), None
 
 
-class _Asks:
-    """Gets a tensor from the rank that has it, while that rank is in :func:`_answer`."""
+class _Requests:
+    """Requests a tensor from the rank that has it, while that rank is in :func:`_answer`."""
 
-    def __init__(self, group: Group, owner: Callable[[Leaf], int], made: Mapping[Leaf, Tensor], on: device) -> None:
-        self._group, self._owner, self._made, self._on = group, owner, made, on
+    def __init__(self, group: Group, owner: Callable[[Leaf], int], kept: Mapping[Leaf, Tensor], on: device) -> None:
+        self._group, self._owner, self._kept, self._on = group, owner, kept, on
 
     def __call__(self, leaf: Leaf) -> Tensor:
         owner = self._owner(leaf)
         if owner == self._group.rank:
-            return self._made[leaf]
+            return self._kept[leaf]
         self._group.share_object(leaf, self._group.rank)
         x: Any = self._group.share_object(None, owner)
         return x.to(self._on).requires_grad_(x.requires_grad)
 
 
-def _answer(asking: int, group: Group, owner: Callable[[Leaf], int], made: Mapping[Leaf, Tensor]) -> _Ran:
-    """Answers the rank that runs a stage until it has come to its end."""
+def _answer(source: int, group: Group, owner: Callable[[Leaf], int], kept: Mapping[Leaf, Tensor]) -> _Result:
+    """Answers the requests of the rank ``source``, until it shares its result."""
     while True:
-        said: Any = group.share_object(None, asking)
-        if isinstance(said, _Ran):
-            return said
-        rank = owner(said)
-        group.share_object(made[said].detach().cpu().requires_grad_(made[said].requires_grad) if rank == group.rank else None, rank)
+        message: Any = group.share_object(None, source)
+        if isinstance(message, _Result):
+            return message
+        rank = owner(message)
+        answer = kept[message].detach().cpu().requires_grad_(kept[message].requires_grad) if rank == group.rank else None
+        group.share_object(answer, rank)

@@ -1,4 +1,4 @@
-"""Which blocks each stage holds. Standard library only."""
+"""Divides the blocks into stages. Standard library only."""
 
 from __future__ import annotations
 
@@ -9,29 +9,29 @@ from itertools import accumulate, pairwise
 from lightning_overlap.decision import ConfigError
 
 Layout = tuple[range, ...]
-"""By stage, the numbers of its blocks. What is before the blocks is on the first stage, what is after them on the last."""
+"""By stage, the numbers of its blocks. Modules before the blocks are on the first stage, modules after them on the last."""
 
 
 def balanced(costs: Sequence[int], stages: int, *, first: int = 0, last: int = 0) -> Layout:
-    """Stages of consecutive blocks, the most expensive one as cheap as it can be; of several such, early stages are the fuller ones.
+    """Stages of consecutive blocks whose most expensive stage is as cheap as possible. Early stages get as many blocks as that allows.
 
     Args:
-        costs: of each block.
-        stages: how many; each gets one block at least.
-        first: what the first stage costs besides.
-        last: what the last stage costs besides.
+        costs: by block, its cost.
+        stages: the number of stages; each gets at least one block.
+        first: the cost of the first stage's other modules.
+        last: the cost of the last stage's other modules.
 
     Raises:
         ConfigError: there are more stages than blocks.
     """
     if stages > len(costs):
-        raise ConfigError(f"{len(costs)} blocks cannot be cut into {stages} stages: at most {len(costs)} (size x virtual_stages)")
+        raise ConfigError(f"{len(costs)} blocks cannot make {stages} stages (size x virtual_stages): use at most {len(costs)}")
     sums = [0, *accumulate(costs)]
 
     def cost(stage: int, start: int, end: int) -> int:
         return sums[end] - sums[start] + (first if stage == 0 else 0) + (last if stage == stages - 1 else 0)
 
-    # best[k][n]: the cheapest worst stage among the last k stages, if they hold the blocks from n on.
+    # best[k - 1][n]: the cost of the most expensive of the last k stages, at its lowest, if they hold the blocks from n on.
     best = [[cost(stages - 1, n, len(costs)) if n < len(costs) else None for n in range(len(costs) + 1)]]
     for k in range(2, stages + 1):
         best.append([None] * (len(costs) + 1))
@@ -51,55 +51,55 @@ def balanced(costs: Sequence[int], stages: int, *, first: int = 0, last: int = 0
 
 
 def counted(counts: Sequence[int], blocks: int, stages: int) -> Layout:
-    """Stages of so many blocks each.
+    """Stages with the given numbers of blocks.
 
     Raises:
-        ConfigError: the numbers do not add up.
+        ConfigError: there is not one number for each stage, or they do not sum to the number of blocks.
     """
     if len(counts) != stages or sum(counts) != blocks or min(counts) < 0:
         raise ConfigError(
-            f"layers_per_stage={list(counts)} has {len(counts)} stages and {sum(counts)} blocks, and there are {stages} stages "
+            f"layers_per_stage={list(counts)} has {len(counts)} stages and {sum(counts)} blocks, but there are {stages} stages "
             f"(size x virtual_stages) and {blocks} blocks"
         )
     return tuple(range(a, b) for a, b in pairwise([0, *accumulate(counts)]))
 
 
 def expand(text: str) -> str:
-    """A layout without repetitions and groups: ``xy(ab|cd)*2,e`` is ``xyab|cdab|cde``. Commas and blanks are for the reader.
+    """Writes out a layout's repetitions and groups: ``xy(ab|cd)*2,e`` becomes ``xyab|cdab|cde``. Commas and spaces are ignored.
 
     Raises:
-        ConfigError: a bracket or a number is missing.
+        ConfigError: a bracket or a number is misplaced.
     """
     plain = re.sub(r"[,\s]", "", text)
     repeated = re.compile(r"(?:\(([^()]*)\)|([^()*]))\*(\d+)|\(([^()]*)\)")
-    while (found := repeated.search(plain)) is not None:
-        inner, letter, times, once = found.groups()
+    while (match := repeated.search(plain)) is not None:
+        inner, letter, times, once = match.groups()
         part = (inner if inner is not None else letter or "") * int(times) if times else once
-        plain = plain[: found.start()] + part + plain[found.end() :]
+        plain = plain[: match.start()] + part + plain[match.end() :]
     if (odd := re.search(r"[()*\d]", plain)) is not None:
         raise ConfigError(f"layout {text!r}: {odd[0]!r} is out of place; a repetition is x*3 or (xy|)*3")
     return plain
 
 
 def parse(text: str, blocks: int, stages: int) -> Layout:
-    """Stages from a layout: E the embedding, t a block, L head and loss, | between two stages.
+    """Stages from a layout: E is the embedding, t a block, L head and loss, | separates stages.
 
-    The notation is the reference's (``pipeline_model_parallel_layout``).
+    The notation is Megatron-LM's (``pipeline_model_parallel_layout``).
 
     Raises:
-        ConfigError: what does not fit, and how.
+        ConfigError: the layout is malformed, or does not fit the number of blocks or stages.
     """
     plain = expand(text)
     parts = plain.split("|")
     letters = plain.replace("|", "")
     if "m" in letters:
-        raise ConfigError(f"layout {text!r}: m, multi-token prediction, is not in this version")
+        raise ConfigError(f"layout {text!r}: m, multi-token prediction, is not supported in this version")
     if not re.fullmatch(r"Et*L", letters):
-        raise ConfigError(f"layout {text!r} reads {plain!r}: it is to have one E, then blocks (t), then one L, with | between stages")
+        raise ConfigError(f"layout {text!r} reads {plain!r}: it must have one E, then blocks (t), then one L, with | between stages")
     if not parts[0].startswith("E") or not parts[-1].endswith("L"):
-        raise ConfigError(f"layout {text!r}: E belongs to the first stage and L to the last, and it reads {plain!r}")
+        raise ConfigError(f"layout {text!r}: E belongs to the first stage and L to the last, but it reads {plain!r}")
     if len(parts) != stages:
-        raise ConfigError(f"layout {text!r} has {len(parts)} stages, and there are {stages} (size x virtual_stages)")
+        raise ConfigError(f"layout {text!r} has {len(parts)} stages, but there are {stages} (size x virtual_stages)")
     if letters.count("t") != blocks:
-        raise ConfigError(f"layout {text!r} has {letters.count('t')} blocks, and the model has {blocks}")
+        raise ConfigError(f"layout {text!r} has {letters.count('t')} blocks, but the model has {blocks}")
     return tuple(range(a, b) for a, b in pairwise([0, *accumulate(part.count("t") for part in parts)]))

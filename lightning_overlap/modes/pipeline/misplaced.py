@@ -1,4 +1,4 @@
-"""Parameters that a stage computes with, and that other stages hold."""
+"""Finds parameters of other stages that a stage computes with."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from lightning_overlap.model.trees import leaves
 
 
 class Misplaced(TorchFunctionMode):
-    """Around a stage's forward: sees which parameters of other ranks what the stage makes is computed with.
+    """Inside, records the absent parameters that a stage's forward reads where it computes results.
 
     Args:
-        absent: parameters that other ranks hold, by name.
+        absent: by name, the parameters that only other ranks hold.
         current_pass: the stage's pass.
     """
 
@@ -32,23 +32,22 @@ class Misplaced(TorchFunctionMode):
             self._used |= {self._names[id(leaf)]: None for leaf in leaves((args, kwargs or {})) if id(leaf) in self._names}
         return function(*args, **(kwargs or {}))
 
-    def refuse(self, made: Iterable[Tensor], stage: int, blocks: str) -> None:
-        """Refuses what is not a number for want of a parameter.
+    def refuse(self, results: Iterable[Tensor], stage: int, blocks: str) -> None:
+        """Refuses results that are NaN because a parameter is absent.
 
         Args:
-            made: what the stage hands on, or the loss.
+            results: the tensors that the stage sends, or the loss.
             stage: its number.
             blocks: the name of the list of blocks.
 
         Raises:
-            ConfigError: it is so.
+            ConfigError: the stage has read an absent parameter, and a result is NaN.
         """
-        if self._used and any(bool(x.isnan().any()) for x in made if x.is_floating_point()):
+        if self._used and any(bool(x.isnan().any()) for x in results if x.is_floating_point()):
             names = list(self._used)
             more = f" and {len(names) - 4} more" if names[4:] else ""
             raise ConfigError(
-                f"stage {stage} computes with {', '.join(names[:4])}{more}, of another stage: what is registered before {blocks} is "
-                "held by the first stage, what is registered after it by the last. Register modules in the order of their use, tie a "
-                "head by `head.weight = tokens.weight`, or have every stage that does not hold it do so: "
-                f"pipeline_parallel.held_by_all: [{names[0]}]"
+                f"stage {stage} computes with {', '.join(names[:4])}{more}, of another stage: the first stage holds modules that are "
+                f"registered before {blocks}, the last stage those after it. Register modules in the order of their use, tie a head "
+                f"by `head.weight = tokens.weight`, or set pipeline_parallel.held_by_all: [{names[0]}]"
             )

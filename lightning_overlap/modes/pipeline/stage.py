@@ -1,4 +1,4 @@
-"""A rank's stages: the user's training_step on one microbatch, cut at the stage's first and last block."""
+"""Runs the user's training_step on one microbatch, from the first to the last block of a stage, forward and backward."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ from lightning_overlap.steps.schedule import Action
 
 
 class _Release(torch.autograd.Function):
-    """A root of a stage's backward, which keeps the graph and frees the activations that were sent.
+    """Makes a root for a stage's backward: it keeps the graph, so that the activations can be freed when they are sent.
 
-    Takes a tensor of any shape and floating dtype; returns one of the same shape and dtype without memory of its own. The gradient,
-    of that shape and dtype, passes unchanged.
+    Forward: a tensor of any shape and floating dtype -> the same shape and dtype, with the memory of one element.
+    Backward: the gradient, unchanged.
     """
 
     @staticmethod
@@ -41,15 +41,15 @@ class _Release(torch.autograd.Function):
 
 @dataclass(frozen=True)
 class StagedModel:
-    """The model as the pipeline cuts it: the same for all batches of a fit.
+    """The model in stages: the same for all batches of a fit.
 
     Attributes:
-        stack: the model's blocks.
-        flow: what stages hand on to each other.
-        first_stage: modules before the blocks with buffers, which belong to the first stage.
-        weight_gradients: computes weights' gradients apart from those of inputs; None if no schedule splits backward.
-        backward_done: called after a batch's last backward; gradients of weights that it has left may follow.
-        forwards: tells hooks which microbatch's forward they are called for.
+        stack: the blocks.
+        flow: the tensors that stages send.
+        first_stage: modules before the blocks that have buffers. These belong to the first stage.
+        weight_gradients: computes deferred gradients of weights; None if no gradient is deferred.
+        backward_done: called after a batch's last backward. Deferred gradients of weights may follow.
+        forwards: the forwards under way, each with its state.
     """
 
     stack: BlockStack
@@ -64,13 +64,13 @@ class Stages:
     """Computes a schedule's actions for one batch: the :class:`~lightning_overlap.steps.runner.Compute` of a pipeline.
 
     Args:
-        model: the cut model.
+        model: the model in stages.
         batch: the microbatches.
         actions: all actions of this rank.
-        check: refuse a loss that is not a number: it is none where a parameter of another rank was used.
+        check: refuse a NaN loss: it shows that a stage has used an absent parameter.
 
     Attributes:
-        losses: by microbatch, on the rank of the last stage.
+        losses: by microbatch, its detached loss, on the rank of the last stage.
     """
 
     def __init__(self, model: StagedModel, batch: Microbatches, actions: Sequence[Action], *, check: bool) -> None:
@@ -83,9 +83,9 @@ class Stages:
         self._last_backward = [action for action in actions if action.kind in "BI"][-1]
         self._check = check
         self._graphs: dict[tuple[int, int], tuple[list[Tensor], list[Tensor]]] = {}
-        """By stage and microbatch: the leaves of its graph (the inputs), and the roots of its backward."""
+        """By stage and microbatch: the leaves of its graph (received activations), and the roots of its backward."""
         self._deferred: dict[tuple[int, int], Any] = {}
-        """By stage and microbatch: gradients of weights that an ``I`` has left."""
+        """By stage and microbatch: the gradients of weights that an ``I`` has deferred."""
         self._forwards: defaultdict[int, Forward] = defaultdict(Forward)
         """By microbatch, the state of its forward on all stages of this rank."""
         self._last_actions = {action.microbatch: action for action in actions}
@@ -96,53 +96,54 @@ class Stages:
         flow, step, is_last = self._model.flow, self._batch.step, stage == self._last_stage
         grads = torch.is_grad_enabled()
         leaves = [x.detach().requires_grad_(x.requires_grad and grads) for x in inputs]
-        carried = dict(zip(flow.after(stage - 1) if stage > 0 else (), leaves, strict=True))
-        blocks, leaving = flow.stages[stage], flow.after(stage)
+        received = dict(zip(flow.sent_after(stage - 1) if stage > 0 else (), leaves, strict=True))
+        blocks, sent = flow.stages[stage], flow.sent_after(stage)
         if not blocks and 0 < stage < self._last_stage:
-            return self._hand_on(stage, microbatch, leaves, [carried[leaf] for leaf in leaving])
+            return self._detach_outputs(stage, microbatch, leaves, [received[leaf] for leaf in sent])
         current_pass = Pass(
             run=frozenset(blocks),
             stop=self._model.stack.size if is_last else blocks.stop,
-            received=carried,
+            received=received,
             structures=dict(flow.outputs),
             is_first=stage == 0,
-            is_kept=frozenset(leaving).__contains__,
+            is_kept=frozenset(sent).__contains__,
             before_block=block_seeder(step.key, microbatch),
         )
         seed_all(*step.key, microbatch)
         loss: Tensor | None = None
-        # Every stage runs the code before the blocks, and a rank may have several: it counts once.
-        aside = step.preserve(() if stage == 0 else self._model.first_stage, metrics=not is_last)
+        # The code before the blocks runs on every stage. Only the first stage may change that code's buffers.
+        preserved = step.preserve(() if stage == 0 else self._model.first_stage, metrics=not is_last)
         running = self._model.forwards.running(self._forwards[microbatch])
-        with running, self._model.stack.running(current_pass), self._splitting(stage, microbatch), aside:
+        with running, self._model.stack.running(current_pass), self._splitting(stage, microbatch), preserved:
             loss = step.forward(self._batch.parts[microbatch], microbatch)
         if is_last:
             self._graphs[stage, microbatch] = leaves, [self._checked_loss(loss, microbatch)]
             return None
-        outputs = [current_pass.resolve(leaf) for leaf in leaving]
-        current_pass.release()  # activation checkpoints keep the pass
-        return self._hand_on(stage, microbatch, leaves, outputs)
+        outputs = [current_pass.resolve(leaf) for leaf in sent]
+        current_pass.release()  # activation checkpoints reference the pass until backward
+        return self._detach_outputs(stage, microbatch, leaves, outputs)
 
-    def _hand_on(self, stage: int, microbatch: int, leaves: list[Tensor], outputs: list[Tensor]) -> Tensors:
+    def _detach_outputs(self, stage: int, microbatch: int, leaves: list[Tensor], outputs: list[Tensor]) -> Tensors:
+        """Keeps the graph of a stage's outputs for its backward, and returns the outputs without it."""
         self._graphs[stage, microbatch] = leaves, [_Release.apply(x) if x.requires_grad else x for x in outputs]
         return [x.detach().requires_grad_(x.requires_grad) for x in outputs]
 
     def _checked_loss(self, loss: Tensor | None, microbatch: int) -> Tensor:
         if loss is None:
-            raise ConfigError("training_step gave no loss: a microbatch of a pipeline cannot be left out")
+            raise ConfigError("training_step returned no loss. A pipeline needs a loss of every microbatch: it cannot skip one")
         if self._check and self._batch.shares[microbatch] and loss.isnan().any():
             raise ConfigError(
-                f"the loss of microbatch {microbatch} of the first batch is not a number. If it is one without a "
-                "pipeline, a parameter is used on a stage that does not hold it: what is registered before "
-                f"{self._model.stack.name} is held by the first stage, what is registered after it by the last. Register modules in "
-                "the order of their use, and tie a head by `head.weight = tokens.weight`. A mean over labels is not a number where a "
-                "microbatch has no label that counts: set pipeline_parallel.microbatch_weight to labels or causal_labels."
+                f"the loss of microbatch {microbatch} of the first batch is NaN. If it is finite without pipeline_parallel: (1) a "
+                "stage uses a parameter that another stage holds: the first stage holds modules that are registered before "
+                f"{self._model.stack.name}, the last stage those after it. Register modules in the order of their use, and tie a head "
+                "by `head.weight = tokens.weight`; (2) a microbatch has no counted label, so that its mean over labels is NaN: set "
+                "pipeline_parallel.microbatch_weight to labels or causal_labels"
             )
         self.losses[microbatch] = loss.detach()
         return loss
 
     def _splitting(self, stage: int, microbatch: int) -> AbstractContextManager[None]:
-        """Whether linear layers' weights get their gradients in an action of their own."""
+        """Inside, linear layers defer their weights' gradients, if the schedule has an action ``W`` for them."""
         if self._model.weight_gradients is None or Action("W", stage, microbatch) not in self._actions:
             return nullcontext()
         return self._model.weight_gradients.splitting()
@@ -175,7 +176,7 @@ class Stages:
     def _run_backward(self, stage: int, roots: Sequence[Tensor], gradients: Tensors, microbatch: int) -> None:
         if stage == self._last_stage:
             share = self._batch.shares[microbatch]
-            if share:  # a loss that is not a number would stay so if it were multiplied by 0
+            if share:  # a NaN loss times 0 is NaN
                 self._batch.step.backward(roots[0], share)
         elif gradients:
             torch.autograd.backward([root for root in roots if root.requires_grad], gradients)
@@ -189,30 +190,32 @@ class Stages:
         self._forget_after(action)
 
     def _forget_after(self, action: Action) -> None:
-        """Releases what a microbatch's forward has kept, which may be gathered inputs, with its last action on this rank."""
+        """Frees the state of a microbatch's forward (gathered inputs, for example) after its last action on this rank."""
         if action == self._last_actions[action.microbatch]:
             del self._forwards[action.microbatch]
 
     def _completing(self, action: Action) -> AbstractContextManager[None]:
+        """Inside, modes hold gradients, unless the action completes them."""
         return nullcontext() if action in self._completing_actions else self._batch.step.hold()
 
     def finish(self) -> None:
-        """Call it after the last action.
+        """To be called after the last action.
 
         Raises:
-            ConfigError: nothing in this rank's part of the model is trained.
+            ConfigError: this rank ran no backward.
         """
         if not self._backward_started:
-            raise ConfigError("no stage of this rank ran a backward: nothing of its model is trained; use fewer stages")
+            raise ConfigError(
+                "no stage on this rank ran a backward: it has no trainable parameters and receives no gradient. Use fewer stages"
+            )
         self._batch.step.finish_backward()
 
 
 def completing(actions: Sequence[Action]) -> frozenset[Action]:
-    """The actions of a rank in which gradients of a stage become complete: its last backward, and its last ``W``.
+    """The actions of a rank that complete gradients of a stage: its last backward, and its last ``W``.
 
-    Not its last backward, if that computes gradients of weights too and a ``W`` of an earlier microbatch is still to come (B1.0 I1.1
-    B1.2 W1.1): some parameters would be complete after it and others not, and the modes cannot tell which. All are complete at the
-    end.
+    The last backward does not count if it computes gradients of weights too and a ``W`` of an earlier microbatch follows (B1.0 I1.1
+    B1.2 W1.1): only some parameters are complete after it, and the modes cannot tell which. All are complete at the end.
     """
     chosen: set[Action] = set()
     for stage in {action.stage for action in actions}:

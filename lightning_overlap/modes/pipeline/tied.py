@@ -1,4 +1,4 @@
-"""Gradients of parameters that several stages hold (tied embeddings, say), summed over these stages."""
+"""Sums the gradients of parameters that several stages hold (tied embeddings, for example) over these stages."""
 
 from __future__ import annotations
 
@@ -16,30 +16,30 @@ from lightning_overlap.ranks.world import make_group
 
 
 class TiedGradients:
-    """Sums the gradients of tied parameters, as soon as this rank's are complete.
+    """Sums the gradients of tied parameters, each as soon as it is complete on this rank.
 
     Args:
-        partition: which stages hold which parameters.
+        partition: the parameters, and the ranks that hold them.
         pipelines: the ranks of each pipeline of the world.
-        rank: this one, in its pipeline.
+        rank: this rank in its pipeline.
         timeout: the longest that a transfer may take.
 
     Attributes:
-        groups: by the pipeline's ranks that hold the same parameters, those of which this rank is one.
+        groups: by a set of ranks that hold the same parameters and contain this rank, their group.
     """
 
     def __init__(self, partition: Partition, pipelines: list[list[int]], rank: int, timeout: timedelta) -> None:
         self.groups: dict[tuple[int, ...], Group] = {}
-        self._names = partition.shared()
+        self._names = partition.tied()
         self._partition = partition
         self._waiting: deque[tuple[int, ...]] = deque()
-        """Of ``groups``, those whose gradients are still to be posted in this step."""
+        """Keys of ``groups`` whose gradients are not posted yet in this step."""
         self._sums: list[Pending] = []
-        for holders in sorted(self._names):  # the same groups on all ranks, in one order
+        for holders in sorted(self._names):  # all ranks make the same groups in the same order
             sets = [[row[r] for r in holders] for row in pipelines]
-            rest = [[other] for row in pipelines for r, other in enumerate(row) if r not in holders]
+            singles = [[other] for row in pipelines for r, other in enumerate(row) if r not in holders]
             # No named group: only the partition knows which ranks of a pipeline hold the parameter.
-            group = make_group([*sets, *rest], "pipeline.tied", timeout, gathers=False, threads=False)
+            group = make_group([*sets, *singles], "pipeline.tied", timeout, gathers=False, threads=False)
             if rank in holders:
                 self.groups[holders] = group
                 for name in self._names[holders]:
@@ -48,7 +48,10 @@ class TiedGradients:
                     setattr(parameter, COUNTED_ELSEWHERE, rank != holders[0])
 
     def share_values(self) -> None:
-        """All stages get the values of the first one that holds a parameter, where each has initialised its own. Collective."""
+        """Sends the values of tied parameters from the first stage that holds them to the others. Collective.
+
+        Needed if each stage has initialised its own parameters.
+        """
         for holders, group in self.groups.items():
             share(map(self._partition.parameter, self._names[holders]), group)
 
@@ -60,7 +63,7 @@ class TiedGradients:
         """Posts the sums, in one order on all ranks, up to the first gradient that is not complete on this rank.
 
         Args:
-            weight_gradients: of weights that were deferred, which are not complete; None if all are complete.
+            weight_gradients: the deferred weight gradients, which are not complete yet; None: all gradients are complete.
         """
         while self._waiting:
             parameters = {name: self._partition.parameter(name) for name in self._names[self._waiting[0]]}
@@ -74,7 +77,7 @@ class TiedGradients:
                     self._sums.append(group.all_reduce(parameter.grad, label=f"pipeline.tied[{name}]"))
 
     def finish(self) -> None:
-        """Posts what is left, and waits for all sums."""
+        """Posts the remaining sums, and waits for all sums."""
         self.post(None)
         for pending in self._sums:
             pending.wait()

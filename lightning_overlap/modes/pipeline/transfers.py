@@ -1,15 +1,15 @@
-"""Sends activations and gradients between the pipeline's ranks, beside the computation.
+"""Sends activations and gradients between the ranks of a pipeline, during computation.
 
     rank 0   F0.0   F0.1   F0.2 | B0.0 ...
     send          0.0    0.1    0.2
     receive                   0.0 (gradient)
     rank 1          ....   F1.0   B1.0   F1.1 ...
 
-Both ends know the whole schedule. So a receive is posted before it is needed, in the order in which its peer sends; and a send is
-never waited for: its tensor is freed when it has been sent. No transfer queues behind one of the other direction, see :func:`lane`.
+Both ends know the complete schedule. So each receive is posted before it is needed, in the order in which its peer sends. No rank
+waits for a send: its tensor is freed when it is sent. No transfer waits behind one of the other direction, see :func:`lane`.
 
-The plain twin posts transfers between two actions (as in :func:`blocking_order`), and waits for all of them at once: nothing
-is under way while either end computes. On CUDA the first batch of a kind goes that way, too: see ``Group.in_one_order``.
+Without overlap, transfers are posted between two actions (see :func:`blocking_order`), and waited for at once: none is in transfer
+while either end computes. On CUDA the first batch of each kind runs like that too, see ``Group.in_one_order``.
 """
 
 from __future__ import annotations
@@ -33,24 +33,24 @@ DTYPES = (
     *(torch.int64, torch.int32, torch.int8, torch.uint8, torch.bool),
 )
 Direction = tuple[str, bool, int]
-"""What is sent ("F" or "B"), whether to a higher rank, and whether from an odd one."""
+"""Activations ("F") or gradients ("B"); whether they are sent to a higher rank; whether from an odd rank."""
 _HEADER = 11
-"""Numbers that announce the form of a tensor: dims, dtype, whether it has a gradient, the shape."""
+"""The number of integers that announce a tensor's form: number of dims, dtype, whether it has a gradient, the shape."""
 
 
 @dataclass(frozen=True)
 class Form:
-    """What a receiver must know of a tensor before it arrives.
+    """The properties of a tensor that a receiver must know before it posts the receive.
 
     Attributes:
         shape: at most 8 dims.
         dtype: one of :data:`DTYPES`.
-        trained: whether the tensor has a gradient. It has none if nothing before it is trained.
+        has_gradient: whether the sender needs its gradient: not if no parameter before it is trained.
     """
 
     shape: tuple[int, ...]
     dtype: torch.dtype
-    trained: bool
+    has_gradient: bool
 
     @classmethod
     def of(cls, x: Tensor) -> Form:
@@ -58,28 +58,28 @@ class Form:
 
     def pack(self) -> list[int]:
         """The form as a fixed number of integers."""
-        numbers = [len(self.shape), DTYPES.index(self.dtype), int(self.trained), *self.shape]
+        numbers = [len(self.shape), DTYPES.index(self.dtype), int(self.has_gradient), *self.shape]
         return numbers + [0] * (_HEADER - len(numbers))
 
     @classmethod
     def unpack(cls, numbers: list[int]) -> Form:
         """The inverse of :meth:`pack`."""
-        dims, dtype, trained, *shape = numbers
-        return cls(tuple(shape[:dims]), DTYPES[dtype], bool(trained))
+        dims, dtype, has_gradient, *shape = numbers
+        return cls(tuple(shape[:dims]), DTYPES[dtype], bool(has_gradient))
 
 
 Forms = tuple[Form, ...]
 Known = tuple[int, Hashable]
-"""A stage, and a kind of microbatch: these decide the forms of what the stage hands on."""
+"""A stage, and the kind of a microbatch (its shapes): these decide the forms of the tensors that the stage sends."""
 
 
 @dataclass
 class KnownForms:
-    """The forms that this rank has learnt. One for all schedules of a fit.
+    """The forms that this rank knows. All schedules of a fit share them.
 
     Attributes:
-        forms: of what a stage hands on.
-        announced: those that this rank has announced to its receiver.
+        forms: by stage and kind, the forms of the tensors that the stage sends.
+        announced: the stages and kinds whose forms this rank has sent to the receiver.
     """
 
     forms: dict[Known, Forms] = field(default_factory=dict)
@@ -87,7 +87,7 @@ class KnownForms:
 
     @contextmanager
     def preserved(self) -> Iterator[None]:
-        """What is learnt inside is forgotten."""
+        """Forgets afterwards the forms that become known inside."""
         forms, announced = dict(self.forms), set(self.announced)
         try:
             yield
@@ -97,14 +97,15 @@ class KnownForms:
 
 @dataclass
 class Channel:
-    """One direction between two neighbours, as this rank receives from it.
+    """The receives of this rank from one neighbour in one direction.
 
     Attributes:
-        group: whose transfers they are.
-        source: the sender's rank in it.
-        items: what is sent, in the sender's order.
-        posted: how many of them have a receive.
-        taken: how many of them have been taken.
+        group: carries the transfers.
+        source: the sender's rank in the group.
+        items: the actions whose tensors are received, in the sender's order.
+        posted: the number of items whose receives are posted.
+        taken: the number of items that the runner has taken.
+        pending: by item, its posted receives and their forms.
     """
 
     group: Group
@@ -119,13 +120,13 @@ class PipelineTransfers:
     """One rank's transfers in one schedule: the :class:`~lightning_overlap.steps.runner.Transfers` of a pipeline.
 
     Args:
-        schedule: of all ranks.
-        rank: this one, in the pipeline.
-        groups: the pipeline's ranks, for each direction, as :func:`channel_kinds` has them.
-        known: the forms that are known already.
-        device: of this rank's tensors.
-        prefetch: receives that are posted ahead for each channel; None for the plain twin.
-        counts: by stage, how many tensors it hands on for a microbatch.
+        schedule: the actions of all ranks.
+        rank: this rank in the pipeline.
+        groups: by direction (see :func:`channel_kinds`), the group that carries its transfers.
+        known: the forms that are known.
+        device: this rank's.
+        prefetch: the number of receives that are posted early on each channel; None: no overlap.
+        counts: by stage, the number of tensors that it sends for a microbatch.
     """
 
     def __init__(
@@ -149,22 +150,22 @@ class PipelineTransfers:
         self._channels: dict[tuple[str, int], Channel] = {}
         self._sends: list[Pending] = []
         self._outbox: dict[Action, Tensors] = {}
-        """Items of the plain twin that are sent before the next action."""
-        self._careful = any(group.in_one_order for group in groups.values())
-        self._in_turn = between(schedule, rank) if prefetch is None or self._careful else None
+        """Without overlap: the tensors that are sent before the next action."""
+        self._in_one_order = any(group.in_one_order for group in groups.values())
+        self._in_turn = between(schedule, rank) if prefetch is None or self._in_one_order else None
         self._between: list[list[Action]] | None = None
-        """The plain twin's transfers, while it runs a batch."""
+        """While a batch runs without overlap: by action, the transfers before it."""
         self._warm: set[Hashable] = set()
-        """Kinds of microbatches whose kernels have run."""
+        """The kinds of microbatches whose kernels have run."""
 
     def start_batch(self, kinds: Sequence[Hashable]) -> None:
         """Prepares the transfers of one batch.
 
         Args:
-            kinds: by microbatch, what decides the forms of its activations, the same on all ranks.
+            kinds: by microbatch, a value that decides the forms of its activations; the same on all ranks.
         """
-        # Where a kernel that is new may wait for a receive that was posted ahead, the first batch of a kind goes in turn.
-        is_new = self._careful and not self._warm.issuperset(kinds)
+        # New kernels may have to wait for receives that were posted early (NCCL): the first batch of each kind runs without overlap.
+        is_new = self._in_one_order and not self._warm.issuperset(kinds)
         self._between = self._in_turn if self._prefetch is None or is_new else None
         self._warm.update(kinds)
         self._channels = self._incoming()
@@ -172,23 +173,23 @@ class PipelineTransfers:
         self._outbox.clear()
 
     def forget_kinds(self) -> None:
-        """The next batch of each kind runs kernels that have not run yet."""
+        """Declares that the next batch of each kind will run new kernels."""
         self._warm.clear()
 
     def finish(self) -> None:
-        """Waits until everything has been sent."""
+        """Waits for all sends."""
         for pending in self._sends:
             pending.wait()
         self._sends.clear()
 
     def start_action(self, index: int) -> None:
-        """Makes the plain twin's transfers before an action: all are posted, then all are waited for."""
+        """Without overlap: posts all transfers before an action, then waits for all of them."""
         if self._between is None:
             return
         items = self._between[index]
         for item in items:
             source, target = self._ends(item)
-            if source == self._rank and item in self._outbox:  # not if it is the gradient of what is not trained
+            if source == self._rank and item in self._outbox:  # a tensor without a gradient sends none back
                 self._post_send(item, target, self._outbox.pop(item))
         receives = []
         for item in items:
@@ -205,7 +206,7 @@ class PipelineTransfers:
         """See :class:`lightning_overlap.steps.runner.Transfers`.
 
         Raises:
-            ConfigError: the receiver could not take the tensors: it expects other forms, or they cannot be announced.
+            ConfigError: the receiver expects other forms, or the forms cannot be announced.
         """
         if item.kind == "F":
             self._check_forms(item, tuple(map(Form.of, tensors)))
@@ -224,35 +225,35 @@ class PipelineTransfers:
                 self._post_receive(channel, wait=True)
             channel.taken += 1
             self._post_ahead()
-        several, forms = channel.pending.pop(item)
-        tensors = [pending.wait() for pending in several]
+        receives, forms = channel.pending.pop(item)
+        tensors = [pending.wait() for pending in receives]
         if item.kind == "B":
             return tensors
-        return [x.detach().requires_grad_(form.trained) for x, form in zip(tensors, forms, strict=True)]
+        return [x.detach().requires_grad_(form.has_gradient) for x, form in zip(tensors, forms, strict=True)]
 
     def _check_forms(self, item: Action, forms: Forms) -> None:
-        """Refuses what the receiver, which knows the forms of the same input, could not take."""
+        """Refuses tensors whose forms differ from those that the receiver knows for an input of the same shapes."""
         for form in forms:
             if len(form.shape) > _HEADER - 3 or form.dtype not in DTYPES:
                 raise ConfigError(
-                    f"a tensor of shape {form.shape} and {form.dtype} cannot go from stage to stage: at most {_HEADER - 3} dims of "
-                    f"{', '.join(map(str, DTYPES))} can"
+                    f"a tensor of shape {form.shape} and {form.dtype} cannot be sent to another stage: stages send tensors of at most "
+                    f"{_HEADER - 3} dims of {', '.join(map(str, DTYPES))}"
                 )
         known = self._known.forms.setdefault((item.stage, self._kinds[item.microbatch]), forms)
         for form, before in zip(forms, known, strict=True):
             if form != before:
                 raise ConfigError(
-                    f"the hidden states after stage {item.stage}, or what goes with them, are {form}, and were {before} for an input "
-                    "of the same shapes: what decides their shape must be in the batch's shapes; pad or cut in the data loader, not "
-                    "in training_step"
+                    f"stage {item.stage} sends a tensor of {form}, but for an earlier input of the same shapes it was {before}. The "
+                    "shapes in the batch must decide the shapes of hidden states: pad or truncate in the data loader, not in "
+                    "training_step"
                 )
 
-    # -- who sends what to whom --------------------------------------------------------------------------------------
+    # -- directions --------------------------------------------------------------------------------------------------
 
     def _ends(self, item: Action) -> tuple[int, int]:
-        """The ranks between which a forward's hidden states, or a gradient with respect to them, go."""
-        here, there = self._schedule.placement[item.stage], self._schedule.placement[item.stage + 1]
-        return (here, there) if item.kind == "F" else (there, here)
+        """The sender and the receiver of a stage's activations ("F"), or of the gradients with respect to them ("B")."""
+        rank, next_rank = self._schedule.placement[item.stage], self._schedule.placement[item.stage + 1]
+        return (rank, next_rank) if item.kind == "F" else (next_rank, rank)
 
     def _group(self, item: Action) -> Group:
         return self._groups[direction(item.kind, *self._ends(item))]
@@ -263,12 +264,12 @@ class PipelineTransfers:
             for item in sent_after(actions, self._schedule.stages):
                 source, target = self._ends(item)
                 if target == self._rank != source:
-                    new = Channel(self._group(item), source, [])
-                    channels.setdefault((item.kind, source), new).items.append(item)
+                    channel = Channel(self._group(item), source, [])
+                    channels.setdefault((item.kind, source), channel).items.append(item)
         return channels
 
     def _key(self, item: Action) -> int:
-        """The first of the keys of an item's transfers: its tensors, and the announcement of their forms."""
+        """The first key of an item's transfers: of its tensors, then of their forms."""
         return (max(self._counts) + 1) * (item.stage * self._schedule.microbatches + item.microbatch)
 
     def _key_of_forms(self, item: Action) -> int:
@@ -297,20 +298,20 @@ class PipelineTransfers:
                 pass
 
     def _post_receive(self, channel: Channel, *, wait: bool) -> bool:
-        """Posts the next receive of a channel, and tells whether it did. If its form is unknown, only with ``wait``: for the form."""
+        """Posts a channel's next receives, and returns whether it did. Unless ``wait``, it does not wait for unknown forms."""
         item = channel.items[channel.posted]
         known = (item.stage, self._kinds[item.microbatch])
         if known not in self._known.forms:
             if not wait:
                 return False
-            room = torch.empty(self._counts[item.stage], _HEADER, dtype=torch.int64, device=self._device)
-            announced = channel.group.receive(room, channel.source, key=self._key_of_forms(item), label="pipeline.form")
+            buffer = torch.empty(self._counts[item.stage], _HEADER, dtype=torch.int64, device=self._device)
+            announced = channel.group.receive(buffer, channel.source, key=self._key_of_forms(item), label="pipeline.form")
             self._known.forms[known] = tuple(map(Form.unpack, announced.wait().tolist()))
         channel.posted += 1
         forms = self._known.forms[known]
-        expected = [form for form in forms if item.kind == "F" or form.trained]
+        expected = [form for form in forms if item.kind == "F" or form.has_gradient]
         if not expected:
-            return True  # the sender has nothing to send
+            return True  # the sender sends nothing
         buffers = [torch.empty(form.shape, dtype=form.dtype, device=self._device) for form in expected]
         posted = [
             channel.group.receive(buffer, channel.source, key=self._key(item) + number, label=self._label(item))
@@ -321,7 +322,7 @@ class PipelineTransfers:
 
 
 def sent_after(actions: Sequence[Action], stages: int) -> Iterator[Action]:
-    """What a rank sends, in its order: hidden states of a stage ("F") and gradients with respect to them ("B")."""
+    """Yields what a rank sends, in its order: activations of a stage ("F"), or gradients with respect to them ("B")."""
     for action in actions:
         if action.kind == "F" and action.stage < stages - 1:
             yield Action("F", action.stage, action.microbatch)
@@ -330,32 +331,33 @@ def sent_after(actions: Sequence[Action], stages: int) -> Iterator[Action]:
 
 
 def between(schedule: Schedule, rank: int) -> list[list[Action]]:
-    """What the plain twin sends and receives before each of a rank's actions, and after the last one, as :func:`sent_after` has it."""
-    places: list[list[Action]] = [[]]
+    """Without overlap: what is sent or received before each of a rank's actions, and after the last one. See :func:`sent_after`."""
+    transfers: list[list[Action]] = [[]]
     for event in blocking_order(schedule):
         if not isinstance(event, Transfer):
             if schedule.placement[event.stage] == rank:
-                places.append([])
+                transfers.append([])
         elif rank in (event.source, event.target):
-            places[-1] += sent_after([event.action], schedule.stages)
-    return places
+            transfers[-1] += sent_after([event.action], schedule.stages)
+    return transfers
 
 
-def direction(what: str, source: int, target: int) -> Direction:
-    """The direction in which a rank sends."""
-    return what, source < target, source % 2
+def direction(kind: str, source: int, target: int) -> Direction:
+    """The direction of a transfer of activations ("F") or gradients ("B") between two ranks."""
+    return kind, source < target, source % 2
 
 
 def channel_kinds(placement: Sequence[int]) -> list[Direction]:
     """The directions in which the stages of a placement send."""
-    neighbours = [(here, there) for here, there in pairwise(placement) if here != there]
+    neighbours = [(rank, next_rank) for rank, next_rank in pairwise(placement) if rank != next_rank]
     return sorted(
-        {direction("F", here, there) for here, there in neighbours} | {direction("B", there, here) for here, there in neighbours}
+        {direction("F", rank, next_rank) for rank, next_rank in neighbours}
+        | {direction("B", next_rank, rank) for rank, next_rank in neighbours}
     )
 
 
 def hops(placement: Sequence[int], way: Direction) -> set[tuple[int, int]]:
-    """The ranks between which something is sent in a direction: source, target."""
+    """The pairs of ranks (source, target) that send in a direction."""
     sent = [(a, b) if way[0] == "F" else (b, a) for a, b in pairwise(placement) if a != b]
     return {(source, target) for source, target in sent if direction(way[0], source, target) == way}
 
@@ -363,13 +365,13 @@ def hops(placement: Sequence[int], way: Direction) -> set[tuple[int, int]]:
 def lane(kind: Direction, backend: str) -> str:
     """The group that a direction uses.
 
-    NCCL runs a rank's transfers of a group one after the other, in the order of their posting: each direction has its own, and
-    another one from odd ranks than from even ones. A rank would otherwise have what it sends on stand behind a receive that was
-    posted ahead, which may come only after that. Of gloo's, forwards and the backwards over the same hops share one: a
-    connection carries both ways at once, and one that is used one way only has its acknowledgements stand behind the data of
-    another one (8% of a 50 Mbit/s link, the median of 7 paired runs).
+    NCCL runs a rank's transfers in one group one after the other, in the order of their posting. So each direction has a group, and
+    even and odd ranks have different ones: otherwise a rank's send would wait behind a receive that was posted early, which may
+    complete only after that send. With gloo, forwards and the backwards between the same ranks share a group: a connection carries
+    both ways at once. With two connections, the acknowledgements of one wait behind the data of the other (8% of a 50 Mbit/s link,
+    the median of 7 paired runs).
     """
-    what, up, odd = kind
+    content, up, odd = kind
     if backend == "nccl":
-        return f"{what}.{'up' if up else 'down'}.{'odd' if odd else 'even'}"
-    return "hops.up" if (what == "F") == up else "hops.down"
+        return f"{content}.{'up' if up else 'down'}.{'odd' if odd else 'even'}"
+    return "hops.up" if (content == "F") == up else "hops.down"

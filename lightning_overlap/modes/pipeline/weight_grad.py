@@ -1,12 +1,12 @@
-"""A backward in two halves: gradients of inputs at once, those of linear layers' weights later.
+"""Splits backward into two halves: it computes gradients of inputs at once, and defers those of linear layers' weights.
 
-Zero-bubble schedules fill a pipeline's waiting time with the second half (Qi et al., "Zero Bubble Pipeline Parallelism", 2023).
+Zero-bubble schedules compute the second half while a rank would wait (Qi et al., "Zero Bubble Pipeline Parallelism", 2023).
 
-A forward is split when it runs, not when its backward does: a weight that is part of the graph has its hooks called by every
-backward, also by one that computes nothing for it, and a hook cannot tell the two apart. So in a split forward linear layers
-leave their weights out of the graph, and what is not split is torch's own ``F.linear``.
+The decision is taken in forward. A weight in the graph has its hooks called by every backward, even by one that computes no gradient
+for it, and a hook cannot tell the two apart. So in a split forward linear layers keep their weights out of the graph. Without
+splitting they call torch's ``F.linear``.
 
-The products are those of torch's backward of ``F.linear``, operand for operand, hence bit-equal to it.
+The products have the same operands as in torch's backward of ``F.linear``, so they are bit-equal.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from lightning_overlap.decision import ConfigError
 from lightning_overlap.torch_seams import parameters_of
 
 Deferred = dict[Tensor, list[Tensor]]
-"""By weight, in the order of the backward, roots of graphs whose backward computes and accumulates the weight's gradient."""
+"""By weight, in the order of backward: roots of graphs, whose backward computes and accumulates the weight's gradient."""
 
 
 class WeightGradients:
@@ -36,40 +36,40 @@ class WeightGradients:
             loss.backward()
         gradients.run(deferred)
 
-    What is deferred are the weights of modules that are exactly ``nn.Linear``, in eager mode. Everything else has its gradient
-    from ``loss.backward()`` as ever: biases, norms, embeddings, weights that other kinds of modules hold too, what is compiled.
+    It defers the weights of modules whose class is ``nn.Linear`` itself, in eager mode. ``loss.backward()`` computes all other
+    gradients: of biases, norms, embeddings, weights that a module of another class holds too, and compiled modules.
 
-    A weight of several uses in one split backward has one gradient, their sum, and its hooks run once. Its bits are those of a
-    plain backward for two uses, and for more up to the order of additions; under autocast torch sums uses in the lower
-    precision, and this in the parameter's. A weight that the model also reads past its module (``F.linear(x, layer.weight)``) gets
-    its gradient in two halves, and its hooks run twice.
+    A weight with several uses in one split backward gets one gradient, their sum, and its hooks run once. For two uses it is bit-equal
+    to that of a plain backward; for more, the order of additions differs. Under autocast torch sums uses in the lower precision, this
+    class in the parameter's. A weight that the model also reads without its module (``F.linear(x, layer.weight)``) gets its gradient
+    in two parts, and its hooks run twice.
 
     Args:
-        modules: those to split, with all that they contain.
+        modules: the modules to split, with all modules inside them.
     """
 
     def __init__(self, modules: Iterable[nn.Module]) -> None:
         self._linears = splittable(_inside(modules))
         if any(isinstance(module.forward, _Forward) for module in self._linears):
-            raise RuntimeError("the backward of these modules is split already: remove() the one before")
+            raise RuntimeError("the backward of these modules is split already: call remove() first")
         for module in self._linears:
             vars(module)["forward"] = _Forward(module, self)
         self._splitting = False
         self._recording: Deferred | None = None
 
     def defers(self, weight: nn.Parameter) -> bool:
-        """Whether its gradients come with :meth:`run`."""
+        """Whether :meth:`run` computes a weight's gradient."""
         return any(module.weight is weight for module in self._linears)
 
     def remove(self) -> None:
-        """Leaves the modules as they were."""
+        """Restores the modules' forwards."""
         for module in self._linears:
             del vars(module)["forward"]
         self._linears.clear()
 
     @contextmanager
     def splitting(self) -> Iterator[None]:
-        """Around a forward whose backward will be recorded."""
+        """Inside, a forward is split, so that its backward can be recorded."""
         before, self._splitting = self._splitting, True
         try:
             yield
@@ -78,9 +78,9 @@ class WeightGradients:
 
     @contextmanager
     def recording(self) -> Iterator[Deferred]:
-        """Around the backward of a split forward, which computes all but the weights' gradients. Gives what is left to run.
+        """Inside, the backward of a split forward defers the weights' gradients. Yields them for :meth:`run`.
 
-        Activation checkpoints run their forward again inside: it is split as well.
+        Forwards that activation checkpoints run again inside are split too.
         """
         assert self._recording is None, "one backward is recorded at a time"
         self._recording = {}
@@ -90,12 +90,12 @@ class WeightGradients:
             self._recording = None
 
     def run(self, deferred: Deferred) -> None:
-        """Accumulates the weights' gradients as a plain backward does, hooks included, and frees what they are made from."""
+        """Computes and accumulates deferred gradients as a plain backward does, with hooks, and frees their operands."""
         while deferred:
             torch.autograd.backward(deferred.pop(next(iter(deferred))))
 
     def splits(self, input: Tensor, weight: Tensor) -> bool:
-        """Whether a linear layer's forward is to be split now, and can be."""
+        """Whether to split the forward of a linear layer with these operands now."""
         return (
             not torch.compiler.is_compiling()
             and (self._splitting or self._recording is not None)
@@ -105,19 +105,25 @@ class WeightGradients:
             and type(input) in (Tensor, nn.Parameter)
             and input.layout is torch.strided
             and not input.is_nested
-            and input.device.type in ("cpu", "cuda")  # elsewhere F.linear is no matrix product of aten's
+            and input.device.type in ("cpu", "cuda")  # on other devices F.linear may be no matrix product
         )
 
     def defer(self, weight: Tensor, x: Tensor, weight_t: Tensor, gradient: Tensor) -> None:
-        """Called in the backward of ``x @ weight_t``, with the gradient with respect to it.
+        """Defers a weight's gradient. Called in the backward of ``x @ weight_t``.
+
+        Args:
+            weight: the parameter, ``(out, in)``.
+            x: ``(rows, in)``.
+            weight_t: the operand of the product, ``(in, out)``.
+            gradient: of the product, ``(rows, out)``.
 
         Raises:
-            ConfigError: this is no backward that is recorded.
+            ConfigError: no backward is recorded.
         """
         if self._recording is None or torch.is_grad_enabled():
             raise ConfigError(
-                "a training_step that takes gradients itself (torch.autograd.grad, create_graph=True) cannot have its backward split: "
-                "choose a pipeline_parallel.schedule that does not split it, 1f1b or interleaved"
+                "training_step computes gradients itself (torch.autograd.grad, create_graph=True). Its backward cannot be split: set "
+                "pipeline_parallel.schedule to 1f1b or interleaved, which do not split it"
             )
         with torch.enable_grad():
             root = _WeightGradient.apply(weight, x.detach(), gradient.detach(), _is_column_major(weight_t))
@@ -125,7 +131,7 @@ class WeightGradients:
 
 
 class _Forward:
-    """The ``forward`` of a linear layer whose backward can be split. Copies and pickles of the layer do without."""
+    """The ``forward`` of a linear layer whose backward can be split. Copies and pickles of the layer are ordinary layers."""
 
     def __init__(self, module: nn.Linear, gradients: WeightGradients) -> None:
         self._module = module
@@ -136,30 +142,30 @@ class _Forward:
         bias: Tensor | None = self._module.bias
         if not self._gradients.splits(input, weight):
             return F.linear(input, weight, bias)
-        low = weight.detach()
+        operand = weight.detach()
         device = input.device.type
         if torch.is_autocast_enabled(device):
             dtype = torch.get_autocast_dtype(device)
-            input, low = _cast(input, dtype), _cast(low, dtype)
+            input, operand = _cast(input, dtype), _cast(operand, dtype)
             bias = None if bias is None else _cast(bias, dtype)
-        # F.linear adds the bias within the product to what it can view as a matrix, and after it to the rest.
-        within = bias if input.dim() == 2 or input.is_contiguous() else None
+        # F.linear adds the bias inside the product if it can view the input as a matrix, and after the product otherwise.
+        fused_bias = bias if input.dim() == 2 or input.is_contiguous() else None
         x = input.flatten(0, -2) if input.dim() > 1 else input.unsqueeze(0)
         trigger = None if x.requires_grad else x.new_empty(0).requires_grad_()
-        y = _Linear.apply(x, low.t(), within, trigger, partial(self._gradients.defer, weight))
+        y = _Linear.apply(x, operand.t(), fused_bias, trigger, partial(self._gradients.defer, weight))
         if input.dim() != 2:
             y = y.view(*input.shape[:-1], y.shape[-1])
-        return y if within is bias else y + bias
+        return y if fused_bias is bias else y + bias
 
     def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
         return getattr, (self._module, "forward")
 
 
 class _Linear(torch.autograd.Function):
-    """``x @ weight_t + bias`` of matrices, whose backward hands on what the weight's gradient is made from.
+    """``x @ weight_t + bias`` of matrices. Backward passes the operands of the weight's gradient to ``defer``.
 
     Forward: ``x`` ``(rows, in)``, ``weight_t`` ``(in, out)``, ``bias`` ``(out)`` or None -> ``(rows, out)``. ``trigger`` is a tensor
-    that requires a gradient, and gets none: with it the backward runs where nothing else asks for it.
+    that requires a gradient and gets None: it makes backward run even if no other input requires a gradient.
     Backward: gradients of ``x`` and ``bias``; ``defer`` gets ``x``, ``weight_t`` and the output's gradient ``(rows, out)``.
     """
 
@@ -183,16 +189,16 @@ class _Linear(torch.autograd.Function):
             return None, None, None, None, None
         x, weight_t = ctx.saved_tensors
         ctx.defer(x, weight_t, gradient)
-        of_x = of_bias = None
+        grad_x = grad_bias = None
         if ctx.needs_input_grad[0]:
-            of_x = weight_t.mm(gradient.t()).t() if _is_column_major(x) else gradient.mm(weight_t.t())
+            grad_x = weight_t.mm(gradient.t()).t() if _is_column_major(x) else gradient.mm(weight_t.t())
         if ctx.needs_input_grad[2]:
-            of_bias = gradient.sum(0)
-        return of_x, None, of_bias, None, None
+            grad_bias = gradient.sum(0)
+        return grad_x, None, grad_bias, None, None
 
 
 class _WeightGradient(torch.autograd.Function):
-    """A root of a graph of its own, whose backward gives autograd the gradient of a weight.
+    """The root of a separate graph. Its backward computes the gradient of a weight.
 
     Forward: ``weight`` ``(out, in)``, ``x`` ``(rows, in)``, ``gradient`` ``(rows, out)`` -> a scalar without a value.
     Backward: the weight's gradient ``(out, in)``, in its dtype.
@@ -217,27 +223,30 @@ def _inside(modules: Iterable[nn.Module]) -> list[nn.Module]:
 
 
 def splittable(modules: Sequence[nn.Module]) -> list[nn.Linear]:
-    """Those of the modules whose weights' gradients can come later."""
-    elsewhere = {
+    """The linear layers among the modules whose weights' gradients can be deferred."""
+    other_uses = {
         id(p) for module in modules for name, p in parameters_of(module).items() if not (name == "weight" and is_plain(module))
     }
-    return [module for module in modules if is_plain(module) and id(module.weight) not in elsewhere]
+    return [module for module in modules if is_plain(module) and id(module.weight) not in other_uses]
 
 
 def what_splits(modules: Iterable[nn.Module]) -> tuple[float, tuple[str, ...]]:
-    """The part of the trained elements of these modules, and of what they contain, whose gradients can come later; the classes of
-    those that hold other matrices."""
+    """How much of the given modules, with all modules inside them, a split backward can defer.
+
+    Returns:
+        The fraction of trained elements whose gradients can be deferred, and the class names of modules with other matrices.
+    """
     inside = _inside(modules)
-    later = {id(module.weight) for module in splittable(inside)}
+    deferrable = {id(module.weight) for module in splittable(inside)}
     trained = {id(p): p for module in inside for p in parameters_of(module).values() if p is not None and p.requires_grad}
     kinds = {
         type(module).__name__
         for module in inside
         for p in parameters_of(module).values()
-        if p is not None and id(p) in trained and id(p) not in later and p.dim() > 1
+        if p is not None and id(p) in trained and id(p) not in deferrable and p.dim() > 1
     }
     total = sum(p.numel() for p in trained.values())
-    return sum(trained[number].numel() for number in later) / max(1, total), tuple(sorted(kinds))
+    return sum(trained[number].numel() for number in deferrable) / max(1, total), tuple(sorted(kinds))
 
 
 def is_plain(module: nn.Module) -> TypeGuard[nn.Linear]:
@@ -252,10 +261,10 @@ def is_plain(module: nn.Module) -> TypeGuard[nn.Linear]:
 
 
 def _is_column_major(matrix: Tensor) -> bool:
-    """Torch computes the transposed gradient for such an operand."""
+    """Whether a matrix is stored by columns: torch then computes the transposed gradient."""
     return matrix.stride(0) == 1 and matrix.stride(1) == matrix.shape[0]
 
 
 def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """What autocast does to an operand."""
+    """Casts an operand as autocast does."""
     return tensor.to(dtype) if tensor.is_floating_point() and tensor.dtype != torch.float64 else tensor

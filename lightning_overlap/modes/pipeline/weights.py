@@ -1,4 +1,4 @@
-"""What each microbatch counts for in the batch's loss. It is known before the first one runs."""
+"""Weighs the microbatches in the batch's loss, before the first one runs."""
 
 from __future__ import annotations
 
@@ -18,49 +18,52 @@ IGNORED = -100
 
 @dataclass(frozen=True)
 class Weights:
-    """What microbatches count for.
+    """The weights of microbatches.
 
     Attributes:
-        loss: what each loss is multiplied by. 0: the microbatch is left out of the loss.
-        logs: the same of a value that is logged and is not the loss: they add up to 1.
+        loss: by microbatch, the factor of its loss. 0: the loss is not added, so that it may be NaN.
+        logs: by microbatch, the weight of its logged values other than the loss. These weights sum to 1.
     """
 
     loss: tuple[float, ...]
     logs: tuple[float, ...]
 
 
-def weigh(parts: Sequence[Any], sizes: Sequence[int], by: str, own: Callable[[Any], Any] | None) -> Weights:
+def weigh(parts: Sequence[Any], sizes: Sequence[int], by: str, method: Callable[[Any], Any] | None) -> Weights:
     """Weighs microbatches.
 
     Args:
         parts: the microbatches.
-        sizes: samples of each.
+        sizes: by microbatch, the number of samples.
         by: ``pipeline_parallel.microbatch_weight``.
-        own: the module's method of that name.
+        method: the module's method ``microbatch_weight``, if it has one.
 
     Raises:
-        ConfigError: nothing counts, or the labels are not found.
+        ConfigError: a weight is negative, all are 0, or the batch has no labels to count.
     """
     samples = tuple(size / sum(sizes) for size in sizes)
-    if own is not None:
-        found = [torch.as_tensor(own(part)) for part in parts]
+    if method is not None:
+        weights = [torch.as_tensor(method(part)) for part in parts]
     elif by in ("labels", "causal_labels"):
-        found = [_counted(part, causal=by == "causal_labels") for part in parts]
+        weights = [_count_labels(part, causal=by == "causal_labels") for part in parts]
     else:
         return Weights((1.0,) * len(parts) if by == "sum" else samples, samples)
-    numbers = torch.stack(found).double().tolist()  # one wait for the device
+    numbers = torch.stack(weights).double().tolist()  # one synchronization with the device
     if min(numbers) < 0 or sum(numbers) <= 0:
-        raise ConfigError(f"microbatches count for {numbers} in the loss: at least one must have a weight above 0, and none below")
+        raise ConfigError(
+            f"the weights of the microbatches are {numbers}: no weight may be negative, and at least one must be positive; check "
+            "that the batch has labels that are not ignored"
+        )
     shares = tuple(number / sum(numbers) for number in numbers)
     return Weights(shares, shares)
 
 
-def _counted(part: Any, *, causal: bool) -> Tensor:
+def _count_labels(part: Any, *, causal: bool) -> Tensor:
     labels = _find_labels(part)
     if labels is None:
         raise ConfigError(
-            "pipeline_parallel.microbatch_weight counts labels, and the batch has no tensor named 'labels': name it so, or give the "
-            "module a method microbatch_weight(batch)"
+            "pipeline_parallel.microbatch_weight counts labels, but the batch has no tensor with the key 'labels'. Give it that key, "
+            "or give the module a method microbatch_weight(batch)"
         )
     return ((labels[..., 1:] if causal else labels) != IGNORED).sum()
 
@@ -69,4 +72,4 @@ def _find_labels(value: Any) -> Tensor | None:
     if isinstance(value, Mapping) and isinstance(value.get("labels"), Tensor):
         return value["labels"]
     inner = items(value) if is_container(value) else []
-    return next((found for _, item in inner if (found := _find_labels(item)) is not None), None)
+    return next((labels for _, item in inner if (labels := _find_labels(item)) is not None), None)

@@ -1,4 +1,4 @@
-"""A block, cut, against itself as it is whole: a wrong cut changes numbers, and nothing else would say so."""
+"""Compares a sharded block with its unsharded copy: a wrong layout changes numbers, and raises no error by itself."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ from lightning_overlap.torch_seams import tree_map
 
 @dataclass(frozen=True)
 class Tolerance:
-    """Relative differences that rounding may make.
+    """Relative differences that rounding may cause.
 
     Attributes:
-        output: in what a block adds to its input.
-        of_input: the same, in parts of the input that it is added to.
-        gradient: in a gradient.
-        nothing: a gradient that is smaller than that, against the largest, may be rounding alone (a key's bias has none).
+        output: of the output, relative to what the block adds to its input.
+        of_input: of the output, relative to the input.
+        gradient: of a gradient, relative to that gradient.
+        nothing: of a gradient, relative to the largest one: a smaller gradient may be rounding only (that of a key's bias is 0).
     """
 
     output: float
@@ -38,7 +38,7 @@ class Tolerance:
 
     @staticmethod
     def of(block: nn.Module, x: Tensor) -> Tolerance:
-        """For what a block computes now."""
+        """The tolerance for a block's present precision."""
         kind = x.device.type
         dtypes = {x.dtype, *(p.dtype for p in block.parameters())}
         low = torch.is_autocast_enabled(kind) or any(dtype.itemsize < 4 for dtype in dtypes)
@@ -47,86 +47,88 @@ class Tolerance:
 
 
 HALF = Tolerance(output=0.05, of_input=5e-5, gradient=0.25, nothing=0.02)
-"""A wrong cut makes about 1; constants of another head make some hundredths, and are seen in full precision only."""
+"""A wrong layout makes a difference of about 1. Another head's constants make some hundredths: only full precision shows those."""
 FULL = Tolerance(output=1e-3, of_input=2e-6, gradient=0.02, nothing=1e-3)
 
 
 @dataclass(frozen=True, eq=False)
-class Cutting:
-    """How the ranks have what a block reads and gives.
+class BlockLayout:
+    """How the ranks hold a block's input, output and parameters.
 
     Attributes:
         group: the ranks.
-        whole_input: all tokens of what the block is called with.
-        whole_output: all tokens of what it gives.
-        input_part: this rank's part of the gradient of the whole input.
-        piece: this rank's part of a parameter's whole gradient.
-        complete: a parameter's gradient as that is, of what this rank has of it.
+        gather_input: gathers all tokens of the block's input. Collective.
+        gather_output: gathers all tokens of its output. Collective.
+        shard_input_grad: takes this rank's part of the gradient of the complete input.
+        shard_grad: takes this rank's part of a parameter's unsharded gradient.
+        sum_grad: sums a parameter's gradient over the ranks if each rank has a summand of it. Collective.
     """
 
     group: Group
-    whole_input: Callable[[Tensor], Tensor]
-    whole_output: Callable[[Tensor], Tensor]
-    input_part: Callable[[Tensor], Tensor]
-    piece: Callable[[nn.Parameter, Tensor], Tensor]
-    complete: Callable[[nn.Parameter, Tensor], Tensor]
+    gather_input: Callable[[Tensor], Tensor]
+    gather_output: Callable[[Tensor], Tensor]
+    shard_input_grad: Callable[[Tensor], Tensor]
+    shard_grad: Callable[[nn.Parameter, Tensor], Tensor]
+    sum_grad: Callable[[nn.Parameter, Tensor], Tensor]
 
 
 class BlockCheck:
-    """Compares a block's output and gradients with those of the whole block.
+    """Compares the output and gradients of a sharded block with those of an unsharded copy.
 
     Args:
-        block: it, cut.
+        block: the sharded block.
         name: of the block.
-        enters: whether it is called with all tokens, where tokens are cut: the first one of the list.
-        leaves: whether it gives all tokens: the last one.
+        enters: whether its input has all tokens even if tokens are sharded: the first block of the list.
+        leaves: whether its output has all tokens even if tokens are sharded: the last block.
     """
 
     def __init__(self, block: nn.Module, name: str, *, enters: bool, leaves: bool) -> None:
         self.block, self.name, self.enters, self.leaves = block, name, enters, leaves
 
-    def check(self, whole: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], cutting: Cutting, *, backward: bool) -> None:
-        """To be called with what the block is called with, on all ranks that have a part of it. Collective.
+    def check(
+        self, unsharded: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], layout: BlockLayout, *, backward: bool
+    ) -> None:
+        """Runs the block and its copy with the block's arguments. Collective over the ranks that hold a part of the block.
 
         Args:
-            whole: a copy of the block with whole weights.
-            args: positional arguments.
-            kwargs: the others. Caches in them stay as they are.
-            cutting: how the ranks have these.
+            unsharded: a copy of the block with complete weights.
+            args: the block's positional arguments.
+            kwargs: its keyword arguments. Caches in them are not changed.
+            layout: how the ranks hold the block's tensors.
             backward: whether gradients are compared.
 
         Raises:
-            ConfigError: outputs or gradients differ, or the block fails when it is cut; on every rank.
+            ConfigError: outputs or gradients differ, or the sharded block fails; on every rank.
         """
         x = find_hidden(args, kwargs, self.name)[1].detach()
-        # An activation checkpoint around the block counts what is saved, and would not find it again.
+        # Hidden from an activation checkpoint around the block, which counts the saved tensors and expects the same count later.
         with torch.set_grad_enabled(backward), saved_tensors_hooks(lambda x: x, lambda x: x), _unchanged(self.block):
             with torch.no_grad():
-                all_of_x = cutting.whole_input(x)
-            expected, of_expected = self._run(whole, args, kwargs, all_of_x, lambda y: y)
+                complete_x = layout.gather_input(x)
+            expected, expected_grads = self._run(unsharded, args, kwargs, complete_x, lambda y: y)
             try:
-                found, of_found = self._run(self.block, args, kwargs, x, cutting.whole_output, backward=bool(of_expected))
+                output, grads = self._run(self.block, args, kwargs, x, layout.gather_output, backward=bool(expected_grads))
             except (ConfigError, TransferError):
                 raise
             except Exception as error:
                 raise ConfigError(
-                    f"{self.name} fails when its layers are cut over the ranks: {error}. Code in attention and mlp must take the "
-                    "number of heads and features from what is there (view as many heads as there are: -1), must not add to, or "
-                    "multiply with, what went in what comes out (residuals belong into the block's own forward)"
+                    f"{self.name} fails when its layers are sharded: {error}. Code in attention and mlp must take the number of "
+                    "heads and features from its tensors (view with -1 heads), and must not add its input to its output, or multiply "
+                    "the two (a residual belongs into the block's own forward)"
                 ) from error
         tolerance = Tolerance.of(self.block, x)
-        change = (expected - all_of_x).float().norm().item()
-        difference = (found - expected).float().norm().item()
-        if difference > max(tolerance.output * change, tolerance.of_input * all_of_x.float().norm().item()):
+        change = (expected - complete_x).float().norm().item()
+        difference = (output - expected).float().norm().item()
+        if difference > max(tolerance.output * change, tolerance.of_input * complete_x.float().norm().item()):
             raise ConfigError(
-                f"{self.name} gives another output when its layers are cut over the ranks: the difference is {difference:.2g}, and "
-                f"the block adds {change:.2g} to its input. A fused layer may need its parts ('column[3]', or 'column[1]' if it is "
-                "not fused), or attention counts on sizes that are cut (view as many heads as there are: -1; of a table by head, as "
-                "ALiBi's slopes, a rank needs its part), or the block's own forward counts tokens or looks at their places, where it "
-                "sees a part of them (do that in attention or mlp, or set tensor_parallel.sequence_parallel: false). Mend the roles "
-                "or the module; tensor_parallel.verify_blocks: false leaves this check out"
+                f"{self.name} computes another output when its layers are sharded: the difference is {difference:.2g}, and the "
+                f"block adds {change:.2g} to its input. Possible causes: (1) a fused layer needs its parts: 'column[3]', or "
+                "'column[1]' if it is not fused; (2) attention uses the unsharded number of heads: view with -1 heads, and take this "
+                "rank's part of a table by head (ALiBi's slopes); (3) the block's own forward counts tokens or uses their positions, "
+                "but sees only a part of them: do that in attention or mlp, or set tensor_parallel.sequence_parallel: false. Correct "
+                "the roles or the module. tensor_parallel.verify_blocks: false turns this check off"
             )
-        self._compare_gradients(whole, of_expected, of_found, cutting, tolerance)
+        self._compare_gradients(unsharded, expected_grads, grads, layout, tolerance)
 
     def _run(
         self,
@@ -134,77 +136,77 @@ class BlockCheck:
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
         x: Tensor,
-        whole: Callable[[Tensor], Tensor],
+        gather_output: Callable[[Tensor], Tensor],
         *,
         backward: bool = True,
     ) -> tuple[Tensor, dict[str, Tensor | None]]:
-        """The output for the hidden states ``x``, and gradients by name of a parameter; the empty name: of the hidden states."""
+        """The complete output for the hidden states ``x``, and gradients by name of a parameter (empty name: of ``x``)."""
         position = find_hidden(args, kwargs, self.name)[0]
         args, kwargs = _copied(args), _copied(kwargs)
         x = x.detach().requires_grad_(torch.is_grad_enabled())
         args, kwargs = replace_hidden(args, kwargs, position, x)
         with torch.random.fork_rng([x.device] if x.is_cuda else []):
-            torch.manual_seed(0)  # what is drawn is the same in both runs
-            y = whole(hidden_of(block.eval()(*args, **kwargs)))
+            torch.manual_seed(0)  # both runs draw the same random numbers
+            y = gather_output(hidden_of(block.eval()(*args, **kwargs)))
         if not y.requires_grad or not backward:
             return y.detach(), {}
-        of = {"": x, **{name: p for name, p in block.named_parameters() if p.requires_grad}}
-        # Any numbers, the same on every rank.
-        of_y = torch.randn(y.shape, generator=torch.Generator().manual_seed(0)).to(y)
+        inputs = {"": x, **{name: p for name, p in block.named_parameters() if p.requires_grad}}
+        # Arbitrary, and the same on every rank.
+        grad_y = torch.randn(y.shape, generator=torch.Generator().manual_seed(0)).to(y)
         try:
-            found = torch.autograd.grad(y, list(of.values()), of_y, allow_unused=True)
+            grads = torch.autograd.grad(y, list(inputs.values()), grad_y, allow_unused=True)
         except RuntimeError as error:
             if "use_reentrant" not in str(error):
                 raise
-            return y.detach(), {}  # such a checkpoint in the block knows no gradients but those of a whole backward
-        return y.detach(), dict(zip(of, found, strict=True))
+            return y.detach(), {}  # a reentrant checkpoint in the block supports no torch.autograd.grad
+        return y.detach(), dict(zip(inputs, grads, strict=True))
 
     def _compare_gradients(
         self,
         reference: nn.Module,
         expected: dict[str, Tensor | None],
-        found: dict[str, Tensor | None],
-        cutting: Cutting,
+        grads: dict[str, Tensor | None],
+        layout: BlockLayout,
         tolerance: Tolerance,
     ) -> None:
         if not expected:
             return
-        own = dict(self.block.named_parameters())
+        parameters = dict(self.block.named_parameters())
         largest = max((grad.float().norm().item() for name, grad in expected.items() if name and grad is not None), default=0.0)
         wrong: list[str] = []
         for name, _ in reference.named_parameters():
-            if (whole := expected.get(name)) is not None:
-                there = found.get(name)
-                here = cutting.complete(own[name], torch.zeros_like(own[name]) if there is None else there).float()
-                allowed = tolerance.gradient * whole.float().norm() + tolerance.nothing * largest
-                if (here - cutting.piece(own[name], whole).float()).norm() > allowed:
+            if (unsharded := expected.get(name)) is not None:
+                parameter, grad = parameters[name], grads.get(name)
+                total = layout.sum_grad(parameter, torch.zeros_like(parameter) if grad is None else grad).float()
+                allowed = tolerance.gradient * unsharded.float().norm() + tolerance.nothing * largest
+                if (total - layout.shard_grad(parameter, unsharded).float()).norm() > allowed:
                     wrong.append(f"{self.name}.{name}")
-        if (of_input := expected.get("")) is not None:
-            part, there = cutting.input_part(of_input), found.get("")
-            if there is None or (there - part).norm() > tolerance.gradient * of_input.norm():
+        if (input_grad := expected.get("")) is not None:
+            part, grad = layout.shard_input_grad(input_grad), grads.get("")
+            if grad is None or (grad - part).norm() > tolerance.gradient * input_grad.norm():
                 wrong.append("its input")
-        wrong = list(dict.fromkeys(name for said in cutting.group.all_gather_objects(wrong) for name in said))
+        wrong = list(dict.fromkeys(name for names in layout.group.all_gather_objects(wrong) for name in names))
         if wrong:
             raise ConfigError(
-                f"{self.name} gives other gradients when its layers are cut over the ranks, of {', '.join(wrong[:4])} ({len(wrong)} "
-                "in all): what goes into attention or mlp may reach what comes out on a way around its column and row layers (a "
-                "residual, a gate), or a row layer's output is changed in there (a norm, a scale): move that into the block's own "
-                "forward, or set tensor_parallel.sequence_parallel: true. Or the block's own forward looks at more than one token (a "
-                "table of positions, a count): set tensor_parallel.sequence_parallel: false. tensor_parallel.verify_blocks: false "
-                "leaves this check out"
+                f"{self.name} computes other gradients when its layers are sharded, of {', '.join(wrong[:4])} ({len(wrong)} in all). "
+                "Possible causes: (1) attention or mlp has a path from its input to its output around its column and row layers (a "
+                "residual, a gate), or changes a row layer's output (a norm, a scale): move that into the block's own forward, or "
+                "set tensor_parallel.sequence_parallel: true; (2) the block's own forward reads more than one token (a table of "
+                "positions, a count): set tensor_parallel.sequence_parallel: false. tensor_parallel.verify_blocks: false turns this "
+                "check off"
             )
 
 
 def structure(block: nn.Module) -> tuple[Any, ...]:
-    """What tells kinds of blocks apart: the modules in them, and the shapes of their parameters."""
+    """The modules in a block and the shapes of their parameters: equal for blocks of one kind."""
     return tuple(
         (name, type(module), tuple((key, p.shape) for key, p in module.named_parameters(recurse=False)))
         for name, module in block.named_modules()
     )
 
 
-def whole_copy(block: nn.Module) -> nn.Module:
-    """A copy of a cut block without anybody's hooks."""
+def copy_without_hooks(block: nn.Module) -> nn.Module:
+    """A copy of a block without any hooks."""
     twin = copy.deepcopy(block)
     for module in twin.modules():
         for hooks in _hooks(module):
@@ -219,13 +221,13 @@ def _hooks(module: nn.Module) -> list[Any]:
 
 @contextmanager
 def _unchanged(block: nn.Module) -> Iterator[None]:
-    """Forwards inside leave nothing on the block's modules, and the hooks that are not ours aside: they may collect, or count."""
+    """Restores the block's modules afterwards. Inside, hooks of others are off: they may collect tensors, or count calls."""
     modules = list(block.modules())
     training = [module.training for module in modules]
     buffers = [(buffer, buffer.clone()) for buffer in block.buffers()]
     hooks = [(store, dict(store)) for module in modules for store in _hooks(module)]
     attributes = [(vars(module), dict(vars(module))) for module in modules]
-    contents = [(x, copy.copy(x)) for _, own in attributes for x in own.values() if type(x) in (list, dict, set)]
+    contents = [(x, copy.copy(x)) for _, values in attributes for x in values.values() if type(x) in (list, dict, set)]
     for store, before in hooks:
         for key, hook in before.items():
             if not isinstance(hook, Hook):
@@ -246,10 +248,10 @@ def _unchanged(block: nn.Module) -> Iterator[None]:
         for store, before in hooks:
             store.clear()
             store.update(before)
-        for buffer, kept in buffers:
-            buffer.data.copy_(kept)
-        for module, was in zip(modules, training, strict=True):
-            module.training = was
+        for buffer, value in buffers:
+            buffer.data.copy_(value)
+        for module, mode in zip(modules, training, strict=True):
+            module.training = mode
 
 
 def _copied(value: Any) -> Any:

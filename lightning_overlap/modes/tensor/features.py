@@ -1,7 +1,7 @@
-"""All features between a column and a row layer on every rank: for norms over all heads, and code that splits at fixed places.
+"""Gathers all features between a column and a row layer: for norms over all heads, and code that splits at fixed features.
 
-What is computed in between is computed alike on all ranks, and each one's row layer reads its part of it. So a rank's gradient of the
-whole is a summand.
+All ranks compute the same between the two layers, and each rank's row layer reads its part of the result. So each rank has a summand
+of the gradient of the gathered features.
 """
 
 from __future__ import annotations
@@ -13,21 +13,21 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from lightning_overlap.modes.tensor.partition import Piece, joined
-from lightning_overlap.modes.tensor.plan import Cut
+from lightning_overlap.modes.tensor.partition import Piece, gather_pieces
+from lightning_overlap.modes.tensor.plan import ShardedLayer
 from lightning_overlap.ranks.group import Group
 
 
-class _Gathered(Function):
-    """Gathers the features of all ranks; backward sums the gradient over the ranks and keeps this rank's features.
+class _GatherFeatures(Function):
+    """Gathers the features of all ranks. Backward sums the gradient over the ranks and keeps this rank's features.
 
-    Forward: ``own`` ``(..., tokens, own features)`` -> ``(..., tokens, features)``. Backward: the other way.
+    Forward: ``local`` ``(..., tokens, local features)`` -> ``(..., tokens, features)``. Backward: the reverse.
     """
 
     @staticmethod
-    def forward(ctx: Any, own: Tensor, piece: Piece, group: Group) -> Tensor:
+    def forward(ctx: Any, local: Tensor, piece: Piece, group: Group) -> Tensor:
         ctx.piece, ctx.group = piece, group
-        return joined(piece, own, group, "tensor.features")
+        return gather_pieces(piece, local, group, "tensor.features")
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
@@ -36,25 +36,25 @@ class _Gathered(Function):
         return ctx.piece.of(total, group.rank, group.size), None, None
 
 
-def _piece(cut: Cut, x: Tensor) -> Piece:
-    """How the last dim of activations is cut like a layer's weight."""
-    return Piece(torch.Size([*x.shape[:-1], sum(cut.parts)]), x.dim() - 1, cut.parts)
+def _piece(layer: ShardedLayer, x: Tensor) -> Piece:
+    """How the last dim of activations ``x`` is sharded: as the layer's weight."""
+    return Piece(torch.Size([*x.shape[:-1], sum(layer.parts)]), x.dim() - 1, layer.parts)
 
 
-def gathering(forward: Callable[[Tensor], Tensor], cut: Cut, group: Group) -> Callable[[Tensor], Tensor]:
-    """A column layer's forward, with the outputs of all ranks."""
+def gathering_forward(forward: Callable[[Tensor], Tensor], layer: ShardedLayer, group: Group) -> Callable[[Tensor], Tensor]:
+    """Makes a column layer's forward gather the output features of all ranks."""
 
     def gathered(x: Tensor) -> Tensor:
         y = forward(x)
-        return _Gathered.apply(y, _piece(cut, y), group)
+        return _GatherFeatures.apply(y, _piece(layer, y), group)
 
     return gathered
 
 
-def splitting(forward: Callable[[Tensor], Tensor], cut: Cut, group: Group) -> Callable[[Tensor], Tensor]:
-    """A row layer's forward, of all features."""
+def splitting_forward(forward: Callable[[Tensor], Tensor], layer: ShardedLayer, group: Group) -> Callable[[Tensor], Tensor]:
+    """Makes a row layer's forward take all input features, of which it reads this rank's."""
 
     def split(x: Tensor) -> Tensor:
-        return forward(_piece(cut, x).of(x, group.rank, group.size).contiguous())
+        return forward(_piece(layer, x).of(x, group.rank, group.size).contiguous())
 
     return split

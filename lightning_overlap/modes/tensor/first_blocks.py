@@ -1,4 +1,4 @@
-"""The first block of each kind is compared with itself whole, in the first training step: the tensor mode's part of that check."""
+"""Compares the first block of each kind with an unsharded copy, in the first training step."""
 
 from __future__ import annotations
 
@@ -9,20 +9,20 @@ from torch import Tensor, nn
 
 from lightning_overlap.model.hidden_states import find_hidden
 from lightning_overlap.model.patches import ReplacedForward
-from lightning_overlap.modes.tensor.check import BlockCheck, Cutting, structure, whole_copy
+from lightning_overlap.modes.tensor.check import BlockCheck, BlockLayout, copy_without_hooks, structure
 from lightning_overlap.modes.tensor.partition import Partition
 from lightning_overlap.modes.tensor.regions import Regions, RegionState
 from lightning_overlap.modes.tensor.replicated import ReplicatedGradients
-from lightning_overlap.modes.tensor.sequence import leave, own_tokens
+from lightning_overlap.modes.tensor.sequence import gather_tokens, local_tokens
 from lightning_overlap.state.absent import is_absent
 
 
 def first_of_each_kind(blocks: Sequence[nn.Module], name: str) -> list[BlockCheck]:
-    """Checks of the first block of each kind that is on this rank.
+    """Makes a check for the first block of each kind on this rank.
 
     Args:
         blocks: all blocks.
-        name: of their list in the model.
+        name: of the list of blocks in the model.
     """
     first: dict[Any, BlockCheck] = {}
     for number, block in enumerate(blocks):
@@ -36,14 +36,14 @@ class FirstBlocks:
     """Runs the checks.
 
     Args:
-        checks: of the blocks.
-        regions: of the model.
-        partition: the cut parameters.
-        replicated: parameters of whose gradients each rank has a summand.
-        counts: by module and attribute, a number in the whole model that is cut (of heads, say).
+        checks: the checks.
+        regions: the model's regions.
+        partition: the sharded parameters.
+        replicated: the parameters of whose gradient each rank has a summand.
+        counts: by module and attribute, the unsharded value of a number that is sharded (the number of heads, for example).
 
     Attributes:
-        waiting: the checks that have not run.
+        waiting: the checks that have not run yet.
     """
 
     def __init__(
@@ -61,7 +61,7 @@ class FirstBlocks:
         self._counts = counts
 
     def check(self, check: BlockCheck, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Runs a check when its block is called first in a training step, whatever mode the block is in. A forward pre-hook.
+        """Runs a check at the first call of its block in a training step, in train or eval mode. A forward pre-hook.
 
         Raises:
             ConfigError: see :meth:`BlockCheck.check`.
@@ -70,47 +70,47 @@ class FirstBlocks:
         if check not in self.waiting or not regions.has_trained:
             return
         self.waiting.remove(check)
-        # In a pipeline gradients of weights may be deferred, by a forward that is not ours.
+        # A pipeline may defer gradients of weights: it replaces the forward of their layers.
         forwards = [vars(module)["forward"] for module in block.modules() if "forward" in vars(module)]
         defers = boundary.has_remote_blocks and any(type(forward) is not ReplacedForward for forward in forwards)
-        cutting = self._cutting(check, find_hidden(args, kwargs, check.name)[1])
+        layout = self._layout(check, find_hidden(args, kwargs, check.name)[1])
         forward = boundary.forwards.current.branch()
         state = forward.of(RegionState)
-        state.prepared, state.latest = None, {}
-        with boundary.forwards.backward(forward):  # an activation checkpoint in the block runs again in a thread of autograd's
-            check.check(self._whole_block(check), args, kwargs, cutting, backward=not defers)
+        state.prepared, state.inputs = None, {}
+        with boundary.forwards.backward(forward):  # autograd's threads find the forward too: checkpoints in the block run again there
+            check.check(self._unsharded_copy(check), args, kwargs, layout, backward=not defers)
 
-    def _cutting(self, check: BlockCheck, x: Tensor) -> Cutting:
-        """How the ranks have what the block reads and gives, for hidden states ``x``."""
+    def _layout(self, check: BlockCheck, x: Tensor) -> BlockLayout:
+        """How the ranks hold the block's tensors, for hidden states ``x``."""
         exchange, group = self._regions.exchange, self._regions.exchange.group
-        parted = exchange.scattered and not check.enters
-        tokens = self._regions.tokens_of(x, check.name) if parted else x.shape[-2]
+        input_is_sharded = exchange.sharded and not check.enters
+        tokens = self._regions.tokens_of(x, check.name) if input_is_sharded else x.shape[-2]
 
-        def piece(parameter: nn.Parameter, grad: Tensor) -> Tensor:
-            cut = self._partition.pieces.get(id(parameter))
-            return grad if cut is None else cut.of(grad, group.rank, group.size)
+        def shard_grad(parameter: nn.Parameter, grad: Tensor) -> Tensor:
+            piece = self._partition.pieces.get(id(parameter))
+            return grad if piece is None else piece.of(grad, group.rank, group.size)
 
-        def complete(parameter: nn.Parameter, grad: Tensor) -> Tensor:
+        def sum_grad(parameter: nn.Parameter, grad: Tensor) -> Tensor:
             is_summand = id(parameter) in self._replicated.parameters
             return group.all_reduce(grad.clone(), label="tensor.check").wait() if is_summand else grad
 
-        return Cutting(
+        return BlockLayout(
             group,
-            lambda x: leave(x, tokens, exchange) if parted else x,
-            lambda y: leave(y, tokens, exchange) if exchange.scattered and not check.leaves else y,
-            lambda grad: own_tokens(grad, exchange) if parted else grad,
-            piece,
-            complete,
+            lambda x: gather_tokens(x, tokens, exchange) if input_is_sharded else x,
+            lambda y: gather_tokens(y, tokens, exchange) if exchange.sharded and not check.leaves else y,
+            lambda grad: local_tokens(grad, exchange) if input_is_sharded else grad,
+            shard_grad,
+            sum_grad,
         )
 
-    def _whole_block(self, check: BlockCheck) -> nn.Module:
-        """A copy of a block as it would be without tensor parallelism, with present weights. Collective."""
-        twin = whole_copy(check.block)
+    def _unsharded_copy(self, check: BlockCheck) -> nn.Module:
+        """A copy of a block without tensor parallelism, with the present weights. Collective."""
+        twin = copy_without_hooks(check.block)
         for (owner, name), count in self._counts.items():
             if f"{owner}.".startswith(f"{check.name}."):
                 setattr(twin.get_submodule(owner[len(check.name) + 1 :]), name, count)
-        whole: dict[int, Tensor] = {}
-        for own, copied in zip(check.block.parameters(), twin.parameters(), strict=True):
-            if (piece := self._partition.pieces.get(id(own))) is not None:
-                copied.data = whole.setdefault(id(own), self._partition.whole(piece, own.data))
+        gathered: dict[int, Tensor] = {}
+        for parameter, copied in zip(check.block.parameters(), twin.parameters(), strict=True):
+            if (piece := self._partition.pieces.get(id(parameter))) is not None:
+                copied.data = gathered.setdefault(id(parameter), self._partition.gather(piece, parameter.data))
         return twin

@@ -1,19 +1,19 @@
-"""Column and row linear layers in autograd: what waits for what.
+"""Column and row linear layers as autograd functions, created in the order that hides their transfers.
 
-A region (attention, mlp) reads its input through a gather and gives its output through a row layer's reduction. Its column layers
-(q, k, v; gate, up) read the same gather, as it arrives. Backward goes the way back in the order in which autograd runs nodes that
-are ready: the latest made first. Hence the order in which nodes are made:
+A region (attention, mlp) gathers its input and reduces its output over the ranks. Its column layers (q, k, v; gate, up) read one
+gathered input, piece by piece as it is received; a row layer makes its output. Of the nodes that are ready, autograd runs the one
+that was created last. So the order of creation (downwards) decides the order of backward (the numbers):
 
-    of a row layer    input    5. the gradients of input and weight, with the others' parts of the output's as they arrive
-                      rest     4. of what reads the output (below): the weights' gradients from the others' tokens
-                      output   3. posts the gather of the output's gradient, and computes what can be had from this rank's part
-    of a reading      rest     as above, if there is a row layer before it; else here
-                      finish   2. waits for the sum over the ranks of the input's gradient
-                      own      1. the weights' gradients from this rank's tokens, under which that sum travels
-                      gather   0. the input's gradient of all column layers together, sent piece by piece as it is computed
-                      columns  leave the gradient of their output
+    row layer        _RemoteRowGrad      6. gradients of input and weight from the other ranks' tokens, as these are received
+                     _RemoteWeightGrad   5. of the next region (below): adds the other ranks' tokens to its weights' gradients
+                     _RowProduct         4. posts the gather of the output's gradient; computes with this rank's part of it
+    region's input   _RemoteWeightGrad   5. as above; created here if no row layer comes before
+                     _WaitForInputGrad   3. waits for the sum over the ranks of the input's gradient
+                     _LocalWeightGrad    2. the weights' gradients from this rank's tokens, while that sum is in transfer
+                     _PostInputGrad      1. the input's gradient from all column layers; posts its sum, piece by piece
+    column layers    _ColumnProduct      0. keep the gradient of their output
 
-What the weights' gradients need of the input is gathered again when the row layer's output gradient is.
+The weights' gradients need the region's input again: 4 posts its gather after that of the output's gradient.
 """
 
 from __future__ import annotations
@@ -28,58 +28,64 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from lightning_overlap.model.stand_in import METADATA, StandIn, View
 from lightning_overlap.modes.tensor.gemm import (
     Exchange,
     Gathered,
     Reduced,
-    add_arriving_product,
-    add_weight_gradient,
+    add_remote_product,
+    add_remote_weight_gradient,
     gathered_product,
-    own_product,
-    own_weight_gradient,
+    local_product,
+    local_weight_gradient,
     part,
 )
-from lightning_overlap.modes.tensor.stand_in import ASKED, StandIn, View
 from lightning_overlap.torch_seams import WithoutSubclasses, is_node_of
 
 
 class RegionInput(Function):
-    """A node where a region begins: what is computed from it sums its gradients over the ranks."""
+    """Base of nodes where a region begins: a gradient that reaches one is summed over the ranks."""
 
 
-class RowResult(Function):
-    """A node that gives a row layer's output, whose gradient is the same on all ranks, or of this rank's tokens."""
+class RowOutput(Function):
+    """Base of nodes that make a row layer's output: its gradient needs no sum, see :func:`scale_gradient`."""
 
 
 @dataclass
-class Reading:
-    """What the nodes of one reading share, for its backward.
+class InputState:
+    """State that the nodes of one region's input share in backward.
 
-    It holds no tensor that has a graph. The nodes hold it, and a tensor of theirs in it would close a circle through C++, which
-    Python's garbage collector does not see: every step's graph would stay in memory. Who reads holds such tensors: see
-    :class:`Prepared` and :class:`Arriving`.
+    No tensor in it may have a graph. The nodes hold this state, so such a tensor would close a reference cycle through C++, which
+    Python's garbage collector does not see: the graph of every step would stay in memory. :class:`PreparedInput` and
+    :class:`PendingInput` hold those tensors.
+
+    Attributes:
+        exchange: the ranks.
+        name: of the region, for its transfers.
+        shape: of all tokens, ``(..., tokens, features)``.
+        output_grads: by id of a weight, gradients of its layer's outputs, from which the weight's gradient is to be computed.
+        factors: pairs of an output's gradient and a weight; the sum of their products is the input's gradient.
+        gathered: the input, gathered for the weights' gradients.
+        input_grad: the sum over the ranks of the input's gradient.
     """
 
     exchange: Exchange
     name: str
     shape: tuple[int, ...] = ()
-    """Of all tokens, ``(..., tokens, features)``."""
-    left: dict[int, list[Tensor]] = field(default_factory=dict)
-    """By id of a weight, gradients of outputs whose weight's gradient is still to be computed."""
+    output_grads: dict[int, list[Tensor]] = field(default_factory=dict)
     factors: list[tuple[Tensor, Tensor]] = field(default_factory=list)
-    """Gradients of outputs and weights, whose products are the input's gradient."""
-    again: Gathered | None = None
-    reduced: Reduced | None = None
+    gathered: Gathered | None = None
+    input_grad: Reduced | None = None
 
-    def gather_again(self, own: Tensor) -> None:
-        """Has the input gathered for the weights' gradients, if it is not yet.
+    def gather(self, local: Tensor) -> None:
+        """Posts the gather of the input for the weights' gradients, unless it is gathered already.
 
         Args:
-            own: this rank's tokens, ``(n, features)``.
+            local: this rank's tokens, ``(n, features)``.
         """
-        if self.again is None:
-            self.again = Gathered(
-                own.view(*self.shape[:-2], -1, self.shape[-1]),
+        if self.gathered is None:
+            self.gathered = Gathered(
+                local.view(*self.shape[:-2], -1, self.shape[-1]),
                 self.shape[-2],
                 self.exchange,
                 f"tensor.input[{self.name}]",
@@ -88,168 +94,170 @@ class Reading:
 
 
 @dataclass
-class Prepared:
-    """A reading before what is read is known."""
+class PreparedInput:
+    """The nodes of a region's input that are created before the input is known.
 
-    reading: Reading
+    Attributes:
+        state: the nodes' state.
+        weights: by id of a weight, the output of its :class:`_RemoteWeightGrad`.
+    """
+
+    state: InputState
     weights: dict[int, Tensor]
-    """By id of a weight, the output of the node that adds the rest of its gradient."""
 
 
-class _Finish(RegionInput):
-    """Waits in backward for the sum over the ranks of the input's gradient. Its own input needs no gradient but that.
+class _WaitForInputGrad(RegionInput):
+    """Waits in backward for the sum over the ranks of the input's gradient, which :class:`_PostInputGrad` has posted.
 
-    Forward: ``x`` -> ``x``, this rank's tokens, ``(..., own tokens, features)``, floating.
-    Backward: the gradient of ``x``, in its shape and dtype: the sum over column layers and ranks of ``grad @ weight``, which
-    ``_Gather`` has posted.
+    Forward: ``x``, this rank's tokens ``(..., local tokens, features)``, floating -> ``x``.
+    Backward: the gradient of ``x``, in its shape and dtype; autograd passes None.
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, reading: Reading) -> Tensor:
+    def forward(ctx: Any, x: Tensor, state: InputState) -> Tensor:
         ctx.set_materialize_grads(False)
-        ctx.reading = reading
+        ctx.state = state
         return x.view_as(x)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, _: None) -> Any:
-        reduced, ctx.reading.reduced = ctx.reading.reduced, None
-        return reduced.wait() if reduced is not None else None, None
+        input_grad, ctx.state.input_grad = ctx.state.input_grad, None
+        return input_grad.wait() if input_grad is not None else None, None
 
 
-class _Rest(Function):
-    """Adds the other ranks' tokens to the gradient of a column layer's weight.
+class _RemoteWeightGrad(Function):
+    """Adds to the gradient of a column layer's weight what the other ranks' tokens give.
 
-    Forward: ``weight`` ``(own out, features)`` -> itself.
-    Backward: ``total``, the gradient from this rank's tokens ``(own out, features)`` -> that of all tokens, summed in place.
+    Forward: ``weight`` ``(local out, features)`` -> ``weight``.
+    Backward: ``total`` ``(local out, features)``, the gradient from this rank's tokens -> from all tokens, summed in place.
     """
 
     @staticmethod
-    def forward(ctx: Any, weight: Tensor, reading: Reading, number: int) -> Any:
+    def forward(ctx: Any, weight: Tensor, state: InputState, weight_id: int) -> Any:
         ctx.set_materialize_grads(False)
-        ctx.reading, ctx.number = reading, number
+        ctx.state, ctx.weight_id = state, weight_id
         return weight.view_as(weight)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, total: Tensor | None) -> Any:
-        reading: Reading = ctx.reading
-        for grad in reading.left.pop(ctx.number, []):
-            assert reading.again is not None, "the column layer has had it gathered"
-            assert total is not None, "this rank's part comes first"
-            add_weight_gradient(total, grad, reading.again, reading.exchange)
-        if not reading.left:
-            reading.again = None
+        state: InputState = ctx.state
+        for grad in state.output_grads.pop(ctx.weight_id, []):
+            assert state.gathered is not None, "the column layer has posted the gather"
+            assert total is not None, "_LocalWeightGrad runs first"
+            add_remote_weight_gradient(total, grad, state.gathered, state.exchange)
+        if not state.output_grads:
+            state.gathered = None
         return total, None, None
 
 
-class _Own(Function):
-    """Computes the gradient of a column layer's weight from this rank's tokens, and that of its bias from all.
+class _LocalWeightGrad(Function):
+    """Computes the gradient of a column layer's weight from this rank's tokens, and the gradient of its bias from all tokens.
 
-    Forward: ``weight`` ``(own out, features)`` and ``bias`` ``(own out)`` or None -> themselves.
-    Backward: gradients of these shapes. Those of outputs, ``(..., tokens, own out)``, are in the reading: autograd passes None.
+    Forward: ``weight`` ``(local out, features)``, ``bias`` ``(local out)`` or None -> the same.
+    Backward: gradients in these shapes. The outputs' gradients ``(..., tokens, local out)`` are in the state; autograd passes None.
     """
 
     @staticmethod
-    def forward(ctx: Any, weight: Tensor, bias: Tensor | None, reading: Reading, number: int) -> Any:
+    def forward(ctx: Any, weight: Tensor, bias: Tensor | None, state: InputState, weight_id: int) -> Any:
         ctx.set_materialize_grads(False)
-        ctx.reading, ctx.number = reading, number
+        ctx.state, ctx.weight_id = state, weight_id
         return weight.view_as(weight), None if bias is None else bias.view_as(bias)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *_: None) -> Any:
-        reading: Reading = ctx.reading
-        of_weight = of_bias = None
-        for grad in reading.left.get(ctx.number, []):
+        state: InputState = ctx.state
+        grad_weight = grad_bias = None
+        for grad in state.output_grads.get(ctx.weight_id, []):
             if ctx.needs_input_grad[0]:
-                assert reading.again is not None, "the column layer has had it gathered"
-                found = own_weight_gradient(grad, reading.again, reading.exchange)
-                of_weight = found if of_weight is None else of_weight.add_(found)
+                assert state.gathered is not None, "the column layer has posted the gather"
+                product = local_weight_gradient(grad, state.gathered, state.exchange)
+                grad_weight = product if grad_weight is None else grad_weight.add_(product)
             if ctx.needs_input_grad[1]:
                 summed = grad.flatten(0, -2).sum(0)
-                of_bias = summed if of_bias is None else of_bias.add_(summed)
+                grad_bias = summed if grad_bias is None else grad_bias.add_(summed)
         if not ctx.needs_input_grad[0]:
-            reading.left.pop(ctx.number, None)
-        return of_weight, of_bias, None, None
+            state.output_grads.pop(ctx.weight_id, None)
+        return grad_weight, grad_bias, None, None
 
 
-class _Gather(RegionInput):
-    """Stands for the gathered input; sends the input's gradient to the ranks that have its tokens.
+class _PostInputGrad(RegionInput):
+    """Makes the placeholder of the gathered input. Backward posts the sum over the ranks of the input's gradient.
 
-    Forward: ``x`` ``(..., own tokens, features)`` -> ``(..., tokens, features)`` of the same dtype, with the memory of one element.
-    Backward: ``others``, the gradient of all tokens from readers beside the column layers, or None. It posts the sum over the ranks of
-    that and of the column layers' ``grad @ weight``, for which ``_Finish`` waits.
+    Forward: ``x`` ``(..., local tokens, features)`` -> ``(..., tokens, features)`` of the same dtype, with the memory of one element.
+    Backward: ``direct`` ``(..., tokens, features)`` or None, the gradient from readers other than the column layers. It posts the sum
+    of ``direct`` and of the column layers' ``grad @ weight``; autograd passes None on.
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, reading: Reading) -> Tensor:
+    def forward(ctx: Any, x: Tensor, state: InputState) -> Tensor:
         ctx.set_materialize_grads(False)
-        ctx.reading = reading
-        # All that is asked of it is its shape. The storage of one element has nothing to be read.
-        return x.new_empty(1).expand(reading.shape)
+        ctx.state = state
+        return x.new_empty(1).expand(state.shape)  # only its shape is read
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, others: Tensor | None) -> Any:
-        reading: Reading = ctx.reading
-        factors, reading.factors = reading.factors, []
-        if factors or others is not None:
-            reading.reduced = Reduced(factors, reading.exchange, f"tensor.input_grad[{reading.name}]", "column_dgrad", others)
+    def backward(ctx: Any, direct: Tensor | None) -> Any:
+        state: InputState = ctx.state
+        factors, state.factors = state.factors, []
+        if factors or direct is not None:
+            state.input_grad = Reduced(factors, state.exchange, f"tensor.input_grad[{state.name}]", "column_dgrad", direct)
         return None, None
 
 
-class _Column(Function):
-    """A column layer's product, of tokens as they arrive.
+class _ColumnProduct(Function):
+    """A column layer's product of the gathered input, piece by piece as it is received.
 
-    Forward: ``handle`` ``(..., tokens, features)``, which ``_Gather`` gives; ``weight`` ``(own out, features)``; ``bias``
-    ``(own out)`` or None; ``gathered``, the tokens -> ``(..., tokens, own out)`` in the tokens' dtype.
-    Backward: the output's gradient, in its shape, is left in the reading; autograd passes None on.
+    Forward: ``placeholder`` ``(..., tokens, features)`` from :class:`_PostInputGrad`; ``weight`` ``(local out, features)``; ``bias``
+    ``(local out)`` or None; ``gathered``, the tokens -> ``(..., tokens, local out)`` in the tokens' dtype.
+    Backward: keeps the output's gradient, in its shape, in the state; autograd passes None on.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, handle: Tensor, weight: Tensor, bias: Tensor | None, gathered: Gathered, reading: Reading, number: int
+        ctx: Any, placeholder: Tensor, weight: Tensor, bias: Tensor | None, gathered: Gathered, state: InputState, weight_id: int
     ) -> Tensor:
         ctx.set_materialize_grads(False)
-        ctx.reading, ctx.number = reading, number
-        ctx.kept = gathered if reading.exchange.keep_gathered else None
-        ctx.save_for_backward(gathered.own, weight)
-        return gathered_product(gathered, weight, bias, reading.exchange)
+        ctx.state, ctx.weight_id = state, weight_id
+        ctx.gathered = gathered if state.exchange.keep_gathered else None
+        ctx.save_for_backward(gathered.local, weight)
+        return gathered_product(gathered, weight, bias, state.exchange)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor | None) -> Any:
         if grad is not None:
-            reading: Reading = ctx.reading
-            own, weight = ctx.saved_tensors
+            state: InputState = ctx.state
+            local, weight = ctx.saved_tensors
             if ctx.needs_input_grad[0]:
-                reading.factors.append((grad, weight.detach()))
+                state.factors.append((grad, weight.detach()))
             if ctx.needs_input_grad[1] or ctx.needs_input_grad[2]:
-                reading.left.setdefault(ctx.number, []).append(grad)
+                state.output_grads.setdefault(ctx.weight_id, []).append(grad)
             if ctx.needs_input_grad[1]:
-                reading.again = reading.again or ctx.kept
-                reading.gather_again(own)
+                state.gathered = state.gathered or ctx.gathered
+                state.gather(local)
         return None, None, None, None, None, None
 
 
-class _Whole(Function):
-    """All tokens, for readers that do not take them as they arrive.
+class _CompleteInput(Function):
+    """Waits for all tokens, for a reader that is no column layer.
 
-    Forward: ``handle`` ``(..., tokens, features)`` and ``gathered``, the tokens -> ``(..., tokens, features)``, waited for.
-    Backward: the gradient, in that shape, goes to ``_Gather``.
+    Forward: ``placeholder`` ``(..., tokens, features)``, ``gathered``, the tokens -> ``(..., tokens, features)``.
+    Backward: the gradient, in that shape, goes to :class:`_PostInputGrad`.
     """
 
     @staticmethod
-    def forward(ctx: Any, handle: Tensor, gathered: Gathered) -> Tensor:
-        return gathered.whole()
+    def forward(ctx: Any, placeholder: Tensor, gathered: Gathered) -> Tensor:
+        return gathered.wait()
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
         return grad, None
 
 
-class _Alike(Function):
+class _ScaleGradient(Function):
     """Divides a gradient by the number of ranks. Forward: ``x``, any shape and floating dtype -> ``x``."""
 
     @staticmethod
@@ -262,48 +270,58 @@ class _Alike(Function):
         return grad / ctx.ranks, None
 
 
-def alike(x: Any, ranks: int) -> Any:
-    """Divides the gradient of a region's further output by the number of ranks: inputs of a region sum their gradients over them.
+def scale_gradient(x: Any, ranks: int) -> Any:
+    """Divides the gradient of a further output of a region (a router's loss) by the number of ranks.
 
-    All ranks compute such an output alike (a router's loss). What is computed from a row layer's output is exempt: its gradient does
-    not come to the region's input on a way that is not summed already.
+    All ranks compute this output from the region's input, whose gradient is summed over the ranks: without the division it would
+    count ``ranks`` times. An output that is computed from a row layer's output is returned as it is, because a row layer's gradient
+    gives each rank a different summand.
 
     Args:
-        x: the output; whatever is no tensor with a graph is returned as it is.
+        x: the output. An object that is no tensor with a graph is returned as it is.
         ranks: their number.
     """
     if type(x) not in (Tensor, View) or x.grad_fn is None:
         return x
     visited: set[Any] = set()
-    waiting: list[Any] = [x.grad_fn]
-    while waiting:
-        node = waiting.pop()
+    pending: list[Any] = [x.grad_fn]
+    while pending:
+        node = pending.pop()
         if node is None or node in visited or is_node_of(node, RegionInput):
             continue
-        if is_node_of(node, RowResult):
+        if is_node_of(node, RowOutput):
             return x
         visited.add(node)
-        waiting += [before for before, _ in node.next_functions]
-    return _Alike.apply(x, ranks)
+        pending += [before for before, _ in node.next_functions]
+    return _ScaleGradient.apply(x, ranks)
 
 
 @dataclass
 class _RowState:
-    """What the nodes of one row product share."""
+    """State that the two nodes of a row layer's product share.
+
+    Attributes:
+        exchange: the ranks.
+        name: of the layer, for its transfers.
+        input_state: of the layer's region, whose input is gathered again in backward; None: it is not.
+        gathered: the output's gradient.
+        grad_x: the gradient of the layer's input, so far from this rank's tokens.
+        grad_weight: the gradient of its weight, so far from this rank's tokens.
+    """
 
     exchange: Exchange
     name: str
-    reading: Reading | None
+    input_state: InputState | None
     gathered: Gathered | None = None
-    of_x: Tensor | None = None
-    of_weight: Tensor | None = None
+    grad_x: Tensor | None = None
+    grad_weight: Tensor | None = None
 
 
-class _RowInput(Function):
-    """Computes the gradients of a row layer's input and weight, from the other ranks' tokens as they arrive.
+class _RemoteRowGrad(Function):
+    """Completes the gradients of a row layer's input and weight from the other ranks' tokens, as these are received.
 
-    Forward: ``x`` ``(..., tokens, own features)`` and ``weight`` ``(out, own features)`` -> themselves.
-    Backward: gradients of these shapes, of all tokens. Those from this rank's tokens are in the state: autograd passes None.
+    Forward: ``x`` ``(..., tokens, local features)``, ``weight`` ``(out, local features)`` -> the same.
+    Backward: gradients in these shapes. What this rank's tokens give is in the state; autograd passes None.
     """
 
     @staticmethod
@@ -318,145 +336,152 @@ class _RowInput(Function):
     def backward(ctx: Any, *_: None) -> Any:
         x, weight = ctx.saved_tensors
         state: _RowState = ctx.state
-        gathered, of_x, of_weight = state.gathered, state.of_x, state.of_weight
-        state.gathered = state.of_x = state.of_weight = None
-        if gathered is not None and of_x is not None:
-            add_arriving_product(of_x, gathered, weight.t(), None, state.exchange)
-        if gathered is not None and of_weight is not None:
-            bounds = state.exchange.parts(x.shape[-2])
-            for number in range(len(bounds) - 1):
-                if number != state.exchange.own:
-                    of_weight.addmm_(gathered.rows(number).t(), part(x, bounds, number))
-        return of_x, of_weight, None
+        gathered, grad_x, grad_weight = state.gathered, state.grad_x, state.grad_weight
+        state.gathered = state.grad_x = state.grad_weight = None
+        if gathered is not None and grad_x is not None:
+            add_remote_product(grad_x, gathered, weight.t(), None, state.exchange)
+        if gathered is not None and grad_weight is not None:
+            bounds = state.exchange.bounds(x.shape[-2])
+            for index in range(len(bounds) - 1):
+                if index != state.exchange.part_index:
+                    grad_weight.addmm_(gathered.rows(index).t(), part(x, bounds, index))
+        return grad_x, grad_weight, None
 
 
-class _RowOutput(RowResult):
+class _RowProduct(RowOutput):
     """A row layer's product, summed over the ranks.
 
-    Forward: ``x`` ``(..., tokens, own features)``, ``weight`` ``(out, own features)`` -> ``(..., own tokens, out)``; all tokens where
-    they are not cut. ``own``: this rank's tokens of the region's input, to be gathered again in backward; None: they are not.
-    Backward: posts the gather of the output's gradient, and computes what this rank's part of it gives, see the order above.
+    Forward: ``x`` ``(..., tokens, local features)``, ``weight`` ``(out, local features)``; ``local_input`` ``(n, features)`` or None,
+    this rank's tokens of the region's input -> ``(..., local tokens, out)``, or all tokens if they are not sharded.
+    Backward: takes a gradient in the output's shape. It posts the gathers of this gradient and of ``local_input``, and computes the
+    gradients from this rank's tokens; autograd passes None on.
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, state: _RowState, own: Tensor | None) -> Tensor:
-        ctx.save_for_backward(x, weight, own)
+    def forward(ctx: Any, x: Tensor, weight: Tensor, state: _RowState, local_input: Tensor | None) -> Tensor:
+        ctx.save_for_backward(x, weight, local_input)
         ctx.state = state
         return Reduced([(x, weight.t())], state.exchange, f"tensor.output[{state.name}]", "row_fprop").wait()
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> Any:
-        x, weight, own = ctx.saved_tensors
+        x, weight, local_input = ctx.saved_tensors
         state: _RowState = ctx.state
         tokens = x.shape[-2]
         gathered = state.gathered = Gathered(grad, tokens, state.exchange, f"tensor.output_grad[{state.name}]", "row_dgrad")
-        if state.reading is not None and own is not None:
-            # What the region's column layers will need, behind what is needed now: the link would be idle until then.
-            state.reading.gather_again(own)
+        if state.input_state is not None and local_input is not None:
+            # The region's column layers need it next. Posted now, it keeps the link busy after the gather above.
+            state.input_state.gather(local_input)
         if ctx.needs_input_grad[0]:
-            state.of_x = own_product(gathered, weight.t(), None, state.exchange)
+            state.grad_x = local_product(gathered, weight.t(), None, state.exchange)
         if ctx.needs_input_grad[1]:
-            state.of_weight = gathered.own.t() @ part(x, state.exchange.parts(tokens), state.exchange.own)
+            state.grad_weight = gathered.local.t() @ part(x, state.exchange.bounds(tokens), state.exchange.part_index)
         return None, None, None, None
 
 
-class Arriving(StandIn):
-    """Activations of all tokens whose numbers are on their way. A column linear of its reading takes them as they come; for
-    everything else it is the whole tensor, which is waited for."""
+class PendingInput(StandIn):
+    """A region's input ``(..., tokens, features)``, some of whose tokens are in transfer.
 
-    reading: Reading
+    A column layer of the region multiplies each piece when it is received. Every other function waits for the complete tensor.
+
+    Attributes:
+        state: the state of its nodes.
+        gathered: the tokens.
+        parameters: by id of a weight, the outputs of the nodes of that weight and its layer's bias.
+    """
+
+    state: InputState
     gathered: Gathered
-    ports: dict[int, tuple[Tensor, Tensor | None]]
-    """By id of a weight, what stands for it and its bias in the graph."""
+    parameters: dict[int, tuple[Tensor, Tensor | None]]
 
-    what = "the input of an attention or mlp, whose tokens are cut over the ranks of tensor_parallel,"
+    description = "the input of an attention or mlp, whose tokens are sharded over the ranks of tensor_parallel,"
 
     @classmethod
     def compute(cls, func: Any, args: Any, kwargs: Any) -> Any:
-        if func in ASKED:
+        if func in METADATA:
             with WithoutSubclasses():
                 return func(*args, **kwargs)
         if func is F.linear:
-            found = _arguments(*args, **kwargs)
-            if isinstance(found[0], Arriving) and id(found[1]) in found[0].ports:
-                return found[0].times(id(found[1]))
+            x, weight = _linear_arguments(*args, **kwargs)
+            if isinstance(x, PendingInput) and id(weight) in x.parameters:
+                return x.product(id(weight))
         return super().compute(func, args, kwargs)
 
-    def times(self, weight: int) -> Tensor:
-        """The output of the column linear with the weight of that id."""
-        stand_in, bias = self.ports[weight]
+    def product(self, weight_id: int) -> Tensor:
+        """The output ``(..., tokens, local out)`` of the column layer whose weight has that id."""
+        weight, bias = self.parameters[weight_id]
         with WithoutSubclasses():
-            return _Column.apply(self, stand_in, bias, self.gathered, self.reading, weight)
+            return _ColumnProduct.apply(self, weight, bias, self.gathered, self.state, weight_id)
 
-    def whole(self, reader: Any = None) -> Tensor:
+    def complete(self, reader: Any = None) -> Tensor:
         with WithoutSubclasses():
-            return _Whole.apply(self, self.gathered)
+            return _CompleteInput.apply(self, self.gathered)
 
 
-def _arguments(input: Any, weight: Any, bias: Any = None) -> tuple[Any, Any, Any]:
-    return input, weight, bias
+def _linear_arguments(input: Any, weight: Any, bias: Any = None) -> tuple[Any, Any]:
+    return input, weight
 
 
 def cast(x: Tensor) -> Tensor:
-    """``x`` in the dtype in which autocast computes linear layers."""
+    """Converts ``x`` to the dtype in which autocast computes linear layers; without autocast returns it as it is."""
     kind = x.device.type
     return x.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else x
 
 
 def matrix(layer: nn.Module) -> Tensor:
-    """The weight as ``(out, in)``; transformers' Conv1D has it the other way round."""
+    """A layer's weight as ``(out, in)``. (In transformers' Conv1D it is ``(in, out)``.)"""
     weight: Tensor = layer.weight  # type: ignore[assignment]
     return weight if isinstance(layer, nn.Linear) else weight.t()
 
 
-def prepare(layers: Sequence[nn.Module], exchange: Exchange, name: str) -> Prepared:
-    """A reading to come: from here on the rest of its weights' gradients is computed, on the way back.
+def prepare_input(layers: Sequence[nn.Module], exchange: Exchange, name: str) -> PreparedInput:
+    """Creates the nodes that backward runs last of a region's input. See the order at the top.
 
     Args:
         layers: the region's column layers.
         exchange: the ranks.
         name: of the region, for its transfers.
     """
-    prepared = Prepared(Reading(exchange, name), {})
+    prepared = PreparedInput(InputState(exchange, name), {})
     for layer in layers:
-        number = id(layer.weight)
-        prepared.weights[number] = _Rest.apply(cast(matrix(layer)), prepared.reading, number)
+        weight_id = id(layer.weight)
+        prepared.weights[weight_id] = _RemoteWeightGrad.apply(cast(matrix(layer)), prepared.state, weight_id)
     return prepared
 
 
-def read(x: Tensor, layers: Sequence[nn.Module], prepared: Prepared, tokens: int) -> Arriving:
-    """Starts a region's reading.
+def gather_input(x: Tensor, layers: Sequence[nn.Module], prepared: PreparedInput, tokens: int) -> PendingInput:
+    """Posts the gather of a region's input.
 
     Args:
-        x: this rank's tokens, ``(..., own tokens, features)``; all of them where tokens are not cut.
-        layers: its column layers.
-        prepared: as :func:`prepare` gives it.
-        tokens: number of all.
+        x: this rank's tokens, ``(..., local tokens, features)``; all tokens if they are not sharded.
+        layers: the region's column layers.
+        prepared: from :func:`prepare_input`.
+        tokens: the number of all tokens.
 
     Returns:
-        ``(..., tokens, features)``.
+        The input ``(..., tokens, features)``.
     """
-    reading, ports = prepared.reading, {}
-    reading.shape = (*x.shape[:-2], tokens, x.shape[-1])
-    x = cast(_Finish.apply(x, reading))
+    state, parameters = prepared.state, {}
+    state.shape = (*x.shape[:-2], tokens, x.shape[-1])
+    x = cast(_WaitForInputGrad.apply(x, state))
     for layer in layers:
-        number, bias = id(layer.weight), layer.bias
-        of_layer = (prepared.weights[number], None if bias is None else cast(bias))  # type: ignore[arg-type]
-        ports[number] = _Own.apply(*of_layer, reading, number)
-    # Detached, since a view would hold what it is a view of, which has the graph: in backward the reading holds what is gathered.
-    gathered = Gathered(x.detach(), tokens, reading.exchange, f"tensor.input[{reading.name}]", "column_fprop")
-    handle = _Gather.apply(x, reading).as_subclass(Arriving)
-    handle.reading, handle.gathered, handle.ports = reading, gathered, ports
-    return handle
+        weight_id, bias = id(layer.weight), layer.bias
+        of_layer = (prepared.weights[weight_id], None if bias is None else cast(bias))  # type: ignore[arg-type]
+        parameters[weight_id] = _LocalWeightGrad.apply(*of_layer, state, weight_id)
+    # Detached: backward keeps what is gathered in the state, and a view of x would keep the graph of x there.
+    gathered = Gathered(x.detach(), tokens, state.exchange, f"tensor.input[{state.name}]", "column_fprop")
+    pending = _PostInputGrad.apply(x, state).as_subclass(PendingInput)
+    pending.state, pending.gathered, pending.parameters = state, gathered, parameters
+    return pending
 
 
 def column_forward(layer: nn.Module) -> Callable[[Tensor], Tensor]:
-    """The forward of a layer whose own does not call ``F.linear`` on its weight."""
+    """Makes the forward of a column layer whose own forward does not call ``F.linear`` with its weight."""
 
     def forward(x: Tensor) -> Tensor:
-        if isinstance(x, Arriving) and id(layer.weight) in x.ports:
-            return x.times(id(layer.weight))
+        if isinstance(x, PendingInput) and id(layer.weight) in x.parameters:
+            return x.product(id(layer.weight))
         return F.linear(x, matrix(layer), layer.bias)  # type: ignore[arg-type]
 
     return forward
@@ -468,26 +493,26 @@ def row_product(
     exchange: Exchange,
     name: str,
     *,
-    reading: Reading | None = None,
-    own: Tensor | None = None,
+    input_state: InputState | None = None,
+    local_input: Tensor | None = None,
     between: Callable[[], None] = lambda: None,
 ) -> Tensor:
-    """A row layer's output.
+    """Computes a row layer's output.
 
     Args:
-        x: ``(..., tokens, own features)``.
+        x: ``(..., tokens, local features)``.
         layer: the layer.
         exchange: the ranks.
         name: of the layer, for its transfers.
-        reading: of the layer's region, whose input is to be gathered again in backward.
-        own: this rank's tokens of that.
-        between: called where a reading to come can be prepared.
+        input_state: of the layer's region, whose input is to be gathered again in backward.
+        local_input: this rank's tokens of that input, ``(n, features)``.
+        between: called where the next region's input can be prepared.
 
     Returns:
-        ``(..., own tokens, out)``; all tokens where they are not cut.
+        ``(..., local tokens, out)``; all tokens if they are not sharded.
     """
-    state = _RowState(exchange, name, reading)
-    x, weight = _RowInput.apply(cast(x), cast(matrix(layer)), state)
+    state = _RowState(exchange, name, input_state)
+    x, weight = _RemoteRowGrad.apply(cast(x), cast(matrix(layer)), state)
     between()
-    y: Tensor = _RowOutput.apply(x, weight, state, own)
+    y: Tensor = _RowProduct.apply(x, weight, state, local_input)
     return y if layer.bias is None else y + cast(layer.bias)  # type: ignore[arg-type]

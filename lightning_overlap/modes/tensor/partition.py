@@ -1,4 +1,4 @@
-"""Which part of each cut weight a rank holds. Names and objects of parameters stay; their data is this rank's piece."""
+"""Shards the weights of a model. Parameters keep their names and objects; their data becomes this rank's piece."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_overlap.modes.tensor.gemm import shares
-from lightning_overlap.modes.tensor.plan import Cut
+from lightning_overlap.modes.tensor.plan import ShardedLayer
 from lightning_overlap.ranks.group import Group
 from lightning_overlap.state.absent import is_absent
 from lightning_overlap.state.shards import Place
@@ -18,34 +18,34 @@ from lightning_overlap.state.shards import Place
 
 @dataclass(frozen=True)
 class Piece:
-    """How a tensor is cut.
+    """How a tensor is sharded along one dim.
 
     Attributes:
-        shape: of all of it.
-        dim: that is cut.
-        parts: sizes along it of what is fused (q, k, v); each is dealt out by itself.
+        shape: of the unsharded tensor.
+        dim: the dim.
+        parts: sizes along it of the fused layers (q, k, v), each of which is sharded by itself.
     """
 
     shape: torch.Size
     dim: int
     parts: tuple[int, ...]
 
-    def of(self, whole: Tensor, rank: int, size: int) -> Tensor:
-        """A rank's piece of a tensor of the parameter's whole shape."""
-        found = [
+    def of(self, unsharded: Tensor, rank: int, size: int) -> Tensor:
+        """A rank's piece of a tensor of the unsharded shape: a view if there is one part."""
+        parts = [
             part.narrow(self.dim, low, high - low)
-            for part in whole.split(list(self.parts), self.dim)
+            for part in unsharded.split(list(self.parts), self.dim)
             for low, high in [shares(part.shape[self.dim], size)[rank : rank + 2]]
         ]
-        return torch.cat(found, self.dim) if len(found) > 1 else found[0]
+        return torch.cat(parts, self.dim) if len(parts) > 1 else parts[0]
 
     def shape_of(self, rank: int, size: int) -> torch.Size:
-        """Of a rank's piece."""
-        own = sum(shares(n, size)[rank + 1] - shares(n, size)[rank] for n in self.parts)
-        return torch.Size([*self.shape[: self.dim], own, *self.shape[self.dim + 1 :]])
+        """The shape of a rank's piece."""
+        local = sum(shares(n, size)[rank + 1] - shares(n, size)[rank] for n in self.parts)
+        return torch.Size([*self.shape[: self.dim], local, *self.shape[self.dim + 1 :]])
 
     def place(self, rank: int, size: int) -> Place:
-        """Of a rank's piece in the whole."""
+        """Where a rank's piece lies in the unsharded tensor."""
         spans, start = [], 0
         for n in self.parts:
             low, high = shares(n, size)[rank : rank + 2]
@@ -54,87 +54,95 @@ class Piece:
         return Place(self.shape, {self.dim: tuple(spans)})
 
     def join(self, pieces: Sequence[Tensor]) -> Tensor:
-        """All ranks' pieces as one tensor."""
+        """The unsharded tensor of all ranks' pieces, by rank."""
         size = len(pieces)
         sizes = [[shares(n, size)[rank + 1] - shares(n, size)[rank] for n in self.parts] for rank in range(size)]
-        cut = [piece.split(sizes[rank], self.dim) for rank, piece in enumerate(pieces)]
-        return torch.cat([cut[rank][number] for number in range(len(self.parts)) for rank in range(size)], self.dim)
+        parts = [piece.split(sizes[rank], self.dim) for rank, piece in enumerate(pieces)]
+        return torch.cat([parts[rank][number] for number in range(len(self.parts)) for rank in range(size)], self.dim)
 
 
 @torch.no_grad()
-def joined(piece: Piece, own: Tensor, group: Group, label: str) -> Tensor:
-    """All ranks' pieces as one tensor. Collective, blocking.
+def gather_pieces(piece: Piece, local: Tensor, group: Group, label: str) -> Tensor:
+    """Gathers all ranks' pieces into the unsharded tensor. Collective, blocking.
 
     Args:
-        piece: how it is cut.
-        own: this rank's piece, where the group transfers from.
+        piece: how the tensor is sharded.
+        local: this rank's piece, on the device that the group transfers from.
         group: the ranks.
         label: of the transfer.
+
+    Returns:
+        A tensor of shape ``piece.shape``, dtype and device as ``local``.
     """
     shapes = [piece.shape_of(rank, group.size) for rank in range(group.size)]
     bounds = [0, *itertools.accumulate(shape.numel() for shape in shapes)]
-    flat = torch.empty(bounds[-1], dtype=own.dtype, device=own.device)
-    flat[bounds[group.rank] : bounds[group.rank + 1]] = own.detach().flatten()
+    flat = torch.empty(bounds[-1], dtype=local.dtype, device=local.device)
+    flat[bounds[group.rank] : bounds[group.rank + 1]] = local.detach().flatten()
     group.all_gather(flat, bounds, key=0, label=label).wait()
     return piece.join([flat[a:b].view(shape) for shape, (a, b) in zip(shapes, itertools.pairwise(bounds), strict=True)])
 
 
 class Partition:
-    """The cut parameters of a model.
+    """The sharded parameters of a model.
 
     Args:
-        cuts: modules whose weights are cut; what they share is cut once.
+        layers: the layers to shard. A parameter that several of them share is sharded once.
         group: the ranks.
+
+    Attributes:
+        pieces: by id of a parameter, how it is sharded.
+        parameters: by id, the parameter.
     """
 
-    def __init__(self, cuts: Iterable[Cut], group: Group) -> None:
+    def __init__(self, layers: Iterable[ShardedLayer], group: Group) -> None:
         self._group = group
         self.pieces: dict[int, Piece] = {}
-        """By id of the parameter."""
         self.parameters: dict[int, nn.Parameter] = {}
-        """The same."""
-        for cut in cuts:
-            weight, bias = cut.module.weight, getattr(cut.module, "bias", None)
+        for layer in layers:
+            weight, bias = layer.module.weight, getattr(layer.module, "bias", None)
             assert isinstance(weight, nn.Parameter), "roles are given to layers with weights"
-            self._cut(weight, cut.dim, cut.parts)
-            if isinstance(bias, nn.Parameter) and cut.role != "row":
-                self._cut(bias, 0, cut.parts)
+            self._add(weight, layer.dim, layer.parts)
+            if isinstance(bias, nn.Parameter) and layer.role != "row":
+                self._add(bias, 0, layer.parts)
 
-    def _cut(self, parameter: nn.Parameter, dim: int, parts: tuple[int, ...]) -> None:
+    def _add(self, parameter: nn.Parameter, dim: int, parts: tuple[int, ...]) -> None:
         self.pieces.setdefault(id(parameter), Piece(parameter.shape, dim, parts))
         self.parameters[id(parameter)] = parameter
 
-    def keep(self) -> None:
-        """Every parameter becomes this rank's piece."""
+    def shard(self) -> None:
+        """Replaces every parameter's data by this rank's piece."""
         for number, piece in self.pieces.items():
             parameter = self.parameters[number]
-            whole = parameter.data
-            if is_absent(whole):  # on another stage of a pipeline
-                parameter.data = whole.as_strided((), ()).expand(piece.shape_of(self._group.rank, self._group.size))
+            unsharded = parameter.data
+            if is_absent(unsharded):  # on another stage of a pipeline
+                parameter.data = unsharded.as_strided((), ()).expand(piece.shape_of(self._group.rank, self._group.size))
             else:
-                own = piece.of(whole, self._group.rank, self._group.size)
-                parameter.data = own.clone(memory_format=torch.contiguous_format)
+                local = piece.of(unsharded, self._group.rank, self._group.size)
+                parameter.data = local.clone(memory_format=torch.contiguous_format)
 
-    def give_back(self, *, complete: bool) -> None:
-        """Every parameter is whole again; not a number, unless ``complete``. Collective, if it is."""
+    def restore(self, *, complete: bool) -> None:
+        """Gives every parameter its unsharded shape: with ``complete`` the present weights (collective), otherwise NaN."""
         for number, piece in self.pieces.items():
             parameter = self.parameters[number]
-            own = parameter.data
+            local = parameter.data
             parameter.grad = None
-            if is_absent(own):
-                parameter.data = own.as_strided((), ()).expand(piece.shape)
+            if is_absent(local):
+                parameter.data = local.as_strided((), ()).expand(piece.shape)
             elif complete:
-                parameter.data = self.whole(piece, own)
+                parameter.data = self.gather(piece, local)
             else:
-                parameter.data = own.new_full(piece.shape, float("nan"))
+                parameter.data = local.new_full(piece.shape, float("nan"))
 
     @torch.no_grad()
-    def whole(self, piece: Piece, own: Tensor) -> Tensor:
-        """What is cut like a parameter, of all ranks. Collective, blocking.
+    def gather(self, piece: Piece, local: Tensor) -> Tensor:
+        """Gathers a tensor that is sharded like a parameter (the parameter, or its optimizer's state). Collective, blocking.
 
         Args:
-            piece: how it is cut.
-            own: this rank's piece, of any dtype and device.
+            piece: how it is sharded.
+            local: this rank's piece, of any dtype and device.
+
+        Returns:
+            A tensor of shape ``piece.shape``, dtype and device as ``local``.
         """
-        device = self._group.device_of(own)  # after a fit Lightning has everything on the CPU
-        return joined(piece, own.to(device), self._group, "tensor.whole").to(own.device)
+        device = self._group.device_of(local)  # after a fit, Lightning has moved everything to the CPU
+        return gather_pieces(piece, local.to(device), self._group, "tensor.whole").to(local.device)

@@ -1,12 +1,12 @@
-"""Random numbers where activations are cut over the ranks: all ranks draw the same, but for masks of dropout.
+"""Random numbers for sharded activations: all ranks draw the same numbers, except dropout masks.
 
-What a block decides at random (to be left out, to drop a sample) must be decided alike on all ranks, or they wait for each other; and
-as one process would decide it. Masks of dropout must differ: ranks have other tokens, other heads. So the numbers inside are the
-common ones, and are marked: torch's dropout functions, where they find the mark, draw this rank's own. The mark is in the seed that
-a generator's state tells, and that nothing is drawn from. An activation checkpoint puts it back with the state: what runs again draws
-the same again, wherever it runs.
+A random decision of a block (to skip itself, to drop a sample) must be the same on all ranks, otherwise they wait for each other; and
+it must be the one that a single process takes. Dropout masks must differ, because ranks have different tokens or heads. So inside the
+blocks all ranks use common numbers, and the generator's state is marked. Torch's dropout functions look for the mark, and draw numbers
+of this rank if they find it. The mark is a seed in the generator's state, which no number is drawn from. An activation checkpoint
+restores it with the state, so its second forward draws the same numbers, in whichever thread it runs.
 
-A mask that a block draws by hand (``torch.bernoulli``) is the same on each rank, of other tokens: no rank has another chance.
+A mask that a block draws itself (``torch.bernoulli``) is the same on each rank, for different tokens. Its probability is right.
 """
 
 from __future__ import annotations
@@ -21,18 +21,18 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lightning_overlap.modes.tensor.stand_in import StandIn
+from lightning_overlap.model.stand_in import StandIn
 from lightning_overlap.steps.forward import Forwards
 
 _BITS = 47
 _MARK = 1 << 63
-"""Seeds from here to ``_MARK + (1 << _BITS)`` are ours: a user's are smaller, or negative, which are the largest."""
+"""Seeds from ``_MARK`` to ``_MARK + (1 << _BITS)`` are marks. A user's seed is smaller; or negative, which becomes larger."""
 _FUNCTIONS = (
     *((F, name, 1) for name in ("dropout", "alpha_dropout", "dropout1d", "dropout2d", "dropout3d", "feature_alpha_dropout")),
     *((torch, name, 1) for name in ("dropout", "dropout_", "native_dropout")),
     (F, "scaled_dot_product_attention", 4),
 )
-"""Those that draw masks, and the place of the probability in their arguments."""
+"""Functions that draw masks: owner, name, and the position of the probability in the arguments."""
 
 
 @dataclass
@@ -40,19 +40,22 @@ class _Mark:
     """Whether one forward has marked the generator's state.
 
     Attributes:
-        seed_before: the seed that the state told of before; None: it is not marked.
+        seed_before: the seed in the state before the mark; None: the state is not marked.
     """
 
     seed_before: int | None = None
 
 
 class CommonNumbers:
-    """Random numbers from :meth:`start` to :meth:`stop` are common to the ranks, and masks of dropout are this rank's own.
+    """Makes random numbers common to the ranks from :meth:`start` to :meth:`stop`, except dropout masks.
 
     Args:
-        rank: tells this rank from the others.
-        device: whose random numbers these are, besides the CPU's.
-        forwards: tells which forward is computed: each starts and stops for itself.
+        rank: this rank in the tensor group.
+        device: its random numbers are common too, besides the CPU's.
+        forwards: the forwards under way, each of which starts and stops by itself.
+
+    Attributes:
+        without_masks: dropout is off, and draws nothing.
     """
 
     def __init__(self, rank: int, device: torch.device, forwards: Forwards) -> None:
@@ -61,10 +64,9 @@ class CommonNumbers:
         self._forwards = forwards
         self._masking_now = False
         self.without_masks = False
-        """Dropout is off, and draws nothing."""
 
     def start(self) -> None:
-        """To be called at the same places on all ranks. Nothing, if they have started already."""
+        """Marks the generator's state, unless it is marked. All ranks must call it at the same points."""
         mark = self._forwards.current.of(_Mark)
         if mark.seed_before is None:
             state = torch.default_generator.get_state()
@@ -72,7 +74,7 @@ class CommonNumbers:
             torch.default_generator.set_state(_with_seed(state, _MARK + mark.seed_before % (1 << _BITS)))
 
     def stop(self) -> None:
-        """Nothing, if they have not started."""
+        """Removes the mark, if there is one."""
         mark = self._forwards.current.of(_Mark)
         if mark.seed_before is not None:
             torch.default_generator.set_state(_with_seed(torch.default_generator.get_state(), mark.seed_before))
@@ -80,26 +82,28 @@ class CommonNumbers:
 
     @contextmanager
     def masks(self) -> Iterator[None]:
-        """Inside, torch's dropout functions find the mark. They are replaced for the whole process, at no cost for all others."""
+        """Inside, torch's dropout functions look for the mark. They are replaced in the whole process."""
         plain = [(owner, name, getattr(owner, name)) for owner, name, _ in _FUNCTIONS]
-        for (owner, name, function), (*_, place) in zip(plain, _FUNCTIONS, strict=True):
-            setattr(owner, name, self._masking(function, place))
+        for (owner, name, function), (*_, position) in zip(plain, _FUNCTIONS, strict=True):
+            setattr(owner, name, self._masking(function, position))
         try:
             yield
         finally:
             for owner, name, function in plain:
                 setattr(owner, name, function)
 
-    def _masking(self, function: Callable[..., Any], place: int) -> Callable[..., Any]:
+    def _masking(self, function: Callable[..., Any], position: int) -> Callable[..., Any]:
+        """A dropout function that draws this rank's mask if the generator's state is marked."""
+
         @functools.wraps(function)
         def masking(*args: Any, **kwargs: Any) -> Any:
-            # Compiled code cannot ask for the mark: its masks are common.
+            # Compiled code cannot read the mark: its masks are common.
             if torch.compiler.is_compiling() or self._masking_now or self.without_masks or not _is_marked():
                 return function(*args, **kwargs)
-            probability = args[place] if len(args) > place else kwargs.get("p", kwargs.get("dropout_p", int(place == 1)))
-            self._masking_now = True  # torch's functions may call each other, by the names that were replaced
+            probability = args[position] if len(args) > position else kwargs.get("p", kwargs.get("dropout_p", int(position == 1)))
+            self._masking_now = True  # torch's functions may call each other by the replaced names
             try:
-                if not probability or not _is_cut(args[0] if args else kwargs.get("input")):
+                if not probability or not _is_sharded(args[0] if args else kwargs.get("input")):
                     return function(*args, **kwargs)
                 seed = int(torch.randint(1 << _BITS, (), device="cpu"))
                 common = self._state()
@@ -130,12 +134,12 @@ class CommonNumbers:
 
 
 def _seed_of(state: Tensor) -> int:
-    """The seed that a state of the CPU's generator begins with."""
+    """The seed in a state of the CPU's generator."""
     return int(state[:8].view(torch.int64)) % (1 << 64)
 
 
 def _with_seed(state: Tensor, seed: int) -> Tensor:
-    """A state that gives the same numbers, and tells of another seed."""
+    """A state with another seed, from which the same numbers are drawn."""
     state = state.clone()
     state[:8].view(torch.int64).fill_(seed - (1 << 64) if seed >= 1 << 63 else seed)
     return state
@@ -145,8 +149,8 @@ def _is_marked() -> bool:
     return _MARK <= torch.default_generator.initial_seed() < _MARK + (1 << _BITS)
 
 
-def _is_cut(x: Any) -> bool:
-    """Whether ranks have different parts of what a mask is for: not the whole input of an attention or mlp, nor one number a sample,
-    with which a sample is dropped."""
-    # By features, not tokens: a rank may have one token, or none, where others have more, and all must answer alike.
+def _is_sharded(x: Any) -> bool:
+    """Whether ranks have different parts of the tensor that a mask is for. They have the same complete input of an attention or mlp,
+    and the same single number for each sample, which drops samples."""
+    # Judged by features: a rank may have one token or none while others have more, and all ranks must get the same answer.
     return not isinstance(x, StandIn) and (not isinstance(x, Tensor) or any(n > 1 for n in x.shape[1:]))

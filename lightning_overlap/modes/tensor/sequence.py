@@ -1,6 +1,6 @@
-"""Sequence parallelism: between the entry and the exit of the block stack each rank has its part of the tokens only.
+"""Sequence parallelism: between the first and the last block, each rank has its part of the tokens only.
 
-What works on each token by itself (norms, dropout, residual sums) then costs, and keeps for backward, 1/size of it.
+Layers that treat each token separately (norms, dropout, residual sums) then take 1/size of the time, and of the memory for backward.
 (V. Korthikanti et al., Reducing Activation Recomputation in Large Transformer Models, 2022.)
 """
 
@@ -18,84 +18,103 @@ from lightning_overlap.modes.tensor.gemm import Exchange, Gathered
 
 
 @dataclass
-class _Entry:
-    """What the two nodes of an entry share."""
+class _ScatterState:
+    """State that the two autograd nodes of a scatter share.
+
+    Attributes:
+        exchange: the ranks.
+        grad: the gradient of all tokens, from its post in backward until its wait.
+    """
 
     exchange: Exchange
-    gathered: Gathered | None = None
+    grad: Gathered | None = None
 
 
-class _Wait(Function):
-    """Waits in backward for the gradient of all tokens, whose gather :class:`_Cut` has posted.
+class _WaitForGradient(Function):
+    """Waits in backward for the gradient of all tokens, whose gather :class:`_KeepLocalTokens` has posted.
 
     Forward: ``x`` ``(..., tokens, features)`` -> ``x``. Backward: the gradient in that shape; autograd passes None.
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, entry: _Entry) -> Tensor:
+    def forward(ctx: Any, x: Tensor, state: _ScatterState) -> Tensor:
         ctx.set_materialize_grads(False)
-        ctx.entry = entry
+        ctx.state = state
         return x.view_as(x)
 
     @staticmethod
     def backward(ctx: Any, _: None) -> Any:
-        gathered, ctx.entry.gathered = ctx.entry.gathered, None
-        return None if gathered is None else gathered.whole(), None
+        grad, ctx.state.grad = ctx.state.grad, None
+        return None if grad is None else grad.wait(), None
 
 
-class _Cut(Function):
-    """Keeps this rank's tokens. Backward posts the gather of their gradient.
+class _KeepLocalTokens(Function):
+    """Keeps this rank's tokens. Backward posts the gather of their gradient, for which :class:`_WaitForGradient` waits.
 
-    Forward: ``x`` ``(..., tokens, features)`` -> ``(..., own tokens, features)``, copied. Backward: a gradient in the output's shape.
+    Forward: ``x`` ``(..., tokens, features)`` -> ``(..., local tokens, features)``, copied. Backward: takes a gradient in the output's
+    shape; autograd passes None on.
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, entry: _Entry) -> Tensor:
-        ctx.entry, ctx.tokens = entry, x.shape[-2]
-        return own_tokens(x, entry.exchange)
+    def forward(ctx: Any, x: Tensor, state: _ScatterState) -> Tensor:
+        ctx.state, ctx.tokens = state, x.shape[-2]
+        return local_tokens(x, state.exchange)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
-        ctx.entry.gathered = Gathered(grad, ctx.tokens, ctx.entry.exchange, "tensor.entry_grad")
+        ctx.state.grad = Gathered(grad, ctx.tokens, ctx.state.exchange, "tensor.entry_grad")
         return None, None
 
 
-class _Leave(Function):
-    """Gathers all tokens. What follows is computed alike on all ranks, so backward keeps this rank's part of the gradient.
+class _GatherTokens(Function):
+    """Gathers all tokens. All ranks compute the same with them, so backward keeps this rank's part of the gradient.
 
-    Forward: ``x`` ``(..., own tokens, features)`` -> ``(..., tokens, features)``. Backward: the other way.
+    Forward: ``x`` ``(..., local tokens, features)`` -> ``(..., tokens, features)``. Backward: the reverse.
     """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, tokens: int, exchange: Exchange) -> Tensor:
         ctx.exchange = exchange
-        return Gathered(x, tokens, exchange, "tensor.exit").whole()
+        return Gathered(x, tokens, exchange, "tensor.exit").wait()
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
-        return own_tokens(grad, ctx.exchange), None, None
+        return local_tokens(grad, ctx.exchange), None, None
 
 
-def own_tokens(x: Tensor, exchange: Exchange) -> Tensor:
-    """This rank's part of all tokens, copied: the rest can be freed."""
-    low, high = exchange.parts(x.shape[-2])[exchange.own : exchange.own + 2]
+def local_tokens(x: Tensor, exchange: Exchange) -> Tensor:
+    """This rank's part of the tokens of ``x`` ``(..., tokens, features)``. It is a copy, so that ``x`` can be freed."""
+    low, high = exchange.bounds(x.shape[-2])[exchange.part_index : exchange.part_index + 2]
     return x.narrow(-2, low, high - low).clone(memory_format=torch.contiguous_format)
 
 
-def enter(x: Tensor, exchange: Exchange, between: Callable[[], None]) -> Tensor:
-    """``(..., tokens, features)``, the same on all ranks, to this rank's tokens. Backward gathers the gradient.
+def scatter_tokens(x: Tensor, exchange: Exchange, between: Callable[[], None]) -> Tensor:
+    """Keeps this rank's tokens of ``x``, which is the same on all ranks. Backward gathers the gradient of all tokens.
 
     Args:
-        x: all tokens.
+        x: ``(..., tokens, features)``, floating.
         exchange: the ranks.
-        between: called where a reading to come can be prepared, whose rest then runs beside that gather.
+        between: called between the nodes that wait for and post the gradient's gather. Backward computes the nodes that it makes
+            while that gather is in transfer.
+
+    Returns:
+        ``(..., local tokens, features)``, dtype as ``x``.
     """
-    entry = _Entry(exchange)
-    x = _Wait.apply(x, entry)
+    state = _ScatterState(exchange)
+    x = _WaitForGradient.apply(x, state)
     between()
-    return _Cut.apply(x, entry)
+    return _KeepLocalTokens.apply(x, state)
 
 
-def leave(x: Tensor, tokens: int, exchange: Exchange) -> Tensor:
-    """This rank's tokens to all ``tokens``. What follows is computed alike on all ranks, so backward is this rank's part."""
-    return _Leave.apply(x, tokens, exchange)
+def gather_tokens(x: Tensor, tokens: int, exchange: Exchange) -> Tensor:
+    """Gathers all ranks' tokens. All ranks must compute the same with them: backward keeps this rank's part of the gradient.
+
+    Args:
+        x: this rank's tokens, ``(..., local tokens, features)``.
+        tokens: the number of all tokens.
+        exchange: the ranks.
+
+    Returns:
+        ``(..., tokens, features)``, dtype as ``x``.
+    """
+    return _GatherTokens.apply(x, tokens, exchange)

@@ -1,10 +1,10 @@
-"""Torch's own fused operators as a backend: products in pieces over symmetric memory, which NVLink and its like offer (CUDA).
+"""The backend ``symm_mem``: torch's fused operators, which multiply piece by piece over symmetric memory (CUDA with NVLink).
 
-    a region's input   all column layers in one gather and product; backward: one product and reduce-scatter for all of them, beside
-                       which the input is gathered again for the weights' gradients
-    a row layer        product and reduce-scatter; backward: gather and product
+    region's input   one operator gathers it and multiplies it by all column layers; backward: one product and reduce-scatter for all
+                     of them, while the input is gathered again for the weights' gradients
+    row layer        product and reduce-scatter; backward: gather and product
 
-They need tokens that the ranks divide evenly. What does not fit goes the way of :mod:`lightning_overlap.modes.tensor.linear`.
+The number of tokens must be divisible by the number of ranks; otherwise :mod:`lightning_overlap.modes.tensor.linear` computes.
 """
 
 from __future__ import annotations
@@ -18,50 +18,50 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from lightning_overlap.modes.tensor.gemm import Exchange, Gathered, Reduced
-from lightning_overlap.modes.tensor.linear import Arriving, Reading, RegionInput, RowResult, cast, matrix
+from lightning_overlap.modes.tensor.linear import InputState, PendingInput, RegionInput, RowOutput, cast, matrix
 from lightning_overlap.ranks.group import Group
 from lightning_overlap.torch_seams import WithoutSubclasses, register_symmetric_memory
 
 
 @dataclass(frozen=True)
 class Operators:
-    """The two operators, as ``torch.ops.symm_mem`` has them, and the group's name, by which they know it."""
+    """The two operators of ``torch.ops.symm_mem``, and the name by which they know the group."""
 
     all_gather_matmul: Callable[..., Any]
     matmul_reduce_scatter: Callable[..., Any]
     group: str
 
     def gather(self, x: Tensor, weights: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
-        """All tokens of ``x`` ``(..., own tokens, in)``, and their products with each of the weights ``(in, out)``."""
-        with torch.autocast(x.device.type, enabled=False):  # operands are cast, and results go into buffers
-            whole, products = self.all_gather_matmul(x.contiguous(), list(weights), x.dim() - 2, self.group, return_A=True)
-        return whole, products
+        """Gathers all tokens of ``x`` ``(..., local tokens, in)``, and multiplies them by each of the weights ``(in, out)``."""
+        with torch.autocast(x.device.type, enabled=False):  # operands are cast already, and autocast would change the dtype of results
+            gathered, products = self.all_gather_matmul(x.contiguous(), list(weights), x.dim() - 2, self.group, return_A=True)
+        return gathered, products
 
     def reduce(self, x: Tensor, weight: Tensor) -> Tensor:
-        """This rank's tokens of the sum over the ranks of ``x @ weight``."""
+        """This rank's tokens ``(..., local tokens, out)`` of the sum over the ranks of ``x`` ``(..., tokens, in)`` @ ``weight``."""
         with torch.autocast(x.device.type, enabled=False):
             summed: Tensor = self.matmul_reduce_scatter(x, weight, "sum", x.dim() - 2, self.group)
         return summed
 
 
 def operators(group: Group) -> Operators:
-    """Those of torch."""
+    """torch's operators for a group."""
     register_symmetric_memory()
     fused = torch.ops.symm_mem
     return Operators(fused.fused_all_gather_matmul, fused.fused_matmul_reduce_scatter, group.process_group.group_name)
 
 
 def fits(tokens: int, exchange: Exchange) -> bool:
-    """Whether the operators can be used for a sequence of that many tokens: the same on all ranks."""
+    """Whether the operators take a sequence of that many tokens. The answer is the same on all ranks."""
     return tokens % exchange.group.size == 0
 
 
-class _Read(RegionInput):
-    """Gathers a region's input, and computes its column layers' products, in one operator.
+class _GatherProducts(RegionInput):
+    """Gathers a region's input and computes its column layers' products in one operator.
 
-    Forward: ``x`` ``(..., own tokens, features)``, weights ``(own out, features)`` -> all tokens ``(..., tokens, features)``, and a
-    product ``(..., tokens, own out)`` for each weight.
-    Backward: their gradients, None where there is none -> those of ``x`` and of the weights, in their shapes.
+    Forward: ``x`` ``(..., local tokens, features)``, weights ``(local out, features)`` -> all tokens ``(..., tokens, features)``, and
+    a product ``(..., tokens, local out)`` for each weight.
+    Backward: takes a gradient or None for each output; gives the gradients of ``x`` and the weights, in their shapes.
     """
 
     @staticmethod
@@ -69,63 +69,67 @@ class _Read(RegionInput):
         ctx.set_materialize_grads(False)
         ctx.fused, ctx.exchange, ctx.name = fused, exchange, name
         ctx.save_for_backward(x, *weights)
-        whole, products = fused.gather(x, [weight.t() for weight in weights])
-        return (whole, *products)
+        gathered, products = fused.gather(x, [weight.t() for weight in weights])
+        return (gathered, *products)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, of_whole: Tensor | None, *grads: Tensor | None) -> Any:
+    def backward(ctx: Any, direct: Tensor | None, *grads: Tensor | None) -> Any:
         x, *weights = ctx.saved_tensors
-        known = [(grad, weight) for grad, weight in zip(grads, weights, strict=True) if grad is not None]
-        again = None
-        if any(ctx.needs_input_grad[4:]) and known:
+        factors = [(grad, weight) for grad, weight in zip(grads, weights, strict=True) if grad is not None]
+        pending = None
+        if any(ctx.needs_input_grad[4:]) and factors:
             tokens = x.shape[-2] * ctx.exchange.group.size
-            again = Gathered(x, tokens, ctx.exchange, f"tensor.input[{ctx.name}]", "column_wgrad")
-        of_x = None
+            pending = Gathered(x, tokens, ctx.exchange, f"tensor.input[{ctx.name}]", "column_wgrad")
+        grad_x = None
         if ctx.needs_input_grad[0]:
-            if of_whole is not None:  # of what has read the input beside the column layers
-                of_x = Reduced(known, ctx.exchange, f"tensor.input_grad[{ctx.name}]", "column_dgrad", of_whole).wait()
-            elif known:
-                of_x = ctx.fused.reduce(torch.cat([grad for grad, _ in known], -1), torch.cat([weight for _, weight in known]))
-        read = None if again is None else again.whole().flatten(0, -2)
-        of_weights = [
-            grad.flatten(0, -2).t() @ read if read is not None and grad is not None and needed else None
+            if direct is not None:  # the gradient from readers other than the column layers
+                grad_x = Reduced(factors, ctx.exchange, f"tensor.input_grad[{ctx.name}]", "column_dgrad", direct).wait()
+            elif factors:
+                grad_x = ctx.fused.reduce(torch.cat([grad for grad, _ in factors], -1), torch.cat([weight for _, weight in factors]))
+        rows = None if pending is None else pending.wait().flatten(0, -2)
+        grad_weights = [
+            grad.flatten(0, -2).t() @ rows if rows is not None and grad is not None and needed else None
             for grad, needed in zip(grads, ctx.needs_input_grad[4:], strict=True)
         ]
-        return of_x, None, None, None, *of_weights
+        return grad_x, None, None, None, *grad_weights
 
 
-class Ready(Arriving):
-    """The input of a region, whose column layers' products are there already."""
+class FusedInput(PendingInput):
+    """A region's complete input, with its column layers' products.
+
+    Attributes:
+        products: by id of a weight, the product ``(..., tokens, local out)``.
+    """
 
     products: dict[int, Tensor]
 
-    def times(self, weight: int) -> Tensor:
-        return self.products[weight]
+    def product(self, weight_id: int) -> Tensor:
+        return self.products[weight_id]
 
-    def whole(self, reader: Any = None) -> Tensor:
+    def complete(self, reader: Any = None) -> Tensor:
         with WithoutSubclasses():
             return self.as_subclass(Tensor)
 
 
-def read(x: Tensor, layers: Sequence[nn.Module], fused: Operators, exchange: Exchange, name: str) -> Ready:
-    """As :func:`lightning_overlap.modes.tensor.linear.read`."""
-    whole, *products = _Read.apply(cast(x), fused, exchange, name, *[cast(matrix(layer)) for layer in layers])
-    handle: Ready = whole.as_subclass(Ready)
-    handle.reading = Reading(exchange, name)
-    handle.products, handle.ports = {}, {}
+def gather_input(x: Tensor, layers: Sequence[nn.Module], fused: Operators, exchange: Exchange, name: str) -> FusedInput:
+    """Gathers a region's input, as :func:`lightning_overlap.modes.tensor.linear.gather_input`, and computes its products."""
+    gathered, *products = _GatherProducts.apply(cast(x), fused, exchange, name, *[cast(matrix(layer)) for layer in layers])
+    pending: FusedInput = gathered.as_subclass(FusedInput)
+    pending.state = InputState(exchange, name)
+    pending.products, pending.parameters = {}, {}
     for layer, product in zip(layers, products, strict=True):
-        number = id(layer.weight)
-        handle.ports[number] = (product, None)
-        handle.products[number] = product if layer.bias is None else product + cast(layer.bias)  # type: ignore[arg-type]
-    return handle
+        weight_id = id(layer.weight)
+        pending.parameters[weight_id] = (product, None)
+        pending.products[weight_id] = product if layer.bias is None else product + cast(layer.bias)  # type: ignore[arg-type]
+    return pending
 
 
-class _Row(RowResult):
-    """A row layer's product, summed over the ranks, in one operator.
+class _ProductReduce(RowOutput):
+    """Computes a row layer's product and its sum over the ranks in one operator.
 
-    Forward: ``x`` ``(..., tokens, own features)``, ``weight`` ``(out, own features)`` -> ``(..., own tokens, out)``.
-    Backward: the output's gradient, in its shape -> those of ``x`` and ``weight``.
+    Forward: ``x`` ``(..., tokens, local features)``, ``weight`` ``(out, local features)`` -> ``(..., local tokens, out)``.
+    Backward: takes a gradient in the output's shape; gives the gradients of ``x`` and ``weight``, in their shapes.
     """
 
     @staticmethod
@@ -138,12 +142,12 @@ class _Row(RowResult):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> Any:
         x, weight = ctx.saved_tensors
-        whole, (of_x,) = ctx.fused.gather(grad, [weight])
-        of_weight = whole.flatten(0, -2).t() @ x.flatten(0, -2) if ctx.needs_input_grad[1] else None
-        return of_x, of_weight, None
+        gathered, (grad_x,) = ctx.fused.gather(grad, [weight])
+        grad_weight = gathered.flatten(0, -2).t() @ x.flatten(0, -2) if ctx.needs_input_grad[1] else None
+        return grad_x, grad_weight, None
 
 
 def row_product(x: Tensor, layer: nn.Module, fused: Operators) -> Tensor:
-    """As :func:`lightning_overlap.modes.tensor.linear.row_product`."""
-    y: Tensor = _Row.apply(cast(x), cast(matrix(layer)), fused)
+    """Computes a row layer's output, as :func:`lightning_overlap.modes.tensor.linear.row_product`."""
+    y: Tensor = _ProductReduce.apply(cast(x), cast(matrix(layer)), fused)
     return y if layer.bias is None else y + cast(layer.bias)  # type: ignore[arg-type]

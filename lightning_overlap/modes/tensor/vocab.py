@@ -1,6 +1,6 @@
-"""Embedding and head whose vocabulary is cut over the ranks, and logits that stay cut until they are a loss.
+"""Embedding and head whose vocabulary is sharded over the ranks, and logits that stay sharded until the loss.
 
-What they read and give is whole: the sequence is not cut outside the blocks.
+Inputs of both, and the embedding's output, are the same on all ranks: outside the blocks, tokens are not sharded.
 """
 
 from __future__ import annotations
@@ -18,16 +18,22 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
+from lightning_overlap.model.stand_in import METADATA, StandIn
 from lightning_overlap.modes.tensor.linear import cast
 from lightning_overlap.modes.tensor.loss import cross_entropy
-from lightning_overlap.modes.tensor.stand_in import ASKED, StandIn
 from lightning_overlap.ranks.group import Group
 from lightning_overlap.torch_seams import WithoutSubclasses, tree_leaves
 
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """Its cut: rank r has the entries from ``bounds[r]`` to ``bounds[r + 1]``."""
+    """How the vocabulary is sharded: rank r has the entries from ``bounds[r]`` to ``bounds[r + 1]``.
+
+    Attributes:
+        group: the ranks.
+        bounds: ``size + 1`` offsets.
+        overlapped: whether the head's backward hides its transfer.
+    """
 
     group: Group
     bounds: tuple[int, ...]
@@ -35,18 +41,19 @@ class Vocabulary:
 
     @property
     def size(self) -> int:
+        """The number of entries of all ranks."""
         return self.bounds[-1]
 
     @property
     def first(self) -> int:
-        """Of this rank's entries."""
+        """This rank's first entry."""
         return self.bounds[self.group.rank]
 
 
 class _Sum(Function):
-    """Sums over the ranks; what follows is the same on all of them, and so is its gradient.
+    """Sums over the ranks. All ranks compute the same with the sum, so backward returns its gradient as it is.
 
-    Forward: ``x``, any shape and floating dtype -> its sum, in that shape and dtype. Backward: the gradient, unchanged.
+    Forward: ``x``, any shape and floating dtype -> the sum, in that shape and dtype. Backward: the gradient, unchanged.
     """
 
     @staticmethod
@@ -59,7 +66,7 @@ class _Sum(Function):
 
 
 class _Lookup(TorchFunctionMode):
-    """Inside, a lookup in the cut weight is one in all ranks' rows."""
+    """Inside, a lookup in this rank's rows of an embedding becomes a lookup in the rows of all ranks."""
 
     def __init__(self, weight: Tensor, vocabulary: Vocabulary) -> None:
         super().__init__()
@@ -72,35 +79,35 @@ class _Lookup(TorchFunctionMode):
         return self._look_up(*args, **kwargs)
 
     def _look_up(self, input: Tensor, weight: Tensor, padding_idx: int | None = None, *_: Any, **__: Any) -> Tensor:
-        own = input - self._vocabulary.first
-        mine = (own >= 0) & (own < len(weight))
+        local_ids = input - self._vocabulary.first
+        is_local = (local_ids >= 0) & (local_ids < len(weight))
         padding = padding_idx - self._vocabulary.first if padding_idx is not None else -1
-        found = F.embedding(own.where(mine, 0), weight, padding if 0 <= padding < len(weight) else None)
-        return _Sum.apply(found * mine.unsqueeze(-1), self._vocabulary.group)
+        rows = F.embedding(local_ids.where(is_local, 0), weight, padding if 0 <= padding < len(weight) else None)
+        return _Sum.apply(rows * is_local.unsqueeze(-1), self._vocabulary.group)
 
 
 def embedding_forward(layer: nn.Module, vocabulary: Vocabulary) -> Callable[..., Tensor]:
-    """The forward of an embedding of which each rank has some rows: ids ``(...)`` to ``(..., features)``.
+    """Makes the forward of an embedding whose rows are sharded: ids ``(...)``, integers -> ``(..., features)``. Collective.
 
-    The layer's own forward is called, which may do more than look up (Gemma's scales).
+    It calls the layer's own forward, which may do more than look up (Gemma's scales).
     """
-    own = layer.forward
+    layer_forward = layer.forward
 
     def forward(ids: Tensor) -> Tensor:
         if ids.numel() and not ids.is_cuda and (ids.min() < 0 or ids.max() >= vocabulary.size):
-            raise IndexError(f"ids from {int(ids.min())} to {int(ids.max())} in an embedding of {vocabulary.size} entries")
+            raise IndexError(f"ids must be from 0 to {vocabulary.size - 1}: got {int(ids.min())} to {int(ids.max())}")
         with _Lookup(layer.weight, vocabulary):  # type: ignore[arg-type]
-            return own(ids)
+            return layer_forward(ids)
 
     return forward
 
 
 class _Head(Function):
-    """The logits of this rank's part of the vocabulary. Backward sums the input's gradient over the ranks, under the weight's.
+    """Computes this rank's logits. Backward sums the input's gradient over the ranks while it computes the weight's gradient.
 
-    Forward: ``x`` ``(..., features)``, ``weight`` ``(own entries, features)``, ``bias`` ``(own entries)`` or None
-    -> ``(..., own entries)``.
-    Backward: gradients of the inputs' shapes.
+    Forward: ``x`` ``(..., features)``, the same on all ranks; ``weight`` ``(local entries, features)``; ``bias`` ``(local entries)``
+    or None -> ``(..., local entries)``.
+    Backward: gradients in the inputs' shapes; that of ``x`` is the sum over the ranks.
     """
 
     @staticmethod
@@ -113,32 +120,32 @@ class _Head(Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> Any:
         x, weight = ctx.saved_tensors
-        pending = of_weight = of_bias = None
+        pending = grad_weight = grad_bias = None
         if ctx.needs_input_grad[0]:
             pending = ctx.vocabulary.group.all_reduce(grad @ weight, label="tensor.head.input_grad")
             if not ctx.vocabulary.overlapped:
                 pending.wait()
         if ctx.needs_input_grad[1]:
-            of_weight = grad.reshape(-1, grad.shape[-1]).t() @ x.reshape(-1, x.shape[-1])
+            grad_weight = grad.reshape(-1, grad.shape[-1]).t() @ x.reshape(-1, x.shape[-1])
         if ctx.needs_input_grad[2]:
-            of_bias = grad.reshape(-1, grad.shape[-1]).sum(0)
-        return pending.wait() if pending is not None else None, of_weight, of_bias, None
+            grad_bias = grad.reshape(-1, grad.shape[-1]).sum(0)
+        return pending.wait() if pending is not None else None, grad_weight, grad_bias, None
 
 
 def head_forward(layer: nn.Module, vocabulary: Vocabulary) -> Callable[[Tensor], Tensor]:
-    """The forward of a head of which each rank has some rows: ``(..., features)`` to logits, :class:`CutLogits`."""
+    """Makes the forward of a head whose rows are sharded: ``(..., features)`` -> :class:`ShardedLogits` ``(..., vocabulary)``."""
 
     def forward(x: Tensor) -> Tensor:
         weight, bias = (None if p is None else cast(p) for p in (layer.weight, layer.bias))  # type: ignore[arg-type]
-        return CutLogits.of(_Head.apply(cast(x), weight, bias, vocabulary), vocabulary)
+        return ShardedLogits.of(_Head.apply(cast(x), weight, bias, vocabulary), vocabulary)
 
     return forward
 
 
-class _Whole(Function):
-    """Gathers all ranks' logits. All ranks go on with the same, so that each one's gradient is its part.
+class _GatherLogits(Function):
+    """Gathers all ranks' logits. All ranks compute the same with them, so backward keeps this rank's entries of the gradient.
 
-    Forward: ``local`` ``(..., own entries)`` -> ``(..., entries)``. Backward: the other way.
+    Forward: ``local`` ``(..., local entries)`` -> ``(..., entries)``. Backward: the reverse.
     """
 
     @staticmethod
@@ -159,35 +166,35 @@ class _Whole(Function):
         return grad[..., bounds[rank] : bounds[rank + 1]], None
 
 
-_TRACED = {getattr(Tensor, name).__get__ for name in ("requires_grad", "grad_fn", "is_leaf")}
-_EACH = {
+_AUTOGRAD = {getattr(Tensor, name).__get__ for name in ("requires_grad", "grad_fn", "is_leaf")}
+_ELEMENTWISE = {
     *(getattr(Tensor, name) for name in ("tanh", "neg", "__neg__", "mul", "__mul__", "__rmul__", "div", "__truediv__", "true_divide")),
     *(getattr(torch, name) for name in ("tanh", "neg", "mul", "div", "true_divide")),
 }
-"""What is done to each number by itself."""
+"""Functions that compute each number separately."""
 _CASTS = {
     *(getattr(Tensor, name) for name in ("float", "bfloat16", "half", "double", "to", "type", "contiguous", "detach")),
     Tensor.data.__get__,  # type: ignore[attr-defined]
 }
-"""The same, which may give the tensor itself."""
-_SHAPED = {*(getattr(Tensor, name) for name in ("view", "reshape", "flatten", "unflatten")), torch.reshape, torch.flatten}
+"""Elementwise functions that may return a view, or the tensor itself."""
+_RESHAPES = {*(getattr(Tensor, name) for name in ("view", "reshape", "flatten", "unflatten")), torch.reshape, torch.flatten}
 
 
-class CutLogits(StandIn):
-    """Logits ``(..., vocabulary)`` of which this rank has ``local`` ``(..., own entries)``.
+class ShardedLogits(StandIn):
+    """Logits ``(..., vocabulary)`` whose vocabulary is sharded: this rank has ``local`` ``(..., local entries)``.
 
-    What keeps the vocabulary together (casts, scaling, other shapes, a choice of tokens) keeps them cut, and ``F.cross_entropy``
-    takes them so. Everything else gets the whole logits, which are gathered: every rank has to come there.
+    Casts, scaling, reshapes and a selection of tokens keep the vocabulary in one dim, so their results are sharded too.
+    ``F.cross_entropy`` reads sharded logits. Every other function gets complete logits, by a gather: all ranks must call it.
     """
 
-    what = "logits whose vocabulary is cut over the ranks of tensor_parallel"
+    description = "logits whose vocabulary is sharded over the ranks of tensor_parallel"
     local: Tensor
     vocabulary: Vocabulary
 
     @classmethod
-    def of(cls, local: Tensor, vocabulary: Vocabulary, base: CutLogits | None = None) -> CutLogits:
-        """Logits that are cut; ``base``: what they may be a view of."""
-        # Has the shape of the whole, and no numbers.
+    def of(cls, local: Tensor, vocabulary: Vocabulary, base: ShardedLogits | None = None) -> ShardedLogits:
+        """Makes sharded logits of this rank's. ``base``: other sharded logits, of which ``local`` may be a view."""
+        # The shape is that of all entries; the memory is that of one element.
         logits = local.detach().new_empty(1).expand(*local.shape[:-1], vocabulary.size).as_subclass(cls)
         logits.local, logits.vocabulary = local, vocabulary
         if base is not None and local.untyped_storage().data_ptr() == base.local.untyped_storage().data_ptr():
@@ -196,56 +203,56 @@ class CutLogits(StandIn):
 
     @classmethod
     def compute(cls, func: Any, args: Any, kwargs: Any) -> Any:
-        logits = args[0] if args and isinstance(args[0], CutLogits) else None
+        logits = args[0] if args and isinstance(args[0], ShardedLogits) else None
         others = [x for x in tree_leaves((args[1:], kwargs)) if isinstance(x, Tensor)]
-        if logits is not None and func in _TRACED:
+        if logits is not None and func in _AUTOGRAD:
             return func(logits.local)
-        if func in ASKED:
+        if func in METADATA:
             with WithoutSubclasses():
                 return func(*args, **kwargs)
-        if logits is not None and func in _EACH and not others:
+        if logits is not None and func in _ELEMENTWISE and not others:
             return cls.of(func(logits.local, *args[1:], **kwargs), logits.vocabulary)
         if logits is not None and func in _CASTS and not others and not kwargs.get("copy"):
             return cls.of(func(logits.local, *args[1:], **kwargs), logits.vocabulary, logits)
-        if logits is not None and func in _SHAPED:
+        if logits is not None and func in _RESHAPES:
             with WithoutSubclasses():
                 shape = func(logits, *args[1:], **kwargs).shape
             if shape[-1:] == logits.shape[-1:]:
                 return cls.of(logits.local.reshape(*shape[:-1], logits.local.shape[-1]), logits.vocabulary, logits)
-        if logits is not None and func is Tensor.__getitem__ and _leaves_last(args[1], logits.dim()):
+        if logits is not None and func is Tensor.__getitem__ and _keeps_last_dim(args[1], logits.dim()):
             return cls.of(logits.local[args[1]], logits.vocabulary, logits)
         if func is F.cross_entropy:
-            found = _loss(*args, **kwargs)
-            if found is not None:
-                return found
+            loss = _sharded_loss(*args, **kwargs)
+            if loss is not None:
+                return loss
         return super().compute(func, args, kwargs)
 
-    def whole(self, reader: Any) -> Tensor:
-        """The ordinary tensor. Collective."""
+    def complete(self, reader: Any) -> Tensor:
+        """Gathers the complete logits, and warns about it in training. Collective."""
         if self.requires_grad and torch.is_grad_enabled():
             warnings.warn(
-                f"{getattr(reader, '__name__', reader)} reads logits whose vocabulary is cut over the ranks of tensor_parallel: "
-                "they are gathered, which is slow and takes memory. F.cross_entropy (and Hugging Face's loss) does not need that",
+                f"{getattr(reader, '__name__', reader)} reads {self.description}: they are gathered, which is slow and takes memory. "
+                "F.cross_entropy (and Hugging Face's loss) computes with sharded logits",
                 stacklevel=8,
             )
-        return _Whole.apply(self.local, self.vocabulary)
+        return _GatherLogits.apply(self.local, self.vocabulary)
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
-        # Not by gathering: one rank may print alone.
-        return f"CutLogits(shape={tuple(self.shape)}, own={self.local!r})"
+        # Without a gather: one rank may print alone.
+        return f"ShardedLogits(shape={tuple(self.shape)}, local={self.local!r})"
 
 
-def _leaves_last(index: Any, dims: int) -> bool:
-    """Whether an index takes all of the last dim."""
+def _keeps_last_dim(index: Any, dims: int) -> bool:
+    """Whether an index into a tensor of so many dims selects all of the last one."""
     items = list(index) if isinstance(index, tuple) else [index]
     after = items[next((i + 1 for i, item in enumerate(items) if item is Ellipsis), 0) :]
     used = sum(item.dim() if isinstance(item, Tensor) and item.dtype == torch.bool else item is not None for item in after)
-    if len(after) == len(items) and used < dims:  # from the front, without an ellipsis
+    if len(after) == len(items) and used < dims:  # no ellipsis: items count from the first dim
         return True
     return not after or (isinstance(after[-1], slice) and after[-1] == slice(None))
 
 
-def _loss(
+def _sharded_loss(
     input: Any,
     target: Tensor,
     weight: Tensor | None = None,
@@ -255,9 +262,9 @@ def _loss(
     reduction: str = "mean",
     label_smoothing: float = 0.0,
 ) -> Tensor | None:
-    """``F.cross_entropy`` of cut logits; None where it needs the whole ones."""
-    classes_last = isinstance(input, CutLogits) and input.dim() <= 2
-    if not classes_last or weight is not None or target.is_floating_point() or size_average is not None or reduce is not None:
+    """``F.cross_entropy`` of sharded logits; None for arguments with which it needs complete logits."""
+    is_sharded = isinstance(input, ShardedLogits) and input.dim() <= 2  # with more dims, classes are dim 1
+    if not is_sharded or weight is not None or target.is_floating_point() or size_average is not None or reduce is not None:
         return None
     vocabulary, local = input.vocabulary, input.local
     return cross_entropy(

@@ -78,8 +78,8 @@ def test_parse():
         ("Et|t", 2, 2, "one L"),
         ("|Et|tL", 2, 3, "first stage"),
         ("Et|tL|", 2, 3, "last"),
-        ("Et|tL", 2, 4, "has 2 stages, and there are 4"),
-        ("Et|tL", 8, 2, "has 2 blocks, and the model has 8"),
+        ("Et|tL", 2, 4, "has 2 stages, but there are 4"),
+        ("Et|tL", 8, 2, "has 2 blocks, but the model has 8"),
     ],
 )
 def test_a_layout_that_does_not_fit_is_refused(text, blocks, stages, said):

@@ -7,7 +7,7 @@ from torch import nn
 from lightning_overlap import ConfigError
 from lightning_overlap.model.blocks import find_blocks
 from lightning_overlap.modes.pipeline.config import PipelineFacts, PipelineParallel
-from lightning_overlap.modes.pipeline.mode import look
+from lightning_overlap.modes.pipeline.division import look
 from lightning_overlap.modes.pipeline.partition import Partition, heads
 
 
@@ -62,7 +62,7 @@ def test_what_is_around_the_blocks_is_the_first_and_last_stages():
     ]
     assert [name for name, users in partition.users.items() if users == (2,) and "blocks" not in name] == last
     assert [name for name, users in partition.users.items() if users == (0, 2)] == ["scale", "inner.scale"]
-    assert set(partition.tail) == {*last, "scale", "inner.scale"}
+    assert set(partition.after_blocks) == {*last, "scale", "inner.scale"}
     assert partition.users["inner.before.scale"] == (0,)
 
 
@@ -72,12 +72,12 @@ def test_what_every_stage_holds():
     stages = [range(2), range(2, 3), range(3, 4)]
     partition = Partition(model, *found, stages, [0, 1, 2], ["before", "after.bias"])
     assert [name for name, users in partition.users.items() if users == (0, 1, 2)] == ["before.weight", "before.bias", "after.bias"]
-    with pytest.raises(ConfigError, match="held_by_all names befor, and"):
+    with pytest.raises(ConfigError, match="held_by_all names befor, but"):
         Partition(model, *found, stages, [0, 1, 2], ["befor"])
 
 
 def test_a_rank_with_both_ends_lends_what_is_before_the_blocks_too():
     model = Model(nn.Linear(4, 4))
     found = find_blocks(model, None, 2)
-    assert "before.weight" in Partition(model, *found, [range(2), range(2, 3), range(3, 4)], [0, 1, 0]).tail
-    assert "before.weight" not in Partition(model, *found, [range(2), range(2, 4)], [0, 1]).tail
+    assert "before.weight" in Partition(model, *found, [range(2), range(2, 3), range(3, 4)], [0, 1, 0]).after_blocks
+    assert "before.weight" not in Partition(model, *found, [range(2), range(2, 4)], [0, 1]).after_blocks

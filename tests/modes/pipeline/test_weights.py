@@ -1,4 +1,4 @@
-"""What microbatches count for."""
+"""The weights of microbatches in the loss."""
 
 import pytest
 import torch
@@ -26,8 +26,8 @@ def test_what_a_microbatch_counts_for(by, own, loss, logs):
 
 
 def test_what_counts_for_nothing_is_refused():
-    with pytest.raises(ConfigError, match="no tensor named 'labels'"):
+    with pytest.raises(ConfigError, match="no tensor with the key 'labels'"):
         weigh([{"ids": torch.ones(2)}] * 2, [1, 1], "labels", None)
-    with pytest.raises(ConfigError, match=r"count for \[0.0, 0.0\] in the loss"):
+    with pytest.raises(ConfigError, match=r"the weights of the microbatches are \[0.0, 0.0\]: no weight"):
         weigh(PARTS, [1, 1], "samples", lambda part: 0.0)
     assert weigh([(1, {"more": PARTS[0]})] * 2, [1, 1], "labels", None).loss == (0.5, 0.5)

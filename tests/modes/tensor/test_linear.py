@@ -1,4 +1,4 @@
-"""Cut linear layers against whole ones: values and gradients, in real worlds."""
+"""Sharded linear layers against unsharded ones: values and gradients, in real worlds."""
 
 import gc
 import itertools
@@ -10,85 +10,37 @@ from unittest import mock
 import pytest
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_overlap.modes.tensor.config import METHODS
-from lightning_overlap.modes.tensor.gemm import Exchange, growing, shares
-from lightning_overlap.modes.tensor.linear import prepare, read, row_product
+from lightning_overlap.modes.tensor.gemm import Exchange, growing
+from lightning_overlap.modes.tensor.linear import gather_input, prepare_input, row_product
 from lightning_overlap.ranks.group import Pending
 from tests.modes.tensor.group import tensor_group
+from tests.modes.tensor.region import Region, result_pairs
 
 
-class Region(nn.Module):
-    """Two column linears, something beside them that reads the same input, and a row linear."""
+def largest_difference(settings: dict[str, Any], tokens: int, leading: tuple[int, ...], bias: bool, dtype: str, direct: bool) -> float:
+    """Of output, the input's gradient and every parameter's, to the unsharded region."""
+    exchange = Exchange(tensor_group(dist.get_world_size()), **settings)
 
-    def __init__(self, bias: bool, dtype: torch.dtype) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.q, self.k = nn.Linear(8, 12, bias=bias, dtype=dtype), nn.Linear(8, 12, bias=bias, dtype=dtype)
-        self.out = nn.Linear(12, 8, bias=bias, dtype=dtype)
+    def connect(region: Region, tokens: int) -> Any:
+        region.out.forward = partial(row_product, layer=region.out, exchange=exchange, name="region")  # type: ignore[method-assign]
+        columns = [region.q, region.k]
+        return lambda x: gather_input(x, columns, prepare_input(columns, exchange, "region"), tokens)
 
-    def forward(self, x: Tensor, beside: bool) -> Tensor:
-        y = self.q(x).sin() * self.k(x)
-        return self.out(y * (1 + x.mean(-1, keepdim=True)) if beside else y)
-
-    def cut(self, rank: int, size: int) -> None:
-        mine = slice(*shares(12, size)[rank : rank + 2])
-        for layer in (self.q, self.k):
-            layer.weight.data = layer.weight.data[mine].clone()
-            if layer.bias is not None:
-                layer.bias.data = layer.bias.data[mine].clone()
-        self.out.weight.data = self.out.weight.data[:, mine].clone()
-
-
-def against_whole(settings: dict[str, Any], tokens: int, leading: tuple[int, ...], bias: bool, dtype: str, beside: bool) -> float:
-    """The largest difference, of output, the input's gradient and every parameter's, to the uncut region."""
-    group = tensor_group(dist.get_world_size())
-    exchange = Exchange(group, **settings)
-    kind = getattr(torch, dtype)
-    whole, cut = Region(bias, kind), Region(bias, kind)
-    cut.cut(group.rank, group.size)
-    cut.out.forward = partial(row_product, layer=cut.out, exchange=exchange, name="region")  # type: ignore[method-assign]
-    x = torch.randn(*leading, tokens, 8, dtype=kind, generator=torch.Generator().manual_seed(1))
-    weights = torch.randn(*leading, tokens, 8, dtype=kind, generator=torch.Generator().manual_seed(2))
-    a, b = exchange.parts(tokens)[exchange.own : exchange.own + 2]
-    mine = slice(*shares(12, group.size)[group.rank : group.rank + 2])
-
-    expected_in = x.clone().requires_grad_()
-    expected = whole(expected_in * 1, beside)
-    (expected * weights).sum().backward()
-    own = x[..., a:b, :].clone().requires_grad_()
-    handle = read(own * 1, [cut.q, cut.k], prepare([cut.q, cut.k], exchange, "region"), tokens)
-    assert handle.shape == x.shape
-    found = cut(handle, beside)
-    (found * weights[..., a:b, :]).sum().backward()
-
-    assert own.grad is not None
-    assert expected_in.grad is not None
-    pairs = [(found, expected[..., a:b, :]), (own.grad, expected_in.grad[..., a:b, :])]
-    pairs += [(p.grad, w.grad[mine]) for p, w in zip(_params(cut.q, cut.k), _params(whole.q, whole.k), strict=True)]
-    pairs += [(cut.out.weight.grad, whole.out.weight.grad[:, mine])]  # type: ignore[index]
-    if bias:
-        of_bias = cut.out.bias.grad
-        if exchange.scattered:
-            of_bias = group.all_reduce(of_bias.clone(), label="tensor.test").wait()
-        pairs += [(of_bias, whole.out.bias.grad)]
-    assert all(p.shape == q.shape for p, q in pairs)
+    pairs = result_pairs(exchange, connect, tokens, leading, bias, dtype, direct)
     return max((p.double() - q.double()).abs().max().item() if p.numel() else 0.0 for p, q in pairs)
 
 
-def _params(*layers: nn.Module) -> list[Any]:
-    return list(itertools.chain.from_iterable(layer.parameters() for layer in layers))
-
-
-def in_every_way(scattered: bool) -> list[Any]:
+def in_every_way(sharded: bool) -> list[Any]:
     """What differs, in which ways."""
     ways = [{}, {"overlapped": False}, {"splits": 3}, {"splits": 2, "keep_gathered": True}]
     shapes: list[tuple[int, tuple[int, ...]]] = [(8, (1,)), (7, (2,)), (9, ()), (1, (3,)), (5, (2, 2))]
-    settings = [{"scattered": scattered, **way} for way in ways]
+    settings = [{"sharded": sharded, **way} for way in ways]
     several = itertools.product(settings, shapes, [True, False], [True, False])
-    found = [(case, against_whole(case[0], *case[1], case[2], "float64", case[3])) for case in several]
+    found = [(case, largest_difference(case[0], *case[1], case[2], "float64", case[3])) for case in several]
     return [(case, difference) for case, difference in found if difference > 1e-11]
 
 
@@ -101,7 +53,8 @@ def by_every_method() -> list[Any]:
     ways: list[dict[str, str]] = [*({product: method} for product, method in OTHERS), dict(OTHERS)]
     several = itertools.product(ways, [(7, (2,)), (9, ())])
     found = [
-        (way, against_whole({"scattered": True, "splits": 3, "methods": way}, *shape, True, "float64", True)) for way, shape in several
+        (way, largest_difference({"sharded": True, "splits": 3, "methods": way}, *shape, True, "float64", True))
+        for way, shape in several
     ]
     return [(way, difference) for way, difference in found if difference > 1e-11]
 
@@ -111,40 +64,41 @@ def test_numbers_do_not_depend_on_the_method(world: Any, size: int) -> None:
     assert world(size).run(by_every_method) == [[]] * size
 
 
-@pytest.mark.parametrize("scattered", [True, False])
+@pytest.mark.parametrize("sharded", [True, False])
 @pytest.mark.parametrize("size", [2, 4])
-def test_a_cut_region_is_the_whole_one(world: Any, size: int, scattered: bool) -> None:
-    assert world(size).run(in_every_way, scattered) == [[]] * size
+def test_a_sharded_region_is_the_unsharded_one(world: Any, size: int, sharded: bool) -> None:
+    assert world(size).run(in_every_way, sharded) == [[]] * size
 
 
-def only_beside() -> float:
+def only_direct() -> float:
     """Where no column layer is called, but something else reads the input: the largest difference of its gradient."""
     group = tensor_group(dist.get_world_size())
-    exchange = Exchange(group, scattered=True)
+    exchange = Exchange(group, sharded=True)
     region = Region(True, torch.float64)
     own = torch.randn(4, 8, dtype=torch.float64, requires_grad=True)
-    handle = read(own * 1, [region.q, region.k], prepare([region.q, region.k], exchange, "region"), 4 * group.size)
+    columns = [region.q, region.k]
+    handle = gather_input(own * 1, columns, prepare_input(columns, exchange, "region"), 4 * group.size)
     (handle.square().sum() / group.size).backward()
     assert own.grad is not None
     return (own.grad - 2 * own.detach()).abs().max().item()
 
 
 def test_a_region_whose_columns_are_left_out(world: Any) -> None:
-    assert max(world(2).run(only_beside)) < 1e-12
+    assert max(world(2).run(only_direct)) < 1e-12
 
 
 @pytest.mark.parametrize(("dtype", "close"), [("float32", 1e-5), ("bfloat16", 0.3)])
 def test_in_lower_precision(world: Any, dtype: str, close: float) -> None:
     for overlapped in (True, False):
-        settings = {"scattered": True, "overlapped": overlapped}
-        assert max(world(2).run(against_whole, settings, 6, (2,), True, dtype, False)) < close
+        settings = {"sharded": True, "overlapped": overlapped}
+        assert max(world(2).run(largest_difference, settings, 6, (2,), True, dtype, False)) < close
 
 
 def transfers(settings: dict[str, Any], beside: bool) -> list[str]:
     group = tensor_group(dist.get_world_size())
     group.log = []
     try:
-        against_whole(settings, 8, (1,), False, "float32", beside)
+        largest_difference(settings, 8, (1,), False, "float32", beside)
         return [transfer.label.removeprefix("tensor.").removesuffix("[region]") for transfer in group.log]
     finally:
         group.log = None
@@ -152,9 +106,9 @@ def transfers(settings: dict[str, Any], beside: bool) -> list[str]:
 
 def test_what_is_transferred_and_in_which_order(world: Any) -> None:
     forward, backward = ["input", "output"], ["output_grad", "input", "input_grad"]
-    assert world(2).run(transfers, {"scattered": True}, False)[0] == forward + backward  # one gather for both columns
-    assert world(2).run(transfers, {"scattered": True, "keep_gathered": True}, False)[0] == [*forward, "output_grad", "input_grad"]
-    assert world(2).run(transfers, {"scattered": False}, False)[0] == ["output", "input_grad"]
+    assert world(2).run(transfers, {"sharded": True}, False)[0] == forward + backward  # one gather for both columns
+    assert world(2).run(transfers, {"sharded": True, "keep_gathered": True}, False)[0] == [*forward, "output_grad", "input_grad"]
+    assert world(2).run(transfers, {"sharded": False}, False)[0] == ["output", "input_grad"]
 
 
 class Products(TorchDispatchMode):
@@ -173,10 +127,10 @@ class Products(TorchDispatchMode):
 def order(overlapped: bool, prepared: bool, methods: dict[str, str] | None = None) -> list[str]:
     """Of one forward and backward of two regions, one after the other, on two ranks."""
     group = tensor_group(2)
-    exchange = Exchange(group, scattered=True, overlapped=overlapped, splits=1, methods=methods or {})
+    exchange = Exchange(group, sharded=True, overlapped=overlapped, splits=1, methods=methods or {})
     first, second = Region(False, torch.float32), Region(False, torch.float32)
     seen: list[str] = []
-    readings: list[Any] = [None, None]
+    prepared_inputs: list[Any] = [None, None]
 
     def label(transfer: Any) -> str:
         return str(transfer.label.removeprefix("tensor."))
@@ -192,21 +146,21 @@ def order(overlapped: bool, prepared: bool, methods: dict[str, str] | None = Non
         return transfer
 
     def make(number: int) -> None:
-        readings[number] = prepare([regions[number].q, regions[number].k], exchange, f"{number}")
+        prepared_inputs[number] = prepare_input([regions[number].q, regions[number].k], exchange, f"{number}")
 
     def run(number: int, x: Tensor) -> Tensor:
         region = regions[number]
-        if readings[number] is None:
+        if prepared_inputs[number] is None:
             make(number)
-        handle = read(x, [region.q, region.k], readings[number], 8)
+        handle = gather_input(x, [region.q, region.k], prepared_inputs[number], 8)
         between = partial(make, 1) if prepared and number == 0 else lambda: None
-        more = {"reading": handle.reading, "own": handle.gathered.own, "between": between}
+        more = {"input_state": handle.state, "local_input": handle.gathered.local, "between": between}
         region.out.forward = partial(row_product, layer=region.out, exchange=exchange, name=f"{number}", **more)  # type: ignore[method-assign]
         return region(handle, False)
 
     regions = [first, second]
     for region in regions:
-        region.cut(group.rank, 2)
+        region.shard(group.rank, 2)
     x = torch.randn(4, 8, requires_grad=True)
     real_wait, real_note = Pending.wait, group.note
     with mock.patch.object(Pending, "wait", wait), mock.patch.object(group, "note", note), Products(seen):
@@ -276,7 +230,7 @@ def test_an_inputs_gradient_in_bulk(world: Any) -> None:
 
 def pieces(methods: dict[str, str]) -> list[str]:
     """Labels of the transfers of which there is one piece, although three were asked for."""
-    sent = transfers({"scattered": True, "splits": 3, "methods": methods}, False)
+    sent = transfers({"sharded": True, "splits": 3, "methods": methods}, False)
     return sorted(label for label in set(sent) if sent.count(label) % 3)
 
 
@@ -318,34 +272,39 @@ ENDS: dict[str, Any] = {
 
 
 def what_is_left(settings: dict[str, Any]) -> list[str]:
-    """Ends after which a reading, and so the graph of its step, is still in memory."""
+    """Ends after which an input's state, and so the graph of its step, is still in memory."""
     group = tensor_group(dist.get_world_size())
     exchange = Exchange(group, **settings)
     kept = []
     for name, end in ENDS.items():
         with torch.autocast("cpu", torch.bfloat16):
             region = Region(True, torch.float32)
-            region.cut(group.rank, group.size)
+            region.shard(group.rank, group.size)
             columns = [region.q, region.k]
-            own = torch.randn(*((4, 8) if exchange.scattered else (4 * group.size, 8)), requires_grad=True)
-            prepared = prepare(columns, exchange, "region")
-            handle = read(own * 1, columns, prepared, 4 * group.size)
+            own = torch.randn(*((4, 8) if exchange.sharded else (4 * group.size, 8)), requires_grad=True)
+            prepared = prepare_input(columns, exchange, "region")
+            handle = gather_input(own * 1, columns, prepared, 4 * group.size)
             region.out.forward = partial(  # type: ignore[method-assign]
-                row_product, layer=region.out, exchange=exchange, name="region", reading=handle.reading, own=handle.gathered.own
+                row_product,
+                layer=region.out,
+                exchange=exchange,
+                name="region",
+                input_state=handle.state,
+                local_input=handle.gathered.local,
             )
             if end is _fails:
                 region.q.register_forward_hook(lambda _, __, y: _Fails.apply(y))
-            end(region(handle, beside=True), own)
-        never_read = prepare(columns, exchange, "region")
-        left = [weakref.ref(prepared.reading), weakref.ref(never_read.reading)]
+            end(region(handle, direct=True), own)
+        never_read = prepare_input(columns, exchange, "region")
+        states = [weakref.ref(prepared.state), weakref.ref(never_read.state)]
         del prepared, handle, region, never_read
         gc.collect()
-        kept += [name] if any(reading() is not None for reading in left) else []
+        kept += [name] if any(state() is not None for state in states) else []
     return kept
 
 
-@pytest.mark.parametrize("scattered", [True, False])
-def test_nothing_is_left_of_a_reading(world: Any, scattered: bool) -> None:
+@pytest.mark.parametrize("sharded", [True, False])
+def test_no_state_of_an_input_is_left(world: Any, sharded: bool) -> None:
     ways: list[dict[str, Any]] = [{}, {"overlapped": False}, {"keep_gathered": True}, {"methods": dict(OTHERS)}]
     for way in ways:
-        assert world(2).run(what_is_left, {"scattered": scattered, **way}) == [[], []], way
+        assert world(2).run(what_is_left, {"sharded": sharded, **way}) == [[], []], way

@@ -11,7 +11,7 @@ from torch import nn
 
 from lightning_overlap import ConfigError, OverlapConfig
 from lightning_overlap.model.roles import parse_role
-from lightning_overlap.modes.tensor.plan import find
+from lightning_overlap.modes.tensor.plan import find_plan
 from lightning_overlap.nn import ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding, VocabParallelHead
 
 
@@ -48,12 +48,12 @@ PLAN = {"attention.qkv": "column", "attention.proj": "row", "blocks.*.mlp.up": "
 
 
 def test_what_is_cut() -> None:
-    found = find(Model(), PLAN, 2)
-    cuts = {cut.name: (cut.role, cut.parts, cut.dim) for cut in found.cuts}
-    assert cuts["blocks.1.attention.qkv"] == ("column", (16, 16, 16), 0), "q, k and v are told by the name"
-    assert cuts["blocks.0.mlp.up"] == ("column", (64,), 0)
-    assert cuts["blocks.0.mlp.down"] == ("row", (64,), 1)
-    assert cuts["head"] == ("vocab_head", (31,), 0)
+    found = find_plan(Model(), PLAN, 2)
+    layers = {layer.name: (layer.role, layer.parts, layer.dim) for layer in found.layers}
+    assert layers["blocks.1.attention.qkv"] == ("column", (16, 16, 16), 0), "q, k and v are told by the name"
+    assert layers["blocks.0.mlp.up"] == ("column", (64,), 0)
+    assert layers["blocks.0.mlp.down"] == ("row", (64,), 1)
+    assert layers["head"] == ("vocab_head", (31,), 0)
     assert sorted(region.name for region in found.regions) == [f"blocks.{n}.{part}" for n in (0, 1) for part in ("attention", "mlp")]
     assert found.counts == {(f"blocks.{n}.attention", "n_head"): 4 for n in (0, 1)}
     assert found.blocks == "blocks"
@@ -64,13 +64,13 @@ def test_what_is_cut() -> None:
 def test_the_module_may_have_the_plan() -> None:
     model = Model()
     model.parallel_plan = PLAN  # type: ignore[assignment]
-    assert find(model, {"blocks": "blocks"}, 2).source == "parallel_plan of Model"
-    assert find(model, {}, 2).cuts == find(model, PLAN, 2).cuts
+    assert find_plan(model, {"blocks": "blocks"}, 2).source == "parallel_plan of Model"
+    assert find_plan(model, {}, 2).layers == find_plan(model, PLAN, 2).layers
 
 
 def test_what_is_tied_is_cut_together() -> None:
-    assert {cut.name for cut in find(Model(tied=True), PLAN, 2).cuts} >= {"head", "tokens"}
-    assert "tokens" not in {cut.name for cut in find(Model(), PLAN, 2).cuts}
+    assert {layer.name for layer in find_plan(Model(tied=True), PLAN, 2).layers} >= {"head", "tokens"}
+    assert "tokens" not in {layer.name for layer in find_plan(Model(), PLAN, 2).layers}
 
 
 SIZES = {"vocab_size": 33, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
@@ -93,20 +93,20 @@ def test_hugging_face(kind: str) -> None:
     module = nn.Module()
     with torch.device("meta"):
         module.model = transformers.AutoModelForCausalLM.from_config(config)
-    found = find(module, {}, 2)
-    assert expected <= {cut.name for cut in found.cuts}
-    assert {cut.role for cut in found.cuts} == {"column", "row", "vocab_embedding", "vocab_head"}
+    found = find_plan(module, {}, 2)
+    assert expected <= {layer.name for layer in found.layers}
+    assert {layer.role for layer in found.layers} == {"column", "row", "vocab_embedding", "vocab_head"}
     assert len(found.regions) == 4
     assert found.loose == ()
     if kind == "gpt2":
-        fused = next(cut for cut in found.cuts if cut.name.endswith("c_attn"))
+        fused = next(layer for layer in found.layers if layer.name.endswith("c_attn"))
         assert (fused.parts, fused.dim) == ((32, 32, 32), 1)
         assert ("model.transformer.h.0.attn", "split_size") in found.counts
 
 
 def refused(plan: dict[str, str], size: int = 2, model: nn.Module | None = None) -> str:
     with pytest.raises(ConfigError) as error:
-        find(model or Model(), plan, size)
+        find_plan(model or Model(), plan, size)
     return str(error.value)
 
 
@@ -115,8 +115,8 @@ def test_every_reason_is_told_at_once() -> None:
     assert re.search(r"'mlp.upp' matches no module; near names are: .*mlp", said)
     assert "blocks.0.norm is a LayerNorm, which cannot be 'column'" in said
     assert "n_head=4 is not divisible by 3" in said
-    assert "blocks.0.attention.qkv has 16 + 16 + 16 features to cut, which 3 does not divide" in said
-    assert "blocks.0.mlp.down has 64 features to cut, which 3 does not divide" in said
+    assert "blocks.0.attention.qkv has 16 + 16 + 16 features, which are not divisible by 3" in said
+    assert "blocks.0.mlp.down has 64 features, which are not divisible by 3" in said
 
 
 @pytest.mark.parametrize(
@@ -134,7 +134,7 @@ def test_plans_that_do_not_fit(plan: dict[str, str], words: str) -> None:
 
 
 def test_half_a_head_is_refused() -> None:
-    assert "4 heads of 4 features, which 8 does not divide" in refused(PLAN, 8)
+    assert "4 heads of 4 features, which are not divisible by 8" in refused(PLAN, 8)
 
 
 def test_key_heads_are_looked_at() -> None:
@@ -150,7 +150,7 @@ def test_a_style_of_hugging_faces_that_is_not_known() -> None:
         module.model = transformers.AutoModelForCausalLM.from_config(transformers.Phi3Config(**SIZES, pad_token_id=0))
     styles = {"layers.*.self_attn.qkv_proj": "sideways"}
     with mock.patch.object(type(module.model), "tp_plan", new_callable=mock.PropertyMock, return_value=styles):
-        assert "Phi3ForCausalLM's own plan has the style 'sideways' for layers.*.self_attn.qkv_proj" in refused({}, 2, module)
+        assert "Phi3ForCausalLM's plan has the style 'sideways' for layers.*.self_attn.qkv_proj" in refused({}, 2, module)
 
 
 def test_a_model_without_a_plan_is_named() -> None:
@@ -158,47 +158,47 @@ def test_a_model_without_a_plan_is_named() -> None:
     with torch.device("meta"):
         sizes = {"vocab_size": 33, "d_model": 16, "d_kv": 4, "d_ff": 32, "num_layers": 1, "num_heads": 4}
         module.model = transformers.T5ForConditionalGeneration(transformers.T5Config(**sizes))
-    assert "T5ForConditionalGeneration (t5) has no plan of its own" in refused({}, 2, module)
+    assert "T5ForConditionalGeneration (t5) has no plan for tensor_parallel" in refused({}, 2, module)
 
 
 def test_gathered_columns_keep_all_heads() -> None:
     module = nn.Module()
     with torch.device("meta"):
         module.model = transformers.AutoModelForCausalLM.from_config(transformers.Phi3Config(**SIZES, pad_token_id=0))
-    found = find(module, {}, 2)
-    assert {cut.role for cut in found.cuts if cut.whole} == {"column", "row"}
+    found = find_plan(module, {}, 2)
+    assert {layer.role for layer in found.layers if layer.has_all_features} == {"column", "row"}
     assert found.counts == {}
     mixed = {"self_attn.qkv_proj": "column_gathered", "self_attn.o_proj": "row"}
     assert "layers of two kinds: column_gathered and row_split go together" in refused(mixed, 2, module)
 
 
 def test_no_plan() -> None:
-    assert "needs to know which layers to cut" in refused({})
+    assert "needs roles for the layers to shard" in refused({})
 
 
 def test_what_may_mix_tokens() -> None:
     model = Model()
     model.blocks[0].dropout = nn.Conv1d(4, 4, 1)
-    assert find(model, PLAN, 2).loose == ("blocks.0.dropout",)
-    assert find(model, {**PLAN, "dropout": "token_wise"}, 2).loose == ()
+    assert find_plan(model, PLAN, 2).loose == ("blocks.0.dropout",)
+    assert find_plan(model, {**PLAN, "dropout": "token_wise"}, 2).loose == ()
 
 
 def test_an_attention_without_a_role_may_mix_tokens() -> None:
     mlp = {"mlp.up": "column", "mlp.down": "row"}
-    assert find(Model(), mlp, 2).loose == ("blocks.0.attention", "blocks.1.attention")
-    assert find(Model(), {**mlp, "attention": "token_wise"}, 2).loose == ()
+    assert find_plan(Model(), mlp, 2).loose == ("blocks.0.attention", "blocks.1.attention")
+    assert find_plan(Model(), {**mlp, "attention": "token_wise"}, 2).loose == ()
 
 
 def test_what_blocks_share_with_the_rest() -> None:
     model = Model()
     model.alias, model.first = model.blocks, model.blocks[0]
-    assert find(model, PLAN, 2).shared_by_blocks == (), "another name is no other use"
+    assert find_plan(model, PLAN, 2).shared_by_blocks == (), "another name is no other use"
     model.norm = model.blocks[1].norm
-    found = find(model, PLAN, 2)
+    found = find_plan(model, PLAN, 2)
     assert found.shared_by_blocks == ("blocks.1.norm.weight", "blocks.1.norm.bias")
     assert found.shared_by_regions == ()
     model.down = model.blocks[0].mlp.down
-    found = find(model, PLAN, 2)
+    found = find_plan(model, PLAN, 2)
     assert "blocks.0.mlp.down.bias" in found.shared_by_blocks
     assert found.shared_by_regions == ()
 
@@ -216,7 +216,7 @@ def test_layers_in_the_block_itself_keep_tokens_from_being_cut() -> None:
         block.up, block.down = block.mlp.up, block.mlp.down
         del block.mlp
     plan = {"attention.qkv": "column", "attention.proj": "row", "blocks.*.up": "column", "blocks.*.down": "row"}
-    found = find(model, plan, 2)
+    found = find_plan(model, plan, 2)
     assert set(found.loose) == {f"blocks.{n}.{name}" for n in (0, 1) for name in ("up", "down")}
     assert "blocks.0.up" in [region.name for region in found.regions]
 
@@ -251,11 +251,11 @@ class Made(nn.Module):
 
 
 def test_layers_that_say_it_themselves() -> None:
-    found = find(Made(), {}, 2)
+    found = find_plan(Made(), {}, 2)
     assert found.source == "layers of lightning_overlap.nn"
-    assert {cut.name: cut.parts for cut in found.cuts if cut.role == "column"} == {
+    assert {layer.name: layer.parts for layer in found.layers if layer.role == "column"} == {
         **{f"blocks.{n}.attention.mixed": (16, 4, 4) for n in (0, 1)},
         **{f"blocks.{n}.mlp.wide": (32, 32) for n in (0, 1)},
     }
-    assert {cut.role for cut in found.cuts} == {"column", "row", "vocab_embedding", "vocab_head"}
-    assert ColumnParallelLinear(4, 8)(torch.ones(1, 4)).shape == (1, 8), "whole, where nothing cuts it"
+    assert {layer.role for layer in found.layers} == {"column", "row", "vocab_embedding", "vocab_head"}
+    assert ColumnParallelLinear(4, 8)(torch.ones(1, 4)).shape == (1, 8), "unsharded without a strategy"

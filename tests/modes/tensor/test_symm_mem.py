@@ -1,6 +1,5 @@
 """The fused backend's autograd, with torch's own fallbacks of the two operators, which run on gloo too."""
 
-import itertools
 from functools import partial
 from typing import Any
 from unittest import mock
@@ -15,11 +14,11 @@ from lightning_overlap.config import OverlapConfig
 from lightning_overlap.decision import Choice
 from lightning_overlap.facts import Facts
 from lightning_overlap.modes.tensor import config, symm_mem
-from lightning_overlap.modes.tensor.gemm import Exchange, shares
+from lightning_overlap.modes.tensor.gemm import Exchange
 from lightning_overlap.plan import resolve
 from lightning_overlap.ranks.group import Group
 from tests.modes.tensor.group import tensor_group
-from tests.modes.tensor.test_linear import Region
+from tests.modes.tensor.region import Region, different_cases
 from tests.trainer.tensor.test_numbers import compare, train
 
 
@@ -29,39 +28,19 @@ def slow_operators(group: Group) -> symm_mem.Operators:
 
 
 def differences(dtype: str) -> list[Any]:
-    """Cases in which output, the input's gradient or a parameter's differ from those of the uncut region."""
+    """Cases in which output, the input's gradient or a parameter's differ from those of the unsharded region."""
     group = tensor_group(dist.get_world_size())
-    exchange, fused, kind = Exchange(group, scattered=True), slow_operators(group), getattr(torch, dtype)
-    mine = slice(*shares(12, group.size)[group.rank : group.rank + 2])
-    wrong = []
-    for tokens, leading, bias, beside in itertools.product([4, 8], [(), (3,), (2, 2)], [True, False], [True, False]):
-        whole, cut = Region(bias, kind), Region(bias, kind)
-        cut.cut(group.rank, group.size)
-        cut.out.forward = partial(symm_mem.row_product, layer=cut.out, fused=fused)  # type: ignore[method-assign]
-        x = torch.randn(*leading, tokens, 8, dtype=kind, generator=torch.Generator().manual_seed(1))
-        weights = torch.randn(*leading, tokens, 8, dtype=kind, generator=torch.Generator().manual_seed(2))
-        a, b = exchange.parts(tokens)[group.rank : group.rank + 2]
-        everything, own = x.clone().requires_grad_(), x[..., a:b, :].clone().requires_grad_()
-        expected = whole(everything, beside)
-        (expected * weights).sum().backward()
-        found = cut(symm_mem.read(own, [cut.q, cut.k], fused, exchange, "region"), beside)
-        (found * weights[..., a:b, :]).sum().backward()
-        assert own.grad is not None
-        assert everything.grad is not None
-        pairs = [(found, expected[..., a:b, :]), (own.grad, everything.grad[..., a:b, :])]
-        pairs += [
-            (p.grad, w.grad[mine])
-            for name in "qk"
-            for p, w in zip(*(getattr(r, name).parameters() for r in (cut, whole)), strict=True)
-        ]
-        pairs += [(cut.out.weight.grad, whole.out.weight.grad[:, mine])]  # type: ignore[index]
-        close = 1e-11 if dtype == "float64" else 0.3
-        wrong += [(tokens, leading, bias, beside, n) for n, (p, q) in enumerate(pairs) if not torch.allclose(p, q, rtol=0, atol=close)]
-    return wrong
+    exchange, fused = Exchange(group, sharded=True), slow_operators(group)
+
+    def connect(region: Region, tokens: int) -> Any:
+        region.out.forward = partial(symm_mem.row_product, layer=region.out, fused=fused)  # type: ignore[method-assign]
+        return partial(symm_mem.gather_input, layers=[region.q, region.k], fused=fused, exchange=exchange, name="region")
+
+    return different_cases(exchange, connect, dtype)
 
 
 @pytest.mark.parametrize(("size", "dtype"), [(2, "float64"), (4, "float64"), (2, "bfloat16")])
-def test_a_cut_region_is_the_whole_one(world: Any, size: int, dtype: str) -> None:
+def test_a_sharded_region_is_the_unsharded_one(world: Any, size: int, dtype: str) -> None:
     assert world(size).run(differences, dtype) == [[]] * size
 
 
@@ -87,12 +66,12 @@ def test_training_is_close_to_one_process(world: Any, tokens: int) -> None:
     expected = train(None, {"tokens": tokens}, accumulate_grad_batches=2, gradient_clip_val=0.1)
     for found in world(2).run(trained, tokens):
         compare(found, expected)
-        assert bool(found["used"]) == (tokens == 8)  # what the ranks do not divide goes by p2p
+        assert bool(found["used"]) == (tokens == 8)  # p2p for a length that the ranks do not divide
 
 
 def test_it_is_refused_where_it_cannot_run() -> None:
     own = OverlapStrategy(tensor_parallel=TensorParallel(size=2, backend="symm_mem", sequence_parallel=False)).config
-    with pytest.raises(ConfigError, match="its operators are CUDA's, and this is cpu; it needs sequence_parallel"):
+    with pytest.raises(ConfigError, match="it needs CUDA, and the device is cpu; it needs sequence_parallel"):
         resolve(own, Facts(world_size=2))
     own = OverlapConfig(tensor_parallel=TensorParallel(size=2, backend="symm_mem"))
     assert "symm_mem" in resolve(own, Facts(world_size=2, device="cuda")).explain()

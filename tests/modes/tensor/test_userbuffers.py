@@ -1,7 +1,6 @@
 """Transformer Engine's backend against a stand-in that has its signatures and computes in plain torch what its modules say they do."""
 
 import inspect
-import itertools
 import json
 import warnings
 from functools import partial
@@ -22,10 +21,10 @@ from lightning_overlap.decision import Choice
 from lightning_overlap.facts import Facts
 from lightning_overlap.modes.tensor import config, userbuffers
 from lightning_overlap.modes.tensor.config import TensorFacts
-from lightning_overlap.modes.tensor.gemm import Exchange, shares
+from lightning_overlap.modes.tensor.gemm import Exchange
 from lightning_overlap.plan import resolve
 from tests.modes.tensor.group import tensor_group
-from tests.modes.tensor.test_linear import Region
+from tests.modes.tensor.region import Region, different_cases
 from tests.trainer.tensor.test_numbers import Net, compare, train
 
 GOLDEN = json.loads((Path(__file__).parents[2] / "golden" / "transformer_engine.json").read_text())
@@ -130,45 +129,25 @@ class FakeLinear(nn.Module):
 
 
 def differences(dtype: str) -> Any:
-    """Cases in which output, the input's gradient or a parameter's differ from those of the uncut region; and what was called."""
-    group = tensor_group(dist.get_world_size())
-    exchange, kind, fake = Exchange(group, scattered=True), getattr(torch, dtype), Fake()
-    mine = slice(*shares(12, group.size)[group.rank : group.rank + 2])
-    wrong = []
-    for tokens, leading, bias, beside in itertools.product([4, 8], [(), (3,), (2, 2)], [True, False], [True, False]):
-        whole, cut = Region(bias, kind), Region(bias, kind)
-        cut.cut(group.rank, group.size)
-        engine = userbuffers.UserbuffersLayers(fake.library, exchange)
-        cut.out.forward = partial(engine.row_product, layer=cut.out, name="out", region="region")  # type: ignore[method-assign]
-        x = torch.randn(*leading, tokens, 8, dtype=kind, generator=torch.Generator().manual_seed(1))
-        weights = torch.randn(*leading, tokens, 8, dtype=kind, generator=torch.Generator().manual_seed(2))
-        a, b = exchange.parts(tokens)[group.rank : group.rank + 2]
-        everything, own = x.clone().requires_grad_(), x[..., a:b, :].clone().requires_grad_()
-        expected = whole(everything, beside)
-        (expected * weights).sum().backward()
-        engine.start(own, tokens)
-        assert engine.fits((*leading, tokens), 8, own, [cut.q, cut.k])
-        handle = engine.read(own, [cut.q, cut.k], tokens, "region")
-        assert handle.shape == x.shape
-        found = cut(handle, beside)
-        (found * weights[..., a:b, :]).sum().backward()
-        engine.close()
-        assert own.grad is not None
-        assert everything.grad is not None
-        pairs = [(found, expected[..., a:b, :]), (own.grad, everything.grad[..., a:b, :])]
-        pairs += [
-            (p.grad, w.grad[mine])
-            for name in "qk"
-            for p, w in zip(*(getattr(r, name).parameters() for r in (cut, whole)), strict=True)
-        ]
-        pairs += [(cut.out.weight.grad, whole.out.weight.grad[:, mine])]  # type: ignore[index]
-        close = 1e-11 if dtype == "float64" else 0.3
-        wrong += [(tokens, leading, bias, beside, n) for n, (p, q) in enumerate(pairs) if not torch.allclose(p, q, rtol=0, atol=close)]
-    return wrong, fake.calls
+    """Cases in which output, the input's gradient or a parameter's differ from those of the unsharded region; and the calls."""
+    exchange, fake = Exchange(tensor_group(dist.get_world_size()), sharded=True), Fake()
+
+    def connect(region: Region, tokens: int) -> Any:
+        engine, columns = userbuffers.UserbuffersLayers(fake.library, exchange), [region.q, region.k]
+        region.out.forward = partial(engine.row_product, layer=region.out, name="out", region="region")  # type: ignore[method-assign]
+
+        def gather(x: Tensor) -> Tensor:
+            engine.start(x, tokens)
+            assert engine.fits((*x.shape[:-2], tokens), 8, x, columns)
+            return engine.gather_input(x, columns, tokens, "region")
+
+        return gather
+
+    return different_cases(exchange, connect, dtype), fake.calls
 
 
 @pytest.mark.parametrize(("size", "dtype"), [(2, "float64"), (4, "float64"), (2, "bfloat16")])
-def test_a_cut_region_is_the_whole_one(world: Any, size: int, dtype: str) -> None:
+def test_a_sharded_region_is_the_unsharded_one(world: Any, size: int, dtype: str) -> None:
     found = world(size).run(differences, dtype)
     assert [wrong for wrong, _ in found] == [[]] * size
     for what, positional, named in found[0][1]:
@@ -176,16 +155,16 @@ def test_a_cut_region_is_the_whole_one(world: Any, size: int, dtype: str) -> Non
     assert {what for what, _, _ in found[0][1]} == set(SIGNATURES), "all that is used of it, and no more"
 
 
-def only_beside() -> float:
+def only_direct() -> float:
     """Where something reads the input twice and no column layer is called: the largest difference of its gradient."""
     group = tensor_group(dist.get_world_size())
-    engine = userbuffers.UserbuffersLayers(Fake().library, Exchange(group, scattered=True))
+    engine = userbuffers.UserbuffersLayers(Fake().library, Exchange(group, sharded=True))
     region = Region(True, torch.float64)
-    region.cut(group.rank, group.size)
+    region.shard(group.rank, group.size)
     own = torch.randn(4, 8, dtype=torch.float64, requires_grad=True)
     engine.start(own, 4 * group.size)
     group.log = []
-    handle = engine.read(own, [region.q, region.k], 4 * group.size, "region")
+    handle = engine.gather_input(own, [region.q, region.k], 4 * group.size, "region")
     (handle.square().sum() / group.size + handle.sum() / group.size).backward()
     labels, group.log = [transfer.label for transfer in group.log], None
     assert labels == ["tensor.input[region]", "tensor.input_grad[region]"], "gathered once"
@@ -194,7 +173,7 @@ def only_beside() -> float:
 
 
 def test_the_input_is_read_by_something_else(world: Any) -> None:
-    assert max(world(2).run(only_beside)) < 1e-12
+    assert max(world(2).run(only_direct)) < 1e-12
 
 
 RUNS = Choice("userbuffers", "userbuffers", "")
@@ -250,7 +229,7 @@ def test_training_is_close_to_one_process(world: Any, case: str) -> None:
 
 def test_what_does_not_fit_is_said_once() -> None:
     library = userbuffers.Library(mock.Mock(), mock.Mock(), mock.Mock())
-    engine = userbuffers.UserbuffersLayers(library, Exchange(mock.Mock(size=2), scattered=True))
+    engine = userbuffers.UserbuffersLayers(library, Exchange(mock.Mock(size=2), sharded=True))
     layer, x = nn.Linear(8, 4), torch.zeros(3, 2, 8, requires_grad=True)
     assert not engine.fits((3, 4), 8, x, [layer]), "before the first step"
     engine.start(x, 4)
@@ -282,16 +261,16 @@ def planned(tensor: dict[str, Any] | None = None, facts: dict[str, Any] | None =
 @pytest.mark.parametrize(
     ("given", "words"),
     [
-        ({"facts": {"device": "cpu"}}, "its operators are CUDA's, and this is cpu"),
+        ({"facts": {"device": "cpu"}}, "it needs CUDA, and the device is cpu"),
         ({"facts": {"transformer_engine": None}}, r"not installed: pip install 'lightning-overlap\[te\]'"),
         ({"facts": {"precision": "32-true"}}, "precision is 32-true: set precision: bf16-mixed or bf16-true"),
-        ({"facts": {"of_modes": (TensorFacts("", (), 0, ("h.0.attn.c_attn",)),)}}, r"weights are \(in, out\) in h.0.attn.c_attn"),
+        ({"facts": {"of_modes": (TensorFacts("", (), 0, ("h.0.attn.c_attn",)),)}}, r"weights of h.0.attn.c_attn are \(in, out\)"),
         ({"tensor": {"sequence_parallel": False}}, "it needs sequence_parallel"),
-        ({"tensor": {"overlap": False}}, "it has no plain twin: overlap is off"),
+        ({"tensor": {"overlap": False}}, "it cannot run without overlap, which is off"),
         ({"tensor": {"keep_gathered_input": True}}, "set keep_gathered_input: false"),
         ({"tensor": {"splits": 2}}, "set splits: auto"),
         ({"pipeline_parallel": PipelineParallel(size=2, microbatches=2)}, "set pipeline_parallel: 1"),
-        ({"facts": {"device": "cpu"}, "tensor": {"splits": 2}}, "CUDA's, and .*splits: auto.*Or use backend: p2p"),
+        ({"facts": {"device": "cpu"}, "tensor": {"splits": 2}}, "CUDA, and .*splits: auto.*Or use backend: p2p"),
     ],
 )
 def test_it_is_refused_where_it_cannot_run(given: dict[str, Any], words: str) -> None:

@@ -16,7 +16,7 @@ from transformers.loss.loss_utils import ForCausalLMLoss
 from lightning_overlap.decision import ConfigError
 from lightning_overlap.modes.tensor.gemm import shares
 from lightning_overlap.modes.tensor.loss import cross_entropy
-from lightning_overlap.modes.tensor.vocab import CutLogits, Vocabulary, embedding_forward, head_forward
+from lightning_overlap.modes.tensor.vocab import ShardedLogits, Vocabulary, embedding_forward, head_forward
 from tests.modes.tensor.group import tensor_group
 
 ENTRIES = 11
@@ -154,7 +154,7 @@ def model_step(name: str, tied: bool, bias: bool, overlapped: bool) -> int:
     expected = LOSSES[name](whole(ids), ids)
     expected.backward()
     logits = cut(ids)
-    assert isinstance(logits, CutLogits)
+    assert isinstance(logits, ShardedLogits)
     assert logits.shape == (2, 5, ENTRIES)
     assert logits.requires_grad
     with warnings.catch_warnings(record=True) as caught:
@@ -206,7 +206,7 @@ CHANGES: dict[str, Any] = {
 
 def changed(name: str) -> str:
     vocab = vocabulary()
-    logits = CutLogits.of(own(torch.ones(ENTRIES, 2, 5)).permute(1, 2, 0).contiguous(), vocab)
+    logits = ShardedLogits.of(own(torch.ones(ENTRIES, 2, 5)).permute(1, 2, 0).contiguous(), vocab)
     try:
         CHANGES[name](logits)
         F.cross_entropy(logits.flatten(0, 1), torch.zeros(10, dtype=torch.long))

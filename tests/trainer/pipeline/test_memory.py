@@ -68,7 +68,7 @@ def peaks(pipeline: dict[str, Any], overlap: Any = "auto") -> tuple[float, int]:
     quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
     run = Trainer(accelerator="cpu", devices=2, strategy=strategy, max_steps=3, callbacks=[callback], **quiet)  # type: ignore[arg-type]
     run.fit(Deep(), DataLoader(torch.randn(3 * own.count, 2048, 4), batch_size=own.count))  # type: ignore[arg-type]
-    told = re.search(r"activations of at most ([\d, ]+) microbatches", strategy.plan.choices["pipeline"].schedule.why)
+    told = re.search(r"peak activations by rank, in microbatches: ([\d, ]+)", strategy.plan.choices["pipeline"].schedule.why)
     assert told is not None
     # Of a block: the inputs of up, sin (which is sigmoid's output) and down; once the input's gradient has been computed and
     # weights' are left, the inputs of up and down and the gradients of their outputs.

@@ -51,14 +51,14 @@ def order(kind: type[Net], pipeline: dict[str, Any]) -> tuple[list[str], str]:
         def on_train_start(self, trainer: Trainer, module: Any) -> None:
             mode: Any = trainer.strategy.modes[0]  # type: ignore[attr-defined]
             listen(mode._weight_gradients, "run", "weights")
-            listen(mode.channels["B", False, 1], "send", "sent")
+            listen(mode.runs.channels["B", False, 1], "send", "sent")
             for group in mode._tied.groups.values():
                 listen(group, "all_reduce", "sum", lambda pending: listen(pending, "wait", "wait"))
             if module.head.weight.requires_grad:
                 module.head.weight.register_post_accumulate_grad_hook(lambda _: events.append("head"))
 
         def on_train_end(self, trainer: Trainer, *_: Any) -> None:
-            ((runner, _),) = trainer.strategy.modes[0]._runs.values()  # type: ignore[attr-defined]
+            ((runner, _),) = trainer.strategy.modes[0].runs.by_count.values()  # type: ignore[attr-defined]
             events.append(" ".join(map(str, runner.actions)))
 
     env = {"cluster_environment": TorchElasticEnvironment(), "process_group_backend": "gloo"}

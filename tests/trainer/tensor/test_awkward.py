@@ -257,15 +257,15 @@ def test_the_numbers_of_one_process(world: Any, kind: str, sequence: Any) -> Non
 
 
 REFUSED: dict[str, tuple[Any, str]] = {
-    "residual": (False, "other gradients when its layers are cut over the ranks, of "),
-    "scale": (False, "other gradients when its layers are cut over the ranks, of blocks.0.mlp.scale"),
-    "unequal heads": ("auto", "blocks.0 fails when its layers are cut over the ranks: "),
-    "eval mode": ("auto", "blocks.0 gives another output when its layers are cut"),
-    "another mlp": ("auto", "blocks.2 gives another output when its layers are cut"),
+    "residual": (False, "other gradients when its layers are sharded, of "),
+    "scale": (False, "other gradients when its layers are sharded, of blocks.0.mlp.scale"),
+    "unequal heads": ("auto", "blocks.0 fails when its layers are sharded: "),
+    "eval mode": ("auto", "blocks.0 computes another output when its layers are sharded"),
+    "another mlp": ("auto", "blocks.2 computes another output when its layers are sharded"),
     "slopes": (False, "ALiBi's slopes"),
     "counted tokens": ("auto", "set tensor_parallel.sequence_parallel: false"),
     "changed input": (False, "masked_fill_ changes the input of an attention or mlp"),
-    "condition": ("auto", "a block is called with a second tensor that gradients flow through"),
+    "condition": ("auto", "a block is called with a second tensor that needs a gradient"),
     "between": ("auto", "share a batch but computed different losses"),
     "kept output": ("auto", "share a batch but computed different losses"),
     "own backward": ("auto", "call self.manual_backward(loss)"),

@@ -19,20 +19,14 @@ from torch.utils.data import DataLoader, DistributedSampler
 
 from lightning_overlap import ConfigError, OverlapStrategy, PipelineParallel, TensorParallel
 from lightning_overlap.ranks.mesh import ParallelMesh
+from tests.helpers import transformer
 
 QUIET = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
 
 
-class Attention(nn.Module):
+class Attention(transformer.Attention):
     def __init__(self, width: int, bias: bool) -> None:
-        super().__init__()
-        self.head_dim = 4
-        self.qkv, self.out = nn.Linear(width, 3 * width, bias=bias), nn.Linear(width, width, bias=bias)
-        self.query_norm = nn.LayerNorm(self.head_dim)
-
-    def forward(self, x: Tensor) -> Tensor:
-        q, k, v = self.qkv(x).unflatten(-1, (3, -1, self.head_dim)).permute(2, 0, 3, 1, 4)
-        return self.out(F.scaled_dot_product_attention(self.query_norm(q), k, v, is_causal=True).transpose(1, 2).flatten(2))
+        super().__init__(width, bias, norm_queries=True)
 
 
 class MLP(nn.Module):
@@ -45,16 +39,9 @@ class MLP(nn.Module):
         return self.down(F.silu(self.gate(x)) * self.up(x))
 
 
-class Block(nn.Module):
+class Block(transformer.Block):
     def __init__(self, width: int, bias: bool, dropout: float) -> None:
-        super().__init__()
-        self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
-        self.attention, self.mlp = Attention(width, bias), MLP(width, bias)
-        self.dropout = nn.Dropout(dropout)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = x + self.dropout(self.attention(self.norm1(x)))
-        return x + self.dropout(self.mlp(self.norm2(x)))
+        super().__init__(width, lambda: Attention(width, bias), lambda: MLP(width, bias), dropout)
 
 
 class Net(LightningModule):
@@ -232,7 +219,7 @@ def test_a_whole_vocabulary(world: Any) -> None:
     expected = train(None, {})
     for found in world(2).run(train_with, {"tensor_parallel": 2}, {}, {}):
         compare(found, expected)
-        assert "31 entries: summing" in found["plan"]
+        assert "31 entries: sums over the ranks" in found["plan"]
 
 
 def test_off_and_keeping_inputs_are_the_same_layout(world: Any) -> None:
@@ -391,8 +378,8 @@ def refused(kind: str, strategy: dict[str, Any], plan: dict[str, Any] | None = N
 
 
 REFUSED: dict[str, tuple[str, dict[str, Any], dict[str, Any] | None, str]] = {
-    "cut heads": ("heads", {"tensor_parallel": 2}, None, "blocks.0 gives another output when its layers are cut"),
-    "parts not told": ("", {"tensor_parallel": 2}, {"attention.qkv": "column[1]"}, "blocks.0 gives another output"),
+    "cut heads": ("heads", {"tensor_parallel": 2}, None, "blocks.0 computes another output when its layers are sharded"),
+    "parts not told": ("", {"tensor_parallel": 2}, {"attention.qkv": "column[1]"}, "blocks.0 computes another output"),
     "a layer that mixes tokens": (
         "convolution",
         {"tensor_parallel": TensorParallel(size=2, sequence_parallel=True)},
@@ -403,7 +390,7 @@ REFUSED: dict[str, tuple[str, dict[str, Any], dict[str, Any] | None, str]] = {
         "",
         {"tensor_parallel": TensorParallel(size=2, sequence_parallel=False, overlap=True)},
         None,
-        "which only sequence_parallel has",
+        "only sequence_parallel has these",
     ),
 }
 
