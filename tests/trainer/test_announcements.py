@@ -232,7 +232,7 @@ def test_a_step_that_one_rank_leaves_out_ends_all_with_lightnings_words(world):
         ({"timeout": timedelta(seconds=-5)}, "timeout must be"),
         ({"timeout": 30}, "timeout must be"),
         ({"meeting_timeout": timedelta(days=10**5)}, "meeting_timeout must be"),
-        ({"process_group_backend": "nonsense"}, "'nonsense': it is 'gloo', 'nccl'"),
+        ({"process_group_backend": "nonsense"}, "process_group_backend must be gloo, nccl or None"),
         ({"tensor_parallel": True}, "tensor_parallel.size must be an integer of at least 1, got True"),
         ({"tensor_parallel": 2.0}, "tensor_parallel.size must be an integer of at least 1, got 2.0"),
         ({"tensor_parallel": "2"}, "tensor_parallel.size must be an integer of at least 1, got '2'"),
