@@ -138,7 +138,12 @@ def torch_order(made):
     name = {"gpipe": "GPipe", "1f1b": "1F1B", "dualpipev": "DualPipeV"}.get(made.name, "Interleaved1F1B")
     stages = [TorchStage(s, made.ranks, made.stages) for s in made.stages_of(0)]
     single = name in ("GPipe", "1F1B")
-    theirs = torch_schedules.get_schedule_class(name)(stages[0] if single else stages, made.microbatches, lambda *_: None)
+    try:
+        theirs = torch_schedules.get_schedule_class(name)(stages[0] if single else stages, made.microbatches, lambda *_: None)
+    except ValueError as error:
+        if made.microbatches < made.stages:
+            pytest.skip(f"this version of torch: {error}")  # 2.10, say
+        raise
     order = theirs._get_pipeline_order() if single else theirs.pipeline_order
     parts = [[part for a in order[rank] if a is not None for part in (a.sub_actions or (a,))] for rank in range(made.ranks)]
     return [[str(part) for part in row if part.microbatch_index is not None] for row in parts]

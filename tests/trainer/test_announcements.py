@@ -232,7 +232,7 @@ def test_a_step_that_one_rank_leaves_out_ends_all_with_lightnings_words(world):
         ({"timeout": timedelta(seconds=-5)}, "timeout must be"),
         ({"timeout": 30}, "timeout must be"),
         ({"meeting_timeout": timedelta(days=10**5)}, "meeting_timeout must be"),
-        ({"process_group_backend": "nonsense"}, "'nonsense': it is 'gloo', 'nccl'"),
+        ({"process_group_backend": "nonsense"}, "process_group_backend must be gloo, nccl or None"),
         ({"tensor_parallel": True}, "tensor_parallel.size must be an integer of at least 1, got True"),
         ({"tensor_parallel": 2.0}, "tensor_parallel.size must be an integer of at least 1, got 2.0"),
         ({"tensor_parallel": "2"}, "tensor_parallel.size must be an integer of at least 1, got '2'"),
@@ -251,47 +251,6 @@ def test_what_is_no_size_and_no_limit_is_refused_at_once(asked, words):
 def test_more_stages_than_ranks_are_refused_before_a_schedule_is_built():
     with pytest.raises(ConfigError, match="pipeline_parallel=50000 needs a multiple of 50000 ranks, and there are 2"):
         Trainer(accelerator="cpu", devices=2, strategy=OverlapStrategy(pipeline_parallel=50000), logger=False)
-
-
-def backward_calls():
-    """How often Lightning's own backward runs, and in which order the hooks around it do."""
-    from lightning.pytorch.strategies import Strategy
-
-    order = []
-    plain = Strategy.backward
-
-    class Counted(Net):
-        def on_before_backward(self, loss):
-            order.append("before")
-
-        def on_after_backward(self):
-            order.append("after" if all(p.grad is not None for p in (self.up.weight, self.down.weight)) else "incomplete")
-
-    def backward(self, *args, **kwargs):
-        order.append("backward")
-        return plain(self, *args, **kwargs)
-
-    Strategy.backward = backward
-    try:
-        train(module=Counted, max_steps=2, limit_val_batches=0, data={"overlap_optimizer_step": False})
-    finally:
-        Strategy.backward = plain
-    return order
-
-
-def test_lightnings_backward_runs_once_a_step_and_hooks_in_its_order(world):
-    assert world(2).run(backward_calls) == [["backward", "before", "after"] * 2] * 2
-
-
-def storage_options(folder):
-    made = []
-    train(made=made, max_steps=1)
-    with pytest.raises(TypeError, match="storage_options"):
-        made[0].save_checkpoint(folder / "a.ckpt", storage_options={"key": 1})
-
-
-def test_storage_options_are_refused_as_lightning_refuses_them(world, tmp_path):
-    world(2).run(storage_options, tmp_path)
 
 
 def batch_norm_groups():

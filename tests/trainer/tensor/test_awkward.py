@@ -22,6 +22,7 @@ from torch.utils.checkpoint import checkpoint
 
 from lightning_overlap import ConfigError, OverlapStrategy, TensorParallel
 from lightning_overlap.strategy.batches import CHECKED_BATCHES
+from lightning_overlap.strategy.probe import examine
 from tests.trainer.tensor.test_numbers import MLP, QUIET, Attention, Block, Net
 
 
@@ -249,6 +250,8 @@ KINDS = list(
 
 @pytest.mark.parametrize(("kind", "sequence"), [*KINDS, ("kept output", False), ("collected", False)])
 def test_the_numbers_of_one_process(world: Any, kind: str, sequence: Any) -> None:
+    if kind == "adagrad" and not examine(torch.optim.Adagrad([nn.Parameter(torch.ones(4, 4))])).known:
+        pytest.skip("Adagrad of this version of torch (2.10, say) has state for the parameters only that it is made with")
     expected = train(kind, None)
     for found in world(2).run(train, kind, sequence, sequence == "auto"):
         assert not isinstance(found, str), found
