@@ -56,6 +56,7 @@ def test_weights_are_complete_through_references_that_were_kept(world, module, t
 
 
 def read_and_trained(module, kwargs):
+    torch.manual_seed(0)  # whatever ran before in this world
     made = module()
     result = train(module=lambda _: made, optimizer="sgd", **kwargs)
     assert {type(p) for p in made.parameters()} == {nn.Parameter}

@@ -19,7 +19,7 @@ def test_the_heads_gradients_come_later_and_are_the_same(world, schedule, virtua
     how = {"schedule": schedule, "virtual_stages": virtual, "wgrad_deferral_limit": limit}
     for rank in world(2).run(pipelined, {"size": 2, "microbatches": 4, "defer_embedding_wgrad": True, **how}):
         assert torch.equal(rank["weights"], by_hand(4, {}))
-        assert "where its rank waits" in rank["plan"]
+        assert "while its rank would wait" in rank["plan"]
 
 
 class Shares(Net):
