@@ -91,7 +91,7 @@ class ContextCut(TokenCut):
         order = self._order
         if order == "auto" and mask is not None:
             if mask.documents is not None and not self._boundary.has_remote_blocks:
-                return TokenLayout.by_area(mask, self.ranks)
+                return TokenLayout.for_documents(mask, self.ranks)
             order = "balanced" if mask.causal and mask.window is None else "contiguous"
         make = TokenLayout.contiguous if order == "contiguous" else TokenLayout.balanced
         return make(tokens, self.ranks)

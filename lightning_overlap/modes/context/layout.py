@@ -12,6 +12,8 @@ from torch import Tensor
 from lightning_overlap.decision import ConfigError
 from lightning_overlap.modes.context.mask import Mask
 
+BALANCED_ENOUGH = 1.1
+"""The most pairs of a rank, relative to the mean, with which a layout of less traffic is taken."""
 CHUNKS_BY_AREA = 8
 """Chunks a rank has where they are dealt out by area: more balance documents better, and make smaller products."""
 
@@ -84,6 +86,20 @@ class TokenLayout:
             free = [mine for mine in dealt if len(mine) < chunks // ranks]
             min(free, key=lambda mine: sum(areas[i] for i in mine)).append(chunk)
         return cls.dealt(mask.tokens, dealt)
+
+    @classmethod
+    def for_documents(cls, mask: Mask, ranks: int) -> TokenLayout:
+        """The layout with the least traffic that gives all ranks about as many visible pairs: for packed documents.
+
+        Consecutive tokens need the keys of a document at each end only, an early and a late range twice as many, and ranges that are
+        dealt out by area need most: but they balance any lengths.
+        """
+        counts = mask.visible_counts()
+        for layout in (cls.contiguous(mask.tokens, ranks), cls.balanced(mask.tokens, ranks)):
+            pairs = [sum(int(counts[part.start : part.stop].sum()) for part in mine) for mine in layout.ranges]
+            if max(pairs) * ranks <= BALANCED_ENOUGH * sum(pairs):
+                return layout
+        return cls.by_area(mask, ranks)
 
     @classmethod
     def dealt(cls, tokens: int, chunks: Sequence[Iterable[int]]) -> TokenLayout:

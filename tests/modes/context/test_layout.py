@@ -1,4 +1,4 @@
-"""Layouts against the oracles of the field (reference/megatron.md 8.9), and what they are for: balance."""
+"""Layouts against known examples of early and late chunks, and what they are for: balance."""
 
 import itertools
 
@@ -62,3 +62,14 @@ def test_a_layout_that_is_none_is_an_error() -> None:
             TokenLayout(5, ranges)
     with pytest.raises(ConfigError, match="0 tokens"):
         TokenLayout.balanced(0, 2)
+
+
+@pytest.mark.parametrize(
+    ("lengths", "order"),
+    [([16] * 16, "contiguous"), ([128, 32, 16, 16, 16, 16, 16, 16], "by_area"), ([256], "balanced")],
+)
+def test_documents_get_the_layout_of_least_traffic_that_balances(lengths: list[int], order: str) -> None:
+    documents = torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths)).unsqueeze(0)
+    mask = Mask(256, causal=True, documents=documents)
+    make = TokenLayout.by_area if order == "by_area" else lambda mask, ranks: getattr(TokenLayout, order)(mask.tokens, ranks)
+    assert TokenLayout.for_documents(mask, 4) == make(mask, 4)
