@@ -125,6 +125,8 @@ class _Clock(Callback):
         self._on_device = trainer.strategy.root_device.type == "cuda"
         self._clock = DeviceClock() if self._on_device else Clock()
         self._skipped = {mode.name: skip_transfers(mode) for mode in self._modes if self.skip}
+        if self.skip and isinstance(trainer.strategy, OverlapStrategy):
+            trainer.strategy.stop_comparing()
         self.logs = bool(self._modes) and not self.skip
 
     def on_train_batch_start(self, trainer: Trainer, module: LightningModule, batch: Any, batch_idx: int) -> None:

@@ -302,6 +302,11 @@ class OverlapStrategy(MeshStrategy):
             self._driver.run_step(step)
         return step.output
 
+    def stop_comparing(self) -> None:
+        """Compares no more batches and losses between ranks: a benchmark without transfers has wrong losses."""
+        if self._run is not None:
+            self._run.comparison = None
+
     def _user_step(self) -> contextlib.AbstractContextManager[None]:
         """Encloses calls that run the user's steps."""
         return contextlib.nullcontext() if self._mirror is None else self._mirror.step()
