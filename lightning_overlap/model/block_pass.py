@@ -5,7 +5,7 @@ stage runs them. A pass receives their outputs before it needs them, and keeps t
 
     the user's loop calls         | block 0 | block 1 | block 2 | block 3 | block 4 ...
     the pass of blocks 2 and 3    | remote  | remote  | run     | run     | the forward ends
-                                            receives ^         ^ keeps, to send
+                                            receives ^                   ^ keeps, to send
 
 A remote block returns the tensors that were received (the hidden states that block 2 needs, a position bias that all blocks share, a
 loss), and a :class:`RemoteTensor` for each other tensor.
@@ -90,7 +90,7 @@ class RemoteTensor(Tensor):
 
     @classmethod
     def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if function in METADATA and args[0].leaf[1] == 0:
+        if function in METADATA and args[0].leaf[1] == args[0].current_pass.progress.hidden_index:
             return super().__torch_function__(function, types, args, kwargs)
         args, kwargs = replaced((args, kwargs or {}), lambda x: x.current_pass.resolve(x.leaf) if isinstance(x, RemoteTensor) else x)
         return function(*args, **kwargs)

@@ -1,4 +1,5 @@
-"""The boundary of the block stack: tokens are sharded before the first block and gathered after the last one.
+"""The boundary of the block stack: tokens are sharded before the first block. After the last one they are gathered, or handed on as a
+tensor that has the shape of all tokens and the values of this rank's (:mod:`~lightning_overlap.model.sharded_tokens`).
 
 A mode that shards tokens registers a :class:`TokenCut`, which declares its nesting. The outer cut enters first and leaves last, in
 whatever order the modes register:
@@ -6,7 +7,7 @@ whatever order the modes register:
     all tokens  ->  context  ->  sequence  ->  blocks  ->  sequence  ->  context  ->  all tokens
 
 Cuts are hooks of the blocks. The pipeline is outside of them: it replaces the list of blocks
-(:class:`~lightning_overlap.model.block_stack.BlockStack`). Embeddings and the loss see all tokens.
+(:class:`~lightning_overlap.model.block_stack.BlockStack`). Embeddings see all tokens.
 """
 
 from __future__ import annotations
@@ -69,7 +70,7 @@ class TokenCut(ABC):
 
     @abstractmethod
     def leave(self, x: Tensor) -> Tensor:
-        """Gathers the tokens of all ranks of this cut, the inverse of :meth:`enter`. Called after the last block."""
+        """Hidden states in the shape of all tokens of this cut: gathered, or a stand-in. Called after the last block."""
 
     def shard_argument(self, x: Tensor) -> Tensor:
         """Takes this rank's part of another argument of a block (positions, rotary tables, a mask). Called before each block for each

@@ -112,7 +112,7 @@ def _refuse_gradient(_: Tensor) -> None:
     """Called where a gradient comes to the tensor that has no numbers, and not to the local part."""
     raise ConfigError(
         "a torch.autograd.Function (a fused kernel's, or that of a checkpoint with use_reentrant=True) was given a tensor whose "
-        "tokens are sharded over the ranks. It reads tensors past torch's functions, where this one has no numbers. Use torch's "
+        "tokens are sharded over the ranks. It reads tensors past torch's functions, where this one has no values. Use torch's "
         "functions after the blocks, or set context_parallel.boundary: blocks"
     )
 

@@ -139,7 +139,9 @@ class Schedule:
             for rank, action in blocked:
                 missing = " and ".join(names.get(need, str(need)) for need in self.needs(action) if need not in results)
                 waits.append(f"rank {rank} at {action}, which needs {missing}")
-            raise ConfigError(f"schedule {self.name} deadlocks: {'; '.join(waits)}. Move the needed actions forward")
+            raise ConfigError(
+                f"schedule {self.name} deadlocks: {'; '.join(waits)}. Move the needed actions earlier in their ranks' lines"
+            )
         return order
 
 

@@ -4,7 +4,7 @@ A value that passes between blocks, or from a block to the loss, by a way that n
 no other check sees it. So the first batch of a fit is computed twice before it is trained on: by the unsharded model, which every rank
 assembles for that time, and by the sharded one. Neither run changes a gradient, buffer, metric, log, attribute or random state. (The
 comparison cannot undo a step that writes parameters or files, or calls a logger itself.) Dropout is off in both runs, because its
-masks differ where activations are sharded. Mixed precision is off, so that no difference is rounding.
+masks differ where activations are sharded. Mixed precision is off, so that rounding stays within the tolerances below.
 """
 
 from __future__ import annotations

@@ -58,8 +58,8 @@ def _is_mask(x: Tensor, tokens: int) -> bool:
     return (is_bool or is_float) and (x.dim() == 2 or x.shape[-2] == 1)
 
 
-def per_token_forward(forward: Callable[..., Any], local: Callable[[], LocalTokens | None]) -> Callable[..., Any]:
-    """The forward of a module with the role ``per_token``: a table that it makes from the number of its tokens has this rank's rows.
+def token_table_forward(forward: Callable[..., Any], local: Callable[[], LocalTokens | None]) -> Callable[..., Any]:
+    """The forward of a module with the role ``token_table``: a table that it makes from the number of its tokens has this rank's rows.
 
     The module runs as for the whole sequence. What it is given with an entry a token is zero where other ranks have the token, so that
     it may compute with it, token by token.
@@ -92,8 +92,9 @@ def _widen(x: Any, local: LocalTokens) -> Any:
     dims = [dim for dim, length in enumerate(x.shape) if length == count]
     if len(dims) > 1:
         raise ConfigError(
-            f"a module with the role per_token is called with a tensor of shape {tuple(x.shape)}, whose dims {dims} are all as long "
-            f"as this rank's part of the sequence ({count} tokens): which one counts tokens cannot be told. Train with another length"
+            f"a module with the role token_table is called with a tensor of shape {tuple(x.shape)}, whose dims {dims} are all as long "
+            f"as this rank's part of the sequence ({count} tokens): which one counts tokens cannot be told. Use a sequence length "
+            "whose part is as long as no other dim, or set context_parallel: 1"
         )
     shape = list(x.shape)
     shape[dims[0]] = local.tokens

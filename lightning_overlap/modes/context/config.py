@@ -125,13 +125,11 @@ def decide(config: ContextParallel, degrees: Degrees, facts: Facts, *, overlap: 
     return ContextChoices(
         size=Choice(config.size, config.size, "the model is not known yet" if model is None else model.summary),
         method=_method(config, degrees, model),
-        order=Choice(
-            config.order,
-            config.order,
-            "by each batch's mask: balanced if causal, else contiguous" if config.order == "auto" else "as configured",
-        ),
+        order=Choice("by mask", "auto", "balanced if causal, else contiguous; by documents if packed")
+        if config.order == "auto"
+        else Choice(config.order, config.order, "as configured"),
         boundary=_boundary(config),
-        pieces=Choice(config.pieces, config.pieces, "a rank receives the keys and values of all others in so many parts"),
+        pieces=Choice(config.pieces, config.pieces, f"a rank receives the keys and values of all others in {config.pieces} parts"),
         overlap=settle(
             "context_parallel.overlap",
             config.overlap,

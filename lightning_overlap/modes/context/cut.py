@@ -1,4 +1,5 @@
-"""Where tokens are sharded, and where they are joined again: the context's cut at the boundary of the block stack."""
+"""The context's cut at the boundary of the block stack: takes this rank's tokens before the first block; after the last one gathers
+all tokens (``boundary: blocks``), or hands on :class:`~lightning_overlap.model.sharded_tokens.ShardedTokens` (``boundary: loss``)."""
 
 from __future__ import annotations
 
@@ -29,7 +30,7 @@ class ContextState:
     Attributes:
         layout: which tokens each rank has; None before the first block.
         local: the tokens of this rank; None before the first block, and in a forward that is not sharded.
-        shards: the same as ``layout``, for tensors that stay sharded after the blocks.
+        shards: the same as ``layout``, as an object that takes and gathers this rank's tokens.
         gathers: tokens are gathered after the last block.
         batch: number of samples.
     """

@@ -15,7 +15,7 @@ from lightning_overlap.model.boundary import Nesting
 from lightning_overlap.model.patches import replace_method
 from lightning_overlap.modes.base import Setup, Sharder
 from lightning_overlap.modes.context import seam
-from lightning_overlap.modes.context.arguments import per_token_forward
+from lightning_overlap.modes.context.arguments import token_table_forward
 from lightning_overlap.modes.context.attention import ContextAttention
 from lightning_overlap.modes.context.config import ContextChoices, ContextFacts, ContextParallel
 from lightning_overlap.modes.context.cut import ContextCut, ContextState
@@ -72,14 +72,14 @@ class ContextMode(Sharder):
         def local() -> LocalTokens | None:
             return boundary.forwards.current.of(ContextState).local
 
-        for path in names_by_role(model, self.setup.roles, "per_token"):
+        for path in names_by_role(model, self.setup.roles, "token_table"):
             module = model.get_submodule(path)
-            self._undo.append(replace_method(module, "forward", per_token_forward(module.forward, local)))
+            self._undo.append(replace_method(module, "forward", token_table_forward(module.forward, local)))
         named = {f"{name}.{number}": block for number, block in enumerate(blocks)}
         attentionless = frozenset(names_by_role(model, self.setup.roles, "token_wise")) & named.keys()
         self._undo.append(seam.install(named, self._attend, local, attentionless=attentionless))
         is_unsharded = self._switch_hugging_face(model, blocks)
-        cut = ContextCut(self.group, boundary, self.choices.order.value, self.choices.boundary.value, is_unsharded)
+        cut = ContextCut(self.group, boundary, self.config.order, self.choices.boundary.value, is_unsharded)
         self._undo.append(boundary.register(blocks, cut))
 
     def _switch_hugging_face(self, model: nn.Module, blocks: Sequence[nn.Module]) -> Callable[[], bool]:

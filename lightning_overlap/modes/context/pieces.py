@@ -1,6 +1,6 @@
 """The plan of an attention: which pieces of keys and values a rank gets, from whom, in which rounds, and what it computes with them.
 
-Every rank makes the plans of all ranks from the same mask and layout, so that each knows what the others need: no rank asks another.
+Every rank computes from the same mask and layout what all ranks need: no rank asks another.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from lightning_overlap.modes.context.mask import Mask, Relation
 
 PieceMethod = Literal["p2p", "all_gather"]
 TILE = 256
-"""Tokens by which queries and keys are told apart where a mask cuts through them: fewer make products slower, more compute what is
-masked."""
+"""Length of the tiles, in tokens, into which a partly masked area is cut. Shorter tiles make products slower, longer ones compute more
+that is masked."""
 REMEMBERED_PLANS = 64
 
 
@@ -28,7 +28,7 @@ class Piece:
 
     Args:
         owner: the rank.
-        rows: the tokens among those of the rank.
+        rows: indices of the tokens among those of the rank.
         positions: the tokens in the sequence.
     """
 
@@ -100,8 +100,8 @@ class Plan:
 
     Args:
         local: what it computes with its own keys.
-        rounds: what travels, in the order of use; all ranks have as many rounds.
-        ahead: rounds that travel at a time: as many as bring the tokens of one rank.
+        rounds: what travels, in the order of use; the same number on all ranks.
+        ahead: rounds that travel at a time: as many as bring the tokens of one rank by p2p, all rounds by all_gather.
     """
 
     local: tuple[Use, ...]

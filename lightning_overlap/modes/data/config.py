@@ -151,7 +151,9 @@ def decide(config: DataParallel, degrees: Degrees, facts: Facts, *, overlap: boo
 def _size_reason(degrees: Degrees, facts: Facts) -> str:
     others = {"pipeline": degrees.pipeline, "context": degrees.context, "tensor": degrees.tensor}
     reason = " / ".join([f"{facts.world_size} ranks", *(f"{name} {size}" for name, size in others.items() if size > 1)])
-    return f"{reason}; gradients are averaged over these x context {degrees.context}" if degrees.context > 1 else reason
+    if degrees.context == 1:
+        return reason
+    return f"{reason}; gradients are averaged over {degrees.gradients} ranks (data {degrees.data} x context {degrees.context})"
 
 
 def _needs_optimizer(sharded: bool) -> tuple[bool, str]:

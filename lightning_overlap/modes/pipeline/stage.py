@@ -206,7 +206,8 @@ class Stages:
         """
         if not self._backward_started:
             raise ConfigError(
-                "no stage on this rank ran a backward: it has no trainable parameters and receives no gradient. Use fewer stages"
+                "no stage on this rank ran a backward: its blocks have no trainable parameters and receive no gradient. Use fewer "
+                "stages, or set pipeline_parallel.layers_per_stage so that each rank has a block that is trained"
             )
         self._batch.step.finish_backward()
 

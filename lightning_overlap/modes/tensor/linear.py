@@ -13,7 +13,8 @@ that was created last. So the order of creation (downwards) decides the order of
                      _PostInputGrad      1. the input's gradient from all column layers; posts its sum, piece by piece
     column layers    _ColumnProduct      0. keep the gradient of their output
 
-The weights' gradients need the region's input again: 4 posts its gather after that of the output's gradient.
+Step 4 belongs to the region above, whose row layer it is: it also posts the gather of that region's input, which the steps 2 and 5
+that follow need again. Nodes ending in Grad are named for what their backward does, the others for their forward.
 """
 
 from __future__ import annotations
@@ -144,7 +145,7 @@ class _RemoteWeightGrad(Function):
     def backward(ctx: Any, total: Tensor | None) -> Any:
         state: InputState = ctx.state
         for grad in state.output_grads.pop(ctx.weight_id, []):
-            assert state.gathered is not None, "the column layer has posted the gather"
+            assert state.gathered is not None, "the row layer, or else the column layer, has posted the gather"
             assert total is not None, "_LocalWeightGrad runs first"
             add_remote_weight_gradient(total, grad, state.gathered, state.exchange)
         if not state.output_grads:
@@ -172,7 +173,7 @@ class _LocalWeightGrad(Function):
         grad_weight = grad_bias = None
         for grad in state.output_grads.get(ctx.weight_id, []):
             if ctx.needs_input_grad[0]:
-                assert state.gathered is not None, "the column layer has posted the gather"
+                assert state.gathered is not None, "the row layer, or else the column layer, has posted the gather"
                 product = local_weight_gradient(grad, state.gathered, state.exchange)
                 grad_weight = product if grad_weight is None else grad_weight.add_(product)
             if ctx.needs_input_grad[1]:

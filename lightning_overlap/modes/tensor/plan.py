@@ -180,7 +180,7 @@ def _layers(model: nn.Module, roles: Mapping[str, str], problems: list[str]) -> 
     layers: dict[str, ShardedLayer] = {}
     token_wise: set[str] = set()
     for pattern, role in roles.items():
-        if role in ("blocks", "per_token"):
+        if role in ("blocks", "token_table"):
             continue
         names = names_matching(model, pattern)
         if not names:
@@ -216,7 +216,7 @@ def _indivisible(layers: Iterable[ShardedLayer], size: int) -> Iterator[str]:
 
 def _roles(model: nn.Module, parallel_plan: Mapping[str, str]) -> tuple[str, dict[str, str]]:
     """The source of the roles, and the roles by pattern."""
-    if any(role not in ("blocks", "per_token") for role in parallel_plan.values()):
+    if any(role not in ("blocks", "token_table") for role in parallel_plan.values()):
         return "strategy's parallel_plan", dict(parallel_plan)
     attribute = getattr(model, "parallel_plan", None)
     if isinstance(attribute, Mapping):

@@ -20,7 +20,7 @@ def choices(world: int = 4, model: ContextFacts | None = None, overlap: Any = "a
 def test_gradients_are_averaged_over_context_ranks_also_without_data_parallelism() -> None:
     plan = choices(world=2, size=2)
     assert plan["data"].size.value == 1
-    assert plan["data"].size.why == "2 ranks / context 2; gradients are averaged over these x context 2"
+    assert plan["data"].size.why == "2 ranks / context 2; gradients are averaged over 2 ranks (data 1 x context 2)"
     assert plan["data"].overlap_grad_reduce.value
 
 

@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 from lightning_overlap.decision import ConfigError
 from lightning_overlap.model.patches import replace_method
 from lightning_overlap.model.trees import leaves, replaced
-from lightning_overlap.modes.context.arguments import per_token_forward, shard_argument
+from lightning_overlap.modes.context.arguments import shard_argument, token_table_forward
 from lightning_overlap.modes.context.local_tokens import LocalTokens
 from lightning_overlap.modes.context.mask import Mask
 from lightning_overlap.modes.context.refusals import find_mixers
@@ -350,11 +350,11 @@ class Rotary(nn.Module):
         return x * angles.cos().repeat(1, 2) if length is None else angles.cos()
 
 
-def test_modules_with_the_role_per_token_give_the_ranks_rows():
+def test_modules_with_the_role_token_table_give_the_ranks_rows():
     rotary = Rotary()
     x = torch.randn(2, TOKENS, 4)
     whole, table = rotary(x), rotary(x, TOKENS)
-    undo = replace_method(rotary, "forward", per_token_forward(rotary.forward, lambda: LocalTokens(TOKENS, SOME)))
+    undo = replace_method(rotary, "forward", token_table_forward(rotary.forward, lambda: LocalTokens(TOKENS, SOME)))
     local = x[:, SOME].requires_grad_()
     assert torch.equal(rotary(local), whole[:, SOME])
     assert torch.equal(rotary(local, len(SOME)), table[SOME])
