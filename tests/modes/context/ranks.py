@@ -2,7 +2,6 @@
 
 import queue
 import threading
-from collections import defaultdict
 from collections.abc import Callable, Sequence
 from itertools import accumulate, pairwise
 from typing import Any
@@ -26,6 +25,18 @@ class Wait:
         self.group.events.append(("wait", self.label))
 
 
+class Mail:
+    """What ranks send each other. Two threads that ask for a box first get the same one, which a defaultdict does not promise."""
+
+    def __init__(self) -> None:
+        self.boxes: dict[Any, queue.SimpleQueue[Tensor]] = {}
+        self._lock = threading.Lock()
+
+    def __getitem__(self, key: Any) -> queue.SimpleQueue[Tensor]:
+        with self._lock:
+            return self.boxes.setdefault(key, queue.SimpleQueue())
+
+
 class ThreadGroup:
     """The verbs of a group that attention needs.
 
@@ -34,7 +45,7 @@ class ThreadGroup:
         nbytes: bytes that this rank has sent.
     """
 
-    def __init__(self, rank: int, size: int, mail: dict[Any, queue.SimpleQueue[Tensor]]) -> None:
+    def __init__(self, rank: int, size: int, mail: Mail) -> None:
         self.rank, self.size, self.mail = rank, size, mail
         self.events: list[tuple[str, str]] = []
         self.nbytes = 0
@@ -75,7 +86,7 @@ class ThreadGroup:
 
 def on_ranks(size: int, function: Callable[..., Any], *arguments: Any) -> list[Any]:
     """Calls a function with each rank's group, and returns the results by rank."""
-    mail: dict[Any, queue.SimpleQueue[Tensor]] = defaultdict(queue.SimpleQueue)
+    mail = Mail()
     results: list[Any] = [None] * size
 
     def run(rank: int) -> None:
@@ -92,5 +103,5 @@ def on_ranks(size: int, function: Callable[..., Any], *arguments: Any) -> list[A
     # A rank whose peer has failed waits in vain: the peer's error comes first.
     for error in sorted((x for x in results if isinstance(x, BaseException)), key=lambda error: isinstance(error, queue.Empty)):
         raise error
-    assert all(box.empty() for box in mail.values()), "something was sent that nobody has received"
+    assert all(box.empty() for box in mail.boxes.values()), "something was sent that nobody has received"
     return results
