@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from lightning_overlap.decision import Choice, Choices, ConfigError, check_count, check_switch, check_word, refuse, settle
@@ -33,7 +33,7 @@ class ContextParallel:
     """How attention sees all keys. ``p2p``: each rank receives the pieces of keys and values that its queries see. ``all_gather``:
     every rank receives all of them. ``a2a``: ranks exchange tokens for heads (DeepSpeed-Ulysses). ``a2a+p2p``: a2a between the ranks
     of an inner group, p2p between groups. ``auto``: p2p or a2a, whichever sends fewer bytes."""
-    hierarchical_sizes: Sequence[int] | None = None
+    hierarchical_sizes: Sequence[int] | None = field(default=None, hash=False)
     """Of ``a2a+p2p``: ranks of an inner group, and the number of groups; their product is ``size``."""
     order: Literal["auto", "balanced", "contiguous"] = "auto"
     """Which tokens a rank has. ``balanced``: an early and a late part, which have the same work under a causal mask.
@@ -108,6 +108,10 @@ class ContextChoices(Choices):
 def decide(config: ContextParallel, degrees: Degrees, facts: Facts, *, overlap: bool) -> ContextChoices | None:
     """The home of this mode's gates; see :class:`lightning_overlap.modes.descriptor.Decide`."""
     if config.size == 1:
+        for name in ("method", "order", "boundary", "overlap"):
+            if (asked := getattr(config, name)) not in ("auto", False):
+                value = "true" if asked is True else asked
+                raise ConfigError(f"context_parallel.{name}: {value} needs context_parallel.size of at least 2")
         return None
     model = facts.of(ContextFacts)
     mixers = model.mixers if model is not None else ()

@@ -48,7 +48,7 @@ class ContextCut(TokenCut):
     Args:
         group: the ranks.
         boundary: of the blocks.
-        order: ``auto``, ``balanced`` or ``contiguous``; see :class:`~lightning_overlap.modes.context.config.ContextParallel`.
+        order: ``by mask``, ``balanced`` or ``contiguous``; see :class:`~lightning_overlap.modes.context.config.ContextParallel`.
         exit: ``loss`` or ``blocks``: where tokens are joined again.
         is_unsharded: whether the present forward runs with all tokens on every rank.
     """
@@ -90,7 +90,7 @@ class ContextCut(TokenCut):
 
     def _lay_out(self, tokens: int, mask: Mask | None) -> TokenLayout:
         order = self._order
-        if order == "auto" and mask is not None:
+        if order == "by mask" and mask is not None:
             if mask.documents is not None and not self._boundary.has_remote_blocks:
                 return TokenLayout.for_documents(mask, self.ranks)
             order = "balanced" if mask.causal and mask.window is None else "contiguous"

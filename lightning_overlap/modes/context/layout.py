@@ -51,7 +51,7 @@ class TokenLayout:
 
     def positions(self, rank: int) -> Tensor:
         """Positions in the sequence of a rank's tokens, ``(count,)``, int64, ascending."""
-        return torch.tensor(list(itertools.chain(*self.ranges[rank])), dtype=torch.long)
+        return torch.cat([torch.arange(part.start, part.stop) for part in self.ranges[rank]] or [torch.empty(0, dtype=torch.long)])
 
     def merged(self, sets: Sequence[Sequence[int]]) -> TokenLayout:
         """The layout whose ranks have the tokens of several ranks each, by the sets of these."""

@@ -42,13 +42,13 @@ class ContextMode(Sharder):
     def __init__(self, config: ContextParallel, choices: ContextChoices, setup: Setup) -> None:
         super().__init__(config, choices, setup)
         self.group: Group = self.mesh.group("context", self.timeout, "context")
-        inner, outer = config.hierarchical_sizes or (1, 1)
+        sizes = config.hierarchical_sizes
         self._attention = ContextAttention(
             self.group,
             choices.method.value,
             pieces=config.pieces,
             overlapped=choices.overlap.value,
-            hierarchical_sizes=None if config.hierarchical_sizes is None else (inner, outer),
+            hierarchical_sizes=None if sizes is None else (sizes[0], sizes[1]),
         )
         self._undo: list[Callable[[], None]] = []
         self._model: nn.Module | None = None
@@ -79,7 +79,7 @@ class ContextMode(Sharder):
         attentionless = frozenset(names_by_role(model, self.setup.roles, "token_wise")) & named.keys()
         self._undo.append(seam.install(named, self._attend, local, attentionless=attentionless))
         is_unsharded = self._switch_hugging_face(model, blocks)
-        cut = ContextCut(self.group, boundary, self.config.order, self.choices.boundary.value, is_unsharded)
+        cut = ContextCut(self.group, boundary, self.choices.order.value, self.choices.boundary.value, is_unsharded)
         self._undo.append(boundary.register(blocks, cut))
 
     def _switch_hugging_face(self, model: nn.Module, blocks: Sequence[nn.Module]) -> Callable[[], bool]:

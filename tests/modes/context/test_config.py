@@ -72,3 +72,18 @@ def test_what_mixes_tokens_is_refused() -> None:
 def test_compiled_modules_are_refused() -> None:
     with pytest.raises(ConfigError, match="the module is compiled"):
         resolve(OverlapConfig(context_parallel=ContextParallel(size=2)), Facts(world_size=2, compiled=True))
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [{"method": "a2a"}, {"order": "contiguous"}, {"boundary": "blocks"}, {"overlap": True}],
+    ids=lambda setting: next(iter(setting)),
+)
+def test_a_setting_of_one_rank_is_not_passed_over(setting: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match=rf"context_parallel\.{next(iter(setting))}: \w+ needs context_parallel.size of at least 2"):
+        resolve(OverlapConfig(context_parallel=ContextParallel(size=1, **setting)), Facts(world_size=2))
+    assert "context" not in choices(size=1)
+
+
+def test_a_configuration_can_be_hashed() -> None:
+    assert hash(ContextParallel(size=4, method="a2a+p2p", hierarchical_sizes=[2, 2]))
