@@ -197,15 +197,12 @@ class StageExchange:
 
     def _send(self, current_pass: Pass, stage: int, targets: list[int]) -> None:
         known = {**current_pass.kept, **current_pass.received}
-        # Other ranks take ordinary tensors, not those of which each rank has some tokens.
-        sent = {
-            leaf: x.complete("evaluation in a pipeline") if isinstance(x, StandIn) else x
-            for leaf, x in known.items()
-            if self._is_sent(current_pass, stage, leaf)
-        }
+        sent = {leaf: x for leaf, x in known.items() if self._is_sent(current_pass, stage, leaf)}
         tensors = list({id(x): x for x in sent.values()}.values())
         index_of = {id(x): index for index, x in enumerate(tensors)}
         indices = {leaf: index_of[id(x)] for leaf, x in sent.items()}
+        # Other ranks take ordinary tensors, not those of which each rank has some tokens.
+        tensors = [x.complete("evaluation in a pipeline") if isinstance(x, StandIn) else x for x in tensors]
         forms = [Form(tuple(x.shape), x.dtype, has_gradient=False) for x in tensors]
         message = pickle.dumps(_Description(current_pass.structures, indices, forms))
         description = torch.frombuffer(bytearray(message), dtype=torch.uint8).to(self._device)
