@@ -1,7 +1,8 @@
-"""How much of the transfers of experts runs under their products. Run it with two ranks: torchrun --nproc-per-node 2 -m
-examples.measure_experts, each on a host with a link of its own.
+"""How much of the transfers of experts runs under their products.
 
-For four layers of experts, forward and backward: with overlap, without, the products without transfers, the transfers without products.
+Run it on two ranks, each on a host with a link of its own: torchrun --nproc-per-node 2 -m examples.measure_experts
+
+For four layers of experts, forward and backward: with overlap, without, the products without transfers, the transfers alone.
 """
 
 import argparse
