@@ -1,4 +1,4 @@
-"""The command ``lightning-overlap``: LightningCLI's subcommands, ``plan``, ``verify`` and ``bench``."""
+"""The command ``lightning-overlap``: LightningCLI's subcommands, ``plan``, ``verify``, ``bench`` and ``consolidate``."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from json import dumps
 from pathlib import Path
 from typing import Any, Literal
 
+from jsonargparse import auto_cli
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.strategies import StrategyRegistry
@@ -22,6 +23,8 @@ from lightning_overlap.cli_errors import Parser, nearest, shorten
 from lightning_overlap.decision import ConfigError
 from lightning_overlap.plan import resolve
 from lightning_overlap.profiling.report import import_plotly, write_figures
+from lightning_overlap.state.checkpoint import CheckpointError
+from lightning_overlap.state.consolidate import consolidate
 from lightning_overlap.steps.simulate import draw
 from lightning_overlap.strategy.seams import facts_of
 from lightning_overlap.strategy.strategy import OverlapStrategy
@@ -172,9 +175,12 @@ def main() -> None:
     if sys.argv[1:2] == ["plan"]:
         sys.argv[1:] = _ranks(sys.argv[1:])
     try:
+        if sys.argv[1:2] == ["consolidate"]:  # it needs no trainer
+            auto_cli(consolidate, args=sys.argv[2:])
+            return
         _CLI(trainer_class=_Trainer, subclass_mode_model=True, subclass_mode_data=True, parser_class=Parser,
              model_class=LightningModule, save_config_kwargs={"overwrite": True})  # fmt: skip
-    except ConfigError as error:
+    except (ConfigError, CheckpointError) as error:
         sys.exit(f"error: {error}")
 
 
