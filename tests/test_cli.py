@@ -84,6 +84,19 @@ def test_a_switch_needs_no_value(monkeypatch, capsys):
     )
 
 
+@pytest.mark.parametrize(
+    ("machine", "devices", "nodes", "layout"),
+    [
+        ("1x8", 8, 1, "8 ranks on cpu with gloo, precision bf16-mixed: tensor 2 x data 4"),
+        ("4x8", 8, 4, "32 ranks on cpu with gloo, precision bf16-mixed: pipeline 2 x tensor 4 x data 4"),
+        ("64x8", 8, 64, "512 ranks on cpu with gloo, precision bf16-mixed: pipeline 8 x tensor 8 x data 8"),
+    ],
+)
+def test_recipes_for_machines(monkeypatch, capsys, machine, devices, nodes, layout):
+    ranks = ["--devices", str(devices), "--num-nodes", str(nodes), "--model.n_layer", "16", "--model.n_head", "8"]
+    assert layout in plan(monkeypatch, capsys, "-c", "configs/base.yaml", "-c", f"configs/machine_{machine}.yaml", *ranks)
+
+
 def test_methods_in_a_file(monkeypatch, capsys, tmp_path):
     file = tmp_path / "methods.yaml"
     head = "trainer: {strategy: {class_path: lightning_overlap.OverlapStrategy, init_args: {tensor_parallel: "
