@@ -44,6 +44,7 @@ class OnlyLink:
     def __init__(self, group: Group) -> None:
         self.group, self.rank, self.size = group, group.rank, group.size
         self.transfers: list[tuple[Tensor, Any, Any]] = []
+        self.nbytes = 0
 
     def all_to_all(self, x: Tensor, send_sizes: Sequence[int], receive_sizes: Sequence[int], *, key: int, label: str) -> Pending:
         self.transfers.append((x.detach().clone(), send_sizes, receive_sizes))
@@ -52,6 +53,7 @@ class OnlyLink:
     def run(self) -> None:
         """Makes all transfers, each as soon as the link is free."""
         pending = [self.group.all_to_all(*each, key=i, label="again") for i, each in enumerate(self.transfers)]
+        self.nbytes = sum(each.transfer.nbytes for each in pending)
         for each in pending:
             each.wait()
 
@@ -121,12 +123,13 @@ def report(group: Group, arguments: argparse.Namespace, skew: float) -> None:
         arguments.repeats,
     )
     limit = max(times["compute, one part"], times["exchange"])
+    rate = float(group.sum(torch.tensor(float(link.nbytes)), "max")) * 8 / times["exchange"] / 1e3
     hidden_share = 1 - (times["overlapped"] - times["compute"]) / times["exchange"]
     waited = float(group.sum(torch.tensor(statistics.median(waits)), "max"))
     if group.rank == 0:
         row = " ".join(f"{name} {value:.0f}" for name, value in times.items())
         print(
-            f"skew {skew}: {row} ms; limit {limit:.0f}, overlapped = {times['overlapped'] / limit:.2f} x limit, plain = "
+            f"skew {skew}: {row} ms ({rate:.0f} Mbit/s); limit {limit:.0f}, overlapped = {times['overlapped'] / limit:.2f} x limit, plain = "
             f"{times['plain'] / times['overlapped']:.2f} x overlapped, hidden {hidden_share:.0%}, waits {waited:.0f} ms, splitting "
             f"{times['compute'] / times['compute, one part'] - 1:+.1%}",
             flush=True,
