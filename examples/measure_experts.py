@@ -134,8 +134,8 @@ def print_row(what: str, times: dict[str, float]) -> None:
     """Prints times in milliseconds, and what follows from them."""
     limit = max(times["compute, one part"], times["exchange"])
     print(
-        f"  {what}: {', '.join(f'{name} {value:.0f}' for name, value in times.items())}; overlapped {times['overlapped'] / limit:.2f} x "
-        f"limit, plain {times['plain'] / times['overlapped']:.2f} x overlapped, hidden "
+        f"  {what}: {', '.join(f'{name} {value:.0f}' for name, value in times.items())}; "
+        f"overlapped {times['overlapped'] / limit:.2f} x limit, plain {times['plain'] / times['overlapped']:.2f} x overlapped, hidden "
         f"{1 - (times['overlapped'] - times['compute']) / times['exchange']:.0%}, splitting "
         f"{times['compute'] / times['compute, one part'] - 1:+.1%}",
         flush=True,
