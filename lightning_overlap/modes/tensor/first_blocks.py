@@ -7,9 +7,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from lightning_overlap.model.copies import copy_without_hooks
 from lightning_overlap.model.hidden_states import find_hidden
 from lightning_overlap.model.patches import ReplacedForward
-from lightning_overlap.modes.tensor.check import BlockCheck, BlockLayout, copy_without_hooks, structure
+from lightning_overlap.modes.tensor.check import BlockCheck, BlockLayout, structure
 from lightning_overlap.modes.tensor.partition import Partition
 from lightning_overlap.modes.tensor.regions import Regions, RegionState
 from lightning_overlap.modes.tensor.replicated import ReplicatedGradients
