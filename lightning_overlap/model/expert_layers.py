@@ -49,6 +49,11 @@ class ExpertLayer:
     shared: str | None = None
 
     @property
+    def spread_parameters(self) -> list[nn.Parameter]:
+        """The parameters that have an entry an expert."""
+        return [self.module.get_parameter(name) for name in self.parameters]
+
+    @property
     def block(self) -> str:
         """Name of the module around the experts, in which their router and the shared experts are."""
         return self.name.rpartition(".")[0]
@@ -184,7 +189,7 @@ def _no_experts(model: nn.Module) -> str:
 
 def _tied(model: nn.Module, layers: list[ExpertLayer]) -> Iterator[str]:
     """Problems: parameters of experts that another module has, too."""
-    experts = {id(parameters_of(x.module)[key]): f"{x.name}.{key}" for x in layers for key in x.parameters}
+    experts = {id(p): f"{x.name}.{key}" for x in layers for key, p in zip(x.parameters, x.spread_parameters, strict=True)}
     seen: set[int] = set()
     for module in model.modules():
         for parameter in parameters_of(module).values():
