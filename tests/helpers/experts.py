@@ -78,3 +78,30 @@ class OwnMoE(nn.Module):
         _, weights, indices = self.route(x.flatten(0, -2))
         y: Tensor = self.ffns(x.flatten(0, -2), indices, weights)
         return y.view_as(x) + self.everybody(x)
+
+
+VOCABULARY = 64
+_SIZES = {"vocab_size": VOCABULARY, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+_SIZES |= {"intermediate_size": 48, "pad_token_id": 0, "head_dim": 8, "initializer_range": 0.1, "max_position_embeddings": 64}
+_MOE = {**_SIZES, "moe_intermediate_size": 24, "num_experts": 4, "num_experts_per_tok": 2}
+_DEEPSEEK = {
+    **{**_MOE, "num_key_value_heads": 4, "num_hidden_layers": 3, "first_k_dense_replace": 1, "n_routed_experts": 4},
+    **{"n_shared_experts": 2, "n_group": 2, "topk_group": 1, "kv_lora_rank": 8, "q_lora_rank": 8},
+    **{"qk_nope_head_dim": 8, "qk_rope_head_dim": 8, "v_head_dim": 8},
+}
+_DEEPSEEK = {name: value for name, value in _DEEPSEEK.items() if name not in ("num_experts", "head_dim")}
+MODELS: dict[str, tuple[Any, dict[str, Any]]] = {
+    "mixtral": (transformers.MixtralForCausalLM, {**_SIZES, "num_local_experts": 4}),
+    "qwen2": (transformers.Qwen2MoeForCausalLM, {**_MOE, "shared_expert_intermediate_size": 40, "decoder_sparse_step": 1}),
+    "qwen3": (transformers.Qwen3MoeForCausalLM, {**_MOE, "decoder_sparse_step": 1, "mlp_only_layers": [0], "norm_topk_prob": True}),
+    "olmoe": (transformers.OlmoeForCausalLM, {**_SIZES, "num_experts": 4, "num_experts_per_tok": 2}),
+    "deepseek": (transformers.DeepseekV3ForCausalLM, _DEEPSEEK),
+    "gpt_oss": (transformers.GptOssForCausalLM, {**_SIZES, "num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 8}),
+}
+"""Small models of transformers that train: class, arguments of its config."""
+
+
+def tiny(name: str, **changes: Any) -> Any:
+    """A small model of :data:`MODELS`, with other settings if asked."""
+    kind, settings = MODELS[name]
+    return kind(kind.config_class(**{**settings, **changes}))

@@ -120,8 +120,9 @@ class ExpertMode(PieceHolder):
             )
         if self._tensor is None or self.setup.boundary.is_cut(Nesting.LAYERS):
             return dispatch(hidden, indices, weights, experts, shared)
-        parts = [take_part(x, self._tensor) for x in (hidden, indices, weights)]
-        return gather_parts(dispatch(*parts, experts, shared), len(hidden), self._tensor)
+        tokens = len(hidden)
+        hidden, indices, weights = (take_part(x, self._tensor) for x in (hidden, indices, weights))
+        return gather_parts(dispatch(hidden, indices, weights, experts, shared), tokens, self._tensor)
 
     def _uninstall(self) -> None:
         """Makes the model compute as the user wrote it."""
@@ -149,8 +150,8 @@ class ExpertMode(PieceHolder):
             self._in_trial = False
 
     def finish_backward(self) -> None:
-        if not self._in_trial:
-            return  # the data mode sums the gradients
+        if self._held or not self._in_trial:
+            return  # in training, the data mode sums the gradients
         for parameter in self.partition.parameters.values():
             if parameter.grad is not None:
                 self._same.all_reduce(parameter.grad, label="expert.trial", divisor=self.mesh.size("context")).wait()

@@ -182,9 +182,9 @@ class SharedExperts:
 
     def install(self) -> Iterator[Callable[[], None]]:
         """Replaces the forwards. Yields functions that put them back."""
-        replacements = {"shared": self._run_shared_first, "router": self._run_router, "experts": self._run_experts}
+        replacements: dict[str, Callable[..., Any]] = {"shared": self._run_shared_first, "router": self._run_router, "experts": self._run_experts}
         if self._order.when == "after":
-            replacements = {"shared": self._run_shared, "experts": self._run_experts_with_shared}
+            replacements: dict[str, Callable[..., Any]] = {"shared": self._run_shared, "experts": self._run_experts_with_shared}
             yield self._block.register_forward_pre_hook(Hook(self._keep_input), with_kwargs=True).remove
         for part, forward in replacements.items():
             yield replace_method(self._parts[part], "forward", forward)

@@ -174,7 +174,8 @@ def find_plan(model: nn.Module, parallel_plan: Mapping[str, str], size: int) -> 
     if problems:
         reasons = "; ".join(dict.fromkeys(problems))
         raise ConfigError(f"tensor_parallel.size={size} with the {source} cannot shard the model: {reasons}")
-    loose = dict.fromkeys([*direct, *_mixing(model, blocks, regions, token_wise | routed_modules(model, roles | parallel_plan, blocks))])
+    token_wise |= routed_modules(model, {**roles, **parallel_plan}, blocks)
+    loose = dict.fromkeys([*direct, *_mixing(model, blocks, regions, token_wise)])
     sharded = {id(layer.module.weight) for layer in layers.values()}
     sharded |= {id(layer.module.bias) for layer in layers.values() if layer.role in ("column", "vocab_head")}
     # If tokens are not sharded, the gradients of these are the same on all ranks.
