@@ -43,6 +43,7 @@ class Experts(nn.Module):
         down_proj: ``(experts, hidden, intermediate)``.
     """
 
+    parallel_role = "experts"
     has_bias = False
     is_transposed = False
     is_concatenated = True
@@ -194,6 +195,8 @@ class TopKRouter(nn.Module):
     """
 
     e_score_correction_bias: Tensor | None
+
+    parallel_role = "router"
 
     def __init__(
         self,

@@ -106,7 +106,10 @@ def decide(config: ExpertParallel, degrees: Degrees, facts: Facts, *, overlap: b
             best=True,
             otherwise=False,
             because="they compute while the first tokens travel",
-            blockers=[(model is not None and bool(model.unshared), model.unshared if model is not None else "")],
+            blockers=[
+                (model is not None and bool(model.unshared), model.unshared if model is not None else ""),
+                (degrees.tensor > 1, "under tensor_parallel their layers may be sharded, with transfers of their own"),
+            ],
             overlap=overlap,
         ),
         delay_wgrad=settle(

@@ -44,6 +44,9 @@ def test_shared_experts_tell_why_they_wait() -> None:
     assert choose(without).overlap_shared_experts.why == "the model has no shared experts"
     with pytest.raises(ConfigError, match="overlap_shared_experts: true cannot run here: the model has no shared experts"):
         choose(without, overlap_shared_experts=True)
+    choices = decide(ExpertParallel(size=2), Degrees(tensor=2, expert=2), Facts(world_size=2), overlap=True)
+    assert choices is not None
+    assert not choices.overlap_shared_experts.value
 
 
 @pytest.mark.parametrize(
