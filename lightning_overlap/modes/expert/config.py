@@ -53,8 +53,8 @@ class ExpertParallel:
             check_count("expert_parallel.parts", self.parts)
         if self.dispatcher == "allgather" and self.split not in ("auto", "tokens"):
             raise ConfigError(
-                f"expert_parallel.split: {self.split} cannot be used with dispatcher: allgather, which sends each token once for all of "
-                "its experts; set split: tokens or auto"
+                f"expert_parallel.split: {self.split} cannot be used with dispatcher: allgather, which sends each token once for "
+                "all of its experts; set split: tokens or auto"
             )
 
 
