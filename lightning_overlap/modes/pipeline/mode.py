@@ -149,7 +149,7 @@ class PipelineMode(Driver, Holder):
 
     def run_step(self, step: Step) -> None:
         # If the first step is compared with that of the unsharded model, or had a finite loss, a NaN loss is the user's.
-        is_checked = not self._batches and not self.setup.first_step_is_verified
+        is_checked = self.config.size > 1 and not self._batches and not self.setup.first_step_is_verified
         self._batches += 1
         parts, weights = self._split(step)
         if self._batches == 1:
