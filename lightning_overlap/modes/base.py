@@ -22,6 +22,7 @@ from torch.optim import Optimizer
 
 from lightning_overlap.decision import Choices
 from lightning_overlap.model.boundary import Boundary, Nesting
+from lightning_overlap.model.first_blocks import FirstBlocks
 from lightning_overlap.ranks.clock import Timeline
 from lightning_overlap.ranks.group import Group
 from lightning_overlap.ranks.mesh import ParallelMesh
@@ -49,6 +50,7 @@ class Setup:
         boundary: of the model's block stack, where modes register their :class:`~lightning_overlap.model.boundary.TokenCut`.
         lanes: where the forward of one microbatch and the backward of another run beside each other. A mode whose ranks all wait at
             the same points hands over at each wait: it sets :attr:`~lightning_overlap.ranks.group.Group.before_wait`.
+        first_blocks: compares blocks that modes shard with unsharded copies, unless the whole first step is compared.
     """
 
     mesh: ParallelMesh
@@ -57,6 +59,10 @@ class Setup:
     first_step_is_verified: bool
     boundary: Boundary = field(default_factory=Boundary)
     lanes: Lanes = field(default_factory=Lanes)
+    first_blocks: FirstBlocks = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "first_blocks", FirstBlocks(self.boundary))
 
 
 class OverlapMode:
