@@ -106,13 +106,13 @@ class Runner:
             for _ in unit:
                 self._start_action(index)
                 index += 1
-            runs = [Lane(str(action), partial(self._run, action, self._inputs(action), compute)) for action in unit]
-            if len(runs) > 1:
+            first, *beside = [Lane(str(action), partial(self._run, action, self._inputs(action), compute)) for action in unit]
+            if beside:
                 assert lanes is not None, "without lanes no two actions run at a time"
-                lanes.run(*runs, timeline)
+                lanes.run(first, beside[0], timeline)
             else:
-                with nullcontext() if timeline is None else timeline.during(runs[0].name):
-                    runs[0].run()
+                with nullcontext() if timeline is None else timeline.during(first.name):
+                    first.run()
         self._start_action(index)
 
     def _start_action(self, index: int) -> None:
