@@ -171,7 +171,8 @@ class Product(Function):
         if ctx.needs_input_grad[0]:
             of_rows = _by_expert(gradient, weights.matrices(weight)[_slice(ctx.experts)].mT, ctx.sizes)
         if ctx.needs_input_grad[1]:
-            weights.gradients.add(partial(weights.add_gradients, rows, gradient, ctx.experts, ctx.sizes))
+            # Detached, since the gradients wait in an object that a node holds.
+            weights.gradients.add(partial(weights.add_gradients, rows.detach(), gradient, ctx.experts, ctx.sizes))
             of_token = gradient.new_empty(0)
         return of_rows, of_token, None, None, None, None, None
 

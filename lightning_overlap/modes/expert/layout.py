@@ -37,7 +37,7 @@ def choose(experts: int, ranks: int, split: Split | None = None, parts: int | No
         experts: of a layer.
         ranks: number of ranks.
         split: None: whole experts, with a rank's own tokens apart, if ranks have enough experts; else tokens.
-        parts: None: as few as leave ``EXPOSED_SHARE`` of the transfers exposed; not more than a rank has experts, if parts are experts.
+        parts: None: as few as leave ``EXPOSED_SHARE`` of the transfers exposed; if parts are experts, at most those of a rank.
     """
     exposed = 1.0 if split == "experts" else 1 - 2 / ranks
     wanted = parts or min(max(LEAST_PARTS, math.ceil(exposed / EXPOSED_SHARE)), MOST_PARTS)
