@@ -114,3 +114,13 @@ def moves_in_the_first_step(optimizer: str) -> list[bool]:
 def test_ds_8354_every_expert_moves_in_the_first_step(world: Any) -> None:
     for moves in world(2).run(moves_in_the_first_step, "adamw"):
         assert moves == [True] * 16
+
+
+@pytest.mark.parametrize("name", ["qwen2", "deepseek"])
+def test_overlap_changes_no_bit(world: Any, name: str) -> None:
+    """Nor do shared experts that compute before the block calls them."""
+    on, off = (world(2).run(fit, {"expert_parallel": 2, "overlap": overlap}, name) for overlap in ("auto", "off"))
+    assert "overlap_shared_experts auto on" in on[0]["plan"]
+    for a, b in zip(on, off, strict=True):
+        assert a["losses"] == b["losses"]
+        assert all(torch.equal(a["weights"][key], b["weights"][key]) for key in a["weights"])
