@@ -33,9 +33,9 @@ class ExpertParallel:
     overlap_dispatch: bool | Literal["auto"] = "auto"
     """Tokens travel in parts: the next part is sent to its experts, and the last one back, while the experts compute this one."""
     split: Split | Literal["auto"] = "auto"
-    """What a part is. ``experts``: some of a rank's experts, with all of their tokens. ``experts+local``: the same, but a rank computes
-    its own tokens of the first and the last part apart, while those of other ranks travel. ``tokens``: some tokens of each expert, also
-    in this way. ``auto``: experts and local tokens, if ranks have enough experts."""
+    """What a part is. ``experts``: some of a rank's experts, with all of their tokens. ``experts+local``: the same, but a rank
+    computes its own tokens of the first and the last part apart, while those of other ranks travel. ``tokens``: some tokens of each
+    expert, also in this way. ``auto``: experts and local tokens, if ranks have enough experts."""
     parts: int | Literal["auto"] = "auto"
     """Number of parts. More of them hide more of the transfers, and make smaller ones. ``auto``: as few as leave little exposed."""
     overlap_shared_experts: bool | Literal["auto"] = "auto"
