@@ -25,7 +25,7 @@ MIXTURES: dict[str, tuple[int, str, dict[str, Any], dict[str, Any]]] = {
     "ep 2 over tp 2 without sp, dp 2": (4, "deepseek", {"expert_parallel": 2, "tensor_parallel": WITHOUT_SP}, {}),
     "ep 4 over tp 2 without sp and dp 2": (4, "qwen2", {"expert_parallel": 4, "tensor_parallel": WITHOUT_SP}, {}),
     "ep 2 over tp 4": (4, "mixtral", {"expert_parallel": 2, "tensor_parallel": 4}, FOUR_HEADS),
-    "ep 2 over cp 2, dp 2": (4, "mixtral", {"expert_parallel": 2, "context_parallel": 2}, {}),
+    "ep 2 over cp 2, dp 2": (4, "mixtral", {"expert_parallel": 2, "context_parallel": 2}, {"packed": True}),
     "ep 4 over cp 2 and dp 2": (4, "qwen3", {"expert_parallel": 4, "context_parallel": 2}, {}),
 }
 
