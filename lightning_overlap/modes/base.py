@@ -257,6 +257,12 @@ class Holder(Sharder, ABC):
             tensor: unsharded.
         """
 
+    def local_gradients(self, gradients: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """This rank's part of unsharded gradients of its batch, by name of a parameter, as a step in a trial computes them. All ranks of
+        a stage call it for the same names."""
+        parts = {name: self.local_part(name, gradient) for name, gradient in gradients.items()}
+        return {name: part for name, part in parts.items() if part is not None}
+
     @abstractmethod
     def gather_model_state(self, state: dict[str, Any]) -> dict[str, Any]:
         """Adds the other ranks' parts to the module's ``state_dict()``, on the first rank. Collective."""

@@ -3,28 +3,159 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
-from lightning_overlap.decision import ConfigError, check_count
+from lightning_overlap.decision import Choice, Choices, ConfigError, check_count, check_switch, check_word, settle
 from lightning_overlap.facts import Facts
 from lightning_overlap.ranks.degrees import Degrees
+
+ADVICE = {
+    "bytes": "fewer ranks on this axis, or ranks of one node: a token is sent once for each of its experts",
+    "": "more parts, or overlap_shared_experts",
+}
+"""By kind of transfer, what may help where it is exposed."""
+Dispatcher = Literal["alltoall", "allgather"]
+DISPATCHERS: tuple[Dispatcher, ...] = ("alltoall", "allgather")
+Split = Literal["experts", "tokens"]
+SPLITS: tuple[Split, ...] = ("experts", "tokens")
+OVERLAPS = ("overlap_dispatch", "overlap_shared_experts", "delay_wgrad")
 
 
 @dataclass(frozen=True, kw_only=True)
 class ExpertParallel:
-    """Expert parallelism. Only ``size=1`` is possible in this version."""
+    """Expert parallelism: the experts of a layer are spread over ranks, which send each other the tokens that choose them."""
 
     size: int = 1
-    """Ranks along the axis."""
+    """Ranks over which the experts of a layer are spread. They are ranks of the other axes: it takes none of its own."""
+    dispatcher: Dispatcher = "alltoall"
+    """How tokens reach their experts. ``alltoall``: each rank receives the tokens of its experts. ``allgather``: every rank receives
+    all tokens, which is less work where most experts of a token are on other ranks."""
+    overlap_dispatch: bool | Literal["auto"] = "auto"
+    """Tokens travel in parts: the next part is sent to its experts, and the last one back, while the experts compute this one."""
+    split: Split | Literal["auto"] = "auto"
+    """What a part is. ``experts``: some of a rank's experts, with all of their tokens; the numbers are those without overlap, bit for
+    bit. ``tokens``: some tokens of each expert, for ranks with few experts. ``auto``: by experts, if each rank has at least two."""
+    parts: int | Literal["auto"] = "auto"
+    """Number of parts. More of them hide more of the transfers, and make smaller ones. ``auto``: by the sizes of each batch."""
+    overlap_shared_experts: bool | Literal["auto"] = "auto"
+    """Experts that every token takes compute while tokens travel."""
+    delay_wgrad: bool | Literal["auto"] = "auto"
+    """Backward sends the tokens' gradients home before it computes those of the experts' weights."""
 
     def __post_init__(self) -> None:
         check_count("expert_parallel.size", self.size)
+        check_word("expert_parallel.dispatcher", self.dispatcher, DISPATCHERS)
+        check_word("expert_parallel.split", self.split, ("auto", *SPLITS))
+        for name in OVERLAPS:
+            check_switch(f"expert_parallel.{name}", getattr(self, name))
+        if self.parts != "auto":
+            check_count("expert_parallel.parts", self.parts)
 
 
-def decide(config: ExpertParallel, degrees: Degrees, facts: Facts, *, overlap: bool) -> None:
-    """Refuses more than one rank.
+@dataclass(frozen=True)
+class ExpertFacts:
+    """What expert parallelism looks at in a model.
 
-    Raises:
-        ConfigError: the size is more than 1.
+    Attributes:
+        summary: where the experts are, and how many.
+        least: the smallest number of experts of a layer.
+        unshared: why shared experts cannot compute while tokens travel; empty if they can.
     """
-    if config.size > 1:
-        raise ConfigError(f"expert_parallel.size={config.size}: expert parallelism is not in this version; set expert_parallel: 1")
+
+    summary: str
+    least: int
+    unshared: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExpertChoices(Choices):
+    """What was decided for expert parallelism; for its settings see :class:`ExpertParallel`.
+
+    Attributes:
+        dispatcher: how tokens reach their experts.
+        overlap_dispatch: tokens travel in parts.
+        split: what a part is.
+        parts: the number of parts.
+        overlap_shared_experts: experts that every token takes compute while tokens travel.
+        delay_wgrad: backward sends gradients home before it computes those of weights.
+    """
+
+    dispatcher: Choice[Dispatcher]
+    overlap_dispatch: Choice[bool]
+    split: Choice[Split]
+    parts: Choice[int | Literal["auto"]]
+    overlap_shared_experts: Choice[bool]
+    delay_wgrad: Choice[bool]
+
+
+def decide(config: ExpertParallel, degrees: Degrees, facts: Facts, *, overlap: bool) -> ExpertChoices | None:
+    """The home of this mode's gates; see :class:`lightning_overlap.modes.descriptor.Decide`."""
+    if config.size == 1:
+        _refuse_settings_of_one_rank(config)
+        return None
+    model = facts.of(ExpertFacts)
+    by_experts = config.split == "experts" or (config.split == "auto" and (model is None or model.least >= 2 * config.size))
+    dispatch = settle(
+        "expert_parallel.overlap_dispatch",
+        config.overlap_dispatch,
+        best=True,
+        otherwise=False,
+        because="parts travel to and from their experts while others compute",
+        overlap=overlap,
+    )
+    return ExpertChoices(
+        size=Choice(config.size, config.size, "the model is not known yet" if model is None else model.summary),
+        dispatcher=Choice(config.dispatcher, config.dispatcher, _DISPATCHERS[config.dispatcher]),
+        overlap_dispatch=dispatch,
+        split=_split(config, model, by_experts=by_experts),
+        parts=_parts(config, overlapped=dispatch.value),
+        overlap_shared_experts=settle(
+            "expert_parallel.overlap_shared_experts",
+            config.overlap_shared_experts,
+            best=True,
+            otherwise=False,
+            because="they compute while the first tokens travel",
+            blockers=[(model is not None and bool(model.unshared), model.unshared if model is not None else "")],
+            overlap=overlap,
+        ),
+        delay_wgrad=settle(
+            "expert_parallel.delay_wgrad",
+            config.delay_wgrad,
+            best=True,
+            otherwise=False,
+            because="the tokens' gradients travel home while those of the experts' weights are computed",
+            overlap=overlap,
+        ),
+    )
+
+
+_DISPATCHERS = {
+    "alltoall": "each rank receives the tokens of its experts",
+    "allgather": "every rank receives all tokens",
+}
+
+
+def _refuse_settings_of_one_rank(config: ExpertParallel) -> None:
+    defaults = ExpertParallel()
+    for name in ("dispatcher", "split", "parts", *OVERLAPS):
+        asked = getattr(config, name)
+        if asked not in (getattr(defaults, name), False):
+            value = "true" if asked is True else asked
+            raise ConfigError(f"expert_parallel.{name}: {value} needs expert_parallel.size of at least 2")
+
+
+def _split(config: ExpertParallel, model: ExpertFacts | None, *, by_experts: bool) -> Choice[Split]:
+    if config.split != "auto":
+        return Choice(config.split, config.split, "as configured")
+    if by_experts:
+        return Choice("experts", "auto", "each product keeps its shape, so the numbers are those without overlap")
+    assert model is not None, "an unknown model is split by experts"
+    return Choice("tokens", "auto", f"a rank has one of {model.least} experts only")
+
+
+def _parts(config: ExpertParallel, *, overlapped: bool) -> Choice[int | Literal["auto"]]:
+    if not overlapped:
+        return Choice(1, config.parts, "without overlap_dispatch, tokens travel at once")
+    if config.parts != "auto":
+        return Choice(config.parts, config.parts, "as configured")
+    return Choice("auto", "auto", "by the sizes of each batch")

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
 
+from lightning_overlap.model.copies import copy_without_hooks
 from lightning_overlap.model.hidden_states import find_hidden
 from lightning_overlap.model.patches import ReplacedForward
-from lightning_overlap.modes.tensor.check import BlockCheck, BlockLayout, copy_without_hooks, structure
+from lightning_overlap.modes.tensor.check import BlockCheck, BlockLayout, structure
 from lightning_overlap.modes.tensor.regions import Regions, RegionState
 from lightning_overlap.modes.tensor.replicated import ReplicatedGradients
 from lightning_overlap.modes.tensor.sequence import gather_tokens, local_tokens
@@ -17,16 +18,18 @@ from lightning_overlap.state.absent import is_absent
 from lightning_overlap.state.pieces import Partition
 
 
-def first_of_each_kind(blocks: Sequence[nn.Module], name: str) -> list[BlockCheck]:
+def first_of_each_kind(blocks: Sequence[nn.Module], name: str, without: Collection[int] = ()) -> list[BlockCheck]:
     """Makes a check for the first block of each kind on this rank.
 
     Args:
         blocks: all blocks.
         name: of the list of blocks in the model.
+        without: ids of parameters that another mode shards: blocks with one are not checked, as no rank has their unsharded copy.
     """
     first: dict[Any, BlockCheck] = {}
     for number, block in enumerate(blocks):
-        if not any(map(is_absent, block.parameters())):  # on another stage of a pipeline
+        # Absent parameters are on another stage of a pipeline.
+        if not any(is_absent(parameter) or id(parameter) in without for parameter in block.parameters()):
             last = number == len(blocks) - 1
             first.setdefault(structure(block), BlockCheck(block, f"{name}.{number}", enters=number == 0, leaves=last))
     return list(first.values())
