@@ -20,7 +20,10 @@ from torch import Tensor, nn
 from torch.autograd import Function
 
 from lightning_overlap.decision import ConfigError
+from lightning_overlap.model.boundary import Nesting
+from lightning_overlap.model.expert_layers import ExpertLayer
 from lightning_overlap.model.patches import Hook, replace_method
+from lightning_overlap.modes.base import Setup
 from lightning_overlap.modes.expert.layout import Layout
 from lightning_overlap.nn.moe import MoELayer, TopKRouter, count_in_backward, token_counts, update_bias
 from lightning_overlap.ranks.group import Group, Pending
@@ -51,6 +54,22 @@ class Router:
         if isinstance(module, TopKRouter):
             return cls(name, module, experts, module.update_bias_rate)
         return cls(name, module, experts, rate if isinstance(getattr(module, BIAS, None), Tensor) else 0.0)
+
+
+def find_routers(model: nn.Module, layers: Sequence[ExpertLayer], rate: float) -> list[Router]:
+    """Finds the routers of layers.
+
+    Args:
+        model: the user's.
+        layers: of experts.
+        rate: step of the biases of routers that have no rate of their own.
+
+    Raises:
+        ConfigError: there is a rate, and no router has a bias that it would move.
+    """
+    routers = [Router.of(x.router, model.get_submodule(x.router), x.count, rate) for x in layers if x.router is not None]
+    refuse_rate(rate, routers)
+    return routers
 
 
 def refuse_rate(rate: float, routers: Sequence[Router]) -> None:
@@ -91,6 +110,8 @@ class Balance:
 
     def post(self) -> None:
         """Posts the sums of the tokens that were counted since the last call. Collective."""
+        if not self._routers:
+            return
         self.apply()
         counts = [token_counts(r.module, r.experts, next(r.module.parameters()).device) for r in self._routers]
         self._forget()
@@ -154,6 +175,11 @@ def _count_choices(router: Router) -> Callable[..., Any]:
     """Makes a forward hook of a router that does not count itself."""
 
     def count(module: nn.Module, args: Any, output: Any) -> Any:
+        if not isinstance(output, tuple) or len(output) < 3:
+            raise ConfigError(
+                f"{router.name} returns {type(output).__name__}, so its tokens cannot be counted: a router returns logits, the weights "
+                "of the chosen experts and the experts. Leave expert_parallel.log_expert_load and update_bias_rate out"
+            )
         logits, weights, indices, *rest = output
         if not module.training or not weights.requires_grad:
             return None
@@ -179,25 +205,86 @@ class _Summed(Function):
         return grad * ctx.factor, None, None
 
 
-def sum_losses_over_ranks(layer: MoELayer, tokens: Group, batches: Group, averaged: int) -> list[Callable[[], None]]:
-    """Makes the balancing loss of a layer that of all tokens of the ranks which share a batch.
+def sum_tokens(layer: MoELayer, group: Group, averaged: int) -> Callable[[], None]:
+    """Makes the balancing loss of a layer that of all tokens of ranks which share a batch.
 
     Args:
         layer: the layer.
-        tokens: ranks that have different tokens of the same samples.
-        batches: these, and the ranks that have other samples.
-        averaged: number of the ranks of ``tokens`` over which gradients of parameters are averaged; over the others they are summed.
+        group: ranks that have different tokens of the same samples.
+        averaged: number of these ranks over which gradients of parameters are averaged; over the others they are summed.
 
     Returns:
-        Functions that restore the layer.
+        A function that restores the layer.
     """
 
-    def post_token_sums(sums: Tensor) -> Callable[[], Tensor]:
-        pending = tokens.all_reduce(sums.detach().clone(), label="expert.loss")
+    def post(sums: Tensor) -> Callable[[], Tensor]:
+        pending = group.all_reduce(sums.detach().clone(), label="expert.loss")
         return lambda: _Summed.apply(sums, pending, averaged)
 
-    def post_batch_counts(counts: Tensor) -> Callable[[], Tensor]:
-        return batches.all_reduce(counts.clone(), label="expert.loss").wait
+    return replace_method(layer, "post_token_sums", post)
 
-    undo = [replace_method(layer, "post_batch_counts", post_batch_counts)] if layer.global_batch_balance else []
-    return [replace_method(layer, "post_token_sums", post_token_sums), *undo] if tokens.size > 1 else undo
+
+def sum_batches(layer: MoELayer, group: Group) -> Callable[[], None]:
+    """Makes a layer balance its experts over the batches of all ranks. The same tokens may be counted on several ranks.
+
+    Args:
+        layer: the layer.
+        group: all ranks that have it.
+
+    Returns:
+        A function that restores the layer.
+    """
+
+    def post(counts: Tensor) -> Callable[[], Tensor]:
+        return group.all_reduce(counts.clone(), label="expert.loss").wait
+
+    return replace_method(layer, "post_batch_counts", post)
+
+
+class RankBalance:
+    """What ranks do together to balance the experts of one model.
+
+    Args:
+        setup: of the mode.
+        model: the user's, whose tokens the outer modes shard already.
+        routers: whose tokens are counted; empty: none are.
+    """
+
+    def __init__(self, setup: Setup, model: nn.Module, routers: Sequence[Router]) -> None:
+        mesh = setup.mesh
+        sharded = setup.boundary.is_cut(Nesting.LAYERS)  # else all tensor ranks have the same tokens
+        self._layers = [layer for layer in model.modules() if isinstance(layer, MoELayer)]
+        self._averaged = mesh.size("context")
+        has_losses = any(layer.has_loss for layer in self._layers)
+        in_batches = [layer for layer in self._layers if layer.global_batch_balance]
+        self._sequence: Group | None = None
+        self._stage: Group | None = None
+        if has_losses and mesh.size(name := "sequence" if sharded else "context") > 1:
+            self._sequence = mesh.group(name, setup.timeout, "expert balance", gathers=False)
+        if routers or in_batches:
+            self._stage = mesh.group("stage", setup.timeout, "expert balance", gathers=False)
+        self._undo = [sum_batches(layer, self._stage) for layer in in_batches if self._stage is not None]
+        self.counts = Balance(routers, self._stage, 1 if sharded else mesh.size("tensor")) if self._stage is not None else None
+
+    @property
+    def groups(self) -> list[Group]:
+        """The groups over which it communicates."""
+        return [group for group in (self._sequence, self._stage) if group is not None]
+
+    def install(self) -> list[Callable[[], None]]:
+        """Makes losses those of all tokens of a batch, as long as ranks have different tokens. Returns functions that end that."""
+        if self._sequence is None:
+            return []
+        return [sum_tokens(layer, self._sequence, self._averaged) for layer in self._layers]
+
+    def release(self, *, complete: bool) -> None:
+        """Restores the model.
+
+        Args:
+            complete: wait for sums that are posted, and move the biases.
+        """
+        if self.counts is not None:
+            self.counts.remove(complete=complete)
+        for undo in self._undo:
+            undo()
+        self._undo.clear()

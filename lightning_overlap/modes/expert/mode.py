@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 
 from torch import Tensor, nn
@@ -14,13 +14,16 @@ from lightning_overlap.model.expert_layers import ExpertLayer, find_experts
 from lightning_overlap.model.markers import EXPERT
 from lightning_overlap.model.patches import replace_method
 from lightning_overlap.modes.base import Setup, Squares
+from lightning_overlap.modes.expert.balance import RankBalance, find_routers
 from lightning_overlap.modes.expert.common_tokens import gather_parts, take_part
 from lightning_overlap.modes.expert.config import ExpertChoices, ExpertFacts, ExpertParallel
 from lightning_overlap.modes.expert.dispatch import ExpertDispatch
 from lightning_overlap.modes.expert.grouped import LocalExperts
 from lightning_overlap.modes.expert.layout import Layout
+from lightning_overlap.modes.expert.replay import RoutingReplay
 from lightning_overlap.modes.expert.shared import Order, SharedExperts, rehearse
 from lightning_overlap.modes.piece_holder import PieceHolder
+from lightning_overlap.nn.moe import MoELayer
 from lightning_overlap.ranks.group import Group
 from lightning_overlap.state.pieces import Partition, Piece
 
@@ -52,16 +55,18 @@ class ExpertMode(PieceHolder):
         self._samples = self.mesh.group("samples", self.timeout, "expert trial", gathers=False)
         self._undo: list[Callable[[], object]] = []
         self._in_trial = False
+        self._balance: RankBalance | None = None
 
     @property
     def groups(self) -> tuple[Group, ...]:
-        groups = (self.group, self._same, self._samples)
-        return groups if self._tensor is None else (*groups, self._tensor)
+        groups = [self.group, self._same, self._samples, *(self._balance.groups if self._balance is not None else ())]
+        return tuple(groups if self._tensor is None else [*groups, self._tensor])
 
     # -- set-up ------------------------------------------------------------------------------------------------------
 
     def refuse(self, model: nn.Module) -> None:
         _, layers = find_experts(model, self.setup.roles, self.group.size)
+        find_routers(model, layers, self.config.update_bias_rate)
         norms = [layer.name for layer in layers if getattr(layer.module, "has_post_expert_norm", False)]
         if norms and self._tensor is not None:
             raise ConfigError(
@@ -71,15 +76,24 @@ class ExpertMode(PieceHolder):
 
     def parallelize(self, model: nn.Module) -> None:
         _, layers = find_experts(model, self.setup.roles, self.group.size)
+        routers = find_routers(model, layers, self.config.update_bias_rate)
+        self._balance = RankBalance(self.setup, model, routers if self.choices.balance.value else ())
+        if self.group.size == 1:
+            layers, routers = (), []
         self._names = [f"{layer.name}.{name}" for layer in layers for name in layer.parameters]
         self.partition = Partition(model, _pieces_of(layers), self.group, "expert.whole")
         orders = {layer.name: rehearse(model, layer) for layer in layers if self.choices.overlap_shared_experts.value}
         self.partition.shard()
-        self._install = partial(self._patch, model, layers, orders)
+        self._install = partial(self._patch, model, layers, orders, [router.module for router in routers])
         self._install()
 
-    def _patch(self, model: nn.Module, layers: Sequence[ExpertLayer], orders: Mapping[str, Order]) -> None:
+    def _patch(
+        self, model: nn.Module, layers: Sequence[ExpertLayer], orders: Mapping[str, Order], routers: Sequence[nn.Module]
+    ) -> None:
         """Makes the model compute with this rank's experts, until :meth:`_uninstall`."""
+        if self._balance is not None:
+            self._undo += self._balance.install()
+        self._undo.append(RoutingReplay(self.setup.boundary.forwards, routers).remove)
         for parameter in self.partition.parameters.values():
             setattr(parameter, EXPERT, True)
             self._undo.append(partial(vars(parameter).pop, EXPERT, None))
@@ -143,15 +157,39 @@ class ExpertMode(PieceHolder):
 
     @contextmanager
     def trial(self) -> Iterator[None]:
+        counts = self._balance.counts if self._balance is not None else None
         self._in_trial = True
         try:
-            yield
+            with counts.trial() if counts is not None else nullcontext():
+                yield
         finally:
             self._in_trial = False
 
+    def start_forward(self) -> None:
+        self.sync_parameters()
+        self.setup.boundary.start_forward()
+
+    def start_backward(self) -> None:
+        self.setup.boundary.start_backward()
+
+    def measurements(self) -> dict[str, float]:
+        """How the tokens of each layer are spread over experts and ranks."""
+        counts = self._balance.counts if self._balance is not None else None
+        return counts.loads(self.group.size) if counts is not None and self.config.log_expert_load else {}
+
+    def sync_parameters(self) -> None:
+        """Completes the routers' biases."""
+        if self._balance is not None and self._balance.counts is not None:
+            self._balance.counts.apply()
+
     def finish_backward(self) -> None:
-        if self._held or not self._in_trial:
-            return  # in training, the data mode sums the gradients
+        self.setup.boundary.finish_backward()
+        if self._held:
+            return
+        if not self._in_trial:  # the data mode sums the gradients
+            if self._balance is not None and self._balance.counts is not None:
+                self._balance.counts.post()
+            return
         for parameter in self.partition.parameters.values():
             if parameter.grad is not None:
                 self._same.all_reduce(parameter.grad, label="expert.trial", divisor=self.mesh.size("context")).wait()
@@ -171,6 +209,8 @@ class ExpertMode(PieceHolder):
         if not self._undo:
             return
         self._uninstall()
+        if self._balance is not None:
+            self._balance.release(complete=complete)
         self.partition.restore(complete=complete)
         if complete:
             for group in self.groups:
@@ -184,11 +224,18 @@ def _pieces_of(layers: Sequence[ExpertLayer]) -> dict[nn.Parameter, Piece]:
 
 def look(model: nn.Module, config: ExpertParallel, roles: Mapping[str, str]) -> ExpertFacts | None:
     """See :class:`lightning_overlap.modes.descriptor.Look`."""
-    if config.size == 1:
+    own = [module for module in model.modules() if isinstance(module, MoELayer)]
+    if config.size == 1 and not own and not config.update_bias_rate and not config.log_expert_load:
         return None
     source, layers = find_experts(model, roles, config.size)
     counts = sorted({layer.count for layer in layers})
     orders = [rehearse(model, layer) for layer in layers]
     obstacle = next((order.obstacle for order in orders if order.obstacle), "") if all(o.obstacle for o in orders) else ""
     plural = "layers" if len(layers) > 1 else "layer"
-    return ExpertFacts(f"{source}: {len(layers)} {plural} of {' or '.join(map(str, counts))} experts", counts[0], obstacle)
+    return ExpertFacts(
+        f"{source}: {len(layers)} {plural} of {' or '.join(map(str, counts))} experts",
+        counts[0],
+        obstacle,
+        has_biases=any(layer.router.update_bias_rate for layer in own),
+        has_losses=any(layer.has_loss for layer in own),
+    )

@@ -10,7 +10,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3TopkRouter
 
 from lightning_overlap.decision import ConfigError
-from lightning_overlap.modes.expert.balance import BIAS, Balance, Router, refuse_rate, sum_losses_over_ranks
+from lightning_overlap.modes.expert.balance import BIAS, Balance, Router, refuse_rate, sum_batches, sum_tokens
 from lightning_overlap.nn import Experts, MoELayer, TopKRouter
 from tests.helpers.threads import on_ranks
 
@@ -115,7 +115,7 @@ def test_the_balancing_loss_is_that_of_all_tokens(whole_batch: bool) -> None:
     def run(group: Any) -> Any:
         mine = MoELayer(TopKRouter(HIDDEN, EXPERTS, 2), experts, **settings)
         mine.load_state_dict(layer.state_dict())
-        undo = sum_losses_over_ranks(mine, group, group, averaged=2)
+        undo = [sum_tokens(mine, group, averaged=2), sum_batches(mine, group)]
         _, loss = mine(parts[group.rank])
         loss.backward()
         for each in undo:
