@@ -16,7 +16,9 @@ def copy_without_hooks(module: nn.Module) -> nn.Module:
 
 def copy_to_meta(module: nn.Module) -> nn.Module:
     """A copy of a module without any hooks, whose parameters and buffers are on the meta device. It takes no memory for them."""
-    memo: dict[int, Any] = {id(p): nn.Parameter(p.detach().to("meta"), requires_grad=p.is_floating_point()) for p in module.parameters()}
+    memo: dict[int, Any] = {
+        id(p): nn.Parameter(p.detach().to("meta"), requires_grad=p.is_floating_point()) for p in module.parameters()
+    }
     memo |= {id(buffer): buffer.to("meta") for buffer in module.buffers()}
     return _without_hooks(copy.deepcopy(module, memo))
 

@@ -91,7 +91,12 @@ def routed_modules(model: nn.Module, given: Mapping[str, str], blocks: str) -> s
     _, names = locate_experts(model, given)
     around = {name.rpartition(".")[0] for name in names}
     routers = {_joined(block, key) for block in around for key, _ in model.get_submodule(block).named_children() if key in ROUTERS}
-    return {*names, *routers, *names_by_role(model, given, "router"), *(block for block in around if block.rpartition(".")[0] != blocks)}
+    return {
+        *names,
+        *routers,
+        *names_by_role(model, given, "router"),
+        *(block for block in around if block.rpartition(".")[0] != blocks),
+    }
 
 
 def find_experts(model: nn.Module, given: Mapping[str, str], size: int) -> tuple[str, tuple[ExpertLayer, ...]]:
@@ -130,8 +135,8 @@ def _layer(model: nn.Module, given: Mapping[str, str], name: str) -> ExpertLayer
     module: Any = model.get_submodule(name)
     if lacking := [flag for flag in FLAGS if not isinstance(getattr(module, flag, None), bool)]:
         raise ConfigError(
-            f"{name} is a {type(module).__name__} without {', '.join(lacking)}: the module of all experts must have stacked parameters "
-            "and these attributes, like experts of transformers. Use lightning_overlap.nn.MoELayer"
+            f"{name} is a {type(module).__name__} without {', '.join(lacking)}: the module of all experts must have stacked "
+            "parameters and these attributes, like experts of transformers. Use lightning_overlap.nn.MoELayer"
         )
     products = ["gate_up_proj" if module.has_gate else "up_proj", "down_proj"]
     expected = [*products, *(f"{product}_bias" for product in products if module.has_bias)]
@@ -200,4 +205,3 @@ def _tied(model: nn.Module, layers: list[ExpertLayer]) -> Iterator[str]:
 
 def _joined(prefix: str, name: str) -> str:
     return f"{prefix}.{name}".strip(".")
-

@@ -22,9 +22,10 @@ from torch.optim import Optimizer
 
 from lightning_overlap.decision import Choices
 from lightning_overlap.model.boundary import Boundary, Nesting
+from lightning_overlap.model.first_blocks import FirstBlocks
 from lightning_overlap.ranks.clock import Timeline
 from lightning_overlap.ranks.group import Group
-from lightning_overlap.ranks.mesh import ParallelMesh
+from lightning_overlap.ranks.mesh import GroupName, ParallelMesh
 from lightning_overlap.state.shards import Place
 from lightning_overlap.steps.step import Step
 
@@ -46,6 +47,7 @@ class Setup:
         roles: by name of a part of the model, its role, from the user's ``parallel_plan``.
         first_step_is_verified: the whole first step is compared with that of the unsharded model, so a mode need not check its part.
         boundary: of the model's block stack, where modes register their :class:`~lightning_overlap.model.boundary.TokenCut`.
+        first_blocks: compares blocks that modes shard with unsharded copies, unless the whole first step is compared.
     """
 
     mesh: ParallelMesh
@@ -53,6 +55,10 @@ class Setup:
     roles: Mapping[str, str]
     first_step_is_verified: bool
     boundary: Boundary = field(default_factory=Boundary)
+    first_blocks: FirstBlocks = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "first_blocks", FirstBlocks(self.boundary))
 
 
 class OverlapMode:
@@ -262,8 +268,10 @@ class Holder(Sharder, ABC):
         """
 
     def local_gradients(self, gradients: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """This rank's part of unsharded gradients of its batch, by name of a parameter, as a step in a trial computes them. All ranks of
-        a stage call it for the same names."""
+        """This rank's part of unsharded gradients of its batch, by name of a parameter, as a step in a trial computes them.
+
+        All ranks of a stage call it for the same names.
+        """
         parts = {name: self.local_part(name, gradient) for name, gradient in gradients.items()}
         return {name: part for name, part in parts.items() if part is not None}
 
@@ -291,6 +299,14 @@ class Holder(Sharder, ABC):
             layout: the tensor's, from :meth:`layout_of`.
             rank: the global rank.
         """
+
+    def sharers_of(self, layout: Hashable) -> GroupName | None:
+        """Names the group over which the optimizer's state of a tensor is sharded, if it is another one than that of most tensors.
+
+        Args:
+            layout: the tensor's, from :meth:`layout_of`.
+        """
+        return None
 
     def place_of(self, name: str) -> Place | None:
         """Where this rank's part lies in the part that outer modes give this rank; None if it is all of that part."""

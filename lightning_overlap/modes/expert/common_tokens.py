@@ -20,8 +20,10 @@ def take_part(x: Tensor, group: Group) -> Tensor:
 
 
 def gather_parts(x: Tensor, tokens: int, group: Group) -> Tensor:
-    """Gathers the ``tokens`` of which each rank has a part ``(t, ...)``. All ranks must compute the same with them: backward takes this
-    rank's part of the gradient."""
+    """Gathers the ``tokens`` of which each rank has a part ``(t, ...)``.
+
+    All ranks must compute the same with them: backward takes this rank's part of the gradient.
+    """
     gathered: Tensor = _GatherParts.apply(x, tokens, group)
     return gathered
 

@@ -82,7 +82,7 @@ class ExpertMode(PieceHolder):
             layers, routers = (), []
         self._names = [f"{layer.name}.{name}" for layer in layers for name in layer.parameters]
         self.partition = Partition(model, _pieces_of(layers), self.group, "expert.whole")
-        orders = {layer.name: rehearse(model, layer) for layer in layers if self.choices.overlap_shared_experts.value}
+        orders = {layer.name: rehearse(model, layer) for layer in layers}
         self.partition.shard()
         self._install = partial(self._patch, model, layers, orders, [router.module for router in routers])
         self._install()
@@ -99,11 +99,12 @@ class ExpertMode(PieceHolder):
             self._undo.append(partial(vars(parameter).pop, EXPERT, None))
         for layer in layers:
             dispatch = partial(self._dispatch, layer, self._make_dispatch(layer), LocalExperts(layer.module))
-            order = orders.get(layer.name)
-            if order is None or order.obstacle:
+            order, forwards = orders[layer.name], self.setup.boundary.forwards
+            if order.obstacle:
                 self._undo.append(replace_method(layer.module, "forward", partial(dispatch, shared=None)))
             else:
-                self._undo += SharedExperts(model, layer, order, dispatch, self.setup.boundary.forwards).install()
+                overlapped = self.choices.overlap_shared_experts.value
+                self._undo += SharedExperts(model, layer, order, dispatch, forwards, overlapped=overlapped).install()
 
     def _make_dispatch(self, layer: ExpertLayer) -> ExpertDispatch:
         asked = self.choices.parts.value
@@ -196,11 +197,11 @@ class ExpertMode(PieceHolder):
 
     def local_gradients(self, gradients: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """An expert's gradient in a trial has the tokens of all samples of the ranks, so it is compared with the sum over these."""
-        local = {name: self.local_part(name, gradient) for name, gradient in gradients.items()}
+        total = dict(gradients)
         for name in self._names:
-            if name in local:
-                local[name] = self._samples.all_reduce(local[name].clone(), label="expert.trial").wait()
-        return local
+            if name in total:
+                total[name] = self._samples.all_reduce(total[name].clone(), label="expert.trial").wait()
+        return {name: self.local_part(name, gradient) for name, gradient in total.items()}
 
     def reduce_norm(self, squares: Squares) -> Squares:
         return squares._replace(experts=self.group.all_reduce(squares.experts, label="expert.norm").wait())

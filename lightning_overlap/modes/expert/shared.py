@@ -1,7 +1,7 @@
 """Computes shared experts, which every token takes, while the tokens of the others travel. The user's block stays as it is.
 
-A block calls its shared experts before it calls the router (Qwen2-MoE), or after the routed experts have returned (DeepSeek-V3). Either
-way they run while the first tokens travel, and their output is kept for the block's own call:
+A block calls its shared experts before it calls the router (Qwen2-MoE), or after the routed experts have returned (DeepSeek-V3). In
+both cases they run while the first tokens travel, and their output is kept for the block's own call:
 
     block calls them last:   router, experts [post, SHARED, wait, ...], shared experts (returns what is kept)
     block calls them first:  shared experts [router, experts [post, SHARED, wait, ...]], router, experts (return what is kept)
@@ -25,8 +25,9 @@ from lightning_overlap.model.patches import Hook, replace_method
 from lightning_overlap.steps.forward import Forwards
 from lightning_overlap.torch_seams import version_of
 
-Dispatch = Callable[[Tensor, Tensor, Tensor, Callable[[], None] | None], Tensor]
-"""Computes routed experts: hidden states ``(T, H)``, indices and weights ``(T, k)``, and what to compute while tokens travel."""
+Dispatch = Callable[..., Tensor]
+"""Computes routed experts: hidden states ``(T, H)``, indices and weights ``(T, k)``, and ``shared``: what to compute while tokens
+travel, or None."""
 
 
 @dataclass(frozen=True)
@@ -161,6 +162,14 @@ class _State:
     kept: dict[str, _Kept] = field(default_factory=dict)
 
 
+def _apart(x: Tensor) -> Tensor:
+    """The input of shared experts that are called first, as a node of its own.
+
+    Wherever they compute, autograd first sums their gradients of ``x``, and adds the sum last, since the node is the oldest.
+    """
+    return x.view_as(x)
+
+
 class SharedExperts:
     """The forwards of a block's parts, with which its shared experts compute while tokens travel.
 
@@ -170,11 +179,15 @@ class SharedExperts:
         order: how the block calls them, without an obstacle.
         dispatch: computes the routed experts.
         forwards: the forwards under way.
+        overlapped: whether shared experts compute while tokens travel. Otherwise the block computes as it is, with the same bits.
     """
 
-    def __init__(self, model: nn.Module, layer: ExpertLayer, order: Order, dispatch: Dispatch, forwards: Forwards) -> None:
-        assert layer.shared is not None and layer.router is not None, "without one there is an obstacle"
-        self._layer, self._order, self._dispatch, self._forwards = layer, order, dispatch, forwards
+    def __init__(
+        self, model: nn.Module, layer: ExpertLayer, order: Order, dispatch: Dispatch, forwards: Forwards, *, overlapped: bool
+    ) -> None:
+        assert layer.shared is not None, "without it there is an obstacle"
+        assert layer.router is not None, "without it there is an obstacle"
+        self._layer, self._order, self._dispatch, self._forwards, self._overlapped = layer, order, dispatch, forwards, overlapped
         self._block = model.get_submodule(layer.block)
         self._names = {"shared": layer.shared, "router": layer.router, "experts": layer.name}
         self._parts = {part: model.get_submodule(name) for part, name in self._names.items()}
@@ -182,12 +195,18 @@ class SharedExperts:
 
     def install(self) -> Iterator[Callable[[], None]]:
         """Replaces the forwards. Yields functions that put them back."""
-        replacements: dict[str, Callable[..., Any]] = {"shared": self._run_shared_first, "router": self._run_router, "experts": self._run_experts}
-        if self._order.when == "after":
-            replacements: dict[str, Callable[..., Any]] = {"shared": self._run_shared, "experts": self._run_experts_with_shared}
+        if not self._overlapped:
+            if self._order.when == "before":
+                yield replace_method(self._parts["shared"], "forward", lambda x: self._plain["shared"](_apart(x)))
+            yield replace_method(self._parts["experts"], "forward", partial(self._dispatch, shared=None))
+        elif self._order.when == "after":
             yield self._block.register_forward_pre_hook(Hook(self._keep_input), with_kwargs=True).remove
-        for part, forward in replacements.items():
-            yield replace_method(self._parts[part], "forward", forward)
+            yield replace_method(self._parts["shared"], "forward", self._run_shared)
+            yield replace_method(self._parts["experts"], "forward", self._run_experts_with_shared)
+        else:
+            yield replace_method(self._parts["shared"], "forward", self._run_shared_first)
+            yield replace_method(self._parts["router"], "forward", self._run_router)
+            yield replace_method(self._parts["experts"], "forward", self._run_experts)
 
     @property
     def _state(self) -> _State:
@@ -206,13 +225,13 @@ class SharedExperts:
     def _run_experts_with_shared(self, hidden: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
         x = self._state.inputs.pop(self._layer.block)
         if torch.is_inference_mode_enabled():  # where changes in place are not seen
-            return self._dispatch(hidden, indices, weights, None)
+            return self._dispatch(hidden, indices, weights, shared=None)
 
         def compute_shared() -> None:
             given = x.flatten(0, -2) if self._order.is_flat else x
             self._state.kept[self._names["shared"]] = _Kept((given,), self._plain["shared"](given))
 
-        return self._dispatch(hidden, indices, weights, compute_shared)
+        return self._dispatch(hidden, indices, weights, shared=compute_shared)
 
     def _run_shared(self, x: Tensor) -> Tensor:
         kept = self._take("shared", x)
@@ -225,12 +244,11 @@ class SharedExperts:
         if torch.is_inference_mode_enabled():  # where changes in place are not seen
             result: Tensor = self._plain["shared"](x)
             return result
-        # Its node is older than those of router and dispatch, so that the gradient of x is summed in the block's own order.
-        given = x.view_as(x)
+        given = _apart(x)
         results: list[Tensor] = []
         routing = self._plain["router"](x)
         _, weights, indices = routing
-        output = self._dispatch(x, indices, weights, lambda: results.append(self._plain["shared"](given)))
+        output = self._dispatch(x, indices, weights, shared=lambda: results.append(self._plain["shared"](given)))
         self._state.kept[self._names["router"]] = _Kept((x,), routing)
         self._state.kept[self._names["experts"]] = _Kept((x, indices, weights), output)
         return results[0]
@@ -241,5 +259,5 @@ class SharedExperts:
 
     def _run_experts(self, hidden: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
         kept = self._take("experts", hidden, indices, weights)
-        output: Tensor = self._dispatch(hidden, indices, weights, None) if kept is None else kept.result
+        output: Tensor = self._dispatch(hidden, indices, weights, shared=None) if kept is None else kept.result
         return output
