@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,7 +23,7 @@ from torch.autograd import Function
 from lightning_overlap.decision import ConfigError
 from lightning_overlap.model.boundary import Nesting
 from lightning_overlap.model.expert_layers import ExpertLayer
-from lightning_overlap.model.patches import Hook, replace_method
+from lightning_overlap.model.patches import replace_method
 from lightning_overlap.modes.base import Setup
 from lightning_overlap.modes.expert.layout import Layout
 from lightning_overlap.nn.moe import MoELayer, TopKRouter, count_in_backward, token_counts, update_bias
@@ -102,7 +103,7 @@ class Balance:
         self._routers, self._group, self._copies = routers, group, copies
         self._pending: Pending | None = None
         uncounted = [router for router in routers if not isinstance(router.module, TopKRouter) or not router.rate]
-        self._hooks = [router.module.register_forward_hook(Hook(_count_choices(router))) for router in uncounted]
+        self._undo = [replace_method(r.module, "forward", partial(_route, r, r.module.forward)) for r in uncounted]
         for router in routers:
             bias = getattr(router.module, BIAS, None)
             if router.rate and bias.dtype != torch.float32:  # a step of the bias is lost in 16 bits
@@ -162,8 +163,9 @@ class Balance:
         """
         if complete:
             self.apply()
-        for hook in self._hooks:
-            hook.remove()
+        for undo in reversed(self._undo):
+            undo()
+        self._undo.clear()
         self._forget()
 
     def _forget(self) -> None:
@@ -171,21 +173,21 @@ class Balance:
             router.module.tokens_per_expert = None
 
 
-def _count_choices(router: Router) -> Callable[..., Any]:
-    """Makes a forward hook of a router that does not count itself."""
+def _route(router: Router, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """The forward of a router that does not count itself.
 
-    def count(module: nn.Module, args: Any, output: Any) -> Any:
-        if not isinstance(output, tuple) or len(output) < 3:
-            raise ConfigError(
-                f"{router.name} returns {type(output).__name__}, so its tokens cannot be counted: a router returns logits, the weights "
-                "of the chosen experts and the experts. Leave expert_parallel.log_expert_load and update_bias_rate out"
-            )
-        logits, weights, indices, *rest = output
-        if not module.training or not weights.requires_grad:
-            return None
-        return logits, count_in_backward(module, weights, indices, router.experts), indices, *rest
-
-    return count
+    It is not a hook, because shared experts under dispatch may call the forward before the block calls the module.
+    """
+    output = forward(*args, **kwargs)
+    if not isinstance(output, tuple) or len(output) < 3:
+        raise ConfigError(
+            f"{router.name} returns {type(output).__name__}, so its tokens cannot be counted: a router returns logits, the weights of "
+            "the chosen experts and the experts. Leave expert_parallel.log_expert_load and update_bias_rate out"
+        )
+    logits, weights, indices, *rest = output
+    if not router.module.training or not weights.requires_grad:
+        return output
+    return logits, count_in_backward(router.module, weights, indices, router.experts), indices, *rest
 
 
 class _Summed(Function):
