@@ -2,7 +2,7 @@
 
 Run it on two ranks, each on a host with a link of its own: torchrun --nproc-per-node 2 -m examples.measure_experts
 
-For four layers of experts, forward and backward: with overlap, without, the products without transfers, the transfers alone.
+For one layer of experts, forward and backward: with overlap, without, the products without transfers, the transfers alone.
 """
 
 import argparse
@@ -22,8 +22,6 @@ from lightning_overlap.modes.expert.layout import Layout
 from lightning_overlap.nn.moe import Experts
 from lightning_overlap.ranks.group import Group, Pending
 from lightning_overlap.ranks.world import make_group
-
-LAYERS = 4
 
 
 class NoLink:
@@ -68,13 +66,10 @@ def routing(tokens: int, experts: int, choices: int, skew: float) -> tuple[Tenso
     return indices[torch.randperm(tokens)], torch.rand(tokens, choices)
 
 
-def step(dispatch: ExpertDispatch, layers: Sequence[Experts], hidden: Tensor, where: Sequence[tuple[Tensor, Tensor]]) -> None:
-    """Forward and backward of the layers."""
-    x = hidden
-    for layer, (indices, weights) in zip(layers, where, strict=True):
-        layer.zero_grad()
-        x = x + dispatch(x, indices, weights, LocalExperts(layer))
-    x.backward(hidden)
+def step(dispatch: ExpertDispatch, layer: Experts, hidden: Tensor, where: tuple[Tensor, Tensor]) -> None:
+    """Forward and backward of the layer."""
+    layer.zero_grad()
+    dispatch(hidden, *where, LocalExperts(layer)).backward(hidden.detach())
 
 
 def measure(group: Group, variants: dict[str, Callable[[], None]], repeats: int) -> dict[str, float]:
@@ -94,23 +89,30 @@ def measure(group: Group, variants: dict[str, Callable[[], None]], repeats: int)
 def report(group: Group, arguments: argparse.Namespace, skew: float) -> None:
     """Measures one routing and prints a row."""
     torch.manual_seed(group.rank)
-    where = [routing(arguments.tokens, arguments.experts, arguments.choices, skew) for _ in range(LAYERS)]
+    where = routing(arguments.tokens, arguments.experts, arguments.choices, skew)
     layout = Layout(arguments.experts, group.size, arguments.split, arguments.parts)
     one_part = Layout(arguments.experts, group.size, "experts", 1)
-    mine = len(layout.experts_of(group.rank))
-    layers = [Experts(mine, arguments.width, 4 * arguments.width) for _ in range(LAYERS)]
+    layer = Experts(len(layout.experts_of(group.rank)), arguments.width, 4 * arguments.width)
     hidden = (torch.randn(arguments.tokens, arguments.width) / 10).requires_grad_()
     link, idle = OnlyLink(group), NoLink(group)
 
     def variant(ranks: Any, layout: Layout, overlap: bool) -> Callable[[], None]:
         dispatch = ExpertDispatch(ranks, layout, overlap=overlap, delay_wgrad=overlap and arguments.delay_wgrad)
-        return lambda: step(dispatch, layers, hidden, where)
+        return lambda: step(dispatch, layer, hidden, where)
 
     variant(link, layout, True)()
+    overlapped, waits = variant(group, layout, True), []
+
+    def logged() -> None:
+        group.log = []
+        overlapped()
+        waits.append(sum(end - start for start, end in (each.waited for each in group.log if each.waited)) * 1e3)
+        group.log = None
+
     times = measure(
         group,
         {
-            "overlapped": variant(group, layout, True),
+            "overlapped": logged,
             "plain": variant(group, one_part, False),
             "compute": variant(idle, layout, True),
             "compute, one part": variant(idle, one_part, False),
@@ -120,11 +122,12 @@ def report(group: Group, arguments: argparse.Namespace, skew: float) -> None:
     )
     limit = max(times["compute, one part"], times["exchange"])
     hidden_share = 1 - (times["overlapped"] - times["compute"]) / times["exchange"]
+    waited = float(group.sum(torch.tensor(statistics.median(waits)), "max"))
     if group.rank == 0:
         row = " ".join(f"{name} {value:.0f}" for name, value in times.items())
         print(
             f"skew {skew}: {row} ms; limit {limit:.0f}, overlapped = {times['overlapped'] / limit:.2f} x limit, plain = "
-            f"{times['plain'] / times['overlapped']:.2f} x overlapped, hidden {hidden_share:.0%}, splitting "
+            f"{times['plain'] / times['overlapped']:.2f} x overlapped, hidden {hidden_share:.0%}, waits {waited:.0f} ms, splitting "
             f"{times['compute'] / times['compute, one part'] - 1:+.1%}",
             flush=True,
         )
@@ -140,7 +143,7 @@ def main() -> None:
     parser.add_argument("--parts", type=int, default=4)
     parser.add_argument("--delay-wgrad", action="store_true")
     parser.add_argument("--skew", type=float, nargs="+", default=[0.0, 0.3])
-    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--repeats", type=int, default=15)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     dist.init_process_group("gloo")

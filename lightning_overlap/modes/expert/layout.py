@@ -11,6 +11,7 @@ the first part while the others travel here, those of the last part while the ot
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
@@ -19,6 +20,29 @@ Split = Literal["experts", "experts+local", "tokens"]
 SPLITS: tuple[Split, ...] = ("experts", "experts+local", "tokens")
 Source = Literal["all", "local", "remote"]
 """Whose tokens a product computes: those of all ranks, of this rank, of the other ranks."""
+
+EXPOSED_SHARE = 0.1
+"""Share of the transfers that :func:`choose` leaves exposed; twice that, before it takes parts of tokens, with smaller products."""
+LEAST_PARTS, MOST_PARTS = 4, 8
+"""Parts that :func:`choose` takes: each is a transfer and some products of its own."""
+
+
+def choose(experts: int, ranks: int) -> tuple[Split, int]:
+    """Chooses what a part is, and how many there are, for transfers that take as long as the products: the hardest to hide.
+
+    One part of ``parts`` is exposed, less what runs under it: this rank's tokens of one part, which are ``1 / ranks`` of its rows and
+    take twice that share of the transfers of one direction. Parts of tokens, of which the first and the last are half as large, are
+    for ranks with too few experts.
+
+    Args:
+        experts: of a layer.
+        ranks: number of ranks.
+    """
+    exposed = 1 - 2 / ranks
+    parts = min(max(LEAST_PARTS, math.ceil(exposed / EXPOSED_SHARE)), MOST_PARTS)
+    of_experts = min(parts, experts // ranks)
+    enough = of_experts > 1 and exposed / of_experts <= 2 * EXPOSED_SHARE
+    return ("experts+local", of_experts) if enough else ("tokens", parts)
 
 
 def share(total: int, shares: int, number: int) -> range:
