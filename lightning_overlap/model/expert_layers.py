@@ -113,10 +113,9 @@ def find_experts(model: nn.Module, given: Mapping[str, str], size: int) -> tuple
     Raises:
         ConfigError: the model has no experts, or not such that can be spread; with every reason.
     """
-    request = f"expert_parallel.size={size}"
     source, names = locate_experts(model, given)
     if not names:
-        raise ConfigError(f"{request} found no experts: {_no_experts(model)}")
+        raise ConfigError(f"no experts were found to spread over {size} ranks: {_no_experts(model)}")
     problems = [*_unknown_styles(model)] if source.startswith("plan of") else []
     layers: list[ExpertLayer] = []
     for name in names:
@@ -127,7 +126,7 @@ def find_experts(model: nn.Module, given: Mapping[str, str], size: int) -> tuple
     problems += [f"{x.name} has {x.count} experts, fewer than the {size} ranks" for x in layers if x.count < size]
     problems += _tied(model, layers)
     if problems:
-        raise ConfigError(f"{request} with the {source} cannot spread the experts: {'; '.join(dict.fromkeys(problems))}")
+        raise ConfigError(f"experts ({source}) cannot be spread over {size} ranks: {'; '.join(dict.fromkeys(problems))}")
     return source, tuple(layers)
 
 

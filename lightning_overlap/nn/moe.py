@@ -197,6 +197,8 @@ class TopKRouter(nn.Module):
     parallel_role = "router"
     e_score_correction_bias: Tensor | None
 
+    parallel_role = "router"
+
     def __init__(
         self,
         hidden_size: int,

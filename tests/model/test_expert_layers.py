@@ -10,6 +10,7 @@ from torch import nn
 
 from lightning_overlap import ConfigError
 from lightning_overlap.model.expert_layers import ExpertLayer, find_experts, locate_experts, routed_modules
+from lightning_overlap.nn.moe import Experts, MoELayer, TopKRouter
 from tests.helpers.experts import ARCHITECTURES, OwnMoE, build
 
 USUAL = {"has_gate": True, "has_bias": False, "is_transposed": False, "is_concatenated": True, "has_post_expert_norm": False}
@@ -77,6 +78,16 @@ def test_own_models_by_their_roles() -> None:
     assert routed_modules(model, roles, "blocks") == {f"blocks.{n}.{key}" for n in (0, 1) for key in ("ffns", "route")}
     model.parallel_plan = roles  # type: ignore[assignment]
     assert find_experts(model, {}, 2)[1][1].router == "blocks.1.route"
+
+
+def test_layers_of_our_own() -> None:
+    def layer(shared: nn.Module | None) -> MoELayer:
+        return MoELayer(TopKRouter(8, num_experts=4, top_k=2), Experts(4, 8, 16), shared)
+
+    model = nn.ModuleDict({"a": layer(None), "b": layer(nn.Linear(8, 8))})
+    source, layers = find_experts(model, {}, 2)
+    assert (source, [x.name for x in layers]) == ("layers of lightning_overlap.nn", ["a.experts", "b.experts"])
+    assert [(x.router, x.shared, x.count) for x in layers] == [("a.router", None, 4), ("b.router", "b.shared_experts", 4)]
 
 
 def experts_of(model: nn.Module) -> Any:

@@ -14,10 +14,8 @@ ADVICE = {
     "": "more parts, or overlap_shared_experts",
 }
 """By kind of transfer, what may help where it is exposed."""
-Dispatcher = Literal["alltoall", "allgather"]
-DISPATCHERS: tuple[Dispatcher, ...] = ("alltoall", "allgather")
-Split = Literal["experts", "tokens"]
-SPLITS: tuple[Split, ...] = ("experts", "tokens")
+Split = Literal["experts", "experts+local", "tokens"]
+SPLITS: tuple[Split, ...] = ("experts", "experts+local", "tokens")
 OVERLAPS = ("overlap_dispatch", "overlap_shared_experts", "delay_wgrad")
 
 
@@ -27,14 +25,12 @@ class ExpertParallel:
 
     size: int = 1
     """Ranks over which the experts of a layer are spread. They are ranks of the other axes: it takes none of its own."""
-    dispatcher: Dispatcher = "alltoall"
-    """How tokens reach their experts. ``alltoall``: each rank receives the tokens of its experts. ``allgather``: every rank receives
-    all tokens, which is less work where most experts of a token are on other ranks."""
     overlap_dispatch: bool | Literal["auto"] = "auto"
     """Tokens travel in parts: the next part is sent to its experts, and the last one back, while the experts compute this one."""
     split: Split | Literal["auto"] = "auto"
     """What a part is. ``experts``: some of a rank's experts, with all of their tokens; the numbers are those without overlap, bit for
-    bit. ``tokens``: some tokens of each expert, for ranks with few experts. ``auto``: by experts, if each rank has at least two."""
+    bit. ``experts+local``: the same, but a rank computes its own tokens of the first and the last part apart, while those of other
+    ranks travel. ``tokens``: some tokens of each expert, also in this way. ``auto``: by experts, if each rank has at least two."""
     parts: int | Literal["auto"] = "auto"
     """Number of parts. More of them hide more of the transfers, and make smaller ones. ``auto``: by the sizes of each batch."""
     overlap_shared_experts: bool | Literal["auto"] = "auto"
@@ -49,7 +45,6 @@ class ExpertParallel:
 
     def __post_init__(self) -> None:
         check_count("expert_parallel.size", self.size)
-        check_word("expert_parallel.dispatcher", self.dispatcher, DISPATCHERS)
         check_word("expert_parallel.split", self.split, ("auto", *SPLITS))
         for name in OVERLAPS:
             check_switch(f"expert_parallel.{name}", getattr(self, name))
@@ -85,7 +80,6 @@ class ExpertChoices(Choices):
     """What was decided for expert parallelism; for its settings see :class:`ExpertParallel`.
 
     Attributes:
-        dispatcher: how tokens reach their experts.
         overlap_dispatch: tokens travel in parts.
         split: what a part is.
         parts: the number of parts.
@@ -94,7 +88,6 @@ class ExpertChoices(Choices):
         balance: the ranks count the tokens of each expert together.
     """
 
-    dispatcher: Choice[Dispatcher]
     overlap_dispatch: Choice[bool]
     split: Choice[Split]
     parts: Choice[int | Literal["auto"]]
@@ -111,7 +104,6 @@ def decide(config: ExpertParallel, degrees: Degrees, facts: Facts, *, overlap: b
         _refuse_settings_of_one_rank(config)
         sums_losses = model is not None and model.has_losses and degrees.stage > 1
         return _unspread(config, balance) if balance.value or sums_losses else None
-    by_experts = config.split == "experts" or (config.split == "auto" and (model is None or model.least >= 2 * config.size))
     dispatch = settle(
         "expert_parallel.overlap_dispatch",
         config.overlap_dispatch,
@@ -122,9 +114,8 @@ def decide(config: ExpertParallel, degrees: Degrees, facts: Facts, *, overlap: b
     )
     return ExpertChoices(
         size=Choice(config.size, config.size, "the model is not known yet" if model is None else model.summary),
-        dispatcher=Choice(config.dispatcher, config.dispatcher, _DISPATCHERS[config.dispatcher]),
         overlap_dispatch=dispatch,
-        split=_split(config, model, by_experts=by_experts),
+        split=_split(config, model),
         parts=_parts(config, overlapped=dispatch.value),
         overlap_shared_experts=settle(
             "expert_parallel.overlap_shared_experts",
@@ -132,7 +123,10 @@ def decide(config: ExpertParallel, degrees: Degrees, facts: Facts, *, overlap: b
             best=True,
             otherwise=False,
             because="they compute while the first tokens travel",
-            blockers=[(model is not None and bool(model.unshared), model.unshared if model is not None else "")],
+            blockers=[
+                (model is not None and bool(model.unshared), model.unshared if model is not None else ""),
+                (degrees.tensor > 1, "under tensor_parallel their layers may be sharded, with transfers of their own"),
+            ],
             overlap=overlap,
         ),
         delay_wgrad=settle(
@@ -145,12 +139,6 @@ def decide(config: ExpertParallel, degrees: Degrees, facts: Facts, *, overlap: b
         ),
         balance=balance,
     )
-
-
-_DISPATCHERS = {
-    "alltoall": "each rank receives the tokens of its experts",
-    "allgather": "every rank receives all tokens",
-}
 
 
 def _balance(config: ExpertParallel, model: ExpertFacts | None) -> Choice[bool]:
@@ -170,7 +158,6 @@ def _unspread(config: ExpertParallel, balance: Choice[bool]) -> ExpertChoices:
 
     return ExpertChoices(
         size=Choice(1, 1, "each rank has all experts, and ranks balance them together"),
-        dispatcher=Choice(config.dispatcher, config.dispatcher, "tokens stay on their ranks"),
         overlap_dispatch=off(config.overlap_dispatch),
         split=Choice("experts", config.split, "tokens stay on their ranks"),
         parts=Choice(1, config.parts, "tokens stay on their ranks"),
@@ -182,20 +169,19 @@ def _unspread(config: ExpertParallel, balance: Choice[bool]) -> ExpertChoices:
 
 def _refuse_settings_of_one_rank(config: ExpertParallel) -> None:
     defaults = ExpertParallel()
-    for name in ("dispatcher", "split", "parts", *OVERLAPS):
+    for name in ("split", "parts", *OVERLAPS):
         asked = getattr(config, name)
         if asked not in (getattr(defaults, name), False):
             value = "true" if asked is True else asked
             raise ConfigError(f"expert_parallel.{name}: {value} needs expert_parallel.size of at least 2")
 
 
-def _split(config: ExpertParallel, model: ExpertFacts | None, *, by_experts: bool) -> Choice[Split]:
+def _split(config: ExpertParallel, model: ExpertFacts | None) -> Choice[Split]:
     if config.split != "auto":
         return Choice(config.split, config.split, "as configured")
-    if by_experts:
-        return Choice("experts", "auto", "each product keeps its shape, so the numbers are those without overlap")
-    assert model is not None, "an unknown model is split by experts"
-    return Choice("tokens", "auto", f"a rank has one of {model.least} experts only")
+    if model is not None and model.least < 2 * config.size:
+        return Choice("tokens", "auto", f"a rank has one of {model.least} experts only")
+    return Choice("experts", "auto", "each product keeps its shape, so the numbers are those without overlap")
 
 
 def _parts(config: ExpertParallel, *, overlapped: bool) -> Choice[int | Literal["auto"]]:

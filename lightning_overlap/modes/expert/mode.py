@@ -28,6 +28,7 @@ from lightning_overlap.ranks.group import Group
 from lightning_overlap.state.pieces import Partition, Piece
 
 PARTS = 4
+"""The number of parts, unless a rank has fewer experts: the first dispatch and the last combine are exposed, a share of 1/parts."""
 
 
 class ExpertMode(PieceHolder):
@@ -42,6 +43,7 @@ class ExpertMode(PieceHolder):
     holders = "experts"
     replicas = "expert_gradients"
     keeps_bits = False
+    announcements = ("expert.counts",)
 
     config: ExpertParallel
     choices: ExpertChoices
@@ -51,8 +53,8 @@ class ExpertMode(PieceHolder):
         self.group: Group = self.mesh.group("experts", self.timeout, "expert")
         self._tensor = self.mesh.group("tensor", self.timeout, "expert") if self.mesh.size("tensor") > 1 else None
         # In a trial, the data mode does not sum gradients.
-        self._same = self.mesh.group("expert_gradients", self.timeout, "expert trial", gathers=False)
-        self._samples = self.mesh.group("samples", self.timeout, "expert trial", gathers=False)
+        self._same = self.mesh.group("expert_gradients", self.timeout)
+        self._samples = self.mesh.group("samples", self.timeout)
         self._undo: list[Callable[[], object]] = []
         self._in_trial = False
         self._balance: RankBalance | None = None
@@ -97,6 +99,10 @@ class ExpertMode(PieceHolder):
         for parameter in self.partition.parameters.values():
             setattr(parameter, EXPERT, True)
             self._undo.append(partial(vars(parameter).pop, EXPERT, None))
+        for part in model.modules():
+            if hasattr(part, "ep_plan") and callable(generate := getattr(part, "generate", None)):
+                # Ranks with other samples write texts of other lengths: with this, transformers calls the model until all have ended.
+                self._undo.append(replace_method(part, "generate", partial(generate, synced_gpus=True)))
         for layer in layers:
             dispatch = partial(self._dispatch, layer, self._make_dispatch(layer), LocalExperts(layer.module))
             order, forwards = orders[layer.name], self.setup.boundary.forwards
@@ -109,7 +115,8 @@ class ExpertMode(PieceHolder):
     def _make_dispatch(self, layer: ExpertLayer) -> ExpertDispatch:
         asked = self.choices.parts.value
         local = layer.count // self.group.size
-        parts = asked if asked != "auto" else min(PARTS, local)
+        by_experts = self.choices.split.value != "tokens"
+        parts = asked if asked != "auto" else min(PARTS, local) if by_experts else PARTS
         return ExpertDispatch(
             self.group,
             Layout(layer.count, self.group.size, self.choices.split.value, parts),
@@ -193,14 +200,14 @@ class ExpertMode(PieceHolder):
             return
         for parameter in self.partition.parameters.values():
             if parameter.grad is not None:
-                self._same.all_reduce(parameter.grad, label="expert.trial", divisor=self.mesh.size("context")).wait()
+                self._same.sum(parameter.grad).div_(self.mesh.size("context"))
 
     def local_gradients(self, gradients: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """An expert's gradient in a trial has the tokens of all samples of the ranks, so it is compared with the sum over these."""
         total = dict(gradients)
         for name in self._names:
             if name in total:
-                total[name] = self._samples.all_reduce(total[name].clone(), label="expert.trial").wait()
+                total[name] = self._samples.sum(total[name].clone())
         return {name: self.local_part(name, gradient) for name, gradient in total.items()}
 
     def reduce_norm(self, squares: Squares) -> Squares:

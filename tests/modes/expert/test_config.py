@@ -22,7 +22,7 @@ def test_everything_is_on_where_nothing_prevents_it() -> None:
     choices = choose(ExpertFacts("4 layers of 8 experts", 8, ""))
     assert choices.size.why == "4 layers of 8 experts"
     assert (choices.overlap_dispatch.value, choices.overlap_shared_experts.value, choices.delay_wgrad.value) == (True, True, True)
-    assert (choices.split.value, choices.parts.value, choices.dispatcher.value) == ("experts", "auto", "alltoall")
+    assert (choices.split.value, choices.parts.value) == ("experts", "auto")
 
 
 def test_few_experts_are_split_by_tokens_unless_asked() -> None:
@@ -33,9 +33,9 @@ def test_few_experts_are_split_by_tokens_unless_asked() -> None:
 
 
 def test_overlap_off_keeps_the_layout() -> None:
-    choices = choose(ExpertFacts("", 8, ""), overlap=False, parts=4, dispatcher="allgather")
+    choices = choose(ExpertFacts("", 8, ""), overlap=False, parts=4)
     assert (choices.overlap_dispatch.value, choices.overlap_shared_experts.value, choices.delay_wgrad.value) == (False, False, False)
-    assert (choices.parts.value, choices.dispatcher.value, choices.size.value) == (1, "allgather", 2)
+    assert (choices.parts.value, choices.size.value) == (1, 2)
     assert choose(overlap_dispatch=False, parts=4).parts.value == 1
 
 
@@ -44,6 +44,9 @@ def test_shared_experts_tell_why_they_wait() -> None:
     assert choose(without).overlap_shared_experts.why == "the model has no shared experts"
     with pytest.raises(ConfigError, match="overlap_shared_experts: true cannot run here: the model has no shared experts"):
         choose(without, overlap_shared_experts=True)
+    choices = decide(ExpertParallel(size=2), Degrees(tensor=2, expert=2), Facts(world_size=2), overlap=True)
+    assert choices is not None
+    assert not choices.overlap_shared_experts.value
 
 
 @pytest.mark.parametrize(
@@ -51,8 +54,7 @@ def test_shared_experts_tell_why_they_wait() -> None:
     [
         ({"size": 0}, "expert_parallel.size must be an integer of at least 1"),
         ({"size": True}, "expert_parallel.size must be an integer"),
-        ({"dispatcher": "ring"}, "expert_parallel.dispatcher must be alltoall or allgather, got 'ring'"),
-        ({"split": "layers"}, "expert_parallel.split must be auto, experts or tokens"),
+        ({"split": "layers"}, "expert_parallel.split must be auto, experts, experts\\+local or tokens"),
         ({"parts": 1.5}, "expert_parallel.parts must be an integer"),
         ({"delay_wgrad": 1}, "expert_parallel.delay_wgrad must be true, false or auto"),
     ],
@@ -62,7 +64,7 @@ def test_settings_are_checked(settings: dict[str, Any], message: str) -> None:
         ExpertParallel(**settings)
 
 
-@pytest.mark.parametrize("settings", [{"dispatcher": "allgather"}, {"parts": 2}, {"split": "tokens"}, {"overlap_dispatch": True}])
+@pytest.mark.parametrize("settings", [{"parts": 2}, {"split": "tokens"}, {"overlap_dispatch": True}])
 def test_a_setting_of_one_rank_is_an_error(settings: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match=rf"expert_parallel.{next(iter(settings))}: .* needs expert_parallel.size of at least 2"):
         decide(ExpertParallel(**settings), Degrees(), Facts(world_size=1), overlap=True)
