@@ -49,13 +49,6 @@ class Router:
     experts: int
     rate: float
 
-    @classmethod
-    def of(cls, name: str, module: nn.Module, experts: int, rate: float) -> Router:
-        """Makes one. A router of ``lightning_overlap.nn`` has a rate of its own."""
-        if isinstance(module, TopKRouter):
-            return cls(name, module, experts, module.update_bias_rate)
-        return cls(name, module, experts, rate if isinstance(getattr(module, BIAS, None), Tensor) else 0.0)
-
 
 def find_routers(model: nn.Module, layers: Sequence[ExpertLayer], rate: float) -> list[Router]:
     """Finds the routers of layers.
@@ -68,22 +61,17 @@ def find_routers(model: nn.Module, layers: Sequence[ExpertLayer], rate: float) -
     Raises:
         ConfigError: there is a rate, and no router has a bias that it would move.
     """
-    routers = [Router.of(x.router, model.get_submodule(x.router), x.count, rate) for x in layers if x.router is not None]
-    refuse_rate(rate, routers)
-    return routers
-
-
-def refuse_rate(rate: float, routers: Sequence[Router]) -> None:
-    """Refuses a rate without a bias that it would move.
-
-    Raises:
-        ConfigError: no router of a model of transformers has a bias.
-    """
-    if rate and not any(router.rate and not isinstance(router.module, TopKRouter) for router in routers):
+    own = [Router(name, m, m.num_experts, m.update_bias_rate) for name, m in model.named_modules() if isinstance(m, TopKRouter)]
+    others: list[Router] = []
+    for layer in layers:
+        if layer.router is not None and not isinstance(module := model.get_submodule(layer.router), TopKRouter):
+            others.append(Router(layer.router, module, layer.count, rate if isinstance(getattr(module, BIAS, None), Tensor) else 0.0))
+    if rate and not any(router.rate for router in others):
         raise ConfigError(
             f"expert_parallel.update_bias_rate={rate}: no router has a buffer {BIAS}, as those of DeepSeek-V3 and GLM-4 MoE have. "
             "Leave update_bias_rate out; of lightning_overlap.nn.TopKRouter it is an argument"
         )
+    return [*own, *others]
 
 
 class Balance:

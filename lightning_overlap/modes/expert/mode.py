@@ -67,7 +67,7 @@ class ExpertMode(PieceHolder):
     # -- set-up ------------------------------------------------------------------------------------------------------
 
     def refuse(self, model: nn.Module) -> None:
-        _, layers = find_experts(model, self.setup.roles, self.group.size)
+        _, layers = _find_layers(model, self.config, self.setup.roles)
         find_routers(model, layers, self.config.update_bias_rate)
         norms = [layer.name for layer in layers if getattr(layer.module, "has_post_expert_norm", False)]
         if norms and self._tensor is not None:
@@ -77,7 +77,7 @@ class ExpertMode(PieceHolder):
             )
 
     def parallelize(self, model: nn.Module) -> None:
-        _, layers = find_experts(model, self.setup.roles, self.group.size)
+        _, layers = _find_layers(model, self.config, self.setup.roles)
         routers = find_routers(model, layers, self.config.update_bias_rate)
         self._balance = RankBalance(self.setup, model, routers if self.choices.balance.value else ())
         if self.group.size == 1:
@@ -230,19 +230,26 @@ def _pieces_of(layers: Sequence[ExpertLayer]) -> dict[nn.Parameter, Piece]:
     return {p: Piece(p.shape, 0, (layer.count,)) for layer in layers for p in layer.spread_parameters}
 
 
+def _find_layers(model: nn.Module, config: ExpertParallel, roles: Mapping[str, str]) -> tuple[str, Sequence[ExpertLayer]]:
+    """Finds the layers as :func:`find_experts` does, if something is to be done with them: routers of ``nn`` are known without it."""
+    if config.size == 1 and not config.update_bias_rate and not config.log_expert_load:
+        return "", ()
+    return find_experts(model, roles, config.size)
+
+
 def look(model: nn.Module, config: ExpertParallel, roles: Mapping[str, str]) -> ExpertFacts | None:
     """See :class:`lightning_overlap.modes.descriptor.Look`."""
     own = [module for module in model.modules() if isinstance(module, MoELayer)]
-    if config.size == 1 and not own and not config.update_bias_rate and not config.log_expert_load:
+    source, layers = _find_layers(model, config, roles)
+    if not own and not layers:
         return None
-    source, layers = find_experts(model, roles, config.size)
     counts = sorted({layer.count for layer in layers})
     orders = [rehearse(model, layer) for layer in layers]
     obstacle = next((order.obstacle for order in orders if order.obstacle), "") if all(o.obstacle for o in orders) else ""
     plural = "layers" if len(layers) > 1 else "layer"
     return ExpertFacts(
         f"{source}: {len(layers)} {plural} of {' or '.join(map(str, counts))} experts",
-        counts[0],
+        min(counts, default=0),
         obstacle,
         has_biases=any(layer.router.update_bias_rate for layer in own),
         has_losses=any(layer.has_loss for layer in own),

@@ -10,7 +10,8 @@ from torch.utils.checkpoint import checkpoint
 from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3TopkRouter
 
 from lightning_overlap.decision import ConfigError
-from lightning_overlap.modes.expert.balance import BIAS, Balance, Router, refuse_rate, sum_batches, sum_tokens
+from lightning_overlap.model.expert_layers import ExpertLayer
+from lightning_overlap.modes.expert.balance import BIAS, Balance, Router, find_routers, sum_batches, sum_tokens
 from lightning_overlap.nn import Experts, MoELayer, TopKRouter
 from tests.helpers.threads import on_ranks
 
@@ -48,7 +49,7 @@ def test_a_bias_moves_once_a_step_by_the_tokens_of_all_ranks(make: Any) -> None:
 
     def run(group: Any) -> Any:
         router = make()
-        balance = Balance([Router.of("router", router, EXPERTS, 0.1)], group, copies=1)
+        balance = Balance([Router("router", router, EXPERTS, 0.1)], group, copies=1)
         router.train()
         for reentrant in (False, True):  # two microbatches, with a validation between them
             output = checkpoint(router, tokens(group.rank), use_reentrant=reentrant)
@@ -78,17 +79,21 @@ def test_a_bias_moves_once_a_step_by_the_tokens_of_all_ranks(make: Any) -> None:
 
 def test_a_bias_is_fp32() -> None:
     router = hugging_face_router().bfloat16()
-    Balance([Router.of("router", router, EXPERTS, 0.1)], None, 1)  # type: ignore[arg-type]
+    Balance([Router("router", router, EXPERTS, 0.1)], None, 1)  # type: ignore[arg-type]
     assert router.e_score_correction_bias.dtype == torch.float32
     assert set(router.state_dict()) == {"weight", BIAS}
 
 
 def test_a_rate_without_a_bias_is_refused() -> None:
-    linear = Router.of("router", nn.Linear(2, 2), 2, 0.1)
+    def layers(**routers: nn.Module) -> tuple[nn.Module, list[ExpertLayer]]:
+        return nn.ModuleDict(routers), [ExpertLayer("", nn.Identity(), 4, (), router=name) for name in routers]
+
+    model, found = layers(linear=nn.Linear(2, 2), own=own_router())
     with pytest.raises(ConfigError, match=r"update_bias_rate=0.1: no router has a buffer e_score_correction_bias"):
-        refuse_rate(0.1, [linear, Router.of("own", own_router(), 2, 0.1)])
-    refuse_rate(0.0, [linear])
-    refuse_rate(0.1, [linear, Router.of("router", hugging_face_router(), EXPERTS, 0.1)])
+        find_routers(model, found, 0.1)
+    assert [(r.name, r.rate) for r in find_routers(model, found, 0.0)] == [("own", 0.1), ("linear", 0.0)]
+    model, found = layers(linear=nn.Linear(2, 2), theirs=hugging_face_router())
+    assert [(r.name, r.rate) for r in find_routers(model, found, 0.2)] == [("linear", 0.0), ("theirs", 0.2)]
 
 
 def test_loads() -> None:
