@@ -28,6 +28,7 @@ from lightning_overlap.modes.base import Setup
 from lightning_overlap.modes.expert.layout import Layout
 from lightning_overlap.nn.moe import MoELayer, TopKRouter, count_in_backward, token_counts, update_bias
 from lightning_overlap.ranks.group import Group, Pending
+from lightning_overlap.ranks.mesh import GroupName
 
 BIAS = "e_score_correction_bias"
 """Name of the buffer that a router adds to the scores where it chooses, in models of transformers and in :class:`TopKRouter`."""
@@ -45,7 +46,7 @@ class Router:
     """
 
     name: str
-    module: nn.Module
+    module: Any
     experts: int
     rate: float
 
@@ -93,7 +94,7 @@ class Balance:
         uncounted = [router for router in routers if not isinstance(router.module, TopKRouter) or not router.rate]
         self._undo = [replace_method(r.module, "forward", partial(_route, r, r.module.forward)) for r in uncounted]
         for router in routers:
-            bias = getattr(router.module, BIAS, None)
+            bias: Any = getattr(router.module, BIAS, None)
             if router.rate and bias.dtype != torch.float32:  # a step of the bias is lost in 16 bits
                 setattr(router.module, BIAS, bias.float())
 
@@ -249,8 +250,9 @@ class RankBalance:
         in_batches = [layer for layer in self._layers if layer.global_batch_balance]
         self._sequence: Group | None = None
         self._stage: Group | None = None
-        if has_losses and mesh.size(name := "sequence" if sharded else "context") > 1:
-            self._sequence = mesh.group(name, setup.timeout, "expert balance", gathers=False)
+        different: GroupName = "sequence" if sharded else "context"
+        if has_losses and mesh.size(different) > 1:
+            self._sequence = mesh.group(different, setup.timeout, "expert balance", gathers=False)
         if routers or in_batches:
             self._stage = mesh.group("stage", setup.timeout, "expert balance", gathers=False)
         self._undo = [sum_batches(layer, self._stage) for layer in in_batches if self._stage is not None]
