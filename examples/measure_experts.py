@@ -44,6 +44,7 @@ class OnlyLink:
     def __init__(self, group: Group) -> None:
         self.group, self.rank, self.size = group, group.rank, group.size
         self.transfers: list[tuple[Tensor, Any, Any]] = []
+        self.nbytes = 0
 
     def all_to_all(self, x: Tensor, send_sizes: Sequence[int], receive_sizes: Sequence[int], *, key: int, label: str) -> Pending:
         self.transfers.append((x.detach().clone(), send_sizes, receive_sizes))
@@ -52,6 +53,7 @@ class OnlyLink:
     def run(self) -> None:
         """Makes all transfers, each as soon as the link is free."""
         pending = [self.group.all_to_all(*each, key=i, label="again") for i, each in enumerate(self.transfers)]
+        self.nbytes = sum(each.transfer.nbytes for each in pending)
         for each in pending:
             each.wait()
 
@@ -72,8 +74,8 @@ def step(dispatch: ExpertDispatch, layer: Experts, hidden: Tensor, where: tuple[
     dispatch(hidden, *where, LocalExperts(layer)).backward(hidden.detach())
 
 
-def measure(group: Group, variants: dict[str, Callable[[], None]], repeats: int) -> dict[str, float]:
-    """Milliseconds of the slowest rank, the median of repeats in which all variants take turns."""
+def measure(group: Group, variants: dict[str, Callable[[], None]], repeats: int) -> dict[str, list[float]]:
+    """Milliseconds of the slowest rank, by repeat. In each repeat all variants take turns."""
     times: dict[str, list[float]] = {name: [] for name in variants}
     for repeat in range(repeats + 1):
         for name, run in variants.items():
@@ -83,7 +85,7 @@ def measure(group: Group, variants: dict[str, Callable[[], None]], repeats: int)
             duration = torch.tensor(time.perf_counter() - start)
             if repeat:
                 times[name].append(float(group.sum(duration, "max")) * 1e3)
-    return {name: statistics.median(each) for name, each in times.items()}
+    return times
 
 
 def report(group: Group, arguments: argparse.Namespace, skew: float) -> None:
@@ -120,17 +122,24 @@ def report(group: Group, arguments: argparse.Namespace, skew: float) -> None:
         },
         arguments.repeats,
     )
-    limit = max(times["compute, one part"], times["exchange"])
-    hidden_share = 1 - (times["overlapped"] - times["compute"]) / times["exchange"]
     waited = float(group.sum(torch.tensor(statistics.median(waits)), "max"))
+    nbytes = float(group.sum(torch.tensor(float(link.nbytes)), "max"))
     if group.rank == 0:
-        row = " ".join(f"{name} {value:.0f}" for name, value in times.items())
-        print(
-            f"skew {skew}: {row} ms; limit {limit:.0f}, overlapped = {times['overlapped'] / limit:.2f} x limit, plain = "
-            f"{times['plain'] / times['overlapped']:.2f} x overlapped, hidden {hidden_share:.0%}, waits {waited:.0f} ms, splitting "
-            f"{times['compute'] / times['compute, one part'] - 1:+.1%}",
-            flush=True,
-        )
+        print(f"skew {skew}; overlapped waits for transfers {waited:.0f} ms; the busiest direction carries {nbytes / 1e6:.1f} MB")
+        print_row("median ", {name: statistics.median(each) for name, each in times.items()})
+        print_row("fastest", {name: min(each) for name, each in times.items()})
+
+
+def print_row(what: str, times: dict[str, float]) -> None:
+    """Prints times in milliseconds, and what follows from them."""
+    limit = max(times["compute, one part"], times["exchange"])
+    print(
+        f"  {what}: {', '.join(f'{name} {value:.0f}' for name, value in times.items())}; "
+        f"overlapped {times['overlapped'] / limit:.2f} x limit, plain {times['plain'] / times['overlapped']:.2f} x overlapped, hidden "
+        f"{1 - (times['overlapped'] - times['compute']) / times['exchange']:.0%}, splitting "
+        f"{times['compute'] / times['compute, one part'] - 1:+.1%}",
+        flush=True,
+    )
 
 
 def main() -> None:

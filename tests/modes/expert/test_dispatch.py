@@ -8,12 +8,14 @@ import torch
 from torch import Tensor
 
 from lightning_overlap.modes.expert.dispatch import ExpertDispatch
+from lightning_overlap.modes.expert.gather import GatherDispatch
 from lightning_overlap.modes.expert.grouped import LocalExperts
 from lightning_overlap.modes.expert.layout import Layout, Split
 from tests.helpers.rank_threads import ThreadGroup, on_ranks
 from tests.modes.expert.experts import FORMS, WIDTH, Experts, whole_pass
 
 Batch = tuple[Tensor, Tensor, Tensor]
+ALL = ("hidden", "weights", "experts")
 
 
 def batches_of(ranks: int, experts: int, choices: int, routing: str = "random", dtype: torch.dtype = torch.float64) -> list[Batch]:
@@ -43,13 +45,14 @@ def spread_pass(
     layout: Layout,
     delayed: bool = False,
     overlap: bool = True,
-    trains: tuple[str, ...] = ("hidden", "weights", "experts"),
+    trains: tuple[str, ...] = ALL,
+    dispatcher: type[ExpertDispatch] | type[GatherDispatch] = ExpertDispatch,
 ) -> dict[str, Any]:
     """One forward and backward of a rank: outputs, gradients and the order of transfers."""
     part = experts.part(group.rank, group.size).requires_grad_("experts" in trains)
     hidden, indices, weights = batches[group.rank]
     hidden, weights = hidden.clone().requires_grad_("hidden" in trains), weights.clone().requires_grad_("weights" in trains)
-    out = ExpertDispatch(group, layout, overlap=overlap, delay_wgrad=delayed)(hidden, indices, weights, LocalExperts(part))
+    out = dispatcher(group, layout, overlap=overlap, delay_wgrad=delayed)(hidden, indices, weights, LocalExperts(part))
     group.events.append(("backward", ""))
     out.backward(grads[group.rank])
     of_parameters = {name: p.grad for name, p in part.named_parameters()}
@@ -80,8 +83,13 @@ def test_equals_one_process(ranks: int, experts: int, choices: int, routing: str
     for (split, parts), form in zip(LAYOUTS, itertools.cycle(FORMS)):
         module, layout = Experts(experts, form), Layout(experts, ranks, split, parts)
         computed = joined(on_ranks(ranks, spread_pass, module, batches, grads, layout, parts == 2))
-        for key, value in whole_pass(module, batches, grads).items():
+        expected = whole_pass(module, batches, grads)
+        for key, value in expected.items():
             assert torch.allclose(computed[key], value, rtol=1e-10, atol=1e-10), (form, layout, key)
+    for overlap in (False, True):  # the last layout
+        gathered = bits_of(ranks, module, batches, grads, layout, overlap, overlap, ALL, GatherDispatch)
+        for key, value in expected.items():
+            assert torch.allclose(gathered[key], value, rtol=1e-10, atol=1e-10), (form, overlap, key)
 
 
 def bits_of(ranks: int, *arguments: Any) -> dict[str, Tensor]:
