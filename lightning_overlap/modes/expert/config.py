@@ -14,6 +14,8 @@ ADVICE = {
     "": "more parts, or overlap_shared_experts",
 }
 """By kind of transfer, what may help where it is exposed."""
+Dispatcher = Literal["alltoall", "allgather"]
+DISPATCHERS: tuple[Dispatcher, ...] = ("alltoall", "allgather")
 Split = Literal["experts", "experts+local", "tokens"]
 SPLITS: tuple[Split, ...] = ("experts", "experts+local", "tokens")
 OVERLAPS = ("overlap_dispatch", "overlap_shared_experts", "delay_wgrad")
@@ -25,6 +27,9 @@ class ExpertParallel:
 
     size: int = 1
     """Ranks over which the experts of a layer are spread. They are ranks of the other axes: it takes none of its own."""
+    dispatcher: Dispatcher = "alltoall"
+    """How tokens reach their experts. ``alltoall``: once for each of their experts. ``allgather``: once to each rank, which is less
+    where tokens have more experts than there are ranks; parts are then some of the tokens."""
     overlap_dispatch: bool | Literal["auto"] = "auto"
     """Tokens travel in parts: the next part is sent to its experts, and the last one back, while the experts compute this one."""
     split: Split | Literal["auto"] = "auto"
@@ -45,6 +50,7 @@ class ExpertParallel:
 
     def __post_init__(self) -> None:
         check_count("expert_parallel.size", self.size)
+        check_word("expert_parallel.dispatcher", self.dispatcher, DISPATCHERS)
         check_word("expert_parallel.split", self.split, ("auto", *SPLITS))
         for name in OVERLAPS:
             check_switch(f"expert_parallel.{name}", getattr(self, name))
@@ -54,6 +60,11 @@ class ExpertParallel:
             raise ConfigError(f"expert_parallel.update_bias_rate={self.update_bias_rate!r} must be a number, at least 0")
         if not isinstance(self.log_expert_load, bool):
             raise ConfigError(f"expert_parallel.log_expert_load={self.log_expert_load!r} must be true or false")
+        if self.dispatcher == "allgather" and self.split not in ("auto", "tokens"):
+            raise ConfigError(
+                f"expert_parallel.split: {self.split} cannot be used with dispatcher: allgather, which sends each token once for all of "
+                "its experts; set split: tokens or auto"
+            )
 
 
 @dataclass(frozen=True)
@@ -80,6 +91,7 @@ class ExpertChoices(Choices):
     """What was decided for expert parallelism; for its settings see :class:`ExpertParallel`.
 
     Attributes:
+        dispatcher: how tokens reach their experts.
         overlap_dispatch: tokens travel in parts.
         split: what a part is.
         parts: the number of parts.
@@ -88,6 +100,7 @@ class ExpertChoices(Choices):
         balance: the ranks count the tokens of each expert together.
     """
 
+    dispatcher: Choice[Dispatcher]
     overlap_dispatch: Choice[bool]
     split: Choice[Split]
     parts: Choice[int | Literal["auto"]]
@@ -114,6 +127,7 @@ def decide(config: ExpertParallel, degrees: Degrees, facts: Facts, *, overlap: b
     )
     return ExpertChoices(
         size=Choice(config.size, config.size, "the model is not known yet" if model is None else model.summary),
+        dispatcher=Choice(config.dispatcher, config.dispatcher, _DISPATCHERS[config.dispatcher]),
         overlap_dispatch=dispatch,
         split=_split(config, model),
         parts=_parts(config, overlapped=dispatch.value),
@@ -158,6 +172,7 @@ def _unspread(config: ExpertParallel, balance: Choice[bool]) -> ExpertChoices:
 
     return ExpertChoices(
         size=Choice(1, 1, "each rank has all experts, and ranks balance them together"),
+        dispatcher=Choice(config.dispatcher, config.dispatcher, "tokens stay on their ranks"),
         overlap_dispatch=off(config.overlap_dispatch),
         split=Choice("experts", config.split, "tokens stay on their ranks"),
         parts=Choice(1, config.parts, "tokens stay on their ranks"),
@@ -167,9 +182,15 @@ def _unspread(config: ExpertParallel, balance: Choice[bool]) -> ExpertChoices:
     )
 
 
+_DISPATCHERS: dict[Dispatcher, str] = {
+    "alltoall": "a token travels once for each of its experts",
+    "allgather": "a token travels once to each rank",
+}
+
+
 def _refuse_settings_of_one_rank(config: ExpertParallel) -> None:
     defaults = ExpertParallel()
-    for name in ("split", "parts", *OVERLAPS):
+    for name in ("dispatcher", "split", "parts", *OVERLAPS):
         asked = getattr(config, name)
         if asked not in (getattr(defaults, name), False):
             value = "true" if asked is True else asked
@@ -179,6 +200,8 @@ def _refuse_settings_of_one_rank(config: ExpertParallel) -> None:
 def _split(config: ExpertParallel, model: ExpertFacts | None) -> Choice[Split]:
     if config.split != "auto":
         return Choice(config.split, config.split, "as configured")
+    if config.dispatcher == "allgather":
+        return Choice("tokens", "auto", "a token travels once for all of its experts")
     if model is not None and model.least < 2 * config.size:
         return Choice("tokens", "auto", f"a rank has one of {model.least} experts only")
     return Choice("experts", "auto", "each product keeps its shape, so the numbers are those without overlap")

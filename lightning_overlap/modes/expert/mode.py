@@ -18,6 +18,7 @@ from lightning_overlap.modes.expert.balance import RankBalance, find_routers
 from lightning_overlap.modes.expert.common_tokens import gather_parts, take_part
 from lightning_overlap.modes.expert.config import ExpertChoices, ExpertFacts, ExpertParallel
 from lightning_overlap.modes.expert.dispatch import ExpertDispatch
+from lightning_overlap.modes.expert.gather import GatherDispatch
 from lightning_overlap.modes.expert.grouped import LocalExperts
 from lightning_overlap.modes.expert.layout import Layout
 from lightning_overlap.modes.expert.replay import RoutingReplay
@@ -43,7 +44,7 @@ class ExpertMode(PieceHolder):
     holders = "experts"
     replicas = "expert_gradients"
     keeps_bits = False
-    announcements = ("expert.counts",)
+    announcements = ("expert.counts", "expert.indices")
 
     config: ExpertParallel
     choices: ExpertChoices
@@ -112,12 +113,13 @@ class ExpertMode(PieceHolder):
                 overlapped = self.choices.overlap_shared_experts.value
                 self._undo += SharedExperts(model, layer, order, dispatch, forwards, overlapped=overlapped).install()
 
-    def _make_dispatch(self, layer: ExpertLayer) -> ExpertDispatch:
+    def _make_dispatch(self, layer: ExpertLayer) -> ExpertDispatch | GatherDispatch:
         asked = self.choices.parts.value
         local = layer.count // self.group.size
         by_experts = self.choices.split.value != "tokens"
         parts = asked if asked != "auto" else min(PARTS, local) if by_experts else PARTS
-        return ExpertDispatch(
+        kind = ExpertDispatch if self.choices.dispatcher.value == "alltoall" else GatherDispatch
+        return kind(
             self.group,
             Layout(layer.count, self.group.size, self.choices.split.value, parts),
             overlap=self.choices.overlap_dispatch.value,
@@ -127,7 +129,7 @@ class ExpertMode(PieceHolder):
     def _dispatch(
         self,
         layer: ExpertLayer,
-        dispatch: ExpertDispatch,
+        dispatch: ExpertDispatch | GatherDispatch,
         experts: LocalExperts,
         hidden: Tensor,
         indices: Tensor,

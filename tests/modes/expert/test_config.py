@@ -32,6 +32,10 @@ def test_few_experts_are_split_by_tokens_unless_asked() -> None:
     assert choose(ExpertFacts("", 4, "")).split.value == "experts"
 
 
+def test_gathered_tokens_are_split() -> None:
+    assert choose(ExpertFacts("", 8, ""), dispatcher="allgather").split.value == "tokens"
+
+
 def test_overlap_off_keeps_the_layout() -> None:
     choices = choose(ExpertFacts("", 8, ""), overlap=False, parts=4)
     assert (choices.overlap_dispatch.value, choices.overlap_shared_experts.value, choices.delay_wgrad.value) == (False, False, False)
@@ -54,6 +58,8 @@ def test_shared_experts_tell_why_they_wait() -> None:
     [
         ({"size": 0}, "expert_parallel.size must be an integer of at least 1"),
         ({"size": True}, "expert_parallel.size must be an integer"),
+        ({"dispatcher": "ring"}, "expert_parallel.dispatcher must be alltoall or allgather, got 'ring'"),
+        ({"dispatcher": "allgather", "split": "experts"}, "split: experts cannot be used with dispatcher: allgather"),
         ({"split": "layers"}, "expert_parallel.split must be auto, experts, experts\\+local or tokens"),
         ({"parts": 1.5}, "expert_parallel.parts must be an integer"),
         ({"delay_wgrad": 1}, "expert_parallel.delay_wgrad must be true, false or auto"),
@@ -64,7 +70,7 @@ def test_settings_are_checked(settings: dict[str, Any], message: str) -> None:
         ExpertParallel(**settings)
 
 
-@pytest.mark.parametrize("settings", [{"parts": 2}, {"split": "tokens"}, {"overlap_dispatch": True}])
+@pytest.mark.parametrize("settings", [{"dispatcher": "allgather"}, {"parts": 2}, {"split": "tokens"}, {"overlap_dispatch": True}])
 def test_a_setting_of_one_rank_is_an_error(settings: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match=rf"expert_parallel.{next(iter(settings))}: .* needs expert_parallel.size of at least 2"):
         decide(ExpertParallel(**settings), Degrees(), Facts(world_size=1), overlap=True)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lightning_overlap import PipelineParallel, TensorParallel
+from lightning_overlap import ExpertParallel, PipelineParallel, TensorParallel
 from tests.helpers.sequences import train
 from tests.trainer.expert.fits import Hugging, batches, compare, fit
 
@@ -18,6 +18,7 @@ FOUR_HEADS = {"num_key_value_heads": 4}
 MIXTURES: dict[str, tuple[int, str, dict[str, Any], dict[str, Any]]] = {
     "ep 4": (4, "mixtral", {"expert_parallel": 4}, {}),
     "ep 2 x dp 2": (4, "qwen2", {"expert_parallel": 2}, {}),
+    "allgather": (2, "gpt_oss", {"expert_parallel": ExpertParallel(size=2, dispatcher="allgather")}, {}),
     "ep 3 of 4 experts": (3, "olmoe", {"expert_parallel": 3}, {}),
     "ep 2 over tp 2, dp 2": (4, "mixtral", {"expert_parallel": 2, "tensor_parallel": 2}, {}),
     "ep 4 over tp 2 and dp 2": (4, "qwen3", {"expert_parallel": 4, "tensor_parallel": 2}, {}),
