@@ -43,6 +43,7 @@ PRIVATE_NAMES: tuple[tuple[Any, str, str], ...] = (
     (nn.Module(), "_apply", "moves all but absent parameters to a device"),
     (nn.Module(), "_compiled_call_impl", "shows that a module was compiled in place"),
     (Tensor, "_version", "counts the writes to a tensor"),
+    (Tensor, "_base", "the tensor of which another one is a view"),
     (getattr(Function, "_backward_cls", None), "_forward_cls", "the Function of a node of autograd's graph"),
     (Variable, "_execution_engine", "calls a function at the end of a backward"),
     (autograd, "_top_saved_tensors_default_hooks", "tells that a checkpoint was entered"),
@@ -100,6 +101,11 @@ def is_node_of(node: Any, kind: type[Function]) -> bool:
 def version_of(tensor: Tensor) -> int:
     """Returns the number of in-place writes to a tensor."""
     return tensor._version
+
+
+def is_view_of(x: Tensor, base: Tensor) -> bool:
+    """Whether a tensor is a view of another one."""
+    return x._base is base
 
 
 def after_backward(function: Callable[[], None]) -> None:

@@ -26,14 +26,15 @@ def peers(config: OverlapConfig, ranks: int, backend: str) -> dict[str, Peer]:
 
 def _spread_experts(size: int, ranks: int, module: LightningModule) -> LightningModule:
     """Returns a module whose ``configure_model`` loads its models of transformers again, spread over the ranks."""
-    parts = {name: part for name, part in module.named_children() if getattr(part, "ep_plan", None)}
+    parts: dict[str, Any] = {name: part for name, part in module.named_children() if getattr(part, "ep_plan", None)}
+    kind: Any = type(module)
     if len(parts) != len(list(module.children())) or any(True for _ in module.parameters(recurse=False)):
         raise ConfigError("only models of transformers with a plan for experts can be spread, and the module has others")
 
     def configure_model(self: Any) -> None:
-        from transformers.distributed import DistributedConfig
+        from transformers.distributed.configuration_utils import DistributedConfig
 
-        type(module).configure_model(self)
+        kind.configure_model(self)
         for name, part in parts.items():
             with tempfile.TemporaryDirectory() as folder:
                 part.save_pretrained(folder)

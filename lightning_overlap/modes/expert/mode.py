@@ -100,7 +100,7 @@ class ExpertMode(PieceHolder):
         for parameter in self.partition.parameters.values():
             setattr(parameter, EXPERT, True)
             self._undo.append(partial(vars(parameter).pop, EXPERT, None))
-        for part in model.modules():
+        for part in model.modules() if layers else ():
             if hasattr(part, "ep_plan") and callable(generate := getattr(part, "generate", None)):
                 # Ranks with other samples write texts of other lengths: with this, transformers calls the model until all have ended.
                 self._undo.append(replace_method(part, "generate", partial(generate, synced_gpus=True)))

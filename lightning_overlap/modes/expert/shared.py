@@ -23,7 +23,7 @@ from lightning_overlap.model.copies import copy_to_meta
 from lightning_overlap.model.expert_layers import ExpertLayer
 from lightning_overlap.model.patches import Hook, replace_method
 from lightning_overlap.steps.forward import Forwards
-from lightning_overlap.torch_seams import version_of
+from lightning_overlap.torch_seams import is_view_of, version_of
 
 Dispatch = Callable[..., Tensor]
 """Computes routed experts: hidden states ``(T, H)``, indices and weights ``(T, k)``, and ``shared``: what to compute while tokens
@@ -105,7 +105,7 @@ def _order(layer: ExpertLayer, hidden: Tensor, calls: list[_Call]) -> Order:
 
 def _is_flat(x: Any, base: Tensor) -> bool:
     """Whether ``x`` is a view of ``base`` with one dim of tokens."""
-    is_view = isinstance(x, Tensor) and x._base is base and x.requires_grad  # not detached
+    is_view = isinstance(x, Tensor) and is_view_of(x, base) and x.requires_grad  # not detached
     return is_view and x.shape == (base.shape[:-1].numel(), base.shape[-1])
 
 
