@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, DistributedSampler
 
 from examples.train_moe import MoEBlock, MoEGPTModule
-from lightning_overlap import ContextParallel, ExpertParallel, OverlapStrategy, PipelineParallel, TensorParallel
+from lightning_overlap import ContextParallel, ExpertParallel, OverlapProfiler, OverlapStrategy, PipelineParallel, TensorParallel
 from lightning_overlap.nn import MoELayer, update_router_biases
 
 VOCABULARY, TOKENS, BATCH, STEPS = 32, 8, 4, 3
@@ -162,14 +162,17 @@ def train(kind: str, layout: dict[str, Any] | None) -> Any:
         accumulate_grad_batches=2,
         val_check_interval=2,
         use_distributed_sampler=False,
+        log_every_n_steps=1,
+        callbacks=[OverlapProfiler(every_n_steps=1, warmup=0)] if layout is not None else [],
         **QUIET,
     )
     trainer.fit(module)
     state = {name: value.detach().clone() for name, value in module.state_dict().items()}
-    return state, float(trainer.callback_metrics["val_loss"]), getattr(strategy, "plan", None) and strategy.plan.explain()
+    plan = strategy.plan.explain() if layout is not None else ""
+    return state, {name: float(value) for name, value in trainer.callback_metrics.items()}, plan
 
 
-SHARED = {"data": {}, "experts": {"expert_parallel": ExpertParallel(size=2)}}
+SHARED = {"data": {}, "experts": {"expert_parallel": ExpertParallel(size=2, log_expert_load=True)}}
 APART = {
     "tensor": {"tensor_parallel": TensorParallel(size=2, vocab_parallel=False)},
     "whole tokens": {"tensor_parallel": TensorParallel(size=2, vocab_parallel=False, sequence_parallel=False)},
@@ -190,22 +193,30 @@ MOVED = {
 @pytest.mark.parametrize("layout", [*SHARED, *APART])
 def test_own_layers_balance_as_in_one_process(world: Any, layout: str) -> None:
     """Megatron-LM 5047 and 5798, AutoModel 3359 (losses), torchtitan 4148 and 1593, AutoModel 3247 (biases)."""
-    expected, val_loss, _ = train("own", None)
+    expected, metrics, _ = train("own", None)
     biases = [value for name, value in expected.items() if name.endswith("e_score_correction_bias")]
     assert all(0.015 < float(bias.abs().max()) <= STEPS * 0.0201 for bias in biases), "they move once a step"
-    for state, found, plan in world(2).run(train, "own", {**SHARED, **APART}[layout]):
+    results = world(2).run(train, "own", {**SHARED, **APART}[layout])
+    for state, found, plan in results:
         assert "balance" in plan
-        assert found == pytest.approx(val_loss, rel=1e-5)
+        assert found["val_loss"] == pytest.approx(metrics["val_loss"], rel=1e-5)
         for name, value in expected.items():
             torch.testing.assert_close(state[name], value, rtol=1e-4, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
+
+    if layout == "experts":
+        loads = {name.rpartition("/")[2]: value for name, value in results[0][1].items() if "model.blocks.1.mlp.router/" in name}
+        for kind, count in (("expert", 4), ("rank", 2)):
+            each = [loads[f"tokens_of_{kind}_{number}"] for number in range(count)]
+            assert sum(each) == 2 * BATCH * TOKENS * 2, "two batches, two experts a token"
+            assert loads[f"{kind}s_max_over_mean"] == pytest.approx(max(each) * count / sum(each))
 
 
 @pytest.mark.parametrize("layout", ["context", "tensor", "pipeline", "experts of context ranks"])
 def test_hugging_faces_balancing_loss_is_that_of_one_process(world: Any, layout: str) -> None:
     """Megatron-LM 5047 and 5798, AutoModel 3359: with padding, accumulation and activation checkpoints."""
-    expected, val_loss, _ = train("mixtral", None)
+    expected, metrics, _ = train("mixtral", None)
     for state, found, _ in world(2).run(train, "mixtral", APART[layout]):
-        assert found == pytest.approx(val_loss, rel=1e-5)
+        assert found["val_loss"] == pytest.approx(metrics["val_loss"], rel=1e-5)
         for name, value in expected.items():
             torch.testing.assert_close(state[name], value, rtol=1e-4, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
 
@@ -213,10 +224,10 @@ def test_hugging_faces_balancing_loss_is_that_of_one_process(world: Any, layout:
 @pytest.mark.parametrize("layout", MOVED)
 def test_hugging_faces_biases_move_once_a_step(world: Any, layout: str) -> None:
     """torchtitan 1304, 4148 and 1593, AutoModel 3247: accumulation, validation and activation checkpoints do not count."""
-    expected, val_loss, _ = train("deepseek", None)
+    expected, metrics, _ = train("deepseek", None)
     assert sum(name.endswith("e_score_correction_bias") and bool(value.any()) for name, value in expected.items()) == 2
     for state, found, plan in world(2).run(train, "deepseek", MOVED[layout]):
         assert "routers' biases move once an optimizer" in plan
-        assert found == pytest.approx(val_loss, rel=1e-5)
+        assert found["val_loss"] == pytest.approx(metrics["val_loss"], rel=1e-5)
         for name, value in expected.items():
             torch.testing.assert_close(state[name], value, rtol=1e-4, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
