@@ -11,13 +11,13 @@ import transformers
 from lightning.pytorch import LightningModule, Trainer, seed_everything
 from lightning.pytorch.plugins.environments import TorchElasticEnvironment
 from lightning.pytorch.strategies import SingleDeviceStrategy
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, DistributedSampler
 
 from examples.train_moe import MoEBlock, MoEGPTModule
 from lightning_overlap import ContextParallel, ExpertParallel, OverlapProfiler, OverlapStrategy, PipelineParallel, TensorParallel
-from lightning_overlap.nn import MoELayer, update_router_biases
+from lightning_overlap.nn import MoELayer, TopKRouter, update_router_biases
 
 VOCABULARY, TOKENS, BATCH, STEPS = 32, 8, 4, 3
 QUIET = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
@@ -73,6 +73,32 @@ class OwnAlone(Own):
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         super().optimizer_step(*args, **kwargs)
         update_router_biases(self, lambda counts: self.trainer.strategy.reduce(counts, reduce_op="sum"))
+
+
+class Wavering(TopKRouter):
+    """Rounds otherwise in the recompute of an activation checkpoint, which breaks ties."""
+
+    def scores(self, logits: Tensor) -> Tensor:
+        if torch._C._current_graph_task_id() != -1:  # inside a backward
+            logits = logits + 1e-7 * torch.randn(logits.shape, generator=torch.Generator().manual_seed(1))
+        return super().scores(logits)
+
+
+class Tied(Own):
+    """All scores are equal in the first step."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        for block in self.model.blocks:
+            block.mlp.router.__class__ = Wavering
+            nn.init.zeros_(block.mlp.router.weight)
+
+
+class TiedAlone(OwnAlone):
+    def __init__(self) -> None:
+        super().__init__()
+        for block in self.model.blocks:
+            nn.init.zeros_(block.mlp.router.weight)
 
 
 LLAMA = {
@@ -140,6 +166,7 @@ class DeepSeekAlone(DeepSeek):
 
 MODULES: dict[str, tuple[Callable[[], Data], Callable[[], Data]]] = {
     "own": (OwnAlone, Own),
+    "tied": (TiedAlone, Tied),
     "mixtral": (Mixtral, Mixtral),
     "deepseek": (DeepSeekAlone, DeepSeek),
 }
@@ -209,6 +236,14 @@ def test_own_layers_balance_as_in_one_process(world: Any, layout: str) -> None:
             each = [loads[f"tokens_of_{kind}_{number}"] for number in range(count)]
             assert sum(each) == 2 * BATCH * TOKENS * 2, "two batches, two experts a token"
             assert loads[f"{kind}s_max_over_mean"] == pytest.approx(max(each) * count / sum(each))
+
+
+def test_a_recompute_sends_tokens_to_the_same_ranks(world: Any) -> None:
+    """AutoModel 3325 and 3140, torchtitan 3336: near-ties flip in a recompute, and rows of another shape would be sent."""
+    expected, _, _ = train("tied", None)
+    for state, _, _ in world(2).run(train, "tied", SHARED["experts"]):
+        for name, value in expected.items():
+            torch.testing.assert_close(state[name], value, rtol=1e-4, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
 
 
 @pytest.mark.parametrize("layout", ["context", "tensor", "pipeline", "experts of context ranks"])
