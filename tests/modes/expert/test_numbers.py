@@ -1,6 +1,8 @@
 """Precision, memory and recomputation of experts that are spread over ranks, and that they run on gloo."""
 
 import datetime
+import gc
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -13,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from lightning_overlap.modes.expert import grouped
 from lightning_overlap.modes.expert.dispatch import ExpertDispatch
+from lightning_overlap.modes.expert.gather import GatherDispatch
 from lightning_overlap.modes.expert.grouped import LocalExperts
 from lightning_overlap.modes.expert.layout import Layout
 from lightning_overlap.nn.moe import Experts as GroupedExperts
@@ -150,3 +153,23 @@ def test_on_gloo(world: Callable[[int], World], size: int) -> None:
     in_threads = joined(on_ranks(size, spread_pass, module, batches, grads, Layout(8, size, "experts+local", 2), True))
     for key, value in in_threads.items():
         assert torch.equal(on_gloo[key], value), key
+
+
+@pytest.mark.parametrize("backward", [False, True])
+@pytest.mark.parametrize("dispatcher", [ExpertDispatch, GatherDispatch])
+def test_graph_is_freed(dispatcher: type[ExpertDispatch] | type[GatherDispatch], backward: bool) -> None:
+    """Without garbage collection, which does not see cycles through autograd's nodes."""
+
+    def run(group: ThreadGroup) -> Any:
+        (hidden, indices, weights), module = batches_of(1, 8, 2)[0], Experts(8)
+        hidden = hidden.clone().requires_grad_()
+        out = dispatcher(group, Layout(8, 1, "experts+local", 3), delay_wgrad=True)(hidden, indices, weights, LocalExperts(module))
+        if backward:
+            out.sum().backward()
+        return weakref.ref(hidden), weakref.ref(module.down_proj)
+
+    gc.disable()
+    try:
+        assert [reference() for reference in on_ranks(1, run)[0]] == [None, None]
+    finally:
+        gc.enable()
