@@ -62,8 +62,8 @@ class ExpertParallel:
             raise ConfigError(f"expert_parallel.log_expert_load={self.log_expert_load!r} must be true or false")
         if self.dispatcher == "allgather" and self.split not in ("auto", "tokens"):
             raise ConfigError(
-                f"expert_parallel.split: {self.split} cannot be used with dispatcher: allgather, which sends each token once for all "
-                "of its experts; set split: tokens or auto"
+                f"expert_parallel.split: {self.split} cannot be used with dispatcher: allgather, which sends each token once for "
+                "all of its experts; set split: tokens or auto"
             )
 
 
