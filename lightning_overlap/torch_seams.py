@@ -47,6 +47,7 @@ PRIVATE_NAMES: tuple[tuple[Any, str, str], ...] = (
     (getattr(Function, "_backward_cls", None), "_forward_cls", "the Function of a node of autograd's graph"),
     (Variable, "_execution_engine", "calls a function at the end of a backward"),
     (autograd, "_top_saved_tensors_default_hooks", "tells that a checkpoint was entered"),
+    (torch._C, "_current_graph_task_id", "tells that this thread runs a backward"),
     (profiler, "_is_profiler_enabled", "shows whether a profiler runs: a span costs 20 microseconds even if none does"),
     (Optimizer, "register_step_pre_hook", "fills _optimizer_step_pre_hooks"),
     (torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu", "attention that also gives the log-sum-exp of its logits"),
@@ -101,6 +102,11 @@ def is_node_of(node: Any, kind: type[Function]) -> bool:
 def version_of(tensor: Tensor) -> int:
     """Returns the number of in-place writes to a tensor."""
     return tensor._version
+
+
+def is_in_backward() -> bool:
+    """Whether this thread runs a backward, in which an activation checkpoint computes a part of the forward again."""
+    return torch._C._current_graph_task_id() != -1
 
 
 def is_view_of(x: Tensor, base: Tensor) -> bool:

@@ -59,6 +59,7 @@ class ExpertMode(PieceHolder):
         self._undo: list[Callable[[], object]] = []
         self._in_trial = False
         self._balance: RankBalance | None = None
+        self._replay: RoutingReplay | None = None
 
     @property
     def groups(self) -> tuple[Group, ...]:
@@ -87,16 +88,14 @@ class ExpertMode(PieceHolder):
         self.partition = Partition(model, _pieces_of(layers), self.group, "expert.whole")
         orders = {layer.name: rehearse(model, layer) for layer in layers}
         self.partition.shard()
-        self._install = partial(self._patch, model, layers, orders, [router.module for router in routers])
+        self._replay = RoutingReplay(self.setup.boundary.forwards, [router.module for router in routers])
+        self._install = partial(self._patch, model, layers, orders)
         self._install()
 
-    def _patch(
-        self, model: nn.Module, layers: Sequence[ExpertLayer], orders: Mapping[str, Order], routers: Sequence[nn.Module]
-    ) -> None:
+    def _patch(self, model: nn.Module, layers: Sequence[ExpertLayer], orders: Mapping[str, Order]) -> None:
         """Makes the model compute with this rank's experts, until :meth:`_uninstall`."""
         if self._balance is not None:
             self._undo += self._balance.install()
-        self._undo.append(RoutingReplay(self.setup.boundary.forwards, routers).remove)
         for parameter in self.partition.parameters.values():
             setattr(parameter, EXPERT, True)
             self._undo.append(partial(vars(parameter).pop, EXPERT, None))
@@ -216,9 +215,11 @@ class ExpertMode(PieceHolder):
         return squares._replace(experts=self.group.all_reduce(squares.experts, label="expert.norm").wait())
 
     def release(self, *, complete: bool = True) -> None:
-        if not self._undo:
+        if self._replay is None:
             return
         self._uninstall()
+        self._replay.remove()
+        self._replay = None
         if self._balance is not None:
             self._balance.release(complete=complete)
         self.partition.restore(complete=complete)

@@ -20,6 +20,7 @@ from torch.overrides import TorchFunctionMode
 
 from lightning_overlap.model.patches import replace_method
 from lightning_overlap.steps.forward import Forwards
+from lightning_overlap.torch_seams import is_in_backward
 
 Choice = list[Tensor]
 """The indices of one call of a router, in the order in which it has chosen: of groups of experts, say, then of experts."""
@@ -62,9 +63,8 @@ class RoutingReplay:
     def _route(self, router: nn.Module, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         if not router.training:
             return forward(*args, **kwargs)
-        current = self._forwards.current
-        calls = current.of(_Choices).by_router.setdefault(router, [])
-        if current.in_backward and calls:
+        calls = self._forwards.current.of(_Choices).by_router.setdefault(router, [])
+        if is_in_backward() and calls:
             with _Choosing(calls):
                 return forward(*args, **kwargs)
         choice: Choice = []
