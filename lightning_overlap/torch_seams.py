@@ -113,9 +113,9 @@ def is_in_backward() -> bool:
     return torch._C._current_graph_task_id() != -1
 
 
-def is_view_of(x: Tensor, base: Tensor) -> bool:
-    """Whether a tensor is a view of another one."""
-    return x._base is base
+def is_view_of(view: Tensor, base: Tensor) -> bool:
+    """Whether a tensor is a view of another one, which is no view itself."""
+    return view._base is base
 
 
 def after_backward(function: Callable[[], None]) -> None:

@@ -83,6 +83,8 @@ class OverlapMode:
     nesting: ClassVar[Nesting]
     keeps_bits: ClassVar[bool] = True
     """Whether a step is bit-equal to a step of the unsharded model, and to one without overlap."""
+    overlap_keeps_bits: ClassVar[bool] = False
+    """Whether a step is bit-equal to one without overlap, though not to one of the unsharded model."""
     announcements: ClassVar[tuple[str, ...]] = ()
     """Labels of transfers that a receiver needs to post its next receives: a benchmark without transfers still makes these."""
     remark: ClassVar[str] = ""

@@ -27,21 +27,20 @@ def peers(config: OverlapConfig, ranks: int, backend: str) -> dict[str, Peer]:
 def _spread_experts(size: int, ranks: int, module: LightningModule) -> LightningModule:
     """Returns a module whose ``configure_model`` loads its models of transformers again, spread over the ranks."""
     parts: dict[str, Any] = {name: part for name, part in module.named_children() if getattr(part, "ep_plan", None)}
-    kind: Any = type(module)
     if len(parts) != len(list(module.children())) or any(True for _ in module.parameters(recurse=False)):
         raise ConfigError("only models of transformers with a plan for experts can be spread, and the module has others")
 
     def configure_model(self: Any) -> None:
         from transformers.distributed.configuration_utils import DistributedConfig
 
-        kind.configure_model(self)
+        type(module).configure_model(self)
         for name, part in parts.items():
             with tempfile.TemporaryDirectory() as folder:
                 part.save_pretrained(folder)
-                spread: Any = DistributedConfig(fsdp_size=ranks, ep_size=size)
-                loaded = type(part).from_pretrained(folder, distributed_config=spread)
+                layout = DistributedConfig(fsdp_size=ranks, ep_size=size)
+                loaded: Any = type(part).from_pretrained(folder, distributed_config=layout)
             setattr(self, name, loaded.train(part.training))
 
-    spread = copy.copy(module)
-    spread.__class__ = type(type(module).__name__, (type(module),), {"configure_model": configure_model})
-    return spread
+    copied = copy.copy(module)
+    copied.__class__ = type(type(module).__name__, (type(module),), {"configure_model": configure_model})
+    return copied

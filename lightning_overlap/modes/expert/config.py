@@ -7,6 +7,7 @@ from typing import Literal
 
 from lightning_overlap.decision import Choice, Choices, ConfigError, check_count, check_switch, check_word, settle
 from lightning_overlap.facts import Facts
+from lightning_overlap.modes.expert.layout import SPLITS, Split, choose
 from lightning_overlap.ranks.degrees import Degrees
 
 ADVICE = {
@@ -16,8 +17,7 @@ ADVICE = {
 """By kind of transfer, what may help where it is exposed."""
 Dispatcher = Literal["alltoall", "allgather"]
 DISPATCHERS: tuple[Dispatcher, ...] = ("alltoall", "allgather")
-Split = Literal["experts", "experts+local", "tokens"]
-SPLITS: tuple[Split, ...] = ("experts", "experts+local", "tokens")
+Auto = Literal["auto"]
 OVERLAPS = ("overlap_dispatch", "overlap_shared_experts", "delay_wgrad")
 
 
@@ -33,11 +33,11 @@ class ExpertParallel:
     overlap_dispatch: bool | Literal["auto"] = "auto"
     """Tokens travel in parts: the next part is sent to its experts, and the last one back, while the experts compute this one."""
     split: Split | Literal["auto"] = "auto"
-    """What a part is. ``experts``: some of a rank's experts, with all of their tokens; the numbers are those without overlap, bit for
-    bit. ``experts+local``: the same, but a rank computes its own tokens of the first and the last part apart, while those of other
-    ranks travel. ``tokens``: some tokens of each expert, also in this way. ``auto``: by experts, if each rank has at least two."""
+    """What a part is. ``experts``: some of a rank's experts, with all of their tokens. ``experts+local``: the same, but a rank
+    computes its own tokens of the first and the last part apart, while those of other ranks travel. ``tokens``: some tokens of each
+    expert, also in this way. ``auto``: experts and local tokens, if ranks have enough experts."""
     parts: int | Literal["auto"] = "auto"
-    """Number of parts. More of them hide more of the transfers, and make smaller ones. ``auto``: by the sizes of each batch."""
+    """Number of parts. More of them hide more of the transfers, and make smaller ones. ``auto``: as few as leave little exposed."""
     overlap_shared_experts: bool | Literal["auto"] = "auto"
     """Experts that every token takes compute while tokens travel."""
     delay_wgrad: bool | Literal["auto"] = "auto"
@@ -102,8 +102,8 @@ class ExpertChoices(Choices):
 
     dispatcher: Choice[Dispatcher]
     overlap_dispatch: Choice[bool]
-    split: Choice[Split]
-    parts: Choice[int | Literal["auto"]]
+    split: Choice[Split | Auto]
+    parts: Choice[int | Auto]
     overlap_shared_experts: Choice[bool]
     delay_wgrad: Choice[bool]
     balance: Choice[bool]
@@ -125,12 +125,13 @@ def decide(config: ExpertParallel, degrees: Degrees, facts: Facts, *, overlap: b
         because="parts travel to and from their experts while others compute",
         overlap=overlap,
     )
+    split, parts = _layout(config, model, in_parts=config.overlap_dispatch is not False)
     return ExpertChoices(
-        size=Choice(config.size, config.size, "the model is not known yet" if model is None else model.summary),
+        size=Choice(config.size, config.size, _UNKNOWN if model is None else model.summary),
         dispatcher=Choice(config.dispatcher, config.dispatcher, _DISPATCHERS[config.dispatcher]),
         overlap_dispatch=dispatch,
-        split=_split(config, model),
-        parts=_parts(config, overlapped=dispatch.value),
+        split=split,
+        parts=parts,
         overlap_shared_experts=settle(
             "expert_parallel.overlap_shared_experts",
             config.overlap_shared_experts,
@@ -197,19 +198,22 @@ def _refuse_settings_of_one_rank(config: ExpertParallel) -> None:
             raise ConfigError(f"expert_parallel.{name}: {value} needs expert_parallel.size of at least 2")
 
 
-def _split(config: ExpertParallel, model: ExpertFacts | None) -> Choice[Split]:
-    if config.split != "auto":
-        return Choice(config.split, config.split, "as configured")
-    if config.dispatcher == "allgather":
-        return Choice("tokens", "auto", "a token travels once for all of its experts")
-    if model is not None and model.least < 2 * config.size:
-        return Choice("tokens", "auto", f"a rank has one of {model.least} experts only")
-    return Choice("experts", "auto", "each product keeps its shape, so the numbers are those without overlap")
+def _layout(config: ExpertParallel, model: ExpertFacts | None, *, in_parts: bool) -> tuple[Choice[Split | Auto], Choice[int | Auto]]:
+    """Decides what a part is, and how many there are."""
+    split: Split | None = None if config.split == "auto" else config.split
+    split = "tokens" if config.dispatcher == "allgather" else split
+    if config.parts == "auto" and not in_parts:
+        return Choice(split or "experts", config.split, "there is one part"), Choice(1, "auto", "without overlap_dispatch")
+    if model is None:
+        return Choice(config.split, config.split, _UNKNOWN), Choice(config.parts, config.parts, _UNKNOWN)
+    chosen, parts = choose(model.least, config.size, split, None if config.parts == "auto" else config.parts)
+    why = "as configured" if config.parts != "auto" else "little is exposed: the first dispatch and the last combine"
+    return Choice(chosen, config.split, _SPLITS[chosen]), Choice(parts, config.parts, why)
 
 
-def _parts(config: ExpertParallel, *, overlapped: bool) -> Choice[int | Literal["auto"]]:
-    if not overlapped:
-        return Choice(1, config.parts, "without overlap_dispatch, tokens travel at once")
-    if config.parts != "auto":
-        return Choice(config.parts, config.parts, "as configured")
-    return Choice("auto", "auto", "by the sizes of each batch")
+_UNKNOWN = "the model is not known yet"
+_SPLITS: dict[Split, str] = {
+    "experts": "a part is some experts of each rank",
+    "experts+local": "a part is some experts; a rank computes its own tokens of the first and the last one apart",
+    "tokens": "a part is some tokens of each expert",
+}

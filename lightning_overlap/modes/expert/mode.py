@@ -28,9 +28,6 @@ from lightning_overlap.nn.moe import MoELayer
 from lightning_overlap.ranks.group import Group
 from lightning_overlap.state.pieces import Partition, Piece
 
-PARTS = 4
-"""The number of parts, unless a rank has fewer experts: the first dispatch and the last combine are exposed, a share of 1/parts."""
-
 
 class ExpertMode(PieceHolder):
     """See the module's docstring.
@@ -44,6 +41,7 @@ class ExpertMode(PieceHolder):
     holders = "experts"
     replicas = "expert_gradients"
     keeps_bits = False
+    overlap_keeps_bits = True
     announcements = ("expert.counts", "expert.indices")
 
     config: ExpertParallel
@@ -113,14 +111,13 @@ class ExpertMode(PieceHolder):
                 self._undo += SharedExperts(model, layer, order, dispatch, forwards, overlapped=overlapped).install()
 
     def _make_dispatch(self, layer: ExpertLayer) -> ExpertDispatch | GatherDispatch:
-        asked = self.choices.parts.value
-        local = layer.count // self.group.size
-        by_experts = self.choices.split.value != "tokens"
-        parts = asked if asked != "auto" else min(PARTS, local) if by_experts else PARTS
+        split, parts = self.choices.split.value, self.choices.parts.value
+        assert split != "auto", "the model is known"
+        assert parts != "auto", "the model is known"
         kind = ExpertDispatch if self.choices.dispatcher.value == "alltoall" else GatherDispatch
         return kind(
             self.group,
-            Layout(layer.count, self.group.size, self.choices.split.value, parts),
+            Layout(layer.count, self.group.size, split, parts),
             overlap=self.choices.overlap_dispatch.value,
             delay_wgrad=self.choices.delay_wgrad.value,
         )

@@ -22,14 +22,14 @@ def test_everything_is_on_where_nothing_prevents_it() -> None:
     choices = choose(ExpertFacts("4 layers of 8 experts", 8, ""))
     assert choices.size.why == "4 layers of 8 experts"
     assert (choices.overlap_dispatch.value, choices.overlap_shared_experts.value, choices.delay_wgrad.value) == (True, True, True)
-    assert (choices.split.value, choices.parts.value) == ("experts", "auto")
+    assert (choices.split.value, choices.parts.value) == ("experts+local", 4)
 
 
 def test_few_experts_are_split_by_tokens_unless_asked() -> None:
     few = ExpertFacts("", 3, "")
-    assert (choose(few).split.value, choose(few).split.why) == ("tokens", "a rank has one of 3 experts only")
-    assert choose(few, split="experts").split.value == "experts"
-    assert choose(ExpertFacts("", 4, "")).split.value == "experts"
+    assert (choose(few).split.value, choose(few).split.why) == ("tokens", "a part is some tokens of each expert")
+    assert (choose(few, split="experts", parts=1).split.value, choose(few, parts=3).parts.value) == ("experts", 3)
+    assert (choose().split.value, choose().parts.value) == ("auto", "auto"), "the model is not known"
 
 
 def test_gathered_tokens_are_split() -> None:
@@ -37,10 +37,11 @@ def test_gathered_tokens_are_split() -> None:
 
 
 def test_overlap_off_keeps_the_layout() -> None:
-    choices = choose(ExpertFacts("", 8, ""), overlap=False, parts=4)
+    model = ExpertFacts("", 8, "")
+    choices = choose(model, overlap=False)
     assert (choices.overlap_dispatch.value, choices.overlap_shared_experts.value, choices.delay_wgrad.value) == (False, False, False)
-    assert (choices.parts.value, choices.size.value) == (1, 2)
-    assert choose(overlap_dispatch=False, parts=4).parts.value == 1
+    assert (choices.parts.value, choices.split.value, choices.size.value) == (4, "experts+local", 2), "so that all bits are equal"
+    assert (choose(model, overlap_dispatch=False).parts.value, choose(model, overlap_dispatch=False, parts=4).parts.value) == (1, 4)
 
 
 def test_shared_experts_tell_why_they_wait() -> None:

@@ -18,20 +18,27 @@ class Hugging(LightningModule):
     Args:
         name: as in :func:`tests.helpers.experts.tiny`.
         optimizer: ``sgd``, or ``adamw`` with decay.
+        packed: whether a sample is two documents.
         changes: of the model's settings.
     """
 
-    def __init__(self, name: str, optimizer: str = "sgd", **changes: Any) -> None:
+    def __init__(self, name: str, optimizer: str = "sgd", packed: bool = False, **changes: Any) -> None:
         super().__init__()
-        self.model = tiny(name, **changes)
+        self.model = tiny(name, **changes, **({"use_cache": False} if packed else {}))  # with a cache, transformers sees no borders
+        self.packed = packed
         self.optimizer = optimizer
 
     def training_step(self, batch: Tensor, index: int) -> Tensor:
-        loss: Tensor = self.model(input_ids=batch, labels=batch).loss
+        loss: Tensor = self.model(**self.inputs(batch)).loss
         return loss
 
     def validation_step(self, batch: Tensor, index: int) -> None:
-        self.log("val_loss", self.model(input_ids=batch, labels=batch).loss, sync_dist=True)
+        self.log("val_loss", self.model(**self.inputs(batch)).loss, sync_dist=True)
+
+    def inputs(self, batch: Tensor) -> dict[str, Tensor]:
+        """Arguments of the model."""
+        borders = torch.cat([torch.arange(5), torch.arange(batch.shape[1] - 5)]).expand_as(batch)
+        return {"input_ids": batch, "labels": batch, **({"position_ids": borders} if self.packed else {})}
 
     def configure_optimizers(self) -> Any:
         if self.optimizer == "adamw":

@@ -25,7 +25,7 @@ MIXTURES: dict[str, tuple[int, str, dict[str, Any], dict[str, Any]]] = {
     "ep 2 over tp 2 without sp, dp 2": (4, "deepseek", {"expert_parallel": 2, "tensor_parallel": WITHOUT_SP}, {}),
     "ep 4 over tp 2 without sp and dp 2": (4, "qwen2", {"expert_parallel": 4, "tensor_parallel": WITHOUT_SP}, {}),
     "ep 2 over tp 4": (4, "mixtral", {"expert_parallel": 2, "tensor_parallel": 4}, FOUR_HEADS),
-    "ep 2 over cp 2, dp 2": (4, "mixtral", {"expert_parallel": 2, "context_parallel": 2}, {}),
+    "ep 2 over cp 2, dp 2": (4, "mixtral", {"expert_parallel": 2, "context_parallel": 2}, {"packed": True}),
     "ep 4 over cp 2 and dp 2": (4, "qwen3", {"expert_parallel": 4, "context_parallel": 2}, {}),
 }
 
@@ -114,3 +114,13 @@ def moves_in_the_first_step(optimizer: str) -> list[bool]:
 def test_ds_8354_every_expert_moves_in_the_first_step(world: Any) -> None:
     for moves in world(2).run(moves_in_the_first_step, "adamw"):
         assert moves == [True] * 16
+
+
+@pytest.mark.parametrize("name", ["qwen2", "deepseek"])
+def test_overlap_changes_no_bit(world: Any, name: str) -> None:
+    """Nor do shared experts that compute before the block calls them."""
+    on, off = (world(2).run(fit, {"expert_parallel": 2, "overlap": overlap}, name) for overlap in ("auto", "off"))
+    assert "overlap_shared_experts auto on" in on[0]["plan"]
+    for a, b in zip(on, off, strict=True):
+        assert a["losses"] == b["losses"]
+        assert all(torch.equal(a["weights"][key], b["weights"][key]) for key in a["weights"])
