@@ -48,6 +48,7 @@ PRIVATE_NAMES: tuple[tuple[Any, str, str], ...] = (
     (getattr(Function, "_backward_cls", None), "_forward_cls", "the Function of a node of autograd's graph"),
     (Variable, "_execution_engine", "calls a function at the end of a backward"),
     (autograd, "_top_saved_tensors_default_hooks", "tells that a checkpoint was entered"),
+    (torch._C, "_current_graph_task_id", "tells that this thread runs a backward"),
     (torch.overrides, "_get_current_function_mode_stack", "a lane's thread computes under the caller's function modes"),
     (torch.overrides, "_push_mode", "the same"),
     (torch.overrides, "_pop_mode", "the same"),
@@ -105,6 +106,11 @@ def is_node_of(node: Any, kind: type[Function]) -> bool:
 def version_of(tensor: Tensor) -> int:
     """Returns the number of in-place writes to a tensor."""
     return tensor._version
+
+
+def is_in_backward() -> bool:
+    """Whether this thread runs a backward, in which an activation checkpoint computes a part of the forward again."""
+    return torch._C._current_graph_task_id() != -1
 
 
 def is_view_of(view: Tensor, base: Tensor) -> bool:

@@ -159,6 +159,10 @@ class OverlapMode:
         """Sums each value over the ranks that hold different parts of these gradients. Collective."""
         return squares
 
+    def measurements(self) -> dict[str, float]:
+        """Values of a recent step for the profiler's log, by name. Not collective. Ranks may have values with other names."""
+        return {}
+
     def sync_parameters(self) -> None:
         """Completes the weights before they are read (evaluation, a checkpoint)."""
 

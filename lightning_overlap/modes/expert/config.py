@@ -42,6 +42,11 @@ class ExpertParallel:
     """Experts that every token takes compute while tokens travel."""
     delay_wgrad: bool | Literal["auto"] = "auto"
     """Backward sends the tokens' gradients home before it computes those of the experts' weights."""
+    update_bias_rate: float = 0.0
+    """Step of the biases by which routers of transformers (``e_score_correction_bias``) balance their experts, once an optimizer step;
+    0: they stay. A router of ``lightning_overlap.nn`` has its own."""
+    log_expert_load: bool = False
+    """Log for each layer how many tokens each expert and each rank got in the last step, and their maximum over the mean."""
 
     def __post_init__(self) -> None:
         check_count("expert_parallel.size", self.size)
@@ -51,6 +56,10 @@ class ExpertParallel:
             check_switch(f"expert_parallel.{name}", getattr(self, name))
         if self.parts != "auto":
             check_count("expert_parallel.parts", self.parts)
+        if isinstance(self.update_bias_rate, bool) or not self.update_bias_rate >= 0:
+            raise ConfigError(f"expert_parallel.update_bias_rate={self.update_bias_rate!r} must be a number, at least 0")
+        if not isinstance(self.log_expert_load, bool):
+            raise ConfigError(f"expert_parallel.log_expert_load={self.log_expert_load!r} must be true or false")
         if self.dispatcher == "allgather" and self.split not in ("auto", "tokens"):
             raise ConfigError(
                 f"expert_parallel.split: {self.split} cannot be used with dispatcher: allgather, which sends each token once for "
@@ -66,11 +75,15 @@ class ExpertFacts:
         summary: where the experts are, and how many.
         least: the smallest number of experts of a layer.
         unshared: why shared experts cannot compute while tokens travel; empty if they can.
+        has_biases: whether routers have biases that move.
+        has_losses: whether layers return a balancing loss, which is of the tokens of all ranks that share a batch.
     """
 
     summary: str
     least: int
     unshared: str
+    has_biases: bool = False
+    has_losses: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,6 +97,7 @@ class ExpertChoices(Choices):
         parts: the number of parts.
         overlap_shared_experts: experts that every token takes compute while tokens travel.
         delay_wgrad: backward sends gradients home before it computes those of weights.
+        balance: the ranks count the tokens of each expert together.
     """
 
     dispatcher: Choice[Dispatcher]
@@ -92,14 +106,17 @@ class ExpertChoices(Choices):
     parts: Choice[int | Auto]
     overlap_shared_experts: Choice[bool]
     delay_wgrad: Choice[bool]
+    balance: Choice[bool]
 
 
 def decide(config: ExpertParallel, degrees: Degrees, facts: Facts, *, overlap: bool) -> ExpertChoices | None:
     """The home of this mode's gates; see :class:`lightning_overlap.modes.descriptor.Decide`."""
+    model = facts.of(ExpertFacts)
+    balance = _balance(config, model)
     if config.size == 1:
         _refuse_settings_of_one_rank(config)
-        return None
-    model = facts.of(ExpertFacts)
+        sums_losses = model is not None and model.has_losses and degrees.stage > 1
+        return _unspread(config, balance) if balance.value or sums_losses else None
     dispatch = settle(
         "expert_parallel.overlap_dispatch",
         config.overlap_dispatch,
@@ -135,6 +152,34 @@ def decide(config: ExpertParallel, degrees: Degrees, facts: Facts, *, overlap: b
             because="the tokens' gradients travel home while those of the experts' weights are computed",
             overlap=overlap,
         ),
+        balance=balance,
+    )
+
+
+def _balance(config: ExpertParallel, model: ExpertFacts | None) -> Choice[bool]:
+    asked = "log_expert_load" if config.log_expert_load else config.update_bias_rate or "auto"
+    if config.update_bias_rate or (model is not None and model.has_biases):
+        return Choice(True, asked, "routers' biases move once an optimizer step, by the tokens of all ranks")
+    if config.log_expert_load:
+        return Choice(True, asked, "tokens are counted on all ranks; OverlapProfiler logs them")
+    return Choice(False, asked, "no router has a bias that moves")
+
+
+def _unspread(config: ExpertParallel, balance: Choice[bool]) -> ExpertChoices:
+    """The choices where each rank has all experts: ranks only balance them together."""
+
+    def off(asked: object) -> Choice[bool]:
+        return Choice(False, asked, "each rank has all experts")
+
+    return ExpertChoices(
+        size=Choice(1, 1, "each rank has all experts, and ranks balance them together"),
+        dispatcher=Choice(config.dispatcher, config.dispatcher, "tokens stay on their ranks"),
+        overlap_dispatch=off(config.overlap_dispatch),
+        split=Choice("experts", config.split, "tokens stay on their ranks"),
+        parts=Choice(1, config.parts, "tokens stay on their ranks"),
+        overlap_shared_experts=off(config.overlap_shared_experts),
+        delay_wgrad=off(config.delay_wgrad),
+        balance=balance,
     )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 
 from torch import Tensor, nn
@@ -14,14 +14,17 @@ from lightning_overlap.model.expert_layers import ExpertLayer, find_experts
 from lightning_overlap.model.markers import EXPERT
 from lightning_overlap.model.patches import replace_method
 from lightning_overlap.modes.base import Setup, Squares
+from lightning_overlap.modes.expert.balance import RankBalance, find_routers
 from lightning_overlap.modes.expert.common_tokens import gather_parts, take_part
 from lightning_overlap.modes.expert.config import ExpertChoices, ExpertFacts, ExpertParallel
 from lightning_overlap.modes.expert.dispatch import ExpertDispatch
 from lightning_overlap.modes.expert.gather import GatherDispatch
 from lightning_overlap.modes.expert.grouped import LocalExperts
 from lightning_overlap.modes.expert.layout import Layout
+from lightning_overlap.modes.expert.replay import RoutingReplay
 from lightning_overlap.modes.expert.shared import Order, SharedExperts, rehearse
 from lightning_overlap.modes.piece_holder import PieceHolder
+from lightning_overlap.nn.moe import MoELayer
 from lightning_overlap.ranks.group import Group
 from lightning_overlap.state.pieces import Partition, Piece
 
@@ -53,16 +56,19 @@ class ExpertMode(PieceHolder):
         self._samples = self.mesh.group("samples", self.timeout)
         self._undo: list[Callable[[], object]] = []
         self._in_trial = False
+        self._balance: RankBalance | None = None
+        self._replay: RoutingReplay | None = None
 
     @property
     def groups(self) -> tuple[Group, ...]:
-        groups = (self.group, self._same, self._samples)
-        return groups if self._tensor is None else (*groups, self._tensor)
+        groups = [self.group, self._same, self._samples, *(self._balance.groups if self._balance is not None else ())]
+        return tuple(groups if self._tensor is None else [*groups, self._tensor])
 
     # -- set-up ------------------------------------------------------------------------------------------------------
 
     def refuse(self, model: nn.Module) -> None:
-        _, layers = find_experts(model, self.setup.roles, self.group.size)
+        _, layers = _find_layers(model, self.config, self.setup.roles)
+        find_routers(model, layers, self.config.update_bias_rate)
         norms = [layer.name for layer in layers if getattr(layer.module, "has_post_expert_norm", False)]
         if norms and self._tensor is not None:
             raise ConfigError(
@@ -71,20 +77,27 @@ class ExpertMode(PieceHolder):
             )
 
     def parallelize(self, model: nn.Module) -> None:
-        _, layers = find_experts(model, self.setup.roles, self.group.size)
+        _, layers = _find_layers(model, self.config, self.setup.roles)
+        routers = find_routers(model, layers, self.config.update_bias_rate)
+        self._balance = RankBalance(self.setup, model, routers if self.choices.balance.value else ())
+        if self.group.size == 1:
+            layers, routers = (), []
         self._names = [f"{layer.name}.{name}" for layer in layers for name in layer.parameters]
         self.partition = Partition(model, _pieces_of(layers), self.group, "expert.whole")
         orders = {layer.name: rehearse(model, layer) for layer in layers}
         self.partition.shard()
+        self._replay = RoutingReplay(self.setup.boundary.forwards, [router.module for router in routers])
         self._install = partial(self._patch, model, layers, orders)
         self._install()
 
     def _patch(self, model: nn.Module, layers: Sequence[ExpertLayer], orders: Mapping[str, Order]) -> None:
         """Makes the model compute with this rank's experts, until :meth:`_uninstall`."""
+        if self._balance is not None:
+            self._undo += self._balance.install()
         for parameter in self.partition.parameters.values():
             setattr(parameter, EXPERT, True)
             self._undo.append(partial(vars(parameter).pop, EXPERT, None))
-        for part in model.modules():
+        for part in model.modules() if layers else ():
             if hasattr(part, "ep_plan") and callable(generate := getattr(part, "generate", None)):
                 # Ranks with other samples write texts of other lengths: with this, transformers calls the model until all have ended.
                 self._undo.append(replace_method(part, "generate", partial(generate, synced_gpus=True)))
@@ -150,15 +163,39 @@ class ExpertMode(PieceHolder):
 
     @contextmanager
     def trial(self) -> Iterator[None]:
+        counts = self._balance.counts if self._balance is not None else None
         self._in_trial = True
         try:
-            yield
+            with counts.trial() if counts is not None else nullcontext():
+                yield
         finally:
             self._in_trial = False
 
+    def start_forward(self) -> None:
+        self.sync_parameters()
+        self.setup.boundary.start_forward()
+
+    def start_backward(self) -> None:
+        self.setup.boundary.start_backward()
+
+    def measurements(self) -> dict[str, float]:
+        """How the tokens of each layer are spread over experts and ranks."""
+        counts = self._balance.counts if self._balance is not None else None
+        return counts.loads(self.group.size) if counts is not None and self.config.log_expert_load else {}
+
+    def sync_parameters(self) -> None:
+        """Completes the routers' biases."""
+        if self._balance is not None and self._balance.counts is not None:
+            self._balance.counts.apply()
+
     def finish_backward(self) -> None:
-        if self._held or not self._in_trial:
-            return  # in training, the data mode sums the gradients
+        self.setup.boundary.finish_backward()
+        if self._held:
+            return
+        if not self._in_trial:  # the data mode sums the gradients
+            if self._balance is not None and self._balance.counts is not None:
+                self._balance.counts.post()
+            return
         for parameter in self.partition.parameters.values():
             if parameter.grad is not None:
                 self._same.sum(parameter.grad).div_(self.mesh.size("context"))
@@ -175,9 +212,13 @@ class ExpertMode(PieceHolder):
         return squares._replace(experts=self.group.all_reduce(squares.experts, label="expert.norm").wait())
 
     def release(self, *, complete: bool = True) -> None:
-        if not self._undo:
+        if self._replay is None:
             return
         self._uninstall()
+        self._replay.remove()
+        self._replay = None
+        if self._balance is not None:
+            self._balance.release(complete=complete)
         self.partition.restore(complete=complete)
         if complete:
             for group in self.groups:
@@ -189,13 +230,27 @@ def _pieces_of(layers: Sequence[ExpertLayer]) -> dict[nn.Parameter, Piece]:
     return {p: Piece(p.shape, 0, (layer.count,)) for layer in layers for p in layer.spread_parameters}
 
 
+def _find_layers(model: nn.Module, config: ExpertParallel, roles: Mapping[str, str]) -> tuple[str, Sequence[ExpertLayer]]:
+    """Finds the layers as :func:`find_experts` does, if something is to be done with them: routers of ``nn`` are known without it."""
+    if config.size == 1 and not config.update_bias_rate and not config.log_expert_load:
+        return "", ()
+    return find_experts(model, roles, config.size)
+
+
 def look(model: nn.Module, config: ExpertParallel, roles: Mapping[str, str]) -> ExpertFacts | None:
     """See :class:`lightning_overlap.modes.descriptor.Look`."""
-    if config.size == 1:
+    own = [module for module in model.modules() if isinstance(module, MoELayer)]
+    source, layers = _find_layers(model, config, roles)
+    if not own and not layers:
         return None
-    source, layers = find_experts(model, roles, config.size)
     counts = sorted({layer.count for layer in layers})
     orders = [rehearse(model, layer) for layer in layers]
     obstacle = next((order.obstacle for order in orders if order.obstacle), "") if all(o.obstacle for o in orders) else ""
     plural = "layers" if len(layers) > 1 else "layer"
-    return ExpertFacts(f"{source}: {len(layers)} {plural} of {' or '.join(map(str, counts))} experts", counts[0], obstacle)
+    return ExpertFacts(
+        f"{source}: {len(layers)} {plural} of {' or '.join(map(str, counts))} experts",
+        min(counts, default=0),
+        obstacle,
+        has_biases=any(layer.router.update_bias_rate for layer in own),
+        has_losses=any(layer.has_loss for layer in own),
+    )
