@@ -223,7 +223,10 @@ def test_own_layers_balance_as_in_one_process(world: Any, layout: str, accumulat
     expected, metrics, _ = train("own", None, accumulated)
     biases = [value for name, value in expected.items() if name.endswith("e_score_correction_bias")]
     steps = 2 * STEPS // accumulated
-    assert all(0.015 < float(bias.abs().max()) <= steps * 0.0201 for bias in biases), "they move once a step"
+    moves = torch.stack(biases) / 0.02
+    torch.testing.assert_close(moves, moves.round(), rtol=0.0, atol=1e-3)
+    assert moves.any()
+    assert moves.abs().max() < steps + 0.5, "they move once a step"
     results = world(2).run(train, "own", {**SHARED, **APART}[layout], accumulated)
     for state, found, plan in results:
         assert "balance" in plan
