@@ -51,7 +51,7 @@ class Recurrent(nn.LSTM):
 
 
 def attention_by_hand(x: Tensor) -> Tensor:
-    logits = torch.einsum("bqd,bkd->bqk", x, x).masked_fill(torch.ones(x.shape[1], x.shape[1]).triu(1).bool(), -torch.inf)
+    logits = torch.einsum("bqd,bkd->bqk", x, x / WIDTH).masked_fill(torch.ones(x.shape[1], x.shape[1]).triu(1).bool(), -torch.inf)
     return torch.einsum("bqk,bkd->bqd", logits.softmax(-1), x)
 
 
