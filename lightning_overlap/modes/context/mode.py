@@ -82,9 +82,8 @@ class ContextMode(Sharder):
         is_unsharded = self._switch_hugging_face(model, blocks)
         cut = ContextCut(self.group, boundary, self.choices.order.value, self.choices.boundary.value, is_unsharded)
         self._undo.append(boundary.register(blocks, cut))
-        if self.config.verify_blocks:
-            shards = ContextShards(self.group, cut, self._name_attention)
-            self._undo.append(self.setup.first_blocks.register(blocks, name, shards))
+        shards = ContextShards(self.group, cut, self._name_attention)
+        self._undo.append(self.setup.first_blocks.register(blocks, name, shards, verify=self.config.verify_blocks))
 
     def _switch_hugging_face(self, model: nn.Module, blocks: Sequence[nn.Module]) -> Callable[[], bool]:
         """Has a model of transformers call the seam; whether its present forward runs with all tokens on every rank."""
