@@ -21,9 +21,9 @@ from tests.modes.context.whole import inputs, whole_attention
 @pytest.mark.parametrize("size", [2, 3, 4, 8])
 def test_diffusers_14265_gradients_of_each_number_of_pieces(size: int) -> None:
     """Another ring used the first keys and values again in its backward: the loss was right, and the gradients wrong."""
-    for pieces in range(1, 9):
+    for of_each_rank in (1, 2, 3, 5):
         for method in ("p2p", "all_gather"):
-            compare(size, {"method": method, "pieces": pieces}, tokens=17)
+            compare(size, {"method": method, "pieces": of_each_rank * (size - 1)}, tokens=17)
 
 
 @pytest.mark.parametrize("method", METHODS, ids=str)
