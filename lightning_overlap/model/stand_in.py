@@ -58,7 +58,6 @@ class StandIn(Tensor):
         return apply_to_complete(func, args, kwargs)
 
     @classmethod
-    @torch.compiler.disable  # type: ignore[untyped-decorator]  # compiled code would take the placeholder's one number for values
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func in METADATA:

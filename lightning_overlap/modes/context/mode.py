@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_overlap.decision import ConfigError
 from lightning_overlap.model.blocks import Blocks, find_blocks, is_from_transformers, names_by_role
 from lightning_overlap.model.boundary import Nesting
 from lightning_overlap.model.patches import replace_method
@@ -24,6 +25,7 @@ from lightning_overlap.modes.context.local_tokens import LocalTokens
 from lightning_overlap.modes.context.mask import Mask
 from lightning_overlap.modes.context.refusals import find_mixers
 from lightning_overlap.ranks.group import Group
+from lightning_overlap.torch_seams import is_guard_failure
 
 
 class ContextMode(Sharder):
@@ -139,6 +141,11 @@ class ContextMode(Sharder):
         self.setup.boundary.start_forward()
 
     def explain_failure(self, error: Exception) -> None:
+        if is_guard_failure(error):
+            raise ConfigError(
+                "a compiled function was called with a tensor whose tokens are sharded over the ranks, for which torch cannot compile "
+                "it: call it without torch.compile, or set context_parallel.boundary: blocks"
+            ) from error
         self.setup.boundary.explain_failure(error)
 
     def start_backward(self) -> None:

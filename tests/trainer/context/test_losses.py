@@ -63,7 +63,7 @@ ERRORS = {
     "fused": "was given a tensor whose tokens are sharded over the ranks",
     "checkpoint, reentrant": "was given a tensor whose tokens are sharded over the ranks",
     "pointer": "a kernel outside of torch reads the memory of a tensor whose tokens are sharded over the ranks",
-    "compiled": "?",
+    "compiled": "a compiled function was called with a tensor whose tokens are sharded over the ranks",
 }
 
 
