@@ -132,5 +132,5 @@ def _in_place_error(x: StandIn, name: str) -> ConfigError:
     return ConfigError(
         f"{name} changes {x.description} in place, where the change would be lost: this rank holds only a part, and a function that "
         "reads the complete tensor gets a copy. Use an out-of-place function (x = x.masked_fill(...), x = x / y, torch.where), or "
-        "change a copy (x = x.clone())"
+        "change a copy (x = x.clone()). A checkpoint that is called with it needs use_reentrant=False"
     )

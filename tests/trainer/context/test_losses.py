@@ -61,7 +61,7 @@ class Net(Transformer):
 EQUAL = ("checkpoint", "plain")
 ERRORS = {
     "fused": "was given a tensor whose tokens are sharded over the ranks",
-    "checkpoint, reentrant": "was given a tensor whose tokens are sharded over the ranks",
+    "checkpoint, reentrant": "A checkpoint that is called with it needs use_reentrant=False",
     "pointer": "a kernel outside of torch reads the memory of a tensor whose tokens are sharded over the ranks",
     "compiled": "a compiled function was called with a tensor whose tokens are sharded over the ranks",
 }
