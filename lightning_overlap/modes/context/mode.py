@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_overlap.decision import ConfigError
 from lightning_overlap.model.blocks import blocks_by_role, is_from_transformers, names_by_role
 from lightning_overlap.model.boundary import Nesting
 from lightning_overlap.model.markers import is_expert
@@ -26,7 +27,7 @@ from lightning_overlap.modes.context.mask import Mask
 from lightning_overlap.modes.context.methods import AttentionByMask
 from lightning_overlap.modes.context.refusals import find_mixers
 from lightning_overlap.ranks.group import Group
-from lightning_overlap.torch_seams import is_compiled
+from lightning_overlap.torch_seams import is_compiled, is_guard_failure
 
 
 class ContextMode(Sharder):
@@ -91,9 +92,8 @@ class ContextMode(Sharder):
                 module = model.get_submodule(path)
                 forward = embedding_forward(module.forward, path, cut.shards_of_embeddings)
                 self._undo.append(replace_method(module, "forward", forward))
-        if self.config.verify_blocks:
-            shards = ContextShards(self.group, cut, self._name_attention)
-            self._undo.append(self.setup.first_blocks.register(blocks, name, shards))
+        shards = ContextShards(self.group, cut, self._name_attention)
+        self._undo.append(self.setup.first_blocks.register(blocks, name, shards, verify=self.config.verify_blocks))
 
     def _switch_hugging_face(self, model: nn.Module, blocks: Sequence[nn.Module]) -> Callable[[], bool]:
         """Has a model of transformers call the seam; whether its present forward runs with all tokens on every rank."""
@@ -150,6 +150,11 @@ class ContextMode(Sharder):
         self.setup.boundary.start_forward()
 
     def explain_failure(self, error: Exception) -> None:
+        if is_guard_failure(error):
+            raise ConfigError(
+                "a compiled function was called with a tensor whose tokens are sharded over the ranks, for which torch cannot compile "
+                "it: call it without torch.compile, or set context_parallel.boundary: blocks"
+            ) from error
         self.setup.boundary.explain_failure(error)
 
     def start_backward(self) -> None:
