@@ -21,6 +21,7 @@ from lightning_overlap.model.boundary import Nesting
 from lightning_overlap.model.copies import hooks_of
 from lightning_overlap.model.hidden_states import find_hidden, hidden_of, replace_hidden
 from lightning_overlap.model.patches import Hook
+from lightning_overlap.model.stand_in import StandIn
 from lightning_overlap.ranks.announcements import TransferError
 from lightning_overlap.ranks.group import Group
 from lightning_overlap.torch_seams import tree_map
@@ -147,6 +148,7 @@ class BlockCheck:
             ConfigError: outputs or gradients differ, or the sharded block fails; on every rank.
         """
         x = find_hidden(args, kwargs, self.name)[1].detach()
+        x = x.complete(self.name) if isinstance(x, StandIn) else x
         sharded = " and ".join(mode.advice.sharded for mode in modes)
         # Hidden from an activation checkpoint around the block, which counts the saved tensors and expects the same count later.
         with torch.set_grad_enabled(backward), saved_tensors_hooks(lambda x: x, lambda x: x), _unchanged(self.block):

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from lightning_overlap.modes.context import attention
 from lightning_overlap.modes.context.attention import ContextAttention
+from lightning_overlap.modes.context.kernel import kept
 from lightning_overlap.modes.context.layout import TokenLayout
 from lightning_overlap.modes.context.mask import Mask
 from tests.helpers.rank_threads import on_ranks
@@ -79,14 +80,20 @@ def compare(
     mask = mask_of(name, tokens, heads[0], dtype)
     made = TokenLayout.by_area(mask, size) if layout == "area" else getattr(TokenLayout, layout)(tokens, size)
     tensors = inputs(tokens, *heads, dtype)
-    expected = whole_attention(*(x.double() for x in tensors), mask, **how)
-    computed = whole_of(on_ranks(size, partial(run or overlapped, **how), method, tensors, mask, made), made)
+    dropout, of_whole = how.get("dropout"), {name: setting for name, setting in how.items() if name != "dropout"}
+    if dropout:
+        positions = torch.arange(tokens)
+        of_whole["kept"] = kept(dropout, SEED, 2, range(heads[0]), positions, positions) / (1 - dropout)
+    expected = whole_attention(*(x.double() for x in tensors), mask, **of_whole)
+    with mock.patch.object(attention.torch, "randint", return_value=torch.tensor(SEED)):
+        computed = whole_of(on_ranks(size, partial(run or overlapped, **how), method, tensors, mask, made), made)
     close = {"rtol": 1e-11, "atol": 1e-12} if dtype == torch.float64 else {"rtol": 1e-4, "atol": 1e-5}
     for x, y in zip(computed, expected, strict=True):
         assert x.dtype == dtype
         torch.testing.assert_close(x.double(), y, **close)
 
 
+SEED = 7
 PIECES = [{"method": method, "pieces": pieces} for method in ("p2p", "all_gather") for pieces in (1, 8)]
 METHODS = [*PIECES, {"method": "a2a"}]
 HIERARCHICAL = [{"method": "a2a+p2p", "hierarchical_sizes": sizes} for sizes in ((2, 2), (4, 1), (1, 4))]
@@ -157,33 +164,11 @@ def test_eight_ranks(method: dict[str, Any]) -> None:
     compare(8, method, tokens=7, heads=(8, 2))
 
 
-def dropped(group: Any, method: dict[str, Any], layout: TokenLayout) -> list[Tensor]:
-    """Where values are one-hot, the output has the weights; the gradient of values has them too."""
-    tokens = layout.tokens
-    q, v = torch.zeros(1, 4, tokens, 4, dtype=torch.float64), torch.eye(tokens, dtype=torch.float64).expand(1, 4, tokens, tokens)
-    q, k, v = (x[:, :, layout.positions(group.rank)].clone().requires_grad_() for x in (q, q, v))
-    weights = ContextAttention(group, **method)(q, k, v, Mask(tokens), layout, dropout=0.5)
-    grad = torch.zeros_like(weights)
-    grad[..., 0], grad[..., 1] = layout.positions(group.rank) + 1, 1
-    weights.backward(grad)
-    return [weights.detach(), v.grad]
-
-
 @pytest.mark.parametrize("method", [*METHODS, *HIERARCHICAL], ids=str)
-def test_dropout_is_the_same_in_backward(method: dict[str, Any]) -> None:
-    layout = TokenLayout.balanced(16, 4)
-    with mock.patch.object(attention.torch, "randint", return_value=torch.tensor(7)):
-        weights, of_values = whole_of(on_ranks(4, dropped, method, layout), layout)
-        again, _ = whole_of(on_ranks(4, dropped, method, layout), layout)
-    assert torch.equal(weights, again)
-    assert set((weights * 16).round(decimals=9).unique().tolist()) == {0.0, 2.0}
-    assert 0.4 < (weights == 0).double().mean() < 0.6
-    kept = (weights[0] > 0).tolist()
-    assert len({str(head) for head in kept}) == 4, "heads have masks of their own"
-    assert all(len(set(map(str, head))) == 16 for head in kept), "queries have masks of their own"
-    # A query's mark, and a count, summed over the queries that have kept the key.
-    torch.testing.assert_close(of_values[..., 0], (weights * torch.arange(1, 17).view(-1, 1)).sum(-2))
-    torch.testing.assert_close(of_values[..., 1], weights.sum(-2))
+def test_dropout_is_that_of_the_positions(method: dict[str, Any]) -> None:
+    """Whatever the method, the layout and the number of ranks, in forward and in backward."""
+    compare(4, method, heads=(8, 4), dropout=0.5)
+    compare(4, method, "packed", heads=(8, 4), layout="area", dropout=0.2, sinks=torch.linspace(-1, 1, 8, dtype=torch.float64))
 
 
 def autocast(group: Any, layout: TokenLayout) -> None:

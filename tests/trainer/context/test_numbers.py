@@ -26,8 +26,12 @@ class Net(Transformer):
         super().__init__(**kwargs)
         self.recompute, self.ignored = recompute, ignored
 
+    def before(self, ids: Tensor) -> Tensor:
+        """The hidden states before the blocks."""
+        return self.embedding(ids)
+
     def loss(self, ids: Tensor) -> Tensor:
-        x = self.embedding(ids[:, :-1])
+        x = self.before(ids[:, :-1])
         for block in self.blocks:
             x = block(x) if self.recompute is None else checkpoint(block, x, use_reentrant=self.recompute)
         labels = ids[:, 1:].clone()
@@ -184,6 +188,13 @@ def test_with_other_modes(world: Any, mixture: str, tied: bool) -> None:
     model, trainer = {"tied": tied}, {"gradient_clip_val": 0.5}
     expected = {**train(None, Net, model, {}, **trainer), "losses": []}
     for found in world(size).run(train_with, {"context_parallel": 2, **strategy}, model, {}, trainer):
+        compare({**found, "losses": []}, expected)
+
+
+def test_any_length_in_a_pipeline(world: Any) -> None:
+    """Ranks of one stage have unequal numbers of tokens, and send as many as their peers in the next stage expect."""
+    expected = {**train(None, Net, {}, {"tokens": 13}), "losses": []}
+    for found in world(4).run(train_with, {"context_parallel": 2, "pipeline_parallel": PIPELINE}, {}, {"tokens": 13}, {}):
         compare({**found, "losses": []}, expected)
 
 
