@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -43,9 +44,14 @@ PRIVATE_NAMES: tuple[tuple[Any, str, str], ...] = (
     (nn.Module(), "_apply", "moves all but absent parameters to a device"),
     (nn.Module(), "_compiled_call_impl", "shows that a module was compiled in place"),
     (Tensor, "_version", "counts the writes to a tensor"),
+    (Tensor, "_base", "the tensor of which another one is a view"),
     (getattr(Function, "_backward_cls", None), "_forward_cls", "the Function of a node of autograd's graph"),
     (Variable, "_execution_engine", "calls a function at the end of a backward"),
     (autograd, "_top_saved_tensors_default_hooks", "tells that a checkpoint was entered"),
+    (torch._C, "_current_graph_task_id", "tells that this thread runs a backward"),
+    (torch.overrides, "_get_current_function_mode_stack", "a lane's thread computes under the caller's function modes"),
+    (torch.overrides, "_push_mode", "the same"),
+    (torch.overrides, "_pop_mode", "the same"),
     (profiler, "_is_profiler_enabled", "shows whether a profiler runs: a span costs 20 microseconds even if none does"),
     (Optimizer, "register_step_pre_hook", "fills _optimizer_step_pre_hooks"),
     (torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu", "attention that also gives the log-sum-exp of its logits"),
@@ -86,6 +92,11 @@ def apply_to(module: nn.Module, function: Callable[[Tensor], Tensor]) -> None:
     module._apply(function)
 
 
+def is_guard_failure(error: Exception) -> bool:
+    """Whether torch has compiled a function for a tensor that it then does not know again: a placeholder."""
+    return isinstance(error, AssertionError) and str(error).startswith("Guard failed on the same frame")
+
+
 def is_compiled(module: nn.Module) -> bool:
     """Whether ``torch.compile`` has compiled the module or its call."""
     return isinstance(module, CompiledModule) or module._compiled_call_impl is not None
@@ -102,6 +113,16 @@ def version_of(tensor: Tensor) -> int:
     return tensor._version
 
 
+def is_in_backward() -> bool:
+    """Whether this thread runs a backward, in which an activation checkpoint computes a part of the forward again."""
+    return torch._C._current_graph_task_id() != -1
+
+
+def is_view_of(view: Tensor, base: Tensor) -> bool:
+    """Whether a tensor is a view of another one, which is no view itself."""
+    return view._base is base
+
+
 def after_backward(function: Callable[[], None]) -> None:
     """Calls a function at the end of the backward under way. Call it inside a backward."""
     Variable._execution_engine.queue_callback(function)
@@ -110,6 +131,21 @@ def after_backward(function: Callable[[], None]) -> None:
 def saved_tensor_hooks() -> Any:
     """What autograd calls now for each tensor that it saves: an activation checkpoint's functions, for one; None: nothing."""
     return autograd._top_saved_tensors_default_hooks(False)
+
+
+def function_modes() -> list[Any]:
+    """Returns the function modes of this thread (``torch.set_default_device`` is one), the outermost first."""
+    return torch.overrides._get_current_function_mode_stack()
+
+
+@contextmanager
+def running_function_mode(mode: Any) -> Iterator[None]:
+    """Inside, this thread computes under a function mode that another thread has entered."""
+    torch.overrides._push_mode(mode)
+    try:
+        yield
+    finally:
+        torch.overrides._pop_mode()
 
 
 def is_profiled() -> bool:

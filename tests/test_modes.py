@@ -231,6 +231,7 @@ PUBLIC = {"__init__.py", "config.py", "modes/__init__.py", "strategy/strategy.py
 RANKS = {"ranks/mesh.py", "ranks/degrees.py"}
 """Groups and sizes have the names of what they are for."""
 SETTINGS_IN_ERRORS = {
+    "model/expert_layers.py",
     "model/sharded_tokens.py",
     "steps/microbatches.py",
     "strategy/batches.py",

@@ -9,8 +9,10 @@ from typing import Any
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from lightning_overlap.model.block_check import BlockCheck, BlockShards, copy_without_hooks, structure
+from lightning_overlap.model.block_check import BlockCheck, BlockShards, structure
 from lightning_overlap.model.boundary import Boundary
+from lightning_overlap.model.copies import copy_without_hooks
+from lightning_overlap.model.markers import is_expert
 from lightning_overlap.model.patches import Hook, ReplacedForward
 from lightning_overlap.state.absent import is_absent
 
@@ -33,13 +35,14 @@ class FirstBlocks:
         self._is_found = False
         self._is_training = False
 
-    def register(self, blocks: Sequence[nn.Module], name: str, mode: BlockShards) -> Callable[[], None]:
-        """Adds a mode to the checks.
+    def register(self, blocks: Sequence[nn.Module], name: str, mode: BlockShards, *, verify: bool) -> Callable[[], None]:
+        """Adds a mode to the checks. Each mode that shards blocks does so: a copy is unsharded by all of them.
 
         Args:
             blocks: all blocks of the model, the same for every mode.
             name: of the list of blocks in the model.
             mode: how it shards them.
+            verify: False: blocks are not compared.
 
         Returns:
             A function that removes the mode.
@@ -47,6 +50,8 @@ class FirstBlocks:
         self._modes = sorted([*self._modes, mode], key=lambda mode: mode.nesting)
         if not self._is_found:
             self.waiting, self._is_found = _first_of_each_kind(blocks, name), True
+        if not verify:
+            self.waiting.clear()
         if not self._hooks:
             # First of all hooks: the check gets the block's arguments as the user passes them.
             self._hooks = [
@@ -76,6 +81,8 @@ class FirstBlocks:
         if check not in self.waiting or not self._is_training:
             return
         self.waiting.remove(check)
+        if any(map(is_expert, block.parameters())):  # no rank has the unsharded copy, and ranks with other samples run with it
+            return
         # A pipeline may defer gradients of weights: it replaces the forward of their layers.
         forwards = [vars(module)["forward"] for module in block.modules() if "forward" in vars(module)]
         defers = self._boundary.has_remote_blocks and any(type(forward) is not ReplacedForward for forward in forwards)

@@ -43,6 +43,7 @@ class Experts(nn.Module):
         down_proj: ``(experts, hidden, intermediate)``.
     """
 
+    parallel_role = "experts"
     has_bias = False
     is_transposed = False
     is_concatenated = True
@@ -193,7 +194,10 @@ class TopKRouter(nn.Module):
         tokens_per_expert: ``(experts,)``, int64: the tokens that this rank has trained on since the bias was updated; None: none.
     """
 
+    parallel_role = "router"
     e_score_correction_bias: Tensor | None
+
+    parallel_role = "router"
 
     def __init__(
         self,
@@ -278,13 +282,13 @@ def update_router_biases(model: nn.Module, all_reduce: Callable[[Tensor], Tensor
         all_reduce: sums a tensor over all ranks.
     """
     routers = [m for m in model.modules() if isinstance(m, TopKRouter) and m.update_bias_rate]
+    biases = [router.e_score_correction_bias for router in routers if router.e_score_correction_bias is not None]
     if not routers:
         return
-    counts = [token_counts(router, router.num_experts, router.weight.device) for router in routers]
-    sums = all_reduce(torch.cat(counts)).split([router.num_experts for router in routers])
-    for router, total in zip(routers, sums, strict=True):
-        assert router.e_score_correction_bias is not None, "it has a rate"
-        update_bias(router.e_score_correction_bias, total, router.update_bias_rate)
+    counts = [token_counts(router, len(bias), bias.device) for router, bias in zip(routers, biases, strict=True)]
+    sums = all_reduce(torch.cat(counts)).split([len(bias) for bias in biases])
+    for router, bias, total in zip(routers, biases, sums, strict=True):
+        update_bias(bias, total, router.update_bias_rate)
         router.tokens_per_expert = None
 
 
@@ -382,6 +386,11 @@ class MoELayer(nn.Module):
         self.aux_loss_coef, self.z_loss_coef, self.global_batch_balance = aux_loss_coef, z_loss_coef, global_batch_balance
         self.capacity_factor, self.drop_policy = capacity_factor, drop_policy
 
+    @property
+    def has_loss(self) -> bool:
+        """Whether its balancing loss has a weight."""
+        return bool(self.aux_loss_coef or self.z_loss_coef)
+
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Computes the layer.
 
@@ -405,7 +414,7 @@ class MoELayer(nn.Module):
 
     def _post_loss(self, logits: Tensor, indices: Tensor) -> Callable[[], Tensor]:
         """Posts the sums over ranks that the balancing loss needs. The result waits for them and returns the loss."""
-        if not self.aux_loss_coef and not self.z_loss_coef:
+        if not self.has_loss:
             return lambda: logits.new_zeros(())
         scores = self.router.scores(logits)
         if self.router.score == "sigmoid":

@@ -27,22 +27,24 @@ LEAST_PARTS, MOST_PARTS = 4, 8
 """Parts that :func:`choose` takes: each is a transfer and some products of its own."""
 
 
-def choose(experts: int, ranks: int) -> tuple[Split, int]:
-    """Chooses what a part is, and how many there are, for transfers that take as long as the products: the hardest to hide.
+def choose(experts: int, ranks: int, split: Split | None = None, parts: int | None = None) -> tuple[Split, int]:
+    """Chooses what a part is, and how many there are, unless that is given.
 
-    One part of ``parts`` is exposed, less what runs under it: this rank's tokens of one part, which are ``1 / ranks`` of its rows and
-    take twice that share of the transfers of one direction. Parts of tokens, of which the first and the last are half as large, are
-    for ranks with too few experts.
+    If transfers take as long as the products, the first dispatch and the last combine are a share of ``1 / parts`` of the transfers.
+    Where a rank computes its own tokens under them, ``1 / ranks`` of all, ``(1 - 2 / ranks) / parts`` is exposed.
 
     Args:
         experts: of a layer.
         ranks: number of ranks.
+        split: None: whole experts, with a rank's own tokens apart, if ranks have enough experts; else tokens.
+        parts: None: as few as leave ``EXPOSED_SHARE`` of the transfers exposed; if parts are experts, at most those of a rank.
     """
-    exposed = 1 - 2 / ranks
-    parts = min(max(LEAST_PARTS, math.ceil(exposed / EXPOSED_SHARE)), MOST_PARTS)
-    of_experts = min(parts, experts // ranks)
-    enough = of_experts > 1 and exposed / of_experts <= 2 * EXPOSED_SHARE
-    return ("experts+local", of_experts) if enough else ("tokens", parts)
+    exposed = 1.0 if split == "experts" else 1 - 2 / ranks
+    wanted = parts or min(max(LEAST_PARTS, math.ceil(exposed / EXPOSED_SHARE)), MOST_PARTS)
+    of_experts = min(wanted, experts // ranks)
+    if split is None:
+        split = "experts+local" if of_experts > 1 and exposed / of_experts <= 2 * EXPOSED_SHARE else "tokens"
+    return split, parts or (wanted if split == "tokens" else of_experts)
 
 
 def share(total: int, shares: int, number: int) -> range:

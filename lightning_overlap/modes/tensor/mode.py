@@ -12,6 +12,7 @@ from torch import nn
 
 from lightning_overlap.decision import ConfigError
 from lightning_overlap.model.boundary import Nesting
+from lightning_overlap.model.expert_layers import find_experts
 from lightning_overlap.model.markers import COUNTED_ELSEWHERE, LATE_GRADIENT
 from lightning_overlap.modes.base import Setup, Squares
 from lightning_overlap.modes.piece_holder import PieceHolder
@@ -50,6 +51,7 @@ class TensorMode(PieceHolder):
     def __init__(self, config: TensorParallel, choices: TensorChoices, setup: Setup) -> None:
         super().__init__(config, choices, setup)
         self.group: Group = self.mesh.group("tensor", self.timeout, "tensor")
+        self.group.before_wait = setup.lanes.hand_over
         self._sharded = choices.sequence_parallel.value
         self._exchange = Exchange(
             self.group,
@@ -86,6 +88,8 @@ class TensorMode(PieceHolder):
         fused = symm_mem.operators(self.group) if self.choices.backend.value == "symm_mem" else None
         self._regions = Regions(self._exchange, self.setup.boundary, self._numbers, fused, self._engine)
         self.partition = Partition(model, pieces_of(layers), self.group, "tensor.whole")
+        spread = find_experts(model, self.setup.roles, experts)[1] if (experts := self.mesh.size("experts")) > 1 else ()
+        self._experts = {id(parameter) for layer in spread for parameter in layer.spread_parameters}
         self._replicated = ReplicatedGradients(
             self._summands(plan, blocks), self.group, lambda: self.setup.boundary.forwards.current.in_backward
         )
@@ -115,9 +119,8 @@ class TensorMode(PieceHolder):
         names = {layer.name for layer in layers}
         for module in (*blocks, *[region.module for region in plan.regions if not self._sharded and region.name not in names]):
             patches.hook(module.register_forward_hook, lambda *_: self._numbers.stop(), always_call=True)
-        if self.config.verify_blocks:
-            shards = TensorShards(self._regions, self.partition, self._replicated, plan.counts)
-            patches.add(self.setup.first_blocks.register(blocks, plan.blocks, shards))
+        shards = TensorShards(self._regions, self.partition, self._replicated, plan.counts)
+        patches.add(self.setup.first_blocks.register(blocks, plan.blocks, shards, verify=self.config.verify_blocks))
         if self._sharded:
             for layer in plan.layers:
                 if layer.role == "vocab_head":  # refused here: later, this rank's tokens against all labels fail with another error
@@ -174,7 +177,7 @@ class TensorMode(PieceHolder):
             id(parameter): parameter
             for module in inside
             for parameter in module.parameters()
-            if id(parameter) not in self.partition.pieces and id(parameter) not in after
+            if id(parameter) not in self.partition.pieces.keys() | after | self._experts
         }
 
     def _mark(self, model: nn.Module) -> None:
@@ -183,7 +186,7 @@ class TensorMode(PieceHolder):
             self._patches.mark(parameter, LATE_GRADIENT)
         self._patches.add(*self._replicated.guard())
         for parameter in model.parameters():
-            if id(parameter) not in self.partition.pieces and self.group.rank > 0:
+            if id(parameter) not in self.partition.pieces.keys() | self._experts and self.group.rank > 0:
                 self._patches.mark(parameter, COUNTED_ELSEWHERE)
 
     # -- training ----------------------------------------------------------------------------------------------------

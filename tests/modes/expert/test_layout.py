@@ -40,7 +40,7 @@ def test_first_and_last_part_of_tokens_are_half_as_large() -> None:
 
 
 def test_choice() -> None:
-    """Whole experts where ranks have enough of them; never more parts than a rank has experts."""
+    """Whole experts where ranks have enough of them; no more parts than a rank has experts, unless they are asked for."""
     chosen = {(e, n): choose(e, n) for e, n in ((8, 2), (8, 4), (8, 8), (64, 8), (128, 2), (4, 2), (2, 2), (5, 2))}
     assert chosen == {
         (8, 2): ("experts+local", 4),
@@ -52,3 +52,7 @@ def test_choice() -> None:
         (2, 2): ("tokens", 4),
         (5, 2): ("experts+local", 2),
     }
+    assert choose(128, 2, "experts") == ("experts", 8)
+    assert choose(6, 2, "experts") == ("experts", 3)
+    assert choose(8, 2, "tokens", 6) == ("tokens", 6)
+    assert choose(8, 2, parts=9) == ("experts+local", 9)
