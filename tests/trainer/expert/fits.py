@@ -17,7 +17,7 @@ class Hugging(LightningModule):
 
     Args:
         name: as in :func:`tests.helpers.experts.tiny`.
-        optimizer: ``sgd``, or ``adamw`` with decay.
+        optimizer: ``sgd``, ``momentum``, or ``adamw`` with decay.
         packed: whether a sample is two documents.
         changes: of the model's settings.
     """
@@ -43,7 +43,7 @@ class Hugging(LightningModule):
     def configure_optimizers(self) -> Any:
         if self.optimizer == "adamw":
             return torch.optim.AdamW(self.parameters(), 1e-2, weight_decay=0.1)
-        return torch.optim.SGD(self.parameters(), 0.1)
+        return torch.optim.SGD(self.parameters(), 0.1, momentum=0.9 if self.optimizer == "momentum" else 0.0)
 
 
 def batches(tokens: int = 12) -> list[Tensor]:
