@@ -15,7 +15,7 @@ from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from datetime import timedelta
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -27,6 +27,13 @@ from lightning_overlap.ranks.group import Group
 from lightning_overlap.ranks.mesh import ParallelMesh
 from lightning_overlap.state.shards import Place
 from lightning_overlap.steps.step import Step
+
+
+class Squares(NamedTuple):
+    """Sums of the squares of gradients, fp64 scalars. Ranks share the gradients of experts in another way than all others."""
+
+    dense: Tensor
+    experts: Tensor
 
 
 @dataclass(frozen=True)
@@ -136,9 +143,9 @@ class OverlapMode:
     def finish_backward(self) -> None:
         """Called after each backward. Gradients are complete afterwards, unless they are held."""
 
-    def reduce_norm(self, sum_of_squares: Tensor) -> Tensor:
-        """Sums a scalar over the ranks that hold different parts of the gradients. Collective."""
-        return sum_of_squares
+    def reduce_norm(self, squares: Squares) -> Squares:
+        """Sums each value over the ranks that hold different parts of these gradients. Collective."""
+        return squares
 
     def sync_parameters(self) -> None:
         """Completes the weights before they are read (evaluation, a checkpoint)."""

@@ -10,11 +10,11 @@ from torch import Tensor, nn
 from lightning_overlap.model.hidden_states import find_hidden
 from lightning_overlap.model.patches import ReplacedForward
 from lightning_overlap.modes.tensor.check import BlockCheck, BlockLayout, copy_without_hooks, structure
-from lightning_overlap.modes.tensor.partition import Partition
 from lightning_overlap.modes.tensor.regions import Regions, RegionState
 from lightning_overlap.modes.tensor.replicated import ReplicatedGradients
 from lightning_overlap.modes.tensor.sequence import gather_tokens, local_tokens
 from lightning_overlap.state.absent import is_absent
+from lightning_overlap.state.pieces import Partition
 
 
 def first_of_each_kind(blocks: Sequence[nn.Module], name: str) -> list[BlockCheck]:
