@@ -32,7 +32,7 @@ from lightning_overlap.modes.context.config import METHODS
 from lightning_overlap.modes.context.kernel import Kernel, Tile, kernel_for
 from lightning_overlap.modes.context.layout import TokenLayout
 from lightning_overlap.modes.context.mask import Mask
-from lightning_overlap.ranks.group import Group, Pending
+from lightning_overlap.ranks.group import Group, Pending, Transfer
 from lightning_overlap.ranks.world import WORLD, all_gather_objects, end_world, make_group
 from lightning_overlap.tables import as_text
 
@@ -96,11 +96,11 @@ class Way:
             mask: of the sequence.
             layout: of the sequence.
         """
-        *given, grad = inputs
+        q, k, v, grad = inputs
         outputs: list[Tensor] = []
         return cls(
-            lambda: outputs.append(attention(*given, mask, layout)),
-            lambda: torch.autograd.grad(outputs.pop(), given, grad),
+            lambda: outputs.append(attention(q, k, v, mask, layout)),
+            lambda: torch.autograd.grad(outputs.pop(), (q, k, v), grad),
         )
 
 
@@ -198,11 +198,13 @@ def measure(ways: Mapping[str, Way], repeats: int) -> dict[str, list[Row]]:
 
 def sent(way: Way, group: Group) -> int:
     """Bytes that all ranks send in one run. Collective over the world."""
-    group.log = log = []
+    log: list[Transfer] = []
+    group.log = log
     way.forward()
     way.backward()
     group.log = None
-    return sum(all_gather_objects(sum(transfer.nbytes for transfer in log)))
+    mine: int = sum(transfer.nbytes for transfer in log)
+    return sum(all_gather_objects(mine))
 
 
 def table(rows: Mapping[str, list[Row]], nbytes: Mapping[str, int]) -> str:
@@ -260,7 +262,8 @@ def run(asked: argparse.Namespace) -> str:
     kv_heads = asked.kv_heads or asked.heads
     case = Case(heads=asked.heads, kv_heads=kv_heads, features=asked.features, mask=mask, seconds=asked.sleep * 1e-9)
     layout = ORDERS[asked.order](mask, len(ranks))
-    every, groups = {}, {}
+    every: dict[str, Way] = {}
+    groups: dict[str, Group] = {}
     for method in asked.methods:
         groups[method], apart = (make_group([ranks], f"{method} {name}", timedelta(minutes=5)) for name in ("attention", "transfers"))
         sizes = tuple(asked.hierarchical_sizes) if method == "a2a+p2p" else None
