@@ -95,6 +95,11 @@ class Experts(nn.Module):
         return scattered.view(*indices.shape, -1).sum(1).to(hidden.dtype)
 
 
+def apply_gate(experts: Any, gate_up: Tensor) -> Tensor:
+    """Calls the gate of a module of experts, also of Hugging Face's: ``(rows, 2 * intermediate)`` -> ``(rows, intermediate)``."""
+    return experts._apply_gate(gate_up)
+
+
 def _grouped_linear(rows: Tensor, weight: Tensor, sizes: Sequence[int]) -> Tensor:
     """A product for each expert: ``rows`` ``(rows, in)``, sorted by expert, ``weight`` ``(experts, out, in)`` -> ``(rows, out)``."""
     products = [F.linear(part, each) for part, each in zip(rows.split(list(sizes)), weight.unbind(), strict=True)]

@@ -19,6 +19,8 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from lightning_overlap.nn.moe import apply_gate
+
 FLAGS = ("has_gate", "has_bias", "is_transposed", "is_concatenated", "has_post_expert_norm")
 """Attributes of an experts module: whether the first product has a gate beside it, whether products have biases, whether weights are
 ``(in, out)``, whether gate and up are one after the other (only the module's ``_apply_gate`` needs to know), whether its
@@ -231,7 +233,7 @@ class ExpertsForward:
         """
         module = self._module
         inner = self._product(0, rows, experts, sizes)
-        inner = module._apply_gate(inner) if module.has_gate else module.act_fn(inner)
+        inner = apply_gate(module, inner) if module.has_gate else module.act_fn(inner)
         outer = self._product(1, inner, experts, sizes)
         return module.post_expert_norm(outer) if module.has_post_expert_norm else outer
 
