@@ -197,8 +197,8 @@ def test_axes_are_known_to_the_mesh_only():
     check("axes", broken)
 
 
-PRINTS = {"cli", "bench.peers.tensor_products", "bench.peers.context_attention"}
-"""The command, and the programs that print a measurement."""
+PRINTS = {"cli", "bench.peers.tensor_products"}
+"""The command, and a program that a measurement starts and whose output it reads."""
 
 
 def test_messages_go_through_one_logger():

@@ -16,16 +16,16 @@ from lightning.pytorch import Callback, seed_everything
 from lightning.pytorch.plugins.environments import TorchElasticEnvironment
 from torch.nn import functional as F
 
+from examples.measure_attention import ORDERS, Case, Way, documents, run
 from lightning_overlap import ContextParallel, OverlapStrategy
 from lightning_overlap.bench.measure import measure
 from lightning_overlap.bench.peers.context import _RingAttention, peers
-from lightning_overlap.bench.peers.context_attention import ORDERS, Case, Way, documents, run
 from lightning_overlap.bench.runs import Runs
 from lightning_overlap.modes.context.attention import ContextAttention
 from lightning_overlap.modes.context.mask import Mask
 from tests.helpers.models import Transformer
 from tests.helpers.sequences import token_samples
-from tests.modes.context.ranks import on_ranks
+from tests.helpers.rank_threads import on_ranks
 
 TRAINER = {"accelerator": "cpu", "use_distributed_sampler": False, "plugins": [TorchElasticEnvironment()]}
 

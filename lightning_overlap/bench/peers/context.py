@@ -9,7 +9,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import fields, replace
 from importlib import import_module
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 import torch.distributed as dist
@@ -41,7 +41,7 @@ class PeerAttention(ABC):
         order: the tokens that a rank must have, as in :class:`~lightning_overlap.modes.context.config.ContextParallel`.
     """
 
-    order: ClassVar[str]
+    order: ClassVar[Literal["balanced", "contiguous"]]
 
     def __call__(
         self, q: Tensor, k: Tensor, v: Tensor, mask: Mask, layout: TokenLayout, *, dropout: float = 0.0, **options: Any
@@ -67,7 +67,7 @@ class Ulysses(PeerAttention):
         ConfigError: DeepSpeed is not installed.
     """
 
-    order: ClassVar[str] = "contiguous"
+    order: ClassVar[Literal["balanced", "contiguous"]] = "contiguous"
 
     def __init__(self) -> None:
         try:
@@ -95,7 +95,7 @@ class Ring(PeerAttention):
         ConfigError: torch cannot compute it on this device.
     """
 
-    order: ClassVar[str] = "balanced"
+    order: ClassVar[Literal["balanced", "contiguous"]] = "balanced"
 
     def __init__(self, device: torch.device) -> None:
         self._mesh = init_device_mesh(device.type, (dist.get_world_size(),))
@@ -123,9 +123,9 @@ class _RingAttention(Function):
     def forward(
         ctx: Any, q: Tensor, k: Tensor, v: Tensor, inside: Callable[[Callable[[], Any]], Any], options: dict[str, Any]
     ) -> Tensor:
-        inputs = [x.detach().requires_grad_() for x in (q, k, v)]
-        output: Tensor = inside(lambda: F.scaled_dot_product_attention(*inputs, **options))
-        ctx.inputs, ctx.output, ctx.inside = inputs, output, inside
+        q, k, v = (x.detach().requires_grad_() for x in (q, k, v))
+        output: Tensor = inside(lambda: F.scaled_dot_product_attention(q, k, v, **options))
+        ctx.inputs, ctx.output, ctx.inside = (q, k, v), output, inside
         return output.detach()
 
     @staticmethod

@@ -1,6 +1,6 @@
 """Times the attention of context parallelism alone, forward and backward, with its transfers.
 
-    torchrun --nproc-per-node 2 -m lightning_overlap.bench.peers.context_attention --tokens 4096 --methods p2p a2a --peers
+    torchrun --nproc-per-node 2 -m examples.measure_attention --tokens 4096 --methods p2p a2a --peers
 
 The row overlapped is the code that trains. Compute is the same without transfers, and transfers are those of one run, posted at once.
 With ``--sleep`` kernels sleep in place of computing, which takes no core: more ranks than cores can be measured.
