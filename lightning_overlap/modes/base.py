@@ -22,6 +22,7 @@ from torch.optim import Optimizer
 
 from lightning_overlap.decision import Choices
 from lightning_overlap.model.boundary import Boundary, Nesting
+from lightning_overlap.model.first_blocks import FirstBlocks
 from lightning_overlap.ranks.clock import Timeline
 from lightning_overlap.ranks.group import Group
 from lightning_overlap.ranks.mesh import ParallelMesh
@@ -46,6 +47,7 @@ class Setup:
         roles: by name of a part of the model, its role, from the user's ``parallel_plan``.
         first_step_is_verified: the whole first step is compared with that of the unsharded model, so a mode need not check its part.
         boundary: of the model's block stack, where modes register their :class:`~lightning_overlap.model.boundary.TokenCut`.
+        first_blocks: compares blocks that modes shard with unsharded copies, unless the whole first step is compared.
     """
 
     mesh: ParallelMesh
@@ -53,6 +55,10 @@ class Setup:
     roles: Mapping[str, str]
     first_step_is_verified: bool
     boundary: Boundary = field(default_factory=Boundary)
+    first_blocks: FirstBlocks = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "first_blocks", FirstBlocks(self.boundary))
 
 
 class OverlapMode:

@@ -16,9 +16,9 @@ from lightning_overlap.model.markers import COUNTED_ELSEWHERE, LATE_GRADIENT
 from lightning_overlap.modes.base import Setup, Squares
 from lightning_overlap.modes.piece_holder import PieceHolder
 from lightning_overlap.modes.tensor import symm_mem, userbuffers
+from lightning_overlap.modes.tensor.block_shards import TensorShards
 from lightning_overlap.modes.tensor.config import TensorChoices, TensorFacts, TensorParallel
 from lightning_overlap.modes.tensor.features import gathering_forward, splitting_forward
-from lightning_overlap.modes.tensor.first_blocks import FirstBlocks, first_of_each_kind
 from lightning_overlap.modes.tensor.gemm import Exchange
 from lightning_overlap.modes.tensor.linear import column_forward
 from lightning_overlap.modes.tensor.patches import Patches
@@ -89,14 +89,6 @@ class TensorMode(PieceHolder):
         self._replicated = ReplicatedGradients(
             self._summands(plan, blocks), self.group, lambda: self.setup.boundary.forwards.current.in_backward
         )
-        is_checked = self.config.verify_blocks and not self.setup.first_step_is_verified
-        self._first_blocks = FirstBlocks(
-            first_of_each_kind(blocks, plan.blocks) if is_checked else [],
-            self._regions,
-            self.partition,
-            self._replicated,
-            plan.counts,
-        )
         self.partition.shard()
         self._install = partial(self._patch, model, plan, layers, blocks)
         self._install()
@@ -123,8 +115,9 @@ class TensorMode(PieceHolder):
         names = {layer.name for layer in layers}
         for module in (*blocks, *[region.module for region in plan.regions if not self._sharded and region.name not in names]):
             patches.hook(module.register_forward_hook, lambda *_: self._numbers.stop(), always_call=True)
-        for check in self._first_blocks.waiting:  # before the boundary's hooks: the check gets the block's arguments unchanged
-            patches.hook(check.block.register_forward_pre_hook, partial(self._first_blocks.check, check), with_kwargs=True)
+        if self.config.verify_blocks:
+            shards = TensorShards(self._regions, self.partition, self._replicated, plan.counts)
+            patches.add(self.setup.first_blocks.register(blocks, plan.blocks, shards))
         if self._sharded:
             for layer in plan.layers:
                 if layer.role == "vocab_head":  # refused here: later, this rank's tokens against all labels fail with another error
