@@ -24,8 +24,8 @@ from lightning_overlap.bench.runs import Runs
 from lightning_overlap.modes.context.attention import ContextAttention
 from lightning_overlap.modes.context.mask import Mask
 from tests.helpers.models import Transformer
-from tests.helpers.sequences import token_samples
 from tests.helpers.rank_threads import on_ranks
+from tests.helpers.sequences import token_samples
 
 TRAINER = {"accelerator": "cpu", "use_distributed_sampler": False, "plugins": [TorchElasticEnvironment()]}
 
