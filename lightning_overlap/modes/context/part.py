@@ -120,7 +120,7 @@ class PartOfHeads:
             pieces = exchange.pieces_of(number, received)
             made = gradients.of_round(exchange.plan.rounds[number].uses, pieces)
             returning.append((number, posted(exchange.post_gradients(number, made), self.overlapped)))
-            if len(returning) > 2 * exchange.plan.ahead:  # a round of another rank may take twice as long as one of this rank
+            if len(returning) > exchange.plan.ahead:
                 add_returned()
         add_local(local[half:])
         while returning:

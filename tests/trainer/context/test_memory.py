@@ -35,7 +35,7 @@ def peak(tokens: int, size: int, boundary: Literal["loss", "blocks"] = "loss") -
     length = {"max_steps": 3, "limit_val_batches": 0, "use_distributed_sampler": False}
     run = Trainer(accelerator="cpu", devices=size, strategy=strategy, callbacks=[callback], **length, **QUIET)  # type: ignore[arg-type]
     samples: Any = torch.randint(0, LargeVocabulary.vocabulary, (3, tokens + 1))
-    run.fit(LargeVocabulary(blocks=2, width=16), DataLoader(samples, batch_size=1))
+    run.fit(LargeVocabulary(width=16), DataLoader(samples, batch_size=1))
     return callback.bytes
 
 
