@@ -7,6 +7,7 @@ import threading
 import time
 import types
 import warnings
+from unittest import mock
 
 import pytest
 import torch
@@ -19,7 +20,7 @@ from torch.nn import functional as F
 from examples.measure_attention import ORDERS, Case, Way, documents, run
 from lightning_overlap import ContextParallel, OverlapStrategy
 from lightning_overlap.bench.measure import measure
-from lightning_overlap.bench.peers.context import _RingAttention, peers
+from lightning_overlap.bench.peers.context import Ulysses, _RingAttention, peers
 from lightning_overlap.bench.runs import Runs
 from lightning_overlap.modes.context.attention import ContextAttention
 from lightning_overlap.modes.context.mask import Mask
@@ -75,12 +76,15 @@ def trained_by_both():
     with pytest.MonkeyPatch.context() as monkeypatch:
         stand_in_for_deepspeed(monkeypatch)
         ulysses = peers(strategy.config, dist.get_world_size(), "gloo")["DeepSpeed Ulysses"][0]()
-    weights = []
+    weights, counts = [], []
     for each in (runs.ours(), ulysses):
         module = copy.deepcopy(runs.model)
-        runs.fit(each, 3, Callback(), module)
+        with mock.patch.object(Ulysses, "compute", autospec=True, side_effect=Ulysses.compute) as compute:
+            runs.fit(each, 3, Callback(), module)
+        counts.append(compute.call_count)
         weights.append(torch.cat([p.detach().flatten() for p in module.parameters()]))
     assert not weights[0].equal(torch.cat([p.detach().flatten() for p in runs.model.parameters()])), "something was trained"
+    assert counts[0] == 0 < counts[1]
     return weights
 
 
