@@ -1,7 +1,7 @@
 """Lanes through Trainer: the bits of the same microbatches one after the other, under every mode that waits inside a stage."""
 
 import threading
-from typing import Any
+from typing import Any, ClassVar
 from unittest import mock
 
 import pytest
@@ -35,10 +35,13 @@ CASES: dict[str, tuple[int, dict[str, Any], dict[str, Any], dict[str, Any], dict
 
 
 class Net(tensor_numbers.Net):
-    """Logs a metric too, and tells at the end what was logged."""
+    """A block for each stage of four. Logs a metric too, and tells at the end what was logged."""
+
+    logged: ClassVar[dict[str, float]] = {}
 
     def __init__(self, **model: Any) -> None:
         super().__init__(**model)
+        self.blocks.append(tensor_numbers.Block(16, True, model["dropout"]))
         self.seen = torchmetrics.MeanMetric()
 
     def training_step(self, batch: Tensor, index: int) -> Tensor:
@@ -48,7 +51,7 @@ class Net(tensor_numbers.Net):
         return loss
 
     def on_train_end(self) -> None:
-        self.losses += [float(value) for _, value in sorted(self.trainer.callback_metrics.items())]
+        Net.logged = {name: float(value) for name, value in self.trainer.callback_metrics.items()}
 
 
 def with_and_without(strategy: dict[str, Any], pipeline: dict[str, Any], model: dict[str, Any], trainer: dict[str, Any]) -> Any:
@@ -66,7 +69,8 @@ def with_and_without(strategy: dict[str, Any], pipeline: dict[str, Any], model: 
         for lanes in (True, False):
             mode = {"pipeline_parallel": PipelineParallel(lanes=lanes, **pipeline)}
             runs.append(tensor_numbers.train({**strategy, **mode}, model, **{"max_steps": 3, **trainer}))
-            runs[-1]["hand_overs"], hand_overs = hand_overs, 0
+            runs[-1] |= {"hand_overs": hand_overs, "logged": Net.logged}
+            hand_overs = 0
     return runs
 
 
@@ -79,6 +83,8 @@ def test_the_bits_of_one_microbatch_after_the_other(world: Any, case: str) -> No
         assert plain["hand_overs"] == 0
         assert lanes["losses"] == plain["losses"]
         assert lanes["val_loss"] == plain["val_loss"]
+        assert lanes["logged"] == plain["logged"]
+        assert {"loss", "seen_epoch"} <= lanes["logged"].keys()
         for name, weight in plain["weights"].items():
             assert torch.equal(lanes["weights"][name], weight), name
 
@@ -91,9 +97,8 @@ class Keeps(nn.Module):
         self.block = block
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.block(x)
-        self.mean = x.detach().mean()
-        return x
+        self.mean = x.detach().mean()  # before the block: a checkpoint stops where it has all tensors that backward needs
+        return self.block(x)
 
 
 class Awkward(tensor_numbers.Net):
