@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from lightning_overlap import ConfigError, ContextParallel, PipelineParallel, TensorParallel
 from lightning_overlap.ranks.announcements import TransferError
 from lightning_overlap.steps.lanes import Lanes
+from tests.trainer.expert import fits as experts
 from tests.trainer.tensor import test_numbers as tensor_numbers
 
 TENSOR = {"tensor_parallel": TensorParallel(size=2, vocab_parallel=True)}
@@ -147,3 +148,20 @@ def test_refusals_are_the_same_on_every_rank(world: Any) -> None:
     assert workers.run(awkward, "fine", True) == ["", ""]
     for message in workers.run(awkward, "fails", True):
         assert message == "ZeroDivisionError: in a block"
+
+
+def experts_with_and_without(name: str, strategy: dict[str, Any]) -> Any:
+    def train(lanes: bool) -> Any:
+        return experts.fit({**strategy, "pipeline_parallel": PipelineParallel(microbatches=2, lanes=lanes)}, name, max_steps=3)
+
+    return train(True), train(False)
+
+
+@pytest.mark.parametrize(("size", "name", "strategy"), [(2, "deepseek", {}), (4, "mixtral", {"tensor_parallel": 2})])
+def test_experts_beside_those_of_another_microbatch(world: Any, size: int, name: str, strategy: dict[str, Any]) -> None:
+    for lanes, plain in world(size).run(experts_with_and_without, name, {"expert_parallel": 2, **strategy}):
+        assert "what tensor_parallel and expert_parallel would" in lanes["plan"] or not strategy
+        assert "1 of 2 forwards run beside another microbatch's backward" in lanes["plan"]
+        assert (lanes["losses"], lanes["val_loss"]) == (plain["losses"], plain["val_loss"])
+        for parameter, weight in plain["weights"].items():
+            assert torch.equal(lanes["weights"][parameter], weight), parameter
