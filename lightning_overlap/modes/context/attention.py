@@ -148,6 +148,10 @@ class ContextAttention:
             plan = self._plans.of(mask, layout, self._group.rank)
             return _PieceAttention.apply(q, k, v, sinks, part, self._outer, plan, self._pieces)
 
+    def most_received(self, mask: Mask, layout: TokenLayout) -> int:
+        """Of ``p2p``: the tokens whose keys and values travel to the rank that receives most of them."""
+        return self._plans.of(mask, layout, self._group.rank).most_received
+
     def _by_heads(self, heads: int, kv_heads: int, kernel: Kernel, mask: Mask, layout: TokenLayout) -> ByHeads:
         shares = HeadShares.of(heads, kv_heads, self._inner.size, kv_heads_apart=self._outer.size > 1)
         exchange = HeadExchange(self._inner, [layout.ranges[rank] for rank in self._inner.members])
