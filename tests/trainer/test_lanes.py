@@ -157,10 +157,10 @@ def experts_with_and_without(name: str, strategy: dict[str, Any]) -> Any:
     return train(True), train(False)
 
 
-@pytest.mark.parametrize(("size", "name", "strategy"), [(2, "deepseek", {}), (4, "mixtral", {"tensor_parallel": 2})])
+@pytest.mark.parametrize(("size", "name", "strategy"), [(2, "deepseek", {}), (4, "mixtral", {"context_parallel": 2})])
 def test_experts_beside_those_of_another_microbatch(world: Any, size: int, name: str, strategy: dict[str, Any]) -> None:
     for lanes, plain in world(size).run(experts_with_and_without, name, {"expert_parallel": 2, **strategy}):
-        assert "what tensor_parallel and expert_parallel would" in lanes["plan"] or not strategy
+        assert "what context_parallel and expert_parallel would" in lanes["plan"] or not strategy
         assert "1 of 2 forwards run beside another microbatch's backward" in lanes["plan"]
         assert (lanes["losses"], lanes["val_loss"]) == (plain["losses"], plain["val_loss"])
         for parameter, weight in plain["weights"].items():
