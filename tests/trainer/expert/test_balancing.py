@@ -16,7 +16,15 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, DistributedSampler
 
 from examples.train_moe import MoEBlock, MoEGPTModule
-from lightning_overlap import ContextParallel, ExpertParallel, OverlapProfiler, OverlapStrategy, PipelineParallel, TensorParallel
+from lightning_overlap import (
+    ContextParallel,
+    DataParallel,
+    ExpertParallel,
+    OverlapProfiler,
+    OverlapStrategy,
+    PipelineParallel,
+    TensorParallel,
+)
 from lightning_overlap.nn import MoELayer, TopKRouter, update_router_biases
 
 VOCABULARY, TOKENS, BATCH, STEPS = 32, 8, 4, 3
@@ -199,7 +207,11 @@ def train(kind: str, layout: dict[str, Any] | None, accumulated: int = 2) -> Any
     return state, {name: float(value) for name, value in trainer.callback_metrics.items()}, plan
 
 
-SHARED = {"data": {}, "experts": {"expert_parallel": ExpertParallel(size=2, log_expert_load=True)}}
+SMALL = DataParallel(bucket_size=500)  # the optimizer updates buckets in backward, while others are not complete
+SHARED: dict[str, dict[str, Any]] = {
+    "data": {"data_parallel": SMALL},
+    "experts": {"data_parallel": SMALL, "expert_parallel": ExpertParallel(size=2, log_expert_load=True)},
+}
 APART = {
     "tensor": {"tensor_parallel": TensorParallel(size=2, vocab_parallel=False)},
     "whole tokens": {"tensor_parallel": TensorParallel(size=2, vocab_parallel=False, sequence_parallel=False)},
