@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -68,6 +69,7 @@ class ContextAttention:
             and make smaller products.
         overlapped: False: each transfer is waited for where it is posted. The numbers are the same.
         hierarchical_sizes: of ``a2a+p2p``: ranks that exchange heads, which are neighbours, and ranks that exchange pieces.
+        kernels: makes the kernel of a call; a measurement passes kernels that do not compute.
 
     Raises:
         ConfigError: ``hierarchical_sizes`` do not fit the method or the group.
@@ -81,6 +83,7 @@ class ContextAttention:
         pieces: int = 8,
         overlapped: bool = True,
         hierarchical_sizes: tuple[int, int] | None = None,
+        kernels: Callable[..., Kernel] = kernel_for,
     ) -> None:
         if (hierarchical_sizes is None) == (method == "a2a+p2p"):
             raise ConfigError(
@@ -92,7 +95,7 @@ class ContextAttention:
             raise ConfigError(
                 f"hierarchical_sizes={hierarchical_sizes} make {inner * outer} ranks of {group.size}: choose sizes whose product it is"
             )
-        self._overlapped = overlapped
+        self._overlapped, self._kernels = overlapped, kernels
         self._masks = TileMasks()
         self._sets = [range(first, first + inner) for first in range(0, group.size, inner)]
         self._group = group
@@ -140,7 +143,7 @@ class ContextAttention:
         device = q.device.type
         q, k, v = _autocast(q, k, v)
         seed = int(torch.randint(1 << 62, ()).item()) if dropout else 0
-        kernel = kernel_for(q, v, 1 / math.sqrt(q.shape[-1]) if scale is None else scale, dropout, softcap, seed)
+        kernel = self._kernels(q, v, 1 / math.sqrt(q.shape[-1]) if scale is None else scale, dropout, softcap, seed)
         with torch.autocast(device, enabled=False):
             if self._inner.size > 1:
                 return HeadAttention.apply(q, k, v, sinks, self._by_heads(q.shape[1], k.shape[1], kernel, mask, layout))
