@@ -20,6 +20,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
@@ -76,12 +77,13 @@ class DataMode(OptimizerHolder):
 
     def _make_groups(self, instances: int) -> tuple[Group, ...]:
         if instances == 1:
-            return (self.mesh.group("gradients", self.timeout, "data"),)
+            return (self.mesh.group("gradients", self.timeout, "data", background=True),)
         # Made here, since optimizer instances divide the ranks of a named group, and no other mode knows these parts.
         sets, size = self.mesh.sets("gradients"), self.mesh.size("gradients") // instances
         inner = [ranks[i : i + size] for ranks in sets for i in range(0, len(ranks), size)]
         outer = [ranks[i::size] for ranks in sets for i in range(size)]
-        return make_group(inner, "data", self.timeout), make_group(outer, "data.instances", self.timeout)
+        make = partial(make_group, timeout=self.timeout, background=True)
+        return make(inner, "data"), make(outer, "data.instances")
 
     # -- set-up ------------------------------------------------------------------------------------------------------
 
