@@ -7,7 +7,7 @@ import itertools
 import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
-from typing import NamedTuple, Protocol
+from typing import Generic, NamedTuple, Protocol, TypeVar
 
 from torch import Tensor
 
@@ -63,7 +63,10 @@ class ChunkedTransfer(Protocol):
         """Called once for each chunk, sent or failed."""
 
 
-class ChunkSender:
+Whole = TypeVar("Whole", bound=ChunkedTransfer)
+
+
+class ChunkSender(Generic[Whole]):
     """A thread that sends chunks on one kind of connections, the most urgent first.
 
     Args:
@@ -72,9 +75,9 @@ class ChunkSender:
         post: posts a chunk of a transfer, and returns a function that waits until it is sent. Called on the thread.
     """
 
-    def __init__(self, name: str, may_send: Callable[[], bool], post: Callable[[ChunkedTransfer, Chunk], Callable[[], None]]) -> None:
+    def __init__(self, name: str, may_send: Callable[[], bool], post: Callable[[Whole, Chunk], Callable[[], None]]) -> None:
         self._may_send, self._post = may_send, post
-        self._queue: list[tuple[int, int, int, Chunk, ChunkedTransfer]] = []
+        self._queue: list[tuple[int, int, int, Chunk, Whole]] = []
         self._step = 0
         self._number = itertools.count()
         self._closing = False
@@ -82,7 +85,7 @@ class ChunkSender:
         self.thread = threading.Thread(target=self._run, name=name, daemon=True)
         self.thread.start()
 
-    def send(self, transfer: ChunkedTransfer, chunks: Sequence[Chunk], priority: int = 0) -> None:
+    def send(self, transfer: Whole, chunks: Sequence[Chunk], priority: int = 0) -> None:
         """Queues chunks, which are sent by step, priority and order of the calls."""
         with self.changed:
             for chunk in chunks:
@@ -104,7 +107,7 @@ class ChunkSender:
             transfer.chunk_done(ConnectionError("the group has ended"))
 
     def _run(self) -> None:
-        in_flight: list[tuple[Callable[[], None], ChunkedTransfer]] = []
+        in_flight: list[tuple[Callable[[], None], Whole]] = []
         while True:
             with self.changed:
                 # With a chunk under way, wait for that one instead.
@@ -119,13 +122,13 @@ class ChunkSender:
             if in_flight:
                 self._finish(*in_flight.pop(0))
 
-    def _choose(self, most: int) -> list[tuple[Chunk, ChunkedTransfer]]:
-        chosen: list[tuple[Chunk, ChunkedTransfer]] = []
+    def _choose(self, most: int) -> list[tuple[Chunk, Whole]]:
+        chosen: list[tuple[Chunk, Whole]] = []
         while self._queue and len(chosen) < most and (self._closing or self._may_send()):
             chosen.append(heapq.heappop(self._queue)[3:])
         return chosen
 
-    def _start(self, chosen: Sequence[tuple[Chunk, ChunkedTransfer]]) -> list[tuple[Callable[[], None], ChunkedTransfer]]:
+    def _start(self, chosen: Sequence[tuple[Chunk, Whole]]) -> list[tuple[Callable[[], None], Whole]]:
         started = []
         for chunk, transfer in chosen:
             transfer.transfer.started = transfer.transfer.started or time.perf_counter()
@@ -136,7 +139,7 @@ class ChunkSender:
         return started
 
     @staticmethod
-    def _finish(wait: Callable[[], None], transfer: ChunkedTransfer) -> None:
+    def _finish(wait: Callable[[], None], transfer: Whole) -> None:
         try:
             wait()
         except Exception as error:

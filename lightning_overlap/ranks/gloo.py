@@ -305,13 +305,13 @@ class Threads:
         for thread in self._threads:
             thread.start()
         # Each kind has its own, since a chunk whose receiver is late holds up the next ones.
-        self._senders: dict[bool, ChunkSender] = {}  # by whether it sends reductions
+        self._senders: dict[bool, ChunkSender[ThreadedWaiter]] = {}  # by whether it sends reductions
         if engine.gathers is not None:
             self._senders[False] = self._sender(engine.gathers, Urgency.GATHER)
         if engine.background:
             self._senders[True] = self._sender(engine.process_group, Urgency.REDUCTION)
 
-    def _sender(self, process_group: Any, urgency: Urgency) -> ChunkSender:
+    def _sender(self, process_group: Any, urgency: Urgency) -> ChunkSender[ThreadedWaiter]:
         engine = self._engine
 
         def post(waiter: ThreadedWaiter, chunk: Chunk) -> Callable[[], None]:

@@ -109,6 +109,21 @@ class Plan:
     ahead: int
 
 
+@dataclass(frozen=True)
+class Stages:
+    """What is computed of sequences whose tokens come from several ranks, by whose queries and keys are used.
+
+    Args:
+        own: this rank's queries and keys. Nothing needs to come for it in forward, and nothing leaves of it in backward.
+        keys: this rank's queries, the others' keys.
+        queries: the others' queries, all keys.
+    """
+
+    own: tuple[Use, ...]
+    keys: tuple[Use, ...]
+    queries: tuple[Use, ...]
+
+
 class Plans:
     """Makes plans, once for each mask: layers share a mask object, and masks without tensors are the same if their numbers are.
 
@@ -123,6 +138,17 @@ class Plans:
         self._pieces = pieces
         self._of_numbers = lru_cache(REMEMBERED_PLANS)(self._make)
         self._of_masks: WeakKeyDictionary[Mask, dict[tuple[TokenLayout, int], Plan]] = WeakKeyDictionary()
+        self._stages_of_numbers = lru_cache(REMEMBERED_PLANS)(self._make_stages)
+        self._stages_of_masks: WeakKeyDictionary[Mask, dict[tuple[TokenLayout, tuple[int, ...], int], Stages]] = WeakKeyDictionary()
+
+    def stages(self, mask: Mask, layout: TokenLayout, members: tuple[int, ...], rank: int) -> Stages:
+        """The stages of the tokens of some ranks, of which ``rank`` is one."""
+        if not mask.has_tensors:
+            return self._stages_of_numbers(mask.tokens, mask.causal, mask.window, layout, members, rank)
+        stages = self._stages_of_masks.setdefault(mask, {})
+        if (layout, members, rank) not in stages:
+            stages[layout, members, rank] = make_stages(mask, layout, members, rank)
+        return stages[layout, members, rank]
 
     def of(self, mask: Mask, layout: TokenLayout, rank: int) -> Plan:
         """The plan of a rank."""
@@ -135,6 +161,12 @@ class Plans:
 
     def _make(self, tokens: int, causal: bool, window: int | None, layout: TokenLayout, rank: int) -> Plan:
         return make_plan(Mask(tokens, causal, window), layout, rank, self._pieces, self._method)
+
+    @staticmethod
+    def _make_stages(
+        tokens: int, causal: bool, window: int | None, layout: TokenLayout, members: tuple[int, ...], rank: int
+    ) -> Stages:
+        return make_stages(Mask(tokens, causal, window), layout, members, rank)
 
 
 def make_plan(mask: Mask, layout: TokenLayout, rank: int, pieces: int, method: PieceMethod, tile: int = TILE) -> Plan:
@@ -157,6 +189,23 @@ def make_plan(mask: Mask, layout: TokenLayout, rank: int, pieces: int, method: P
     halves = _cut(tokens[rank], 2)
     local = (_use(mask, halves, piece, tile) for piece in halves)
     return Plan(tuple(use for use in local if use.pairs), rounds, max(map(len, cut)))
+
+
+def make_stages(mask: Mask, layout: TokenLayout, members: Sequence[int], rank: int, tile: int = TILE) -> Stages:
+    """The stages of the tokens of ``members``, in ascending order, on ``rank``. For the other arguments see :func:`make_plan`."""
+    parts = [(part, member) for member in members for part in layout.ranges[member]]
+    own: list[Piece] = []
+    others: list[Piece] = []
+    row = 0
+    for part, member in sorted(parts, key=lambda item: item[0].start):
+        # One owner: queries and keys that start together are cut at the same positions, and all are here when they are used.
+        (own if member == rank else others).append(Piece(0, range(row, row + len(part)), part))
+        row += len(part)
+
+    def used(queries: Sequence[Piece], keys: Sequence[Piece]) -> tuple[Use, ...]:
+        return tuple(use for piece in keys if (use := _use(mask, queries, piece, tile)).pairs)
+
+    return Stages(used(own, own), used(own, others), used(others, [*own, *others]))
 
 
 def _ranges_of(layout: TokenLayout, rank: int) -> list[Piece]:
