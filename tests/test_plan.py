@@ -25,7 +25,7 @@ STDLIB_ONLY = ["config.py", "decision.py", "facts.py", "plan.py", "modes/data/la
     str(p.relative_to(PACKAGE)) for p in PACKAGE.glob("modes/*/config.py"))]  # fmt: skip
 
 
-SHARED = "lightning_overlap.modes.base", "lightning_overlap.modes.descriptor"
+SHARED = tuple(f"lightning_overlap.modes.{name}" for name in ("base", "descriptor", "piece_holder"))
 
 
 def imports(path):

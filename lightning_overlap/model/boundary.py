@@ -40,7 +40,9 @@ class Nesting(IntEnum):
     """The tokens of a sequence (context parallelism)."""
     LAYERS = 3
     """The layers inside a block, and the tokens between these layers (tensor and sequence parallelism)."""
-    PARAMETERS = 4
+    EXPERTS = 4
+    """The experts of the layers that have several (expert parallelism)."""
+    PARAMETERS = 5
     """The flattened parameters that this rank holds after all outer modes (data parallelism)."""
 
 

@@ -12,6 +12,9 @@ last."""
 COUNTED_ELSEWHERE = "_lightning_overlap_counted_elsewhere"
 """True: another rank has the same parameter and counts its gradient in the global norm. Its shards have the marker, too."""
 
+EXPERT = "_lightning_overlap_expert"
+"""True: the parameter belongs to this rank's experts. Its gradient is summed over the ranks with the same experts only."""
+
 
 def has_late_gradient(parameter: Tensor) -> bool:
     """Whether a mode completes the parameter's gradient in ``finish_backward``."""
@@ -23,6 +26,11 @@ def is_counted_elsewhere(parameter: Tensor) -> bool:
     return bool(getattr(parameter, COUNTED_ELSEWHERE, False))
 
 
+def is_expert(parameter: Tensor) -> bool:
+    """Whether the parameter belongs to experts that are spread over ranks. Its shards have the marker, too."""
+    return bool(getattr(parameter, EXPERT, False))
+
+
 def stage_of(parameter: Tensor) -> int:
     """The parameter's pipeline stage; 0 without a pipeline."""
     return int(getattr(parameter, STAGE, 0))
@@ -30,5 +38,5 @@ def stage_of(parameter: Tensor) -> int:
 
 def clear_markers(parameter: Tensor) -> None:
     """Removes all markers of a parameter."""
-    for marker in (LATE_GRADIENT, STAGE, COUNTED_ELSEWHERE):
+    for marker in (LATE_GRADIENT, STAGE, COUNTED_ELSEWHERE, EXPERT):
         vars(parameter).pop(marker, None)

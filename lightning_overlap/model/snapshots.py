@@ -15,8 +15,9 @@ from torch import Tensor, nn
 
 from lightning_overlap.torch_seams import buffers_of
 
-_MODULE_ATTRIBUTES = frozenset(vars(nn.Module()))
-"""Attributes of every module: its dictionaries of parameters, buffers, modules and hooks, and ``training``."""
+_MODULE_ATTRIBUTES = frozenset(name for name in vars(nn.Module()) if "hooks" not in name)
+"""Attributes of every module: its dictionaries of parameters, buffers and modules, and ``training``. Not those of its hooks: a model
+of transformers adds hooks in its first forward and notes that on itself, so both are preserved or neither."""
 _LIBRARIES = frozenset({"torch", "lightning", "pytorch_lightning", "transformers", "tokenizers", "numpy", "builtins", "functools"})
 """Packages whose objects, except modules, are not preserved: a step does not write to their attributes."""
 

@@ -15,18 +15,26 @@ from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from datetime import timedelta
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_overlap.decision import Choices
 from lightning_overlap.model.boundary import Boundary, Nesting
+from lightning_overlap.model.first_blocks import FirstBlocks
 from lightning_overlap.ranks.clock import Timeline
 from lightning_overlap.ranks.group import Group
 from lightning_overlap.ranks.mesh import ParallelMesh
 from lightning_overlap.state.shards import Place
 from lightning_overlap.steps.step import Step
+
+
+class Squares(NamedTuple):
+    """Sums of the squares of gradients, fp64 scalars. Ranks share the gradients of experts in another way than all others."""
+
+    dense: Tensor
+    experts: Tensor
 
 
 @dataclass(frozen=True)
@@ -39,6 +47,7 @@ class Setup:
         roles: by name of a part of the model, its role, from the user's ``parallel_plan``.
         first_step_is_verified: the whole first step is compared with that of the unsharded model, so a mode need not check its part.
         boundary: of the model's block stack, where modes register their :class:`~lightning_overlap.model.boundary.TokenCut`.
+        first_blocks: compares blocks that modes shard with unsharded copies, unless the whole first step is compared.
     """
 
     mesh: ParallelMesh
@@ -46,6 +55,10 @@ class Setup:
     roles: Mapping[str, str]
     first_step_is_verified: bool
     boundary: Boundary = field(default_factory=Boundary)
+    first_blocks: FirstBlocks = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "first_blocks", FirstBlocks(self.boundary))
 
 
 class OverlapMode:
@@ -136,9 +149,9 @@ class OverlapMode:
     def finish_backward(self) -> None:
         """Called after each backward. Gradients are complete afterwards, unless they are held."""
 
-    def reduce_norm(self, sum_of_squares: Tensor) -> Tensor:
-        """Sums a scalar over the ranks that hold different parts of the gradients. Collective."""
-        return sum_of_squares
+    def reduce_norm(self, squares: Squares) -> Squares:
+        """Sums each value over the ranks that hold different parts of these gradients. Collective."""
+        return squares
 
     def sync_parameters(self) -> None:
         """Completes the weights before they are read (evaluation, a checkpoint)."""

@@ -12,6 +12,8 @@ from typing import Any
 
 from torch import nn
 
+from lightning_overlap.nn.moe import Experts, MoELayer, TopKRouter, update_router_biases
+
 
 class ColumnParallelLinear(nn.Linear):
     """``nn.Linear`` whose outputs are dealt out over the ranks.
@@ -48,4 +50,13 @@ class VocabParallelHead(nn.Linear):
     parallel_role = "vocab_head"
 
 
-__all__ = ["ColumnParallelLinear", "RowParallelLinear", "VocabParallelEmbedding", "VocabParallelHead"]
+__all__ = [
+    "ColumnParallelLinear",
+    "Experts",
+    "MoELayer",
+    "RowParallelLinear",
+    "TopKRouter",
+    "VocabParallelEmbedding",
+    "VocabParallelHead",
+    "update_router_biases",
+]

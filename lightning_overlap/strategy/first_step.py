@@ -150,6 +150,9 @@ class FirstStep:
         module: the user's module.
         modes: the modes that run, in the order in which they were applied.
         device: this rank's device.
+
+    Attributes:
+        is_compared: whether loss, gradients and buffers were compared, and are equal.
     """
 
     def __init__(self, step: _Trial, module: nn.Module, modes: Sequence[OverlapMode], device: torch.device) -> None:
@@ -160,6 +163,7 @@ class FirstStep:
         self._sharders = [mode for mode in modes if isinstance(mode, Sharder)]
         self._holders = [mode for mode in self._sharders if isinstance(mode, Holder)]
         self._device = device
+        self.is_compared = False
         self._parameters = dict(module.named_parameters())
         self._known_buffers = frozenset(name for name, _ in module.named_buffers())  # the step may register others
 
@@ -181,6 +185,7 @@ class FirstStep:
                 return reason != NO_LOSS
             actual = self._run_sharded()
         self._compare(expected, actual)
+        self.is_compared = True
         self._check_objective(expected)
         return True
 

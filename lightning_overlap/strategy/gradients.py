@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lightning_overlap.model.markers import is_counted_elsewhere
-from lightning_overlap.modes.base import OptimizerHolder, OverlapMode
+from lightning_overlap.model.markers import is_counted_elsewhere, is_expert
+from lightning_overlap.modes.base import OptimizerHolder, OverlapMode, Squares
 
 
 def stepped_parameters(optimizer: Optimizer, modes: Sequence[OverlapMode]) -> Iterable[Tensor]:
@@ -30,19 +30,25 @@ def clip_by_norm(parameters: Iterable[Tensor], modes: Sequence[OverlapMode], lim
         device: of this rank. The norm is computed there, and the host does not wait for it.
     """
     stepped = [(parameter, parameter.grad) for parameter in parameters if parameter.grad is not None]
-    counted = [_sum_of_squares(grad) for parameter, grad in stepped if not is_counted_elsewhere(parameter)]
-    squares = torch.zeros((), dtype=torch.float64, device=device)
-    if counted:
-        squares += torch.stack(counted).sum()
+    counted = [(parameter, grad) for parameter, grad in stepped if not is_counted_elsewhere(parameter)]
+    squares = Squares(
+        dense=_sum_of_squares([grad for parameter, grad in counted if not is_expert(parameter)], device),
+        experts=_sum_of_squares([grad for parameter, grad in counted if is_expert(parameter)], device),
+    )
     for mode in modes:
         squares = mode.reduce_norm(squares)
     # A tensor, as in torch.nn.utils.clip_grad_norm_, so that the host does not wait for the device.
-    scale = (limit / (squares.sqrt() + 1e-6)).clamp(max=1.0)
+    scale = (limit / ((squares.dense + squares.experts).sqrt() + 1e-6)).clamp(max=1.0)
     for _, grad in stepped:
         grad.mul_(scale)
 
 
-def _sum_of_squares(grad: Tensor) -> Tensor:
+def _sum_of_squares(grads: Sequence[Tensor], device: torch.device) -> Tensor:
+    """Sums the squares of gradients in fp64, where the sum does not overflow."""
+    return torch.stack([_squares(grad) for grad in grads]).sum() if grads else torch.zeros((), dtype=torch.float64, device=device)
+
+
+def _squares(grad: Tensor) -> Tensor:
     """Sums the squared absolute values of a gradient in fp64, where neither the squares nor the sum overflow."""
     values = grad.coalesce().values() if grad.is_sparse else grad
     values = torch.view_as_real(values) if values.is_complex() else values

@@ -24,6 +24,7 @@ from lightning_overlap.config import OverlapConfig
 from lightning_overlap.decision import ConfigError
 from lightning_overlap.messages import log_on_rank_zero
 from lightning_overlap.model.block_stack import without_nested_tensors
+from lightning_overlap.model.first_blocks import FirstBlocks
 from lightning_overlap.model.materialize import is_deferred, move_absent_to_meta
 from lightning_overlap.modes.base import Driver, Holder, OverlapMode, Setup, hold_gradient_syncs
 from lightning_overlap.modes.context.config import ContextParallel
@@ -143,6 +144,7 @@ class OverlapStrategy(MeshStrategy):
         self._plan: Plan | None = None
         self._mirror: Mirror | None = None
         self._verifies_first_step = self._was_deferred = self._fitting = False
+        self._first_blocks: FirstBlocks | None = None
 
     @property
     def plan(self) -> Plan:
@@ -252,6 +254,7 @@ class OverlapStrategy(MeshStrategy):
         self._verifies_first_step = self._plan.verify_first_step.value
         earlier = self.modes
         setup = Setup(self.mesh, self.time_limit, self.config.parallel_plan, first_step_is_verified=self._verifies_first_step)
+        self._first_blocks = setup.first_blocks
         self.modes = [
             kind(self.config.of(mode), self._plan.choices[mode.name], setup)
             for mode, kind in in_order(self.config.modes)
@@ -281,6 +284,8 @@ class OverlapStrategy(MeshStrategy):
         is_compared = comparison is not None and comparison.next_batch(batch)
         if self._verifies_first_step:
             self._verifies_first_step = not self._verify_first_step(batch, rest)
+        if self._first_blocks is not None:
+            self._first_blocks.start_training()
         for mode in self.modes:
             mode.start_forward()
         if self._driver is None:
@@ -314,7 +319,10 @@ class OverlapStrategy(MeshStrategy):
     def _verify_first_step(self, batch: Any, rest: Any) -> bool:
         """Compares the first step with that of the unsharded model; False if the batch has no loss to compare."""
         with self._user_step():
-            return first_step(self, self.modes, self._module, batch, rest, self._step_key).verify()
+            is_over = (step := first_step(self, self.modes, self._module, batch, rest, self._step_key)).verify()
+        if step.is_compared:  # else blocks are compared by themselves
+            self._first_blocks = None
+        return is_over
 
     @property
     def _step_key(self) -> tuple[int, ...]:

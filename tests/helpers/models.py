@@ -12,7 +12,9 @@ from torch.utils.data import DataLoader, DistributedSampler
 
 
 class Attention(nn.Module):
-    """Causal attention of ``heads`` heads, with q, k and v in one layer."""
+    """Attention of ``heads`` heads, with q, k and v in one layer. It is causal, unless ``causal`` is set to False."""
+
+    causal = True
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
@@ -21,7 +23,7 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         q, k, v = (part.unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in self.qkv(x).chunk(3, -1))
-        return self.proj(F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(2))
+        return self.proj(F.scaled_dot_product_attention(q, k, v, is_causal=self.causal).transpose(1, 2).flatten(2))
 
 
 class MLP(nn.Module):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -45,6 +45,7 @@ def train(
     *,
     samples: Callable[..., list[Any]] = token_samples,
     collate: Callable[..., Any] | None = None,
+    callbacks: Sequence[Callback] = (),
     resume: str | None = None,
     save: str | None = None,
     **trainer: Any,
@@ -58,6 +59,7 @@ def train(
         data: arguments of ``samples``.
         samples: makes the samples.
         collate: of the data loader.
+        callbacks: of the Trainer.
         resume: a checkpoint.
         save: where to write one.
         trainer: arguments of the Trainer.
@@ -78,9 +80,8 @@ def train(
     length = {"max_steps": 5, "limit_val_batches": 1, "num_sanity_val_steps": 0, "val_check_interval": 2}
     length["use_distributed_sampler"] = False  # it shuffles
     losses = Losses()
-    run = Trainer(
-        **{"accelerator": "cpu", "devices": devices, "strategy": chosen, "callbacks": [losses], **QUIET, **length, **trainer}
-    )  # type: ignore[arg-type]
+    environment = {"accelerator": "cpu", "devices": devices, "strategy": chosen, "callbacks": [losses, *callbacks]}
+    run = Trainer(**{**environment, **QUIET, **length, **trainer})  # type: ignore[arg-type]
     run.fit(module, loader, loader, ckpt_path=resume)
     if save is not None:
         run.save_checkpoint(save)

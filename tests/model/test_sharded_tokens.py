@@ -18,10 +18,10 @@ from transformers.loss.loss_utils import ForCausalLMLoss
 from lightning_overlap.decision import ConfigError
 from lightning_overlap.model.sharded_tokens import ShardedTokens
 from lightning_overlap.model.token_shards import TokenShards
-from lightning_overlap.modes.tensor.gemm import shares
 from lightning_overlap.modes.tensor.vocab import ShardedLogits, Vocabulary, head_forward
 from lightning_overlap.ranks.group import Group
 from lightning_overlap.ranks.world import make_group
+from lightning_overlap.state.pieces import shares
 from lightning_overlap.torch_seams import tree_leaves
 from tests.helpers.threads import on_ranks
 

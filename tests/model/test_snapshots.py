@@ -43,12 +43,14 @@ class Holds(nn.Module):
         self.step += 1
         self.latest.add_(1)
         self.made_here = x
+        self.register_forward_hook(lambda *_: None)
         return self.norm(x)
 
     def told(self):
         metric, tracker = self.metrics["sum"], self.trackers[0]
         counts = dict(self.count), dict(self.by_name), list(self.last), self.table.tolist(), self.step, self.latest.tolist()
         running = self.norm.running_mean.tolist(), int(self.norm.num_batches_tracked)
+        counts = *counts, len(self._forward_hooks)
         return float(metric.sum_value), metric.update_called, tracker.seen, list(tracker.losses), *counts, *running
 
 

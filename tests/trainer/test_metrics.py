@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from lightning_overlap import OverlapStrategy
-from tests.trainer.tensor.test_numbers import QUIET, Net
+from tests.helpers.sequences import QUIET
+from tests.trainer.tensor.test_numbers import Net
 
 SAMPLES = 8
 

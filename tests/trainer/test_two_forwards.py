@@ -13,7 +13,8 @@ from torch.nn import functional as F
 
 from lightning_overlap import OverlapStrategy, TensorParallel
 from lightning_overlap.steps.forward import Forward
-from tests.trainer.tensor.test_numbers import QUIET, Net
+from tests.helpers.sequences import QUIET
+from tests.trainer.tensor.test_numbers import Net
 
 
 class Turns:

@@ -22,8 +22,8 @@ from torch.distributed.tensor.parallel import (
 
 from lightning_overlap.bench.peers import Peer
 from lightning_overlap.config import OverlapConfig
-from lightning_overlap.modes.tensor.partition import Piece
 from lightning_overlap.modes.tensor.plan import find_plan
+from lightning_overlap.state.pieces import Piece
 
 
 def peers(config: OverlapConfig, ranks: int, backend: str) -> dict[str, Peer]:

@@ -25,10 +25,11 @@ from torch.nn import functional as F
 
 from lightning_overlap.bench.rows import Row
 from lightning_overlap.bench.skip import Skipped
-from lightning_overlap.modes.tensor.gemm import Exchange, shares
+from lightning_overlap.modes.tensor.gemm import Exchange
 from lightning_overlap.modes.tensor.linear import PendingInput, gather_input, prepare_input, row_product
 from lightning_overlap.ranks.group import Group
 from lightning_overlap.ranks.world import all_gather_objects, end_world, make_group
+from lightning_overlap.state.pieces import shares
 from lightning_overlap.tables import as_text
 
 Run = Callable[[], list[Tensor]]

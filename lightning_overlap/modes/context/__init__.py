@@ -11,4 +11,5 @@ CONTEXT = ModeDescriptor(
     mode_type=ContextMode,
     look=look,
     advice=ADVICE,
+    unchecked={"verify_blocks": False},
 )

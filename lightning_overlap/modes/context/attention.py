@@ -20,7 +20,7 @@ from lightning_overlap.modes.context.kernel import Kernel, grad_of_sinks, kernel
 from lightning_overlap.modes.context.layout import TokenLayout
 from lightning_overlap.modes.context.mask import Mask
 from lightning_overlap.modes.context.part import PartOfHeads, TileMasks
-from lightning_overlap.modes.context.pieces import PieceMethod, Plans
+from lightning_overlap.modes.context.pieces import PieceMethod, Plans, make_plan
 from lightning_overlap.ranks.group import Group
 from lightning_overlap.torch_seams import saved_tensor_hooks
 
@@ -149,8 +149,7 @@ class ContextAttention:
         """
         self._check(q, k, v, mask, layout)
         device = q.device.type
-        if torch.is_autocast_enabled(device) and q.dtype != torch.float64:
-            q, k, v = (x.to(torch.get_autocast_dtype(device)) for x in (q, k, v))
+        q, k, v = _autocast(q, k, v)
         seed = int(torch.randint(1 << 62, ()).item()) if dropout else 0
         kernel = kernel_for(q, v, 1 / math.sqrt(q.shape[-1]) if scale is None else scale, dropout, softcap, seed)
         with torch.autocast(device, enabled=False):
@@ -186,3 +185,42 @@ class ContextAttention:
                 f"{mask.tokens} tokens, a layout of {layout.tokens} over {layout.size} ranks of {self._group.size}: give tensors "
                 f"(B, heads, {tokens}, D) of one dtype, query heads a multiple of the others, for one sequence"
             )
+
+
+class UnshardedAttention:
+    """Attention of all tokens on this rank, by the same kernels.
+
+    Args:
+        group: the ranks, to which nothing is sent.
+    """
+
+    def __init__(self, group: Group) -> None:
+        self._peers = Peers(group, [group.rank])
+
+    def __call__(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        mask: Mask,
+        *,
+        scale: float | None,
+        dropout: float,
+        softcap: float | None,
+        sinks: Tensor | None,
+    ) -> Tensor:
+        """As :class:`ContextAttention`; nothing is dropped."""
+        q, k, v = _autocast(q, k, v)
+        kernel = kernel_for(q, v, 1 / math.sqrt(q.shape[-1]) if scale is None else scale, softcap=softcap)
+        plan = make_plan(mask, TokenLayout.contiguous(mask.tokens, 1), 0, 1, "p2p")
+        part = PartOfHeads(mask, range(q.shape[1]), kernel, False, TileMasks())
+        with torch.autocast(q.device.type, enabled=False):
+            return _PieceAttention.apply(q, k, v, sinks, part, partial(EXCHANGES["p2p"], self._peers, plan), None)
+
+
+def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """Tensors in autocast's dtype, if it is on."""
+    device = tensors[0].device.type
+    if not torch.is_autocast_enabled(device) or tensors[0].dtype == torch.float64:
+        return tensors
+    return tuple(x.to(torch.get_autocast_dtype(device)) for x in tensors)

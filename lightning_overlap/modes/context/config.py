@@ -45,6 +45,9 @@ class ContextParallel:
     transfers, and make smaller products."""
     overlap: bool | Literal["auto"] = "auto"
     """Pieces travel while others are used."""
+    verify_blocks: bool = True
+    """In the first training step, the output and gradients of the first block of each kind are compared with an unsharded copy's,
+    unless the whole step is compared (``verify_first_step``)."""
 
     def __post_init__(self) -> None:
         check_count("context_parallel.size", self.size)

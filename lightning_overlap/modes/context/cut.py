@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.autograd import Function
 
 from lightning_overlap.decision import ConfigError
+from lightning_overlap.model.blocks import is_from_transformers
 from lightning_overlap.model.boundary import Boundary, Nesting, TokenCut
 from lightning_overlap.model.sharded_tokens import ShardedTokens
 from lightning_overlap.model.token_shards import TokenShards
@@ -80,6 +81,11 @@ class ContextCut(TokenCut):
                 "pipeline: pad it"
             )
         state.layout = self._lay_out(tokens, next((x for x in leaves(inputs) if isinstance(x, Mask)), None))
+        if tokens < self.ranks and is_from_transformers(block):
+            raise ConfigError(
+                f"a sequence of {tokens} tokens has none for some of the context_parallel.size={self.ranks} ranks, and models of "
+                f"transformers cannot compute without tokens. Pad the batch to {self.ranks} tokens, or {self.remedy}"
+            )
         positions = tuple(state.layout.positions(rank) for rank in range(self.ranks))
         state.shards = TokenShards(self._group, positions, tokens)
         state.local = LocalTokens(tokens, state.shards.local)

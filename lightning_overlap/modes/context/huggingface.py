@@ -7,7 +7,7 @@ are switched to it. Import this module only where a model is one of transformers
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial, wraps
 from inspect import signature
@@ -220,6 +220,17 @@ def _agree(described: Mask, rule: Rule, queries: Tensor, batch: int, device: tor
     return bool((described.visible(queries, keys, batch) == expected).all())
 
 
+def name_attention(module: nn.Module) -> None:
+    """Has the attentions in a module call the seam, as long as it lives."""
+    for config in _configs(module.modules()):
+        set_attention(config, _SwitchedName(attention_of(config)))
+
+
+def _configs(modules: Iterable[nn.Module]) -> Iterable[PreTrainedConfig]:
+    """The configs of modules, each once."""
+    return {id(c): c for module in modules if isinstance(c := getattr(module, "config", None), PreTrainedConfig)}.values()
+
+
 # -- the model ---------------------------------------------------------------------------------------------------------------------
 
 
@@ -254,8 +265,7 @@ class Switch:
                 )
         if not all(map(has_registered_attention, around[-1:])):
             parts = []  # what calls torch's attention is taken over where it does
-        configs = {id(c): c for part in parts if isinstance(c := getattr(part, "config", None), PreTrainedConfig)}
-        self._names = [(config, attention_of(config)) for config in configs.values()]
+        self._names = [(config, attention_of(config)) for config in _configs(parts)]
         for config, _ in self._names:
             if config.output_attentions:
                 raise ConfigError(f"the config of {type(config).__name__} has output_attentions: {_NO_WEIGHTS}")

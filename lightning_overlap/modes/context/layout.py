@@ -65,7 +65,12 @@ class TokenLayout:
 
     @classmethod
     def balanced(cls, tokens: int, ranks: int) -> TokenLayout:
-        """An early and a late range a rank: under a causal mask all ranks then have the same number of visible pairs."""
+        """An early and a late range a rank: under a causal mask all ranks then have the same number of visible pairs.
+
+        Fewer tokens than ranges make one range a rank, so that a rank without tokens is one of more ranks than tokens.
+        """
+        if tokens < 2 * ranks:
+            return cls.contiguous(tokens, ranks)
         return cls.dealt(tokens, [[rank, 2 * ranks - 1 - rank] for rank in range(ranks)])
 
     @classmethod

@@ -17,6 +17,7 @@ from lightning_overlap.modes.base import Setup, Sharder
 from lightning_overlap.modes.context import seam
 from lightning_overlap.modes.context.arguments import token_table_forward
 from lightning_overlap.modes.context.attention import ContextAttention
+from lightning_overlap.modes.context.block_shards import ContextShards
 from lightning_overlap.modes.context.config import ContextChoices, ContextFacts, ContextParallel
 from lightning_overlap.modes.context.cut import ContextCut, ContextState
 from lightning_overlap.modes.context.exchange import Chain
@@ -83,6 +84,9 @@ class ContextMode(Sharder):
         is_unsharded = self._switch_hugging_face(model, blocks)
         cut = ContextCut(self.group, boundary, self.choices.order.value, self.choices.boundary.value, is_unsharded)
         self._undo.append(boundary.register(blocks, cut))
+        if self.config.verify_blocks:
+            shards = ContextShards(self.group, cut, self._name_attention)
+            self._undo.append(self.setup.first_blocks.register(blocks, name, shards))
 
     def _switch_hugging_face(self, model: nn.Module, blocks: Sequence[nn.Module]) -> Callable[[], bool]:
         """Has a model of transformers call the seam; whether its present forward runs with all tokens on every rank."""
@@ -93,6 +97,13 @@ class ContextMode(Sharder):
         switch = Switch(model, blocks)
         self._undo.append(switch.undo)
         return lambda: switch.is_unsharded
+
+    @staticmethod
+    def _name_attention(module: nn.Module) -> None:
+        if is_from_transformers(module):
+            from lightning_overlap.modes.context.huggingface import name_attention  # which needs transformers
+
+            name_attention(module)
 
     def _uninstall(self) -> None:
         """The model computes as the user wrote it."""

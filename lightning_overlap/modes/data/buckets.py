@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from lightning_overlap.model.markers import stage_of
+from lightning_overlap.model.markers import is_expert, stage_of
 from lightning_overlap.modes.data.buffers import HALF, LiveBucket, flatten
 from lightning_overlap.modes.data.config import DataChoices, DataParallel
 from lightning_overlap.modes.data.layout import lateness, lay_out
@@ -33,6 +33,11 @@ class Kind:
     named: tuple[tuple[str, nn.Parameter], ...]
     group: Group
     divisor: float
+
+    @property
+    def has_experts(self) -> bool:
+        """Whether they belong to experts that are spread over ranks."""
+        return is_expert(self.named[0][1])
 
 
 class Home(NamedTuple):
@@ -75,16 +80,22 @@ class Buckets:
         self._kinds = list(kinds)
         self.live.clear()
         self.homes.clear()
-        for kind in self._kinds:
+        layouts = [self._lay_out([p.numel() for _, p in kind.named], shards=kind.group.size) for kind in self._kinds]
+        # Ranks of a group number its buckets alike. Those of experts come last, since ranks may hold different numbers of experts.
+        first_keys, next_key = {}, 0
+        for number in sorted(range(len(layouts)), key=lambda number: self._kinds[number].has_experts):
+            first_keys[number] = next_key
+            next_key += len(layouts[number])
+        for number, (kind, layout) in enumerate(zip(self._kinds, layouts, strict=True)):
             dtype = kind.named[0][1].dtype
             self.live += flatten(
                 kind.named,
-                self._lay_out([p.numel() for _, p in kind.named], shards=kind.group.size),
+                layout,
                 grad_dtype=torch.float32 if self._fp32_gradients and dtype in HALF else dtype,
                 group=kind.group,
                 divisor=kind.divisor,
                 whole_parameters=self._whole_parameters,
-                first_key=len(self.live),
+                first_key=first_keys[number],
             )
         for order, bucket in enumerate(sorted(self.live, key=lambda bucket: (stage_of(bucket.parameters[0]), bucket.order))):
             bucket.order = order
@@ -100,7 +111,7 @@ class Buckets:
 
         Args:
             gradient_order: ids of parameters, in the order of their gradients. That of the first rank counts on all ranks.
-            groups: all ranks of the mode, each group inside a group of the next one.
+            groups: all ranks that must agree, each group inside a group of the next one.
 
         Returns:
             The kinds for :meth:`build`; None if the gain is less than MIN_GAIN.
@@ -119,7 +130,10 @@ class Buckets:
             self._lateness(kind, order) - self._lateness(sorted_kind, range(len(order) - 1, -1, -1))
             for kind, order, sorted_kind in zip(self._kinds, orders, kinds, strict=True)
         ]
-        return kinds if max(gains, default=0.0) >= MIN_GAIN else None
+        gain = max(gains, default=0.0)
+        for group in reversed(groups):
+            gain = group.share_object(gain)  # ranks with different experts have different buckets
+        return kinds if gain >= MIN_GAIN else None
 
     def _lateness(self, kind: Kind, order: Sequence[int]) -> float:
         sizes = [p.numel() for _, p in kind.named]

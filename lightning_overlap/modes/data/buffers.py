@@ -59,7 +59,7 @@ class LiveBucket:
 
     Attributes:
         layout: offsets of the bucket in the flat buffers and of its parameters in the bucket.
-        key: number of the bucket among all buckets of the mode.
+        key: number of the bucket among all buckets of the mode, the same on all ranks of its group.
         names: of the parameters.
         parameters: views of ``data``.
         shapes: of the parameters during training; other modes may give them their unsharded shapes afterwards.

@@ -120,7 +120,7 @@ def decide(config: DataParallel, degrees: Degrees, facts: Facts, *, overlap: boo
     optimizer = _optimizer(config, facts)
     sharded = optimizer.value != "off"
     gradients = _gradients(sharded, facts)
-    _refuse_settings(config, degrees.gradients, sharded=sharded, scattered=gradients.value == "reduce-scatter")
+    _refuse_settings(config, degrees, sharded=sharded, scattered=gradients.value == "reduce-scatter")
     reduce = settle(
         "data_parallel.overlap_grad_reduce",
         config.overlap_grad_reduce,
@@ -298,14 +298,19 @@ def _bucket_size(config: DataParallel, degrees: Degrees, facts: Facts) -> Choice
     return Choice(min(large, max(share, MIN_BUCKET)), "auto", f"elements: {per_rank:,} parameters per rank / 32{limit}")
 
 
-def _refuse_settings(config: DataParallel, size: int, *, sharded: bool, scattered: bool) -> None:
+def _refuse_settings(config: DataParallel, degrees: Degrees, *, sharded: bool, scattered: bool) -> None:
     """Checks settings that are no decision of their own.
 
     Raises:
         ConfigError: with every reason against them.
     """
-    instances = config.num_optimizer_instances
+    instances, size = config.num_optimizer_instances, degrees.gradients
     reasons = [
+        (
+            instances > 1 and degrees.expert > 1,
+            f"num_optimizer_instances={instances} needs all parameters on every rank, and expert_parallel.size={degrees.expert} "
+            "spreads experts; set num_optimizer_instances: 1",
+        ),
         (instances > 1 and not sharded, "num_optimizer_instances > 1 needs the distributed optimizer"),
         (size % instances > 0, f"num_optimizer_instances={instances} must divide the {size} ranks that average gradients"),
         (

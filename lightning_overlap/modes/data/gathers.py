@@ -115,8 +115,9 @@ class Gathers:
         # With a bound on prefetching all ranks must post in one order: otherwise two ranks that wait for different buckets may each
         # not have posted the other's.
         if self._prefetch is None and all(bucket.group.keyed for bucket in self._buckets):
-            for order, key in enumerate(self._read):
-                self._buckets[key].order = order
+            order = {key: number for number, key in enumerate(self._read)}
+            for bucket in self._buckets:
+                bucket.order = order.get(bucket.key, bucket.order)
         self.forget_read_order()
 
     def forget_read_order(self) -> None:

@@ -23,12 +23,12 @@ from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import Optimizer
 
 from lightning_overlap.decision import ConfigError
 from lightning_overlap.model.boundary import Nesting
-from lightning_overlap.modes.base import OptimizerHolder, Setup
+from lightning_overlap.modes.base import OptimizerHolder, Setup, Squares
 from lightning_overlap.modes.data.backward import Backward, used_twice
 from lightning_overlap.modes.data.buckets import Buckets
 from lightning_overlap.modes.data.buffers import LiveBucket, Phase, unflatten
@@ -48,8 +48,6 @@ class DataMode(OptimizerHolder):
     It has more than 20 methods, because it fills two contracts; most are a line.
 
     Attributes:
-        groups: the ranks over which the optimizer is sharded; with several optimizer instances also the ranks that have the same
-            shard in all of them.
         buckets: of the trained parameters.
     """
 
@@ -57,25 +55,34 @@ class DataMode(OptimizerHolder):
     nesting = Nesting.PARAMETERS
     config: DataParallel
     choices: DataChoices
-    groups: tuple[Group, ...] = ()
 
     def __init__(self, config: DataParallel, choices: DataChoices, setup: Setup) -> None:
         super().__init__(config, choices, setup)
-        self.groups = self._make_groups(config.num_optimizer_instances)
+        self._sharers = self._make_groups(config.num_optimizer_instances)
+        has_experts = self.mesh.size("experts") > 1
+        self._experts = self.mesh.group("expert_gradients", self.timeout, "data") if has_experts else None
+        self._stage = self.mesh.group("stage", self.timeout) if has_experts else None
         self.buckets = Buckets(config, choices)
         self._trained = TrainedParameters(choices)
-        self._reductions = Reductions(config, choices, self.groups, self._on_reduced)
+        self._reductions = Reductions(config, choices, self._sharers, self._on_reduced)
         self._backward = Backward(choices, self.buckets, self._reductions, self._trained.sparse, self._before_backward)
         prefetch = None if config.param_gather_prefetch == "all" else int(config.param_gather_prefetch)
         # Ranks see at different times that a reduction is complete. Where all must post in one order, that may not trigger a gather.
-        aligned = choices.align_param_gather.value or (self.groups[0].in_one_order and prefetch is None)
+        aligned = choices.align_param_gather.value or (self._sharers[0].in_one_order and prefetch is None)
         self._gathers = Gathers(self.buckets.live, prefetch, aligned=aligned, guard=ReferenceGuard(self._complete))
         self._modules = GuardedModules(self._gathers.incomplete, self._complete)
         self._optimizer: ShardedOptimizer | None = None
         self._hooks: list[Any] = []
         self._on_trial = False
 
+    @property
+    def groups(self) -> tuple[Group, ...]:
+        more = (self._experts, self._stage)
+        return (*self._sharers, *(group for group in more if group is not None))
+
     def _make_groups(self, instances: int) -> tuple[Group, ...]:
+        """Makes the ranks over which the optimizer is sharded; with several optimizer instances also the ranks that have the same
+        shard in all of them."""
         if instances == 1:
             return (self.mesh.group("gradients", self.timeout, "data", background=True),)
         # Made here, since optimizer instances divide the ranks of a named group, and no other mode knows these parts.
@@ -97,7 +104,7 @@ class DataMode(OptimizerHolder):
                 )
 
     def parallelize(self, model: nn.Module) -> None:
-        self.buckets.build(self._trained.sort(model, self.groups[0], self.mesh.size("gradients")))
+        self.buckets.build(self._trained.sort(model, self._sharers[0], self._experts, self.mesh.size("gradients")))
         for bucket in self.buckets.live:
             for parameter in bucket.parameters:
                 trained = parameter.requires_grad
@@ -123,7 +130,8 @@ class DataMode(OptimizerHolder):
 
     def _follow_gradient_order(self, order: Sequence[int]) -> None:
         """Rebuilds the buckets by the order of the gradients, if they can then be reduced earlier. Collective."""
-        kinds = self.buckets.reordered(order, self.groups)
+        # The ranks that share experts may be of several groups, so all ranks of the stage use one order.
+        kinds = self.buckets.reordered(order, self._sharers if self._stage is None else (self._stage,))
         if kinds is None:
             return
         self.sync_parameters()
@@ -190,11 +198,13 @@ class DataMode(OptimizerHolder):
     def sync_parameters(self) -> None:
         self._gathers.finish_all()
 
-    def reduce_norm(self, sum_of_squares: Tensor) -> Tensor:
-        # One sum for all parameters, so all buckets must have one group. Buckets of other groups need a sum for each group.
+    def reduce_norm(self, squares: Squares) -> Squares:
         if not self.choices.is_sharded:
-            return sum_of_squares
-        return self.groups[0].all_reduce(sum_of_squares, label="data.norm").wait()
+            return squares
+        dense = self._sharers[0].all_reduce(squares.dense, label="data.norm").wait()
+        if self._experts is None:
+            return squares._replace(dense=dense)
+        return Squares(dense, self._experts.all_reduce(squares.experts, label="data.expert_norm").wait())
 
     # -- optimizer state ---------------------------------------------------------------------------------------------
 

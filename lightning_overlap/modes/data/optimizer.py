@@ -10,7 +10,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from lightning_overlap.decision import ConfigError
-from lightning_overlap.model.markers import COUNTED_ELSEWHERE, is_counted_elsewhere
+from lightning_overlap.model.markers import COUNTED_ELSEWHERE, EXPERT, is_counted_elsewhere, is_expert
 from lightning_overlap.modes.data import state
 from lightning_overlap.modes.data.buffers import HALF, LiveBucket, Phase, Segment, groups_of
 from lightning_overlap.modes.data.gathers import Gathers
@@ -105,7 +105,8 @@ class ShardedOptimizer:
         for group, start, end, first in runs:
             flat = bucket.data[start:end] if bucket.main is None else bucket.main[start - shard.start : end - shard.start]
             parameter = nn.Parameter(flat.view(first.shape) if self._whole_parameters else flat)
-            setattr(parameter, COUNTED_ELSEWHERE, is_counted_elsewhere(first))  # equal in a bucket
+            setattr(parameter, COUNTED_ELSEWHERE, is_counted_elsewhere(first))  # equal in a bucket, as the next one
+            setattr(parameter, EXPERT, is_expert(first))
             bucket.segments.append(Segment(parameter, group, start, end))
 
     def move(self, old: Sequence[LiveBucket]) -> None:

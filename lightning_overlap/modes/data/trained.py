@@ -8,7 +8,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from lightning_overlap.decision import ConfigError
-from lightning_overlap.model.markers import has_late_gradient, is_counted_elsewhere, stage_of
+from lightning_overlap.model.markers import has_late_gradient, is_counted_elsewhere, is_expert, stage_of
 from lightning_overlap.modes.data.buckets import Kind
 from lightning_overlap.modes.data.config import DataChoices
 from lightning_overlap.ranks.group import Group
@@ -32,29 +32,30 @@ class TrainedParameters:
         self._known: set[int] = set()
         self._lengths: dict[Optimizer, list[int]] = {}
 
-    def sort(self, model: nn.Module, group: Group, divisor: float) -> list[Kind]:
+    def sort(self, model: nn.Module, group: Group, experts: Group | None, divisor: float) -> list[Kind]:
         """Returns the parameters that get buckets, by kind, in the order in which the kinds are reduced.
 
         Args:
             model: the user's.
-            group: as in :class:`Kind`.
-            divisor: as in :class:`Kind`.
+            group: as in :class:`Kind`, of all parameters except those of experts that are spread over ranks.
+            experts: as in :class:`Kind`, of these; None if there are none.
+            divisor: as in :class:`Kind`. The same for experts: their gradients have the tokens of all ranks that sent any.
         """
         # Gradients that another mode completes after backward are sent last, no stage waits for another stage's backward, and the
         # global norm counts a shard completely or not at all.
-        kinds: dict[tuple[bool, int, bool, str, str], list[tuple[str, nn.Parameter]]] = {}
+        kinds: dict[tuple[bool, int, bool, bool, str, str], list[tuple[str, nn.Parameter]]] = {}
         sparse = {id(part.weight) for part in model.modules() if is_lookup(part) and part.sparse} if not self._sharded else set()
         for name, parameter in model.named_parameters():
             if id(parameter) in sparse and not has_late_gradient(parameter):
                 self.sparse.append((name, parameter))
             elif parameter.requires_grad or self._later:
                 late, elsewhere = has_late_gradient(parameter), is_counted_elsewhere(parameter)
-                kind = late, -stage_of(parameter), elsewhere, str(parameter.dtype), str(parameter.device)
+                kind = late, -stage_of(parameter), is_expert(parameter), elsewhere, str(parameter.dtype), str(parameter.device)
                 kinds.setdefault(kind, []).append((name, parameter))
             else:
                 self._frozen.append((name, parameter))
         self._known = {id(p) for named in (self.sparse, *kinds.values()) for _, p in named}
-        return [Kind(tuple(kinds[kind]), group, divisor) for kind in sorted(kinds, key=lambda kind: kind[:2])]
+        return [Kind(tuple(kinds[k]), experts if k[2] and experts else group, divisor) for k in sorted(kinds, key=lambda k: k[:3])]
 
     def set_optimizers(self, optimizers: Sequence[Optimizer]) -> None:
         """Remembers the optimizers' parameters.

@@ -7,6 +7,7 @@ from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -17,7 +18,7 @@ from lightning_overlap.model.blocks import Blocks
 from lightning_overlap.model.boundary import Nesting
 from lightning_overlap.model.markers import LATE_GRADIENT, STAGE, clear_markers
 from lightning_overlap.model.trees import copied
-from lightning_overlap.modes.base import Driver, Holder, Setup
+from lightning_overlap.modes.base import Driver, Holder, Setup, Squares
 from lightning_overlap.modes.pipeline.config import PipelineChoices, PipelineParallel
 from lightning_overlap.modes.pipeline.division import make_partition
 from lightning_overlap.modes.pipeline.evaluation import Evaluation
@@ -261,8 +262,8 @@ class PipelineMode(Driver, Holder):
         if not self._held and self._tied is not None:
             self._tied.post(self._weight_gradients)
 
-    def reduce_norm(self, sum_of_squares: Tensor) -> Tensor:
-        return self.group.all_reduce(sum_of_squares, label="pipeline.norm").wait()
+    def reduce_norm(self, squares: Squares) -> Squares:
+        return Squares(*self.group.all_reduce(torch.stack(squares), label="pipeline.norm").wait())
 
     # -- evaluation --------------------------------------------------------------------------------------------------
 

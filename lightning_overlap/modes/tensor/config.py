@@ -75,7 +75,8 @@ class TensorParallel:
     symmetric memory (CUDA). ``userbuffers``: Transformer Engine's linear layers over its userbuffers (CUDA, bf16; the extra ``te``),
     which have the shape of the first training step's activations. Activations that do not fit are sent by ``p2p``."""
     verify_blocks: bool = True
-    """In the first training step, the output and gradients of the first block of each kind are compared with an unsharded copy's."""
+    """In the first training step, the output and gradients of the first block of each kind are compared with an unsharded copy's,
+    unless the whole step is compared (``verify_first_step``)."""
 
     def __post_init__(self) -> None:
         check_count("tensor_parallel.size", self.size)

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from lightning_overlap.modes.tensor.partition import Piece, gather_pieces
 from lightning_overlap.modes.tensor.plan import ShardedLayer
 from lightning_overlap.ranks.group import Group
+from lightning_overlap.state.pieces import Piece, gather_pieces
 
 
 class _GatherFeatures(Function):

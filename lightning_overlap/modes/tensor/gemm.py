@@ -23,16 +23,12 @@ from torch import Tensor
 
 from lightning_overlap.modes.tensor.config import METHODS
 from lightning_overlap.ranks.group import Group, Pending
+from lightning_overlap.state.pieces import shares
 
 MOST_SPLITS = 4
 PIECE_BYTES = 256 << 10
 """The smallest mean size of a piece where ``splits`` is not set: each piece costs the host a tenth of a millisecond."""
 _KEYS = 1 << 12
-
-
-def shares(n: int, size: int) -> tuple[int, ...]:
-    """``size + 1`` offsets that split ``n`` as evenly as possible."""
-    return tuple(n * r // size for r in range(size + 1))
 
 
 def growing(n: int, pieces: int, size: int) -> tuple[int, ...]:

@@ -17,6 +17,7 @@ from torch import nn
 from lightning_overlap.decision import ConfigError
 from lightning_overlap.model.blocks import Blocks, find_blocks, names_matching
 from lightning_overlap.model.roles import parse_role
+from lightning_overlap.state.pieces import Piece
 from lightning_overlap.torch_seams import parameters_of
 
 STYLES = {
@@ -95,6 +96,18 @@ class ShardedLayer:
         bias = self.module.bias if self.role == "row" else None
         after = list(self.next_layer.parameters()) if self.next_layer is not None else []
         return [*after, bias] if isinstance(bias, nn.Parameter) else after
+
+
+def pieces_of(layers: Iterable[ShardedLayer]) -> dict[nn.Parameter, Piece]:
+    """How the layers' parameters are sharded. A parameter that several layers share is sharded once, as in the first of them."""
+    pieces: dict[nn.Parameter, Piece] = {}
+    for layer in layers:
+        weight, bias = layer.module.weight, getattr(layer.module, "bias", None)
+        assert isinstance(weight, nn.Parameter), "roles are given to layers with weights"
+        pieces.setdefault(weight, Piece(weight.shape, layer.dim, layer.parts))
+        if isinstance(bias, nn.Parameter) and layer.role != "row":
+            pieces.setdefault(bias, Piece(bias.shape, 0, layer.parts))
+    return pieces
 
 
 @dataclass(frozen=True)

@@ -13,8 +13,8 @@ from lightning_overlap.modes.context import attention
 from lightning_overlap.modes.context.attention import ContextAttention
 from lightning_overlap.modes.context.layout import TokenLayout
 from lightning_overlap.modes.context.mask import Mask
+from tests.helpers.rank_threads import on_ranks
 from tests.modes.context.masks import NAMES, mask_of
-from tests.modes.context.ranks import on_ranks
 from tests.modes.context.whole import inputs, whole_attention
 
 

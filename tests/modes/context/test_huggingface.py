@@ -22,47 +22,10 @@ from lightning_overlap.modes.context.local_tokens import LocalTokens
 from lightning_overlap.modes.context.mask import Mask
 from lightning_overlap.modes.context.refusals import find_mixers
 from lightning_overlap.transformers_seams import set_attention
+from tests.helpers.hugging import EAGER, EXPERTS, GPT2, MIXED, MODELS, SIZES
 
 TOKENS = 24
-SIZES = {
-    "vocab_size": 64,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 8,
-    "max_position_embeddings": 64,
-    "pad_token_id": 0,
-    "attn_implementation": "sdpa",
-}
-GPT2 = {"vocab_size": 64, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64, "attn_implementation": "sdpa"}
-FALCON = {
-    "vocab_size": 64,
-    "hidden_size": 32,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "alibi": True,
-    "attn_implementation": "sdpa",
-}
-MIXED = {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 7}
-MODELS: dict[str, Callable[[], Any]] = {
-    "llama": lambda: transformers.LlamaForCausalLM(transformers.LlamaConfig(**SIZES)),
-    "mistral": lambda: transformers.MistralForCausalLM(transformers.MistralConfig(**SIZES, sliding_window=5)),
-    "gemma3": lambda: transformers.Gemma3ForCausalLM(transformers.Gemma3TextConfig(**SIZES, **MIXED)),
-    "qwen2": lambda: transformers.Qwen2ForCausalLM(transformers.Qwen2Config(**SIZES)),
-    "gpt2": lambda: transformers.GPT2LMHeadModel(transformers.GPT2Config(**GPT2)),
-    "falcon": lambda: transformers.FalconForCausalLM(transformers.FalconConfig(**FALCON)),
-    "chunked": lambda: transformers.Llama4ForCausalLM(
-        transformers.Llama4TextConfig(
-            **SIZES,
-            layer_types=["chunked_attention", "full_attention"],
-            attention_chunk_size=6,
-            num_local_experts=1,
-            intermediate_size_mlp=48,
-        )
-    ),
-}
+NAMES = ("llama", "mistral", "gemma3", "qwen2", "gpt2", "falcon", "chunked")
 
 
 def model_of(name: str) -> Any:
@@ -113,7 +76,7 @@ def compared() -> list[Mask]:
 
 
 @pytest.mark.parametrize("batch", BATCHES)
-@pytest.mark.parametrize("name", [name for name in MODELS if name != "falcon"])
+@pytest.mark.parametrize("name", [name for name in NAMES if name != "falcon"])
 def test_masks_are_those_of_transformers(name: str, batch: str, compared: list[Mask]):
     model = model_of(name)
     model.set_attn_implementation("compared")
@@ -144,7 +107,7 @@ def taken_over(model: Any, attend: Any = whole_attention) -> tuple[huggingface.S
 
 
 @pytest.mark.parametrize("batch", BATCHES)
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", NAMES)
 def test_a_model_that_is_taken_over_computes_the_same(name: str, batch: str):
     model = model_of(name)
     counted = BATCHES[batch].get("attention_mask", torch.ones_like(IDS)).bool()
@@ -264,10 +227,9 @@ def test_soft_cap_and_sinks_are_passed_on():
         options.append((mask.window, rest["softcap"], rest["sinks"]))
         return q
 
-    eager = {**SIZES, "attn_implementation": "eager"}
-    taken_over(gemma := transformers.Gemma2ForCausalLM(transformers.Gemma2Config(**eager, attn_logit_softcapping=30.0)), attend)
+    taken_over(gemma := transformers.Gemma2ForCausalLM(transformers.Gemma2Config(**EAGER, attn_logit_softcapping=30.0)), attend)
     gemma(input_ids=IDS)
-    taken_over(gpt := transformers.GptOssForCausalLM(transformers.GptOssConfig(**eager, **MIXED, num_local_experts=4)), attend)
+    taken_over(gpt := transformers.GptOssForCausalLM(transformers.GptOssConfig(**EAGER, **MIXED, **EXPERTS)), attend)
     gpt(input_ids=IDS)
     assert [softcap for _, softcap, _ in options] == [30.0, 30.0, None, None]
     assert [window for window, *_ in options[2:]] == [7, None]
@@ -398,7 +360,7 @@ def test_attention_weights_are_refused():
     ],
 )
 def test_what_mixes_tokens_in_models_of_transformers(name: str, settings: dict[str, Any], mixers: list[str]):
-    config = getattr(transformers, f"{name}Config")(**{**SIZES, **settings, "attn_implementation": "eager"})
+    config = getattr(transformers, f"{name}Config")(**{**EAGER, **settings})
     with torch.device("meta"):
         model = transformers.AutoModel.from_config(config)
     blocks = next(module for module in model.modules() if isinstance(module, nn.ModuleList))

@@ -21,8 +21,8 @@ from lightning_overlap.modes.context.layout import TokenLayout
 from lightning_overlap.modes.context.mask import Mask
 from lightning_overlap.ranks.transfer import Transfer
 from lightning_overlap.ranks.world import make_group
+from tests.helpers.rank_threads import on_ranks
 from tests.modes.context.masks import mask_of
-from tests.modes.context.ranks import on_ranks
 from tests.modes.context.test_attention import HIERARCHICAL, METHODS, both_ways, whole_of
 from tests.modes.context.whole import inputs, whole_attention
 

@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_overlap.modes.tensor.gemm import Exchange, shares
+from lightning_overlap.modes.tensor.gemm import Exchange
+from lightning_overlap.state.pieces import shares
 
 
 class Region(nn.Module):

@@ -17,9 +17,10 @@ from lightning_overlap.modes.tensor import config, symm_mem
 from lightning_overlap.modes.tensor.gemm import Exchange
 from lightning_overlap.plan import resolve
 from lightning_overlap.ranks.group import Group
+from tests.helpers.sequences import compare
 from tests.modes.tensor.group import tensor_group
 from tests.modes.tensor.region import Region, different_cases
-from tests.trainer.tensor.test_numbers import compare, train
+from tests.trainer.tensor.test_numbers import train
 
 
 def slow_operators(group: Group) -> symm_mem.Operators:

@@ -23,9 +23,10 @@ from lightning_overlap.modes.tensor import config, userbuffers
 from lightning_overlap.modes.tensor.config import TensorFacts
 from lightning_overlap.modes.tensor.gemm import Exchange
 from lightning_overlap.plan import resolve
+from tests.helpers.sequences import compare
 from tests.modes.tensor.group import tensor_group
 from tests.modes.tensor.region import Region, different_cases
-from tests.trainer.tensor.test_numbers import Net, compare, train
+from tests.trainer.tensor.test_numbers import Net, train
 
 GOLDEN = json.loads((Path(__file__).parents[2] / "golden" / "transformer_engine.json").read_text())
 EMPTY = inspect.Parameter.empty

@@ -14,9 +14,9 @@ from torch.nn import functional as F
 from transformers.loss.loss_utils import ForCausalLMLoss
 
 from lightning_overlap.decision import ConfigError
-from lightning_overlap.modes.tensor.gemm import shares
 from lightning_overlap.modes.tensor.loss import cross_entropy
 from lightning_overlap.modes.tensor.vocab import ShardedLogits, Vocabulary, embedding_forward, head_forward
+from lightning_overlap.state.pieces import shares
 from tests.modes.tensor.group import tensor_group
 
 ENTRIES = 11

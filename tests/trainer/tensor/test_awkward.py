@@ -23,7 +23,8 @@ from torch.utils.checkpoint import checkpoint
 from lightning_overlap import ConfigError, OverlapStrategy, TensorParallel
 from lightning_overlap.strategy.batches import CHECKED_BATCHES
 from lightning_overlap.strategy.probe import examine
-from tests.trainer.tensor.test_numbers import MLP, QUIET, Attention, Block, Net
+from tests.helpers.sequences import QUIET
+from tests.trainer.tensor.test_numbers import MLP, Attention, Block, Net
 
 
 class Residual(MLP):

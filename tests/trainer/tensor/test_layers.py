@@ -15,7 +15,8 @@ from torch.nn.utils import parametrizations, spectral_norm, weight_norm
 from torch.utils.data import DataLoader
 
 from lightning_overlap import ConfigError, OverlapStrategy, PipelineParallel, TensorParallel
-from tests.trainer.tensor.test_numbers import QUIET, Net
+from tests.helpers.sequences import QUIET
+from tests.trainer.tensor.test_numbers import Net
 
 
 class LoraLayer(nn.Module):

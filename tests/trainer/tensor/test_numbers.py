@@ -6,7 +6,6 @@ from unittest import mock
 
 import pytest
 import torch
-import torch.distributed as dist
 from lightning.pytorch import LightningModule, Trainer, seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.plugins.environments import TorchElasticEnvironment
@@ -18,10 +17,11 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, DistributedSampler
 
 from lightning_overlap import ConfigError, OverlapStrategy, PipelineParallel, TensorParallel
-from lightning_overlap.ranks.mesh import ParallelMesh
-from tests.helpers import transformer
+from tests.helpers import sequences, transformer
+from tests.helpers.sequences import QUIET, compare
 
-QUIET = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
+VOCABULARY = 31
+"""Entries that no number of ranks divides."""
 
 
 class Attention(transformer.Attention):
@@ -70,9 +70,9 @@ class Net(LightningModule):
         super().__init__()
         self.__dict__["parallel_plan"] = {name: role for name, role in {**self.parallel_plan, **(plan or {})}.items() if role}
         self.recompute, self.length, self.optimizer = recompute, tokens, optimizer
-        self.embedding = nn.Embedding(31, 16)
+        self.embedding = nn.Embedding(VOCABULARY, 16)
         self.blocks = nn.ModuleList(Block(16, bias, dropout) for _ in range(3))
-        self.norm, self.head = nn.LayerNorm(16), nn.Linear(16, 31, bias=False)
+        self.norm, self.head = nn.LayerNorm(16), nn.Linear(16, VOCABULARY, bias=False)
         if tied:
             self.head.weight = self.embedding.weight
         self.losses: list[float] = []
@@ -102,7 +102,7 @@ class Net(LightningModule):
         return torch.optim.SGD(self.parameters(), 0.1, momentum=0.9)
 
     def loader(self) -> DataLoader:
-        data = torch.randint(0, 31, (40, self.length + 1), generator=torch.Generator().manual_seed(3))
+        data = torch.stack(sequences.token_samples(self.length, VOCABULARY))
         sampler = DistributedSampler(data, *self.share, shuffle=False)  # type: ignore[arg-type]
         return DataLoader(data, batch_size=4 // self.share[0], sampler=sampler)  # type: ignore[arg-type]
 
@@ -110,40 +110,9 @@ class Net(LightningModule):
     share = (1, 0)
 
 
-def train(
-    strategy: dict[str, Any] | None, model: dict[str, Any], resume: str | None = None, save: str | None = None, **trainer: Any
-) -> Any:
-    """Trains as one rank of the world, or alone."""
-    warnings.simplefilter("ignore")
-    seed_everything(5, verbose=False)
-    chosen: Any = SingleDeviceStrategy(torch.device("cpu"))
-    devices = 1
-    module = Net(**model)
-    if strategy is not None:
-        devices = dist.get_world_size()
-        env = {"cluster_environment": TorchElasticEnvironment(), "process_group_backend": "gloo"}
-        chosen = OverlapStrategy(**strategy, **env)
-        mesh = ParallelMesh(chosen.config.degrees(devices), dist.get_rank())
-        module.share = (mesh.size("samples"), mesh.index("samples"))
-    length = {"max_steps": 5, "limit_val_batches": 1, "num_sanity_val_steps": 0, "val_check_interval": 2}
-    length["use_distributed_sampler"] = False  # it shuffles
-    run = Trainer(**{"accelerator": "cpu", "devices": devices, "strategy": chosen, **QUIET, **length, **trainer})  # type: ignore[arg-type]
-    run.fit(module, ckpt_path=resume)
-    if save is not None:
-        run.save_checkpoint(save)
-    return {
-        "losses": module.losses,
-        "weights": {name: p.detach().clone() for name, p in module.named_parameters()},
-        "val_loss": float(run.callback_metrics["val_loss"]),
-        "plan": " ".join(chosen.plan.explain().split()) if strategy is not None else "",
-    }
-
-
-def compare(found: Any, expected: Any, tolerance: float = 1e-5) -> None:
-    torch.testing.assert_close(found["losses"], expected["losses"], rtol=tolerance, atol=tolerance)
-    torch.testing.assert_close(found["val_loss"], expected["val_loss"], rtol=tolerance, atol=tolerance)
-    for name, weight in expected["weights"].items():
-        torch.testing.assert_close(found["weights"][name], weight, rtol=tolerance, atol=tolerance, msg=lambda m, n=name: f"{n}: {m}")
+def train(strategy: dict[str, Any] | None, model: dict[str, Any], **options: Any) -> Any:
+    """Trains as one rank of the world, or alone: see :func:`tests.helpers.sequences.train`."""
+    return sequences.train(strategy, Net, model, {"tokens": model.get("tokens", 9), "vocabulary": VOCABULARY}, **options)
 
 
 CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from abc import ABC
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
 from lightning_overlap.decision import ConfigError
+from lightning_overlap.model.boundary import Nesting
 from lightning_overlap.model.hidden_states import find_hidden, hidden_of, replace_hidden
 from lightning_overlap.model.patches import Hook
 from lightning_overlap.ranks.announcements import TransferError
@@ -51,25 +53,63 @@ HALF = Tolerance(output=0.05, of_input=5e-5, gradient=0.25, nothing=0.02)
 FULL = Tolerance(output=1e-3, of_input=2e-6, gradient=0.02, nothing=1e-3)
 
 
-@dataclass(frozen=True, eq=False)
-class BlockLayout:
-    """How the ranks hold a block's input, output and parameters.
+@dataclass(frozen=True)
+class Advice:
+    """What a user is told whose block computes something else when a mode shards it.
 
     Attributes:
-        group: the ranks.
-        gather_input: gathers all tokens of the block's input. Collective.
-        gather_output: gathers all tokens of its output. Collective.
-        shard_input_grad: takes this rank's part of the gradient of the complete input.
-        shard_grad: takes this rank's part of a parameter's unsharded gradient.
-        sum_grad: sums a parameter's gradient over the ranks if each rank has a summand of it. Collective.
+        sharded: what the mode shards of the block.
+        failure: after an error of the block.
+        output: causes of another output.
+        gradients: causes of other gradients.
+        switch: the setting that turns the check off.
     """
 
+    sharded: str
+    failure: str
+    output: str
+    gradients: str
+    switch: str
+
+
+class BlockShards(ABC):
+    """How the ranks of one mode hold a block's input, output and parameters.
+
+    Attributes:
+        nesting: the mode's; outer modes have smaller numbers.
+        advice: for the errors.
+        group: the ranks.
+    """
+
+    nesting: ClassVar[Nesting]
+    advice: ClassVar[Advice]
     group: Group
-    gather_input: Callable[[Tensor], Tensor]
-    gather_output: Callable[[Tensor], Tensor]
-    shard_input_grad: Callable[[Tensor], Tensor]
-    shard_grad: Callable[[nn.Parameter, Tensor], Tensor]
-    sum_grad: Callable[[nn.Parameter, Tensor], Tensor]
+
+    def start(self, check: BlockCheck, inputs: tuple[Any, Any]) -> None:  # noqa: B027  # optional
+        """Prepares the forward of the check, before the block runs in it with ``inputs``, its arguments."""
+
+    def complete(self, check: BlockCheck, twin: nn.Module, inputs: tuple[Any, Any]) -> None:  # noqa: B027  # optional
+        """Makes ``twin``, a copy of the block, compute with all tokens and unsharded weights. Collective."""
+
+    def gather_input(self, check: BlockCheck, x: Tensor) -> Tensor:
+        """Gathers all tokens of the block's input. Collective."""
+        return x
+
+    def gather_output(self, check: BlockCheck, y: Tensor) -> Tensor:
+        """Gathers all tokens of the block's output. Collective, also in backward."""
+        return y
+
+    def shard_input_grad(self, check: BlockCheck, grad: Tensor) -> Tensor:
+        """The gradient that this rank has for its input, if ``grad`` is that of the complete input."""
+        return grad
+
+    def shard_grad(self, parameter: nn.Parameter, grad: Tensor) -> Tensor:
+        """This rank's part of a parameter's unsharded gradient."""
+        return grad
+
+    def sum_grad(self, parameter: nn.Parameter, grad: Tensor) -> Tensor:
+        """The gradient of a parameter, or of this rank's part of it, if this rank has computed ``grad``. Collective."""
+        return grad
 
 
 class BlockCheck:
@@ -86,7 +126,7 @@ class BlockCheck:
         self.block, self.name, self.enters, self.leaves = block, name, enters, leaves
 
     def check(
-        self, unsharded: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], layout: BlockLayout, *, backward: bool
+        self, unsharded: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], modes: Sequence[BlockShards], *, backward: bool
     ) -> None:
         """Runs the block and its copy with the block's arguments. Collective over the ranks that hold a part of the block.
 
@@ -94,41 +134,43 @@ class BlockCheck:
             unsharded: a copy of the block with complete weights.
             args: the block's positional arguments.
             kwargs: its keyword arguments. Caches in them are not changed.
-            layout: how the ranks hold the block's tensors.
+            modes: how the ranks hold the block's tensors, from the outermost mode on.
             backward: whether gradients are compared.
 
         Raises:
             ConfigError: outputs or gradients differ, or the sharded block fails; on every rank.
         """
         x = find_hidden(args, kwargs, self.name)[1].detach()
+        sharded = " and ".join(mode.advice.sharded for mode in modes)
+
+        def gather_output(y: Tensor) -> Tensor:
+            for mode in reversed(modes):
+                y = mode.gather_output(self, y)
+            return y
+
         # Hidden from an activation checkpoint around the block, which counts the saved tensors and expects the same count later.
         with torch.set_grad_enabled(backward), saved_tensors_hooks(lambda x: x, lambda x: x), _unchanged(self.block):
+            complete_x = x
             with torch.no_grad():
-                complete_x = layout.gather_input(x)
+                for mode in reversed(modes):
+                    complete_x = mode.gather_input(self, complete_x)
             expected, expected_grads = self._run(unsharded, args, kwargs, complete_x, lambda y: y)
             try:
-                output, grads = self._run(self.block, args, kwargs, x, layout.gather_output, backward=bool(expected_grads))
+                output, grads = self._run(self.block, args, kwargs, x, gather_output, backward=bool(expected_grads))
             except (ConfigError, TransferError):
                 raise
             except Exception as error:
-                raise ConfigError(
-                    f"{self.name} fails when its layers are sharded: {error}. Code in attention and mlp must take the number of "
-                    "heads and features from its tensors (view with -1 heads), and must not add its input to its output, or multiply "
-                    "the two (a residual belongs into the block's own forward)"
-                ) from error
+                advice = " ".join(mode.advice.failure for mode in modes)
+                raise ConfigError(f"{self.name} fails when {sharded} are sharded: {error}. {advice}") from error
         tolerance = Tolerance.of(self.block, x)
         change = (expected - complete_x).float().norm().item()
         difference = (output - expected).float().norm().item()
         if difference > max(tolerance.output * change, tolerance.of_input * complete_x.float().norm().item()):
             raise ConfigError(
-                f"{self.name} computes another output when its layers are sharded: the difference is {difference:.2g}, and the "
-                f"block adds {change:.2g} to its input. Possible causes: (1) a fused layer needs its parts: 'column[3]', or "
-                "'column[1]' if it is not fused; (2) attention uses the unsharded number of heads: view with -1 heads, and take this "
-                "rank's part of a table by head (ALiBi's slopes); (3) the block's own forward counts tokens or uses their positions, "
-                "but sees only a part of them: do that in attention or mlp, or set tensor_parallel.sequence_parallel: false. Correct "
-                "the roles or the module. tensor_parallel.verify_blocks: false turns this check off"
+                f"{self.name} computes another output when {sharded} are sharded: the difference is {difference:.2g}, and the block "
+                f"adds {change:.2g} to its input. Possible causes: {_joined(modes, lambda advice: advice.output)}"
             )
-        self._compare_gradients(unsharded, expected_grads, grads, layout, tolerance)
+        self._compare_gradients(unsharded, expected_grads, grads, modes, tolerance)
 
     def _run(
         self,
@@ -166,7 +208,7 @@ class BlockCheck:
         reference: nn.Module,
         expected: dict[str, Tensor | None],
         grads: dict[str, Tensor | None],
-        layout: BlockLayout,
+        modes: Sequence[BlockShards],
         tolerance: Tolerance,
     ) -> None:
         if not expected:
@@ -177,24 +219,34 @@ class BlockCheck:
         for name, _ in reference.named_parameters():
             if (unsharded := expected.get(name)) is not None:
                 parameter, grad = parameters[name], grads.get(name)
-                total = layout.sum_grad(parameter, torch.zeros_like(parameter) if grad is None else grad).float()
+                total, part = torch.zeros_like(parameter) if grad is None else grad, unsharded
+                for mode in reversed(modes):
+                    total = mode.sum_grad(parameter, total)
+                for mode in modes:
+                    part = mode.shard_grad(parameter, part)
                 allowed = tolerance.gradient * unsharded.float().norm() + tolerance.nothing * largest
-                if (total - layout.shard_grad(parameter, unsharded).float()).norm() > allowed:
+                if (total.float() - part.float()).norm() > allowed:
                     wrong.append(f"{self.name}.{name}")
         if (input_grad := expected.get("")) is not None:
-            part, grad = layout.shard_input_grad(input_grad), grads.get("")
+            part, grad = input_grad, grads.get("")
+            for mode in modes:
+                part = mode.shard_input_grad(self, part)
             if grad is None or (grad - part).norm() > tolerance.gradient * input_grad.norm():
                 wrong.append("its input")
-        wrong = list(dict.fromkeys(name for names in layout.group.all_gather_objects(wrong) for name in names))
+        for mode in modes:
+            wrong = list(dict.fromkeys(name for names in mode.group.all_gather_objects(wrong) for name in names))
         if wrong:
+            sharded = " and ".join(mode.advice.sharded for mode in modes)
             raise ConfigError(
-                f"{self.name} computes other gradients when its layers are sharded, of {', '.join(wrong[:4])} ({len(wrong)} in all). "
-                "Possible causes: (1) attention or mlp has a path from its input to its output around its column and row layers (a "
-                "residual, a gate), or changes a row layer's output (a norm, a scale): move that into the block's own forward, or "
-                "set tensor_parallel.sequence_parallel: true; (2) the block's own forward reads more than one token (a table of "
-                "positions, a count): set tensor_parallel.sequence_parallel: false. tensor_parallel.verify_blocks: false turns this "
-                "check off"
+                f"{self.name} computes other gradients when {sharded} are sharded, of {', '.join(wrong[:4])} ({len(wrong)} in all). "
+                f"Possible causes: {_joined(modes, lambda advice: advice.gradients)}"
             )
+
+
+def _joined(modes: Sequence[BlockShards], causes: Callable[[Advice], str]) -> str:
+    """What each mode advises, and the settings that turn the check off."""
+    switches = " and ".join(mode.advice.switch for mode in modes)
+    return f"{' '.join(causes(mode.advice) for mode in modes)} {switches} turns this check off"
 
 
 def structure(block: nn.Module) -> tuple[Any, ...]:

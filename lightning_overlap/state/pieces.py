@@ -1,19 +1,26 @@
-"""Shards the weights of a model. Parameters keep their names and objects; their data becomes this rank's piece."""
+"""Tensors that are sharded along a dim, and the sharded parameters of a model.
+
+Parameters keep their names and objects; their data becomes this rank's piece.
+"""
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from lightning_overlap.modes.tensor.gemm import shares
-from lightning_overlap.modes.tensor.plan import ShardedLayer
 from lightning_overlap.ranks.group import Group
 from lightning_overlap.state.absent import is_absent
 from lightning_overlap.state.shards import Place
+
+
+def shares(n: int, size: int) -> tuple[int, ...]:
+    """``size + 1`` offsets that split ``n`` as evenly as possible."""
+    return tuple(n * r // size for r in range(size + 1))
 
 
 @dataclass(frozen=True)
@@ -86,31 +93,32 @@ class Partition:
     """The sharded parameters of a model.
 
     Args:
-        layers: the layers to shard. A parameter that several of them share is sharded once.
+        model: the user's.
+        pieces: by parameter of the model, how it is sharded.
         group: the ranks.
+        label: of the transfers that gather the parameters.
 
     Attributes:
         pieces: by id of a parameter, how it is sharded.
         parameters: by id, the parameter.
+        is_sharded: whether the parameters have this rank's pieces.
     """
 
-    def __init__(self, layers: Iterable[ShardedLayer], group: Group) -> None:
+    def __init__(self, model: nn.Module, pieces: Mapping[nn.Parameter, Piece], group: Group, label: str) -> None:
+        self._ids = {name: id(parameter) for name, parameter in model.named_parameters(remove_duplicate=False)}
         self._group = group
-        self.pieces: dict[int, Piece] = {}
-        self.parameters: dict[int, nn.Parameter] = {}
-        for layer in layers:
-            weight, bias = layer.module.weight, getattr(layer.module, "bias", None)
-            assert isinstance(weight, nn.Parameter), "roles are given to layers with weights"
-            self._add(weight, layer.dim, layer.parts)
-            if isinstance(bias, nn.Parameter) and layer.role != "row":
-                self._add(bias, 0, layer.parts)
+        self._label = label
+        self.pieces = {id(parameter): piece for parameter, piece in pieces.items()}
+        self.parameters = {id(parameter): parameter for parameter in pieces}
+        self.is_sharded = False
 
-    def _add(self, parameter: nn.Parameter, dim: int, parts: tuple[int, ...]) -> None:
-        self.pieces.setdefault(id(parameter), Piece(parameter.shape, dim, parts))
-        self.parameters[id(parameter)] = parameter
+    def piece(self, name: str) -> Piece | None:
+        """How the parameter or buffer with a name is sharded; None if it is not."""
+        return self.pieces.get(self._ids.get(name, 0))
 
     def shard(self) -> None:
         """Replaces every parameter's data by this rank's piece."""
+        self.is_sharded = True
         for number, piece in self.pieces.items():
             parameter = self.parameters[number]
             unsharded = parameter.data
@@ -122,6 +130,7 @@ class Partition:
 
     def restore(self, *, complete: bool) -> None:
         """Gives every parameter its unsharded shape: with ``complete`` the present weights (collective), otherwise NaN."""
+        self.is_sharded = False
         for number, piece in self.pieces.items():
             parameter = self.parameters[number]
             local = parameter.data
@@ -132,6 +141,18 @@ class Partition:
                 parameter.data = self.gather(piece, local)
             else:
                 parameter.data = local.new_full(piece.shape, float("nan"))
+
+    @contextmanager
+    def unsharded(self) -> Iterator[None]:
+        """Inside, every parameter has its unsharded shape and the present weights. Collective."""
+        local = [(parameter, parameter.data) for parameter in self.parameters.values()]
+        try:
+            self.restore(complete=True)
+            yield
+        finally:
+            for parameter, data in local:
+                parameter.data = data
+            self.is_sharded = True
 
     @torch.no_grad()
     def gather(self, piece: Piece, local: Tensor) -> Tensor:
@@ -145,4 +166,4 @@ class Partition:
             A tensor of shape ``piece.shape``, dtype and device as ``local``.
         """
         device = self._group.device_of(local)  # after a fit, Lightning has moved everything to the CPU
-        return gather_pieces(piece, local.to(device), self._group, "tensor.whole").to(local.device)
+        return gather_pieces(piece, local.to(device), self._group, self._label).to(local.device)
