@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lightning_overlap.ranks.transfer import Transfer
 
-CHUNK_BYTES = 1 << 18
+CHUNK_BYTES = 1 << 19
 """Size of a chunk: more urgent data shares the link with at most WINDOW of them."""
 WINDOW = 2
 """Chunks under way: one on the link and the next one."""

@@ -6,15 +6,16 @@ Every rank computes from the same mask and layout what all ranks need: no rank a
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
-from typing import Literal
+from functools import lru_cache, partial
+from typing import Any, Generic, Literal, TypeVar
 from weakref import WeakKeyDictionary
 
 from lightning_overlap.modes.context.layout import TokenLayout
 from lightning_overlap.modes.context.mask import Mask, Relation
 
+T = TypeVar("T")
 PieceMethod = Literal["p2p", "all_gather"]
 TILE = 256
 """Length of the tiles, in tokens, into which a partly masked area is cut. Shorter tiles make products slower, longer ones compute more
@@ -124,8 +125,32 @@ class Stages:
     queries: tuple[Use, ...]
 
 
+class _Once(Generic[T]):
+    """Makes something of a mask once: layers share a mask object, and masks without tensors are the same if their numbers are.
+
+    Args:
+        make: called with a mask and other arguments, which are hashable.
+    """
+
+    def __init__(self, make: Callable[..., T]) -> None:
+        self._make = make
+        self._of_numbers = lru_cache(REMEMBERED_PLANS)(self._make_of_numbers)
+        self._of_masks: WeakKeyDictionary[Mask, dict[Any, T]] = WeakKeyDictionary()
+
+    def __call__(self, mask: Mask, *others: Hashable) -> T:
+        if not mask.has_tensors:
+            return self._of_numbers(mask.tokens, mask.causal, mask.window, *others)
+        made = self._of_masks.setdefault(mask, {})
+        if others not in made:
+            made[others] = self._make(mask, *others)
+        return made[others]
+
+    def _make_of_numbers(self, tokens: int, causal: bool, window: int | None, *others: Hashable) -> T:
+        return self._make(Mask(tokens, causal, window), *others)
+
+
 class Plans:
-    """Makes plans, once for each mask: layers share a mask object, and masks without tensors are the same if their numbers are.
+    """Makes plans and stages, once for each mask.
 
     Args:
         method: ``p2p``: each rank gets the pieces that its queries see; ``all_gather``: each rank gets every piece that is seen by any
@@ -134,39 +159,16 @@ class Plans:
     """
 
     def __init__(self, method: PieceMethod, pieces: int) -> None:
-        self._method: PieceMethod = method
-        self._pieces = pieces
-        self._of_numbers = lru_cache(REMEMBERED_PLANS)(self._make)
-        self._of_masks: WeakKeyDictionary[Mask, dict[tuple[TokenLayout, int], Plan]] = WeakKeyDictionary()
-        self._stages_of_numbers = lru_cache(REMEMBERED_PLANS)(self._make_stages)
-        self._stages_of_masks: WeakKeyDictionary[Mask, dict[tuple[TokenLayout, tuple[int, ...], int], Stages]] = WeakKeyDictionary()
-
-    def stages(self, mask: Mask, layout: TokenLayout, members: tuple[int, ...], rank: int) -> Stages:
-        """The stages of the tokens of some ranks, of which ``rank`` is one."""
-        if not mask.has_tensors:
-            return self._stages_of_numbers(mask.tokens, mask.causal, mask.window, layout, members, rank)
-        stages = self._stages_of_masks.setdefault(mask, {})
-        if (layout, members, rank) not in stages:
-            stages[layout, members, rank] = make_stages(mask, layout, members, rank)
-        return stages[layout, members, rank]
+        self._plans = _Once(partial(make_plan, pieces=pieces, method=method))
+        self._stages = _Once(make_stages)
 
     def of(self, mask: Mask, layout: TokenLayout, rank: int) -> Plan:
         """The plan of a rank."""
-        if not mask.has_tensors:
-            return self._of_numbers(mask.tokens, mask.causal, mask.window, layout, rank)
-        plans = self._of_masks.setdefault(mask, {})
-        if (layout, rank) not in plans:
-            plans[layout, rank] = make_plan(mask, layout, rank, self._pieces, self._method)
-        return plans[layout, rank]
+        return self._plans(mask, layout, rank)
 
-    def _make(self, tokens: int, causal: bool, window: int | None, layout: TokenLayout, rank: int) -> Plan:
-        return make_plan(Mask(tokens, causal, window), layout, rank, self._pieces, self._method)
-
-    @staticmethod
-    def _make_stages(
-        tokens: int, causal: bool, window: int | None, layout: TokenLayout, members: tuple[int, ...], rank: int
-    ) -> Stages:
-        return make_stages(Mask(tokens, causal, window), layout, members, rank)
+    def stages(self, mask: Mask, layout: TokenLayout, members: tuple[int, ...], rank: int) -> Stages:
+        """The stages of the tokens of some ranks, of which ``rank`` is one."""
+        return self._stages(mask, layout, members, rank)
 
 
 def make_plan(mask: Mask, layout: TokenLayout, rank: int, pieces: int, method: PieceMethod, tile: int = TILE) -> Plan:
