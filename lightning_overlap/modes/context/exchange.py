@@ -42,7 +42,7 @@ class Peers:
         """Posts a message to each member, which gets it as one of :meth:`messages_in`.
 
         Args:
-            messages: by receiver, 1-d, of one dtype.
+            messages: by receiver, 1-d, of one dtype. They must not be written to before the wait.
             receive_sizes: by sender, elements of the message that comes from it.
             key: tells it from others in flight.
             label: names it in traces.
@@ -50,7 +50,9 @@ class Peers:
         sends, receives = [0] * self.group.size, [0] * self.group.size
         for member, message, size in zip(self.members, messages, receive_sizes, strict=True):
             sends[member], receives[member] = len(message), size
-        return self.group.all_to_all(torch.cat(list(messages)), sends, receives, key=key, label=label)
+        filled = [message for message in messages if len(message)]
+        x = filled[0] if len(filled) == 1 else torch.cat(list(messages))
+        return self.group.all_to_all(x, sends, receives, key=key, label=label)
 
 
 class PostedAhead:
