@@ -2,7 +2,7 @@
 
 Run it on two ranks, each on a host with a link of its own: torchrun --nproc-per-node 2 -m examples.measure_experts
 
-For four layers of experts, forward and backward: with overlap, without, the products without transfers, the transfers alone.
+For one layer of experts, forward and backward: with overlap, without, the products without transfers, the transfers alone.
 """
 
 import argparse
@@ -22,8 +22,6 @@ from lightning_overlap.modes.expert.layout import Layout
 from lightning_overlap.nn.moe import Experts
 from lightning_overlap.ranks.group import Group, Pending
 from lightning_overlap.ranks.world import make_group
-
-LAYERS = 4
 
 
 class NoLink:
@@ -46,6 +44,7 @@ class OnlyLink:
     def __init__(self, group: Group) -> None:
         self.group, self.rank, self.size = group, group.rank, group.size
         self.transfers: list[tuple[Tensor, Any, Any]] = []
+        self.nbytes = 0
 
     def all_to_all(self, x: Tensor, send_sizes: Sequence[int], receive_sizes: Sequence[int], *, key: int, label: str) -> Pending:
         self.transfers.append((x.detach().clone(), send_sizes, receive_sizes))
@@ -54,6 +53,7 @@ class OnlyLink:
     def run(self) -> None:
         """Makes all transfers, each as soon as the link is free."""
         pending = [self.group.all_to_all(*each, key=i, label="again") for i, each in enumerate(self.transfers)]
+        self.nbytes = sum(each.transfer.nbytes for each in pending)
         for each in pending:
             each.wait()
 
@@ -68,17 +68,14 @@ def routing(tokens: int, experts: int, choices: int, skew: float) -> tuple[Tenso
     return indices[torch.randperm(tokens)], torch.rand(tokens, choices)
 
 
-def step(dispatch: ExpertDispatch, layers: Sequence[Experts], hidden: Tensor, where: Sequence[tuple[Tensor, Tensor]]) -> None:
-    """Forward and backward of the layers."""
-    x = hidden
-    for layer, (indices, weights) in zip(layers, where, strict=True):
-        layer.zero_grad()
-        x = x + dispatch(x, indices, weights, LocalExperts(layer))
-    x.backward(hidden)
+def step(dispatch: ExpertDispatch, layer: Experts, hidden: Tensor, where: tuple[Tensor, Tensor]) -> None:
+    """Forward and backward of the layer."""
+    layer.zero_grad()
+    dispatch(hidden, *where, LocalExperts(layer)).backward(hidden.detach())
 
 
-def measure(group: Group, variants: dict[str, Callable[[], None]], repeats: int) -> dict[str, float]:
-    """Milliseconds of the slowest rank, the median of repeats in which all variants take turns."""
+def measure(group: Group, variants: dict[str, Callable[[], None]], repeats: int) -> dict[str, list[float]]:
+    """Milliseconds of the slowest rank, by repeat. In each repeat all variants take turns."""
     times: dict[str, list[float]] = {name: [] for name in variants}
     for repeat in range(repeats + 1):
         for name, run in variants.items():
@@ -88,29 +85,36 @@ def measure(group: Group, variants: dict[str, Callable[[], None]], repeats: int)
             duration = torch.tensor(time.perf_counter() - start)
             if repeat:
                 times[name].append(float(group.sum(duration, "max")) * 1e3)
-    return {name: statistics.median(each) for name, each in times.items()}
+    return times
 
 
 def report(group: Group, arguments: argparse.Namespace, skew: float) -> None:
     """Measures one routing and prints a row."""
     torch.manual_seed(group.rank)
-    where = [routing(arguments.tokens, arguments.experts, arguments.choices, skew) for _ in range(LAYERS)]
+    where = routing(arguments.tokens, arguments.experts, arguments.choices, skew)
     layout = Layout(arguments.experts, group.size, arguments.split, arguments.parts)
     one_part = Layout(arguments.experts, group.size, "experts", 1)
-    mine = len(layout.experts_of(group.rank))
-    layers = [Experts(mine, arguments.width, 4 * arguments.width) for _ in range(LAYERS)]
+    layer = Experts(len(layout.experts_of(group.rank)), arguments.width, 4 * arguments.width)
     hidden = (torch.randn(arguments.tokens, arguments.width) / 10).requires_grad_()
     link, idle = OnlyLink(group), NoLink(group)
 
     def variant(ranks: Any, layout: Layout, overlap: bool) -> Callable[[], None]:
         dispatch = ExpertDispatch(ranks, layout, overlap=overlap, delay_wgrad=overlap and arguments.delay_wgrad)
-        return lambda: step(dispatch, layers, hidden, where)
+        return lambda: step(dispatch, layer, hidden, where)
 
     variant(link, layout, True)()
+    overlapped, waits = variant(group, layout, True), []
+
+    def logged() -> None:
+        group.log = []
+        overlapped()
+        waits.append(sum(end - start for start, end in (each.waited for each in group.log if each.waited)) * 1e3)
+        group.log = None
+
     times = measure(
         group,
         {
-            "overlapped": variant(group, layout, True),
+            "overlapped": logged,
             "plain": variant(group, one_part, False),
             "compute": variant(idle, layout, True),
             "compute, one part": variant(idle, one_part, False),
@@ -118,16 +122,24 @@ def report(group: Group, arguments: argparse.Namespace, skew: float) -> None:
         },
         arguments.repeats,
     )
-    limit = max(times["compute, one part"], times["exchange"])
-    hidden_share = 1 - (times["overlapped"] - times["compute"]) / times["exchange"]
+    waited = float(group.sum(torch.tensor(statistics.median(waits)), "max"))
+    nbytes = float(group.sum(torch.tensor(float(link.nbytes)), "max"))
     if group.rank == 0:
-        row = " ".join(f"{name} {value:.0f}" for name, value in times.items())
-        print(
-            f"skew {skew}: {row} ms; limit {limit:.0f}, overlapped = {times['overlapped'] / limit:.2f} x limit, plain = "
-            f"{times['plain'] / times['overlapped']:.2f} x overlapped, hidden {hidden_share:.0%}, splitting "
-            f"{times['compute'] / times['compute, one part'] - 1:+.1%}",
-            flush=True,
-        )
+        print(f"skew {skew}; overlapped waits for transfers {waited:.0f} ms; the busiest direction carries {nbytes / 1e6:.1f} MB")
+        print_row("median ", {name: statistics.median(each) for name, each in times.items()})
+        print_row("fastest", {name: min(each) for name, each in times.items()})
+
+
+def print_row(what: str, times: dict[str, float]) -> None:
+    """Prints times in milliseconds, and what follows from them."""
+    limit = max(times["compute, one part"], times["exchange"])
+    print(
+        f"  {what}: {', '.join(f'{name} {value:.0f}' for name, value in times.items())}; "
+        f"overlapped {times['overlapped'] / limit:.2f} x limit, plain {times['plain'] / times['overlapped']:.2f} x overlapped, hidden "
+        f"{1 - (times['overlapped'] - times['compute']) / times['exchange']:.0%}, splitting "
+        f"{times['compute'] / times['compute, one part'] - 1:+.1%}",
+        flush=True,
+    )
 
 
 def main() -> None:
@@ -140,7 +152,7 @@ def main() -> None:
     parser.add_argument("--parts", type=int, default=4)
     parser.add_argument("--delay-wgrad", action="store_true")
     parser.add_argument("--skew", type=float, nargs="+", default=[0.0, 0.3])
-    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--repeats", type=int, default=15)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     dist.init_process_group("gloo")

@@ -1,33 +1,45 @@
-"""The command ``lightning-overlap``: LightningCLI's subcommands, ``plan``, ``verify`` and ``bench``."""
+"""The command ``lightning-overlap``: LightningCLI's subcommands, ``plan``, ``verify``, ``bench`` and ``consolidate``."""
 
 from __future__ import annotations
 
 import os
 import sys
+from importlib.metadata import version
 from json import dumps
 from pathlib import Path
 from typing import Any, Literal
 
+from jsonargparse import auto_cli
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
-from lightning.pytorch.cli import LightningCLI
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.strategies import StrategyRegistry
 
 from lightning_overlap.bench.measure import measure, ranking
 from lightning_overlap.bench.measure import sweep as rank_values
 from lightning_overlap.bench.on_paper import describe_times
 from lightning_overlap.bench.runs import Runs
 from lightning_overlap.bench.verify import verify
+from lightning_overlap.cli_errors import Parser, nearest, shorten
 from lightning_overlap.decision import ConfigError
 from lightning_overlap.plan import resolve
 from lightning_overlap.profiling.report import import_plotly, write_figures
+from lightning_overlap.state.checkpoint import CheckpointError
+from lightning_overlap.state.consolidate import consolidate
 from lightning_overlap.steps.simulate import draw
 from lightning_overlap.strategy.seams import facts_of
 from lightning_overlap.strategy.strategy import OverlapStrategy
+
+FLAGS = ("--schedule", "--peers")
+"""Options of the commands that are on or off."""
 
 
 class _Trainer(Trainer):
     """A Trainer with three more commands: plan, bench and verify."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
+        name = kwargs.get("strategy")
+        if isinstance(name, str) and name not in (known := ["auto", *StrategyRegistry.available_strategies()]):
+            raise ConfigError(f"trainer.strategy: unknown name {name!r}{nearest(name, known)}")
         super().__init__(*args, **kwargs)
         self._given = kwargs
 
@@ -136,6 +148,19 @@ class _Trainer(Trainer):
 
 
 class _CLI(LightningCLI):
+    def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
+        parser = super().init_parser(**kwargs)
+        parser.add_argument("--version", action="version", version=f"lightning-overlap {version('lightning-overlap')}")
+        return parser
+
+    def instantiate_classes(self) -> None:
+        try:
+            super().instantiate_classes()
+        except ValueError as error:  # jsonargparse joins the error of a class with those of the types that the value could have had
+            if isinstance(error, ConfigError) or "Does not validate against" not in str(error):
+                raise
+            raise ConfigError(shorten(str(error))) from error
+
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
         arguments = {"model", "datamodule"}
@@ -146,13 +171,24 @@ def main() -> None:
     """Runs the command. ``plan`` accepts ``--devices`` and ``--num-nodes`` in place of the trainer's arguments."""
     # so that class paths such as examples.train_gpt.GPTModule are found in the current folder
     sys.path.insert(0, os.getcwd())
+    sys.argv[1:] = _with_values(sys.argv[1:])
     if sys.argv[1:2] == ["plan"]:
         sys.argv[1:] = _ranks(sys.argv[1:])
     try:
-        _CLI(trainer_class=_Trainer, subclass_mode_model=True, subclass_mode_data=True,
+        if sys.argv[1:2] == ["consolidate"]:  # it needs no trainer
+            auto_cli(consolidate, args=sys.argv[2:])
+            return
+        _CLI(trainer_class=_Trainer, subclass_mode_model=True, subclass_mode_data=True, parser_class=Parser,
              model_class=LightningModule, save_config_kwargs={"overwrite": True})  # fmt: skip
-    except ConfigError as error:
+    except (ConfigError, CheckpointError) as error:
         sys.exit(f"error: {error}")
+
+
+def _with_values(arguments: list[str]) -> list[str]:
+    """Gives ``--schedule`` and ``--peers`` the value true, if none follows them."""
+    following = [*arguments[1:], "--"]
+    pairs = zip(arguments, following, strict=True)
+    return [w for word, after in pairs for w in ([word, "true"] if word in FLAGS and after.startswith("-") else [word])]
 
 
 def _ranks(arguments: list[str]) -> list[str]:
@@ -160,10 +196,13 @@ def _ranks(arguments: list[str]) -> list[str]:
     numbers, rest = {"--devices": 0, "--num-nodes": 0}, []
     words = iter(word for given in arguments for word in (given.split("=", 1) if given.startswith("--") else [given]))
     for word in words:
-        if word in numbers:
-            numbers[word] = int(next(words))
-        else:
+        if word not in numbers:
             rest.append(word)
+            continue
+        count = next(words, "nothing")
+        if not count.isdecimal() or int(count) == 0:
+            sys.exit(f"error: {word} needs a number of at least 1, got {count}")
+        numbers[word] = int(count)
     devices, nodes = numbers.values()
     if nodes and not devices:
         sys.exit("error: --num-nodes needs --devices, the processes on each node")

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -46,6 +47,9 @@ PRIVATE_NAMES: tuple[tuple[Any, str, str], ...] = (
     (getattr(Function, "_backward_cls", None), "_forward_cls", "the Function of a node of autograd's graph"),
     (Variable, "_execution_engine", "calls a function at the end of a backward"),
     (autograd, "_top_saved_tensors_default_hooks", "tells that a checkpoint was entered"),
+    (torch.overrides, "_get_current_function_mode_stack", "a lane's thread computes under the caller's function modes"),
+    (torch.overrides, "_push_mode", "the same"),
+    (torch.overrides, "_pop_mode", "the same"),
     (profiler, "_is_profiler_enabled", "shows whether a profiler runs: a span costs 20 microseconds even if none does"),
     (Optimizer, "register_step_pre_hook", "fills _optimizer_step_pre_hooks"),
     (torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu", "attention that also gives the log-sum-exp of its logits"),
@@ -110,6 +114,21 @@ def after_backward(function: Callable[[], None]) -> None:
 def saved_tensor_hooks() -> Any:
     """What autograd calls now for each tensor that it saves: an activation checkpoint's functions, for one; None: nothing."""
     return autograd._top_saved_tensors_default_hooks(False)
+
+
+def function_modes() -> list[Any]:
+    """Returns the function modes of this thread (``torch.set_default_device`` is one), the outermost first."""
+    return torch.overrides._get_current_function_mode_stack()
+
+
+@contextmanager
+def running_function_mode(mode: Any) -> Iterator[None]:
+    """Inside, this thread computes under a function mode that another thread has entered."""
+    torch.overrides._push_mode(mode)
+    try:
+        yield
+    finally:
+        torch.overrides._pop_mode()
 
 
 def is_profiled() -> bool:

@@ -38,6 +38,52 @@ def test_what_cannot_be_is_told(monkeypatch, capsys, arguments, words):
     assert words in str(caught.value)
 
 
+STRATEGY = "--trainer.strategy.init_args"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        (["--version"], ""),
+        ([f"{STRATEGY}.tensor_paralel", "2"], "unknown setting 'tensor_paralel' of OverlapStrategy; did you mean 'tensor_parallel'?"),
+        ([f"{STRATEGY}.tensor_parallel.sise", "2"], "unknown setting 'sise' of TensorParallel; did you mean 'size'?"),
+        ([f"{STRATEGY}.tensor_parallel", "two"], "trainer.strategy.tensor_parallel: must be int or TensorParallel, got two"),
+        ([f"{STRATEGY}.tensor_parallel", "-2"], "tensor_parallel.size must be an integer of at least 1, got -2"),
+        ([f"{STRATEGY}.pipeline_parallel", "0"], "pipeline_parallel.size must be an integer of at least 1, got 0"),
+        ([f"{STRATEGY}.overlap", "on"], "trainer.strategy.overlap: must be one of 'auto', 'off', got on"),
+        (["--trainer.strategy", "overlapp"], "trainer.strategy: unknown name 'overlapp'; did you mean 'overlap'?"),
+        (["--config", "bas.yaml"], "config: File does not exist"),
+        (["--model", "examples.train_gpt.GPTModul"], "did you mean 'GPTModule'?"),
+        (["--model.blok_size", "3"], "model.blok_size: unknown setting 'blok_size' of GPTModule; did you mean 'block_size'?"),
+        (["--devices", "two"], "--devices needs a number of at least 1, got two"),
+        (["--trainer.max_steps", "two"], "trainer.max_steps: must be int, got two"),
+    ],
+)
+def test_an_error_is_one_line(monkeypatch, capsys, arguments, line):
+    with pytest.raises(SystemExit) as caught:
+        plan(monkeypatch, capsys, "-c", "configs/base.yaml", *arguments)
+    printed = capsys.readouterr()
+    errors = [text for text in (*printed.err.splitlines(), str(caught.value.code)) if text.startswith("error: ")]
+    assert len(errors) == (line != ""), (printed, caught.value)
+    assert all(line in error for error in errors), errors
+    assert "Traceback" not in printed.err
+    assert "usage" not in printed.err
+
+
+def test_a_file_with_an_unknown_setting(monkeypatch, capsys, tmp_path):
+    overlay = tmp_path / "typing.yaml"
+    overlay.write_text("trainer: {strategy: {init_args: {tensor_parallel: {sise: 2}}}}")
+    with pytest.raises(SystemExit):
+        plan(monkeypatch, capsys, "-c", "configs/base.yaml", "-c", str(overlay))
+    assert "error: trainer.strategy.tensor_parallel: unknown setting 'sise' of TensorParallel" in capsys.readouterr().err
+
+
+def test_a_switch_needs_no_value(monkeypatch, capsys):
+    assert "rank 0  F0.0" in plan(
+        monkeypatch, capsys, "-c", "configs/base.yaml", "-c", "configs/pp.yaml", "--devices", "2", "--schedule"
+    )
+
+
 def test_methods_in_a_file(monkeypatch, capsys, tmp_path):
     file = tmp_path / "methods.yaml"
     head = "trainer: {strategy: {class_path: lightning_overlap.OverlapStrategy, init_args: {tensor_parallel: "
@@ -47,7 +93,7 @@ def test_methods_in_a_file(monkeypatch, capsys, tmp_path):
         return plan(monkeypatch, capsys, "-c", "configs/base.yaml", "-c", str(file), "--devices", "2")
 
     assert "  methods.row_fprop    plain  plain " in told("row_fprop: plain")
-    with pytest.raises(ValueError, match=r"methods\.row_fprop must be pipeline or plain, got 'fast'"):
+    with pytest.raises(SystemExit, match=r"methods\.row_fprop must be pipeline or plain, got 'fast'"):
         told("row_fprop: fast")
 
 

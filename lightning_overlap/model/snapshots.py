@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor, nn
 
-from lightning_overlap.torch_seams import buffers_of
+from lightning_overlap.torch_seams import buffers_of, version_of
 
 _MODULE_ATTRIBUTES = frozenset(name for name in vars(nn.Module()) if "hooks" not in name)
 """Attributes of every module: its dictionaries of parameters, buffers and modules, and ``training``. Not those of its hooks: a model
@@ -42,6 +42,35 @@ def preserve_attributes(objects: Sequence[Any]) -> Iterator[None]:
         for store, name, value, content in saved:
             store[name] = value
             _restore(value, content)
+
+
+@contextmanager
+def written_attributes(objects: Sequence[Any]) -> Iterator[set[str]]:
+    """Yields a set, which at the end has the names of the attributes and buffers of the objects that were written inside."""
+    before = [_attributes(item) for item in objects]
+    written: set[str] = set()
+    yield written
+    for item, old in zip(objects, before, strict=True):
+        new = _attributes(item)
+        for name in {**old, **new}:
+            values = [values.get(name, (old, 0)) for values in (old, new)]  # old itself: it is no value of an attribute
+            if values[0][0] is not values[1][0] or values[0][1] != values[1][1]:
+                written.add(f"{type(item).__name__}.{name}")
+
+
+def _attributes(item: Any) -> dict[str, tuple[Any, int]]:
+    """The attributes of an object, and the buffers of a module, each with its count of writes, or of entries if it is a container."""
+    is_module = isinstance(item, nn.Module)
+    values = {name: value for name, value in vars(item).items() if not is_module or name not in _MODULE_ATTRIBUTES}
+    if is_module:
+        values |= buffers_of(item)
+
+    def count(value: Any) -> int:
+        if isinstance(value, Tensor):
+            return version_of(value)
+        return len(value) if isinstance(value, list | dict | set | deque) else 0
+
+    return {name: (value, count(value)) for name, value in values.items()}
 
 
 def reachable_objects(module: nn.Module) -> list[Any]:

@@ -27,6 +27,7 @@ from lightning_overlap.ranks.clock import Timeline
 from lightning_overlap.ranks.group import Group
 from lightning_overlap.ranks.mesh import ParallelMesh
 from lightning_overlap.state.shards import Place
+from lightning_overlap.steps.lanes import Lanes
 from lightning_overlap.steps.step import Step
 
 
@@ -47,6 +48,8 @@ class Setup:
         roles: by name of a part of the model, its role, from the user's ``parallel_plan``.
         first_step_is_verified: the whole first step is compared with that of the unsharded model, so a mode need not check its part.
         boundary: of the model's block stack, where modes register their :class:`~lightning_overlap.model.boundary.TokenCut`.
+        lanes: where the forward of one microbatch and the backward of another run beside each other. A mode whose ranks all wait at
+            the same points hands over at each wait: it sets :attr:`~lightning_overlap.ranks.group.Group.before_wait`.
         first_blocks: compares blocks that modes shard with unsharded copies, unless the whole first step is compared.
     """
 
@@ -55,6 +58,7 @@ class Setup:
     roles: Mapping[str, str]
     first_step_is_verified: bool
     boundary: Boundary = field(default_factory=Boundary)
+    lanes: Lanes = field(default_factory=Lanes)
     first_blocks: FirstBlocks = field(init=False)
 
     def __post_init__(self) -> None:

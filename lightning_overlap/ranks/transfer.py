@@ -91,11 +91,15 @@ class Pending:
         transfer: its record.
         waiter: waits for the posted operations.
         finish: makes the result once the transfer is complete, such as the sum of the received shards.
+        before_wait: called before the wait.
     """
 
-    def __init__(self, transfer: Transfer, waiter: Waiter, finish: Callable[[], Tensor]) -> None:
+    def __init__(
+        self, transfer: Transfer, waiter: Waiter, finish: Callable[[], Tensor], before_wait: Callable[[], None] | None = None
+    ) -> None:
         self.transfer = transfer
         self._waiter = waiter
+        self._before_wait = before_wait
         self._finish: Callable[[], Tensor] | None = finish
         self._result: Tensor | None = None
 
@@ -110,6 +114,8 @@ class Pending:
             TransferError: naming the transfer and the peers.
         """
         if self._finish is not None:
+            if self._before_wait is not None:
+                self._before_wait()
             with span(f"wait for {self.transfer.label}"):
                 self._wait()
             finish, self._finish = self._finish, None

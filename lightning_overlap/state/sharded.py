@@ -233,7 +233,7 @@ class ShardedCheckpoints:
     def read(self, weights: Mapping[str, Tensor]) -> None:
         """Reads weights, in place, from the folder of the last :meth:`load`. Collective."""
         if self._reader is not None:
-            self._read(self._reader, {f"model.{name}": tensor.detach() for name, tensor in weights.items()})
+            self.read_into(self._reader, {f"model.{name}": tensor.detach() for name, tensor in weights.items()})
 
     def load_optimizer(
         self,
@@ -271,7 +271,7 @@ class ShardedCheckpoints:
             for key, target in values.items()
             if (name, key) in fqns
         }
-        self._read(saved.reader, targets)
+        self.read_into(saved.reader, targets)
         if shards is None:
             # load_state_dict moves each value to the device and dtype that torch's kernels need.
             numbers = {name: number for number, name in enumerate(_all_names({"params": group} for group in groups))}
@@ -285,7 +285,7 @@ class ShardedCheckpoints:
                 group.update({key: value for key, value in values.items() if key not in ("params", "param_names")})
 
     @staticmethod
-    def _read(reader: FolderReader, targets: dict[str, Any]) -> None:
+    def read_into(reader: FolderReader, targets: dict[str, Any]) -> None:
         """Reads this rank's tensors. Collective.
 
         Raises:

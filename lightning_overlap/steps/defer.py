@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import replace
@@ -46,7 +47,7 @@ def _defer_up_to(schedule: Schedule, forward: Sequence[float], backward: Sequenc
     ends: dict[Action, float] = {}
     pending: deque[Action] = deque()
     row: list[Action] = []
-    for action in schedule.order():
+    for action in itertools.chain(*schedule.order()):
         holder, stage = schedule.placement[action.stage], action.stage
         start = max([free[holder], *(ends[need] for need in schedule.needs(action))])
         seconds = forward[stage] if action.kind == "F" else backward[stage]

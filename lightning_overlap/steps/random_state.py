@@ -62,6 +62,11 @@ def seed_generators(module: nn.Module, *key: int) -> None:
             value.bit_generator.state = type(value.bit_generator)(seed).state
 
 
+def seed_backward(key: Sequence[int], microbatch: int, stage: int) -> None:
+    """Seeds torch's generators for the backward of a stage: what ran before, or runs beside it in a lane, has no influence."""
+    seed_torch(hash((*key, microbatch, -1 - stage)) & _SEEDS)
+
+
 def block_seeder(key: Sequence[int], microbatch: int) -> Callable[[int], None]:
     """Returns a function that seeds torch's generators for a block, from the step's key, the microbatch and the block's number."""
     return lambda block: seed_torch(hash((*key, microbatch, block)) & _SEEDS)

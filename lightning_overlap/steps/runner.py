@@ -4,17 +4,21 @@
 
 Tensors between two stages of this rank are only stored. Tensors for other ranks go through a :class:`Transfers`. With one stage there
 are neither: the runner computes the microbatches of an ordinary step.
+
+A pair of actions runs in two lanes, after the inputs of both were received. Each sends its outputs when it ends.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import nullcontext
+from functools import partial
 from typing import Protocol
 
 from torch import Tensor
 
 from lightning_overlap.ranks.clock import Timeline
+from lightning_overlap.steps.lanes import Lane, Lanes
 from lightning_overlap.steps.schedule import Action, Schedule
 
 Tensors = Sequence[Tensor]
@@ -78,44 +82,65 @@ class Runner:
     def __init__(self, schedule: Schedule, rank: int, transfers: Transfers | None = None) -> None:
         assert schedule.ranks == 1 or transfers is not None, "a schedule of several ranks needs transfers"
         self.actions = schedule.actions[rank]
+        self._units = schedule.units(rank)
         self._schedule = schedule
         self._transfers = transfers
         self._local: dict[Action, Tensors] = {}
         """Items that one stage of this rank has computed, and another one has not used yet."""
+        self._trained: set[tuple[int, int]] = set()
+        """The stages and microbatches whose activations get gradients."""
 
-    def run(self, compute: Compute, timeline: Timeline | None = None) -> None:
+    def run(self, compute: Compute, timeline: Timeline | None = None, lanes: Lanes | None = None) -> None:
         """Runs all actions of one batch.
 
         Args:
             compute: computes the actions.
             timeline: records the time in which each action computes, without its waits.
+            lanes: run the pairs of the schedule; None: their actions run one after the other.
         """
         self._local.clear()
-        trained: set[tuple[int, int]] = set()  # the stages and microbatches whose activations get gradients
-        for index, action in enumerate(self.actions):
-            stage, microbatch = action.stage, action.microbatch
-            if self._transfers is not None:
-                self._transfers.start_action(index)
-            computing = nullcontext() if timeline is None else timeline.during(str(action))
-            if action.kind == "F":
-                inputs = self._receive(Action("F", stage - 1, microbatch)) if stage > 0 else ()
-                with computing:
-                    outputs = compute.forward(stage, microbatch, inputs)
-                if outputs is not None:
-                    if any(x.requires_grad for x in outputs):
-                        trained.add((stage, microbatch))
-                    self._send(Action("F", stage, microbatch), outputs)
-            elif action.kind == "W":
-                with computing:
-                    compute.weights(stage, microbatch)
+        self._trained.clear()
+        units = self._units if lanes is not None else [(action,) for action in self.actions]
+        index = 0
+        for unit in units:
+            for _ in unit:
+                self._start_action(index)
+                index += 1
+            first, *beside = [Lane(str(action), partial(self._run, action, self._inputs(action), compute)) for action in unit]
+            if beside:
+                assert lanes is not None, "without lanes no two actions run at a time"
+                lanes.run(first, beside[0], timeline)
             else:
-                gradients = self._receive(Action("B", stage, microbatch)) if (stage, microbatch) in trained else ()
-                with computing:
-                    input_gradients = compute.backward(action, gradients)
-                if input_gradients:
-                    self._send(Action("B", stage - 1, microbatch), input_gradients)
+                with nullcontext() if timeline is None else timeline.during(first.name):
+                    first.run()
+        self._start_action(index)
+
+    def _start_action(self, index: int) -> None:
         if self._transfers is not None:
-            self._transfers.start_action(len(self.actions))
+            self._transfers.start_action(index)
+
+    def _inputs(self, action: Action) -> Tensors:
+        """Waits for what an action needs: the activations of the stage before it, or the gradients of its own."""
+        kind, stage, microbatch = action
+        if kind == "F":
+            return self._receive(Action("F", stage - 1, microbatch)) if stage > 0 else ()
+        if kind == "W" or (stage, microbatch) not in self._trained:
+            return ()
+        return self._receive(Action("B", stage, microbatch))
+
+    def _run(self, action: Action, inputs: Tensors, compute: Compute) -> None:
+        """Computes an action and sends its outputs."""
+        stage, microbatch = action.stage, action.microbatch
+        if action.kind == "W":
+            compute.weights(stage, microbatch)
+        elif action.kind == "F":
+            outputs = compute.forward(stage, microbatch, inputs)
+            if outputs is not None:
+                if any(x.requires_grad for x in outputs):
+                    self._trained.add((stage, microbatch))
+                self._send(action, outputs)
+        elif input_gradients := compute.backward(action, inputs):
+            self._send(Action("B", stage - 1, microbatch), input_gradients)
 
     def _is_local(self, item: Action) -> bool:
         placement = self._schedule.placement

@@ -69,12 +69,14 @@ class Schedule:
         microbatches: the number of microbatches.
         placement: the rank of each stage.
         actions: the actions of each rank, in order.
+        paired: forwards, each of which runs in a lane beside the action after it, see :mod:`lightning_overlap.steps.lanes`.
     """
 
     name: str
     microbatches: int
     placement: tuple[int, ...]
     actions: tuple[tuple[Action, ...], ...]
+    paired: frozenset[Action] = frozenset()
 
     @property
     def ranks(self) -> int:
@@ -95,7 +97,16 @@ class Schedule:
 
     def text(self) -> str:
         """Returns the name on a line, and the actions of each rank on a line. :func:`parse` reads it."""
-        return "\n".join([f"# {self.name}", *(" ".join(map(str, row)) for row in self.actions)]) + "\n"
+        rows = (" ".join("|".join(map(str, unit)) for unit in self.units(rank)) + "\n" for rank in range(self.ranks))
+        return "".join([f"# {self.name}\n", *rows])
+
+    def units(self, rank: int) -> list[tuple[Action, ...]]:
+        """Returns what a rank runs at a time, in order: an action, or a pair of a forward and a backward."""
+        units: list[tuple[Action, ...]] = []
+        for action in self.actions[rank]:
+            before = units.pop() if units and units[-1][-1] in self.paired else ()
+            units.append((*before, action))
+        return units
 
     def needs(self, action: Action) -> list[Action]:
         """Returns the results that an action needs, see :attr:`Action.result`."""
@@ -114,31 +125,34 @@ class Schedule:
             return None
         return self.placement[stage]
 
-    def order(self) -> list[Action]:
-        """Merges the actions of all ranks into one order, in which each action comes after those that it needs.
+    def order(self) -> list[tuple[Action, ...]]:
+        """Merges the :meth:`units` of all ranks into one order, in which each comes after the actions that it needs.
 
         Raises:
             ConfigError: the ranks would wait for each other forever. It names the action at which each rank waits.
         """
-        order: list[Action] = []
-        results: set[Action] = set()
+        order, results = list[tuple[Action, ...]](), set[Action]()
+        rows = [self.units(rank) for rank in range(self.ranks)]
         next_index = [0] * self.ranks
+
+        def needs(unit: tuple[Action, ...]) -> list[Action]:
+            return [need for action in unit for need in self.needs(action) if need not in results]
+
         progress = True
         while progress:
             progress = False
-            for rank, row in enumerate(self.actions):
-                while next_index[rank] < len(row) and results.issuperset(self.needs(row[next_index[rank]])):
+            for rank, row in enumerate(rows):
+                while next_index[rank] < len(row) and not needs(row[next_index[rank]]):
                     order.append(row[next_index[rank]])
-                    results.add(row[next_index[rank]].result)
+                    results.update(action.result for action in row[next_index[rank]])
                     next_index[rank] += 1
                     progress = True
-        blocked = [(rank, row[next_index[rank]]) for rank, row in enumerate(self.actions) if next_index[rank] < len(row)]
-        if blocked:
+        if blocked := [(rank, row[next_index[rank]]) for rank, row in enumerate(rows) if next_index[rank] < len(row)]:
             names = {action.result: str(action) for row in self.actions for action in row}
-            waits = []
-            for rank, action in blocked:
-                missing = " and ".join(names.get(need, str(need)) for need in self.needs(action) if need not in results)
-                waits.append(f"rank {rank} at {action}, which needs {missing}")
+            waits = [
+                f"rank {rank} at {'|'.join(map(str, unit))}, which needs {' and '.join(names.get(x, str(x)) for x in needs(unit))}"
+                for rank, unit in blocked
+            ]
             raise ConfigError(
                 f"schedule {self.name} deadlocks: {'; '.join(waits)}. Move the needed actions earlier in their ranks' lines"
             )
@@ -154,15 +168,16 @@ def parse(text: str) -> Schedule:
         ConfigError: a line is wrong, or :func:`validate` refuses the schedule.
     """
     rows: list[tuple[Action, ...]] = []
+    paired: set[Action] = set()
     line_of: dict[int, int] = {}  # by stage
     lines = text.splitlines()
     for number, line in enumerate(lines, 1):
         row = []
-        for word in line.partition("#")[0].split():
-            if (match := re.fullmatch(r"([FBIW])(\d+)\.(\d+)", word)) is None:
+        for word in line.partition("#")[0].replace("|", "| ").split():
+            if (match := re.fullmatch(r"([FBIW])(\d+)\.(\d+)(\|?)", word)) is None:
                 raise ConfigError(
                     f"line {number} of the schedule: {word!r} is no action. F0.3 is the forward of stage 0, microbatch 3. B0.3 is its "
-                    "backward, or I0.3 the backward for inputs and W0.3 for weights"
+                    "backward, or I0.3 the backward for inputs and W0.3 for weights. F0.3|B0.2 is a forward beside a backward"
                 )
             action = Action(match[1], int(match[2]), int(match[3]))
             if line_of.setdefault(action.stage, number) != number:
@@ -171,6 +186,8 @@ def parse(text: str) -> Schedule:
                     f"{line_of[action.stage]}. A line is a rank, and each stage is on one rank"
                 )
             row.append(action)
+            if match[4]:
+                paired.add(action)
         if row:
             rows.append(tuple(row))
     rank_of = {action.stage: rank for rank, row in enumerate(rows) for action in row}
@@ -181,6 +198,7 @@ def parse(text: str) -> Schedule:
         microbatches=1 + max(action.microbatch for row in rows for action in row),
         placement=tuple(rank_of[stage] for stage in range(len(rank_of))),
         actions=tuple(rows),
+        paired=frozenset(paired),
     )
     validate(schedule)
     return schedule
@@ -223,7 +241,15 @@ def validate(schedule: Schedule) -> None:
             if missing or redundant:
                 problem = f"{', '.join(missing)} missing" if missing else f"{', '.join(redundant)} redundant"
                 raise ConfigError(f"{name}: {problem}. Each stage runs F and B, or F, I and W, of each microbatch")
+    for unit in (unit for rank in range(schedule.ranks) for unit in schedule.units(rank)):
+        if unit[-1] in schedule.paired or (len(unit) > 1 and not are_a_pair(*unit)):
+            raise ConfigError(f"{name}: {'|'.join(map(str, unit))} is no pair of an F and another microbatch's B or I, like F0.3|B0.2")
     schedule.order()
+
+
+def are_a_pair(*unit: Action) -> bool:
+    """Whether actions are a forward and a backward, of different microbatches."""
+    return "".join(action.kind for action in unit) in ("FB", "FI") and unit[0].microbatch != unit[1].microbatch
 
 
 # -- orders of forward and backward ------------------------------------------------------------------------------------

@@ -56,8 +56,11 @@ def simulate(
     weight: float | Sequence[float] | None = None,
     transfer: float = 0.0,
     overlapped: bool = True,
+    waits: tuple[float, float] = (0.0, 0.0),
 ) -> Simulation:
     """Simulates a schedule: an action starts when its rank is free and the results that it needs have arrived.
+
+    A pair starts when both of its actions can, and its waits lie under the compute of both.
 
     Times are for one microbatch, the same for all stages or one for each.
 
@@ -70,6 +73,7 @@ def simulate(
             next and to the previous stage share its link.
         overlapped: whether transfers run during compute. In the plain twin they do not: sender and receiver both wait for each
             transfer, in the order of :func:`blocking_order`.
+        waits: seconds in which a forward, and a backward, waits for transfers inside its stage (of tensor parallelism, say).
 
     Raises:
         ConfigError: the number of times is not the number of stages, or the schedule deadlocks.
@@ -77,14 +81,15 @@ def simulate(
     forwards, backwards = _by_stage("forward", forward, schedule), _by_stage("backward", backward, schedule)
     weights = [b / 2 for b in backwards] if weight is None else _by_stage("weight", weight, schedule)
     inputs = [b - w for b, w in zip(backwards, weights, strict=True)]
-    clock = _Clock(schedule, {"F": forwards, "B": backwards, "I": inputs, "W": weights}, transfer, overlapped=overlapped)
+    costs = {"F": forwards, "B": backwards, "I": inputs, "W": weights}
+    clock = _Clock(schedule, costs, transfer, dict(zip("FB", waits, strict=True)), overlapped=overlapped)
     for event in schedule.order() if overlapped else blocking_order(schedule):
         if isinstance(event, Transfer):
             clock.send(event)
         else:
             clock.compute(event)
     seconds = max(clock.free)
-    has_transfers = transfer or not overlapped
+    has_transfers = transfer or any(waits) or not overlapped
     ideal = simulate(schedule, forward=forwards, backward=backwards, weight=weights).seconds if has_transfers else seconds
     return Simulation(seconds, tuple(clock.spans), tuple(clock.busy), tuple(clock.peak), seconds - ideal)
 
@@ -96,6 +101,7 @@ class _Clock:
         schedule: the schedule.
         costs: the seconds of an action, by its kind and stage.
         transfer: the seconds of a transfer.
+        waits: the seconds that a forward (``F``) and a backward (``B``) wait inside their stage.
         overlapped: whether transfers run during compute.
 
     Attributes:
@@ -103,11 +109,19 @@ class _Clock:
         spans, busy, peak: see :class:`Simulation`.
     """
 
-    def __init__(self, schedule: Schedule, costs: Mapping[str, Sequence[float]], transfer: float, *, overlapped: bool) -> None:
+    def __init__(
+        self,
+        schedule: Schedule,
+        costs: Mapping[str, Sequence[float]],
+        transfer: float,
+        waits: Mapping[str, float],
+        *,
+        overlapped: bool,
+    ) -> None:
         self.free, self.busy = [0.0] * schedule.ranks, [0.0] * schedule.ranks
         self.peak = [0] * schedule.ranks
         self.spans: list[tuple[int, Action, float, float]] = []
-        self._schedule, self._costs, self._transfer, self._overlapped = schedule, costs, transfer, overlapped
+        self._schedule, self._costs, self._transfer, self._waits, self._overlapped = schedule, costs, transfer, waits, overlapped
         self._held = [0] * schedule.ranks
         self._computed = [0.0] * schedule.ranks
         """The end of each rank's latest action, before its transfers."""
@@ -117,13 +131,22 @@ class _Clock:
         self._arrived: dict[Action, float] = {}
         """The time at which a result is ready for the next or previous stage."""
 
-    def compute(self, action: Action) -> None:
-        """Runs an action as early as its rank and the results that it needs allow, and with overlap sends its result."""
-        rank, seconds = self._schedule.placement[action.stage], self._costs[action.kind][action.stage]
-        ready = [(self._local if need.stage == action.stage else self._arrived)[need] for need in self._schedule.needs(action)]
-        start = max(self.free[rank], *ready, 0.0)
-        end = start + seconds
-        self.busy[rank] += seconds
+    def compute(self, unit: Sequence[Action]) -> None:
+        """Runs an action, or a pair, as early as its rank and the results that it needs allow, and with overlap sends its result."""
+        start = self.free[self._schedule.placement[unit[0].stage]]
+        for action in unit:
+            for need in self._schedule.needs(action):
+                start = max(start, (self._local if need.stage == action.stage else self._arrived)[need])
+        costs = [self._costs[action.kind][action.stage] for action in unit]
+        compute = sum(costs)
+        seconds = max(compute, *(cost + self._waits.get(a.result.kind, 0.0) for a, cost in zip(unit, costs, strict=True)))
+        for action, cost in zip(unit, costs, strict=True):
+            share = cost / compute if compute else 1 / len(unit)
+            self._run(action, start, start := start + seconds * share, cost)
+
+    def _run(self, action: Action, start: float, end: float, cost: float) -> None:
+        rank = self._schedule.placement[action.stage]
+        self.busy[rank] += cost
         self._held[rank] += {"F": 1, "I": 0, "B": -1, "W": -1}[action.kind]
         self.peak[rank] = max(self.peak[rank], self._held[rank])
         self.free[rank] = self._computed[rank] = self._local[action.result] = self._arrived[action.result] = end
@@ -140,16 +163,16 @@ class _Clock:
             free[source], free[target] = max(free[source], arrival), max(free[target], arrival)
 
 
-def blocking_order(schedule: Schedule) -> list[Action | Transfer]:
+def blocking_order(schedule: Schedule) -> list[tuple[Action, ...] | Transfer]:
     """Merges the actions and transfers of all ranks into one order for the plain twin, in which both ranks wait for a transfer.
 
     It is the order of times in a run with transfers that take no time and backwards of two forwards: a transfer comes as soon as its
     action ends, before all actions that either rank has not started by then. Ranks that keep this order never deadlock: the first
     event that is not complete has both its ranks ready.
     """
-    events: list[tuple[float, bool, int, Action | Transfer]] = []
+    events: list[tuple[float, bool, int, tuple[Action, ...] | Transfer]] = []
     for rank, action, start, end in simulate(schedule).spans:
-        events.append((start, True, rank, action))
+        events.append((start, True, rank, (action,)))
         if (target := schedule.receiver(action)) is not None:
             events.append((end, False, rank, Transfer(action, rank, target)))
     return [event for *_, event in sorted(events, key=lambda event: event[:3])]

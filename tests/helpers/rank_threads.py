@@ -38,7 +38,7 @@ class Mail:
 
 
 class ThreadGroup:
-    """The verbs of a group that attention needs.
+    """The verbs of a group that attention and experts need.
 
     Attributes:
         events: (``post`` or ``wait``, label) in the order of this rank.

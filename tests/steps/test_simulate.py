@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 
 from lightning_overlap.decision import ConfigError
 from lightning_overlap.modes.pipeline.transfers import between, sent_after
-from lightning_overlap.steps.schedule import Action, build, parse
+from lightning_overlap.steps.pairs import pair
+from lightning_overlap.steps.schedule import Action, build, parse, validate
 from lightning_overlap.steps.simulate import draw, simulate
 from tests.helpers.schedules import schedules
 
@@ -212,3 +213,43 @@ def test_times_by_stage():
     assert split.seconds == 7.0
     with pytest.raises(ConfigError, match="backward has 3 times, but schedule 1f1b has 2 stages"):
         simulate(build("1f1b", 2, 1, 1), backward=[1.0, 2.0, 3.0])
+
+
+# -- pairs -----------------------------------------------------------------------------------------------------------------
+
+
+@settings(deadline=None, max_examples=100)
+@given(made=schedules, waits=st.tuples(st.floats(0, 3), st.floats(0, 3)))
+def test_pairs_of_every_schedule(made, waits):
+    paired = pair(made)
+    validate(paired)
+    assert parse(paired.text()).actions == paired.actions
+    assert parse(paired.text()).paired == paired.paired
+    for row, old in zip(paired.actions, made.actions, strict=True):
+        assert Counter(row) == Counter(old)
+        for kinds in ("F", "BI", "W"):  # sums of gradients have the same order
+            assert [a for a in row if a.kind in kinds] == [a for a in old if a.kind in kinds]
+    run = simulate(paired, waits=waits)
+    assert run.seconds >= simulate(paired).seconds
+    if made.ranks == 1 and not made.splits_backward:
+        assert run.seconds <= simulate(made, waits=waits).seconds + 1e-9
+
+
+def test_one_process_pairs_all_but_the_first_forward_and_the_last_backward():
+    paired = pair(build("1f1b", 1, 1, 4))
+    assert paired.text().splitlines()[1] == "F0.0 F0.1|B0.0 F0.2|B0.1 F0.3|B0.2 B0.3"
+    # A pair of 1 + 2 hides waits of 1.5 + 1.5; alone they are exposed: 2.5, three pairs of the longer lane, 3.5
+    assert simulate(paired, waits=(1.5, 1.5)).seconds == 2.5 + 3 * 3.5 + 3.5
+    assert simulate(paired, waits=(0.5, 1.0)).seconds == 1.5 + 3 * 3 + 3
+    assert simulate(pair(build("1f1b", 1, 1, 4)), waits=(0.5, 1.0)).exposed == 1.5
+
+
+def test_pairs_at_which_ranks_would_wait_forever_are_split():
+    assert not pair(build("1f1b", 2, 1, 4)).paired
+    assert len(pair(build("eager_1f1b", 2, 1, 4)).paired) == 5
+
+
+@pytest.mark.parametrize("text", ["F0.0|B0.0", "F0.0 B0.0|", "F0.0 B0.0|F0.1 B0.1", "F0.0|F0.1|B0.0 B0.1"])
+def test_what_is_no_pair_is_refused(text):
+    with pytest.raises(ConfigError, match="is no pair of an F and another microbatch's B or I"):
+        parse(text)

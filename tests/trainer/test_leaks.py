@@ -173,6 +173,7 @@ LAYOUTS = {
     "tp2, all tokens": (2, {"tensor_parallel": WHOLE}, {}),
     "tp2, all tokens, bf16-mixed": (2, {"tensor_parallel": WHOLE}, MIXED),
     "pp2": (2, {"pipeline_parallel": PIPELINE}, {}),
+    "tp2, lanes": (2, {"tensor_parallel": SEQUENCE, "pipeline_parallel": PipelineParallel(microbatches=2, lanes=True)}, {}),
     "tp2 x pp2": (4, {"tensor_parallel": SEQUENCE, "pipeline_parallel": PIPELINE}, {}),
     "dp2 x tp2, bf16-mixed, sharded": (4, {"tensor_parallel": SEQUENCE, "state_dict_type": "sharded"}, MIXED),
 }

@@ -2,7 +2,9 @@
 
 The modules are those of Hugging Face's ``use_experts_implementation`` and those of :mod:`lightning_overlap.nn`: all experts of a layer
 in one module, with three-dimensional parameters ``gate_up_proj`` (``up_proj`` without a gate) and ``down_proj``, their biases
-``*_bias``, and :data:`FLAGS`, which tell the form.
+``*_bias``, and attributes that tell the form: ``has_gate``; ``has_bias``; ``is_transposed``: weights are ``(in, out)``;
+``is_concatenated``: gate and up are one after the other, which only the module's gate needs to know; ``has_post_expert_norm``: the
+module's ``post_expert_norm`` follows the last product.
 """
 
 from __future__ import annotations
@@ -20,11 +22,6 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from lightning_overlap.nn.moe import apply_gate
-
-FLAGS = ("has_gate", "has_bias", "is_transposed", "is_concatenated", "has_post_expert_norm")
-"""Attributes of an experts module: whether the first product has a gate beside it, whether products have biases, whether weights are
-``(in, out)``, whether gate and up are one after the other (only the module's ``_apply_gate`` needs to know), whether its
-``post_expert_norm`` follows the last product."""
 
 
 @dataclass
@@ -171,7 +168,8 @@ class Product(Function):
         if ctx.needs_input_grad[0]:
             of_rows = _by_expert(gradient, weights.matrices(weight)[_slice(ctx.experts)].mT, ctx.sizes)
         if ctx.needs_input_grad[1]:
-            weights.gradients.add(partial(weights.add_gradients, rows, gradient, ctx.experts, ctx.sizes))
+            # Detached, since the gradients wait in an object that a node holds.
+            weights.gradients.add(partial(weights.add_gradients, rows.detach(), gradient, ctx.experts, ctx.sizes))
             of_token = gradient.new_empty(0)
         return of_rows, of_token, None, None, None, None, None
 
@@ -184,7 +182,7 @@ class LocalExperts:
     """
 
     def __init__(self, module: nn.Module) -> None:
-        self.module: Any = module  # its attributes are known only by FLAGS
+        self.module: Any = module  # whose attributes have no type
         first = "gate_up_proj" if module.has_gate else "up_proj"
         self.names = (first, "down_proj", f"{first}_bias", "down_proj_bias") if module.has_bias else (first, "down_proj")
 

@@ -11,6 +11,7 @@ the first part while the others travel here, those of the last part while the ot
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
@@ -19,6 +20,31 @@ Split = Literal["experts", "experts+local", "tokens"]
 SPLITS: tuple[Split, ...] = ("experts", "experts+local", "tokens")
 Source = Literal["all", "local", "remote"]
 """Whose tokens a product computes: those of all ranks, of this rank, of the other ranks."""
+
+EXPOSED_SHARE = 0.1
+"""Share of the transfers that :func:`choose` leaves exposed; twice that, before it takes parts of tokens, with smaller products."""
+LEAST_PARTS, MOST_PARTS = 4, 8
+"""Parts that :func:`choose` takes: each is a transfer and some products of its own."""
+
+
+def choose(experts: int, ranks: int, split: Split | None = None, parts: int | None = None) -> tuple[Split, int]:
+    """Chooses what a part is, and how many there are, unless that is given.
+
+    If transfers take as long as the products, the first dispatch and the last combine are a share of ``1 / parts`` of the transfers.
+    Where a rank computes its own tokens under them, ``1 / ranks`` of all, ``(1 - 2 / ranks) / parts`` is exposed.
+
+    Args:
+        experts: of a layer.
+        ranks: number of ranks.
+        split: None: whole experts, with a rank's own tokens apart, if ranks have enough experts; else tokens.
+        parts: None: as few as leave ``EXPOSED_SHARE`` of the transfers exposed; if parts are experts, at most those of a rank.
+    """
+    exposed = 1.0 if split == "experts" else 1 - 2 / ranks
+    wanted = parts or min(max(LEAST_PARTS, math.ceil(exposed / EXPOSED_SHARE)), MOST_PARTS)
+    of_experts = min(wanted, experts // ranks)
+    if split is None:
+        split = "experts+local" if of_experts > 1 and exposed / of_experts <= 2 * EXPOSED_SHARE else "tokens"
+    return split, parts or (wanted if split == "tokens" else of_experts)
 
 
 def share(total: int, shares: int, number: int) -> range:

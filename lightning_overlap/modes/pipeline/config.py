@@ -21,6 +21,7 @@ from lightning_overlap.decision import (
 from lightning_overlap.facts import Facts
 from lightning_overlap.ranks.degrees import Degrees
 from lightning_overlap.steps.defer import defer
+from lightning_overlap.steps.pairs import pair
 from lightning_overlap.steps.schedule import SCHEDULES, Schedule, build, parse, validate
 from lightning_overlap.steps.simulate import simulate
 
@@ -82,6 +83,10 @@ class PipelineParallel:
     defer_embedding_wgrad: bool | Literal["auto"] = "auto"
     """The rank of the last stage computes the weights' gradients of the head (linear layers after the blocks) while it would wait, and
     so sends sooner. Each deferred microbatch keeps the memory of its logits."""
+    lanes: bool | Literal["auto"] = "auto"
+    """The forward of a microbatch and the backward of another run beside each other, so that what one waits for (tensor, context or
+    expert parallelism) travels while the other computes. With ``size: 1`` too: then microbatches are made for that alone. ``auto``:
+    on with ``size: 1``, if ranks wait inside a stage."""
     wgrad_deferral_limit: int = 0
     """The most microbatches whose head gradients are deferred at the same time. 0: no limit; ``size`` if ``auto`` has turned it on."""
     evaluation: Literal["replicate", "mirror"] = "replicate"
@@ -107,7 +112,7 @@ class PipelineParallel:
                 f"pipeline_parallel.microbatch_group={self.microbatch_group} must be at least size={self.size}: with fewer, a rank "
                 f"waits for microbatches to pass the other ranks. Set {self.size} or more, or remove it"
             )
-        for name in ("overlap_p2p", "defer_embedding_wgrad"):
+        for name in ("overlap_p2p", "defer_embedding_wgrad", "lanes"):
             check_switch(f"pipeline_parallel.{name}", getattr(self, name))
         check_word("pipeline_parallel.evaluation", self.evaluation, tuple(EVALUATION))
         check_word("pipeline_parallel.microbatch_weight", self.microbatch_weight, WEIGHTS)
@@ -208,6 +213,7 @@ class PipelineChoices(Choices):
         overlap_p2p: receives are posted early, and no rank waits for a send.
         split_backward: gradients of weights are computed separately from those of inputs; None if the schedule does not do that.
         defer_embedding_wgrad: the gradients of the head's weights are computed while its rank would wait.
+        lanes: forwards and backwards of different microbatches run beside each other.
         evaluation: how a validation inside fit computes the loss.
         work: as in :class:`PipelineFacts`; empty if the model is not known.
         head_work: as in :class:`PipelineFacts`; 0 if the model is not known.
@@ -218,6 +224,7 @@ class PipelineChoices(Choices):
     overlap_p2p: Choice[bool]
     split_backward: Choice[bool] | None
     defer_embedding_wgrad: Choice[bool]
+    lanes: Choice[bool]
     evaluation: Choice[str]
     work: tuple[int, ...]
     head_work: int
@@ -254,6 +261,7 @@ def decide(config: PipelineParallel, degrees: Degrees, facts: Facts, *, overlap:
         ),
         split_backward=_split(model) if schedule.splits_backward else None,
         defer_embedding_wgrad=_deferral(config, degrees, model, schedule, overlap=overlap),
+        lanes=_lanes(config, degrees, facts, schedule, overlap=overlap),
         evaluation=Choice(config.evaluation, config.evaluation, EVALUATION[config.evaluation]),
         work=() if model is None else model.work,
         head_work=0 if model is None else model.head_work,
@@ -263,9 +271,9 @@ def decide(config: PipelineParallel, degrees: Degrees, facts: Facts, *, overlap:
 def build_schedule(config: PipelineParallel, choices: PipelineChoices, microbatches: int) -> Schedule:
     """The schedule that the mode runs for a number of microbatches."""
     schedule = config.plan(microbatches)
-    if not choices.defer_embedding_wgrad.value:
-        return schedule
-    return _deferred(config, choices.work, choices.head_work, schedule)
+    if choices.defer_embedding_wgrad.value:
+        schedule = _deferred(config, choices.work, choices.head_work, schedule)
+    return pair(schedule) if choices.lanes.value and not schedule.paired else schedule
 
 
 def _deferred(config: PipelineParallel, work: tuple[int, ...], head_work: int, schedule: Schedule) -> Schedule:
@@ -315,6 +323,39 @@ def _deferral(
             (
                 requested == "auto" and has_head and gain < LEAST_GAIN,
                 f"estimated gain is only {gain:.1%} of a step (threshold {LEAST_GAIN:.0%})",
+            ),
+        ],
+        overlap=overlap,
+    )
+
+
+def _lanes(config: PipelineParallel, degrees: Degrees, facts: Facts, schedule: Schedule, *, overlap: bool) -> Choice[bool]:
+    waits = [f"{name}_parallel" for name in ("tensor", "context", "expert") if getattr(degrees, name) > 1]
+    paired = pair(schedule) if waits and config.count > 1 and not schedule.paired else schedule
+    simulation, count = simulate(paired), len(paired.paired)
+    longer = simulation.seconds / simulate(schedule).seconds - 1
+    because = (
+        f"{count} of {schedule.stages * schedule.microbatches} forwards run beside another microbatch's backward: what "
+        f"{' and '.join(waits)} would wait for travels meanwhile; peak activations by rank: {', '.join(map(str, simulation.peak))}"
+    )
+    return settle(
+        "pipeline_parallel.lanes",
+        config.lanes,
+        best=True,
+        otherwise=False,
+        because=because,
+        blockers=[
+            (config.count == 1, "there is one microbatch: set microbatches, 4 for example"),
+            (
+                config.count > 1 and waits != [] and count == 0,
+                f"schedule {config.schedule_name} has no forward beside a backward",
+            ),
+            (not waits, "there is nothing to hide: no rank waits inside a stage"),
+            (facts.device != "cpu", "on CUDA two lanes would share one stream, and hide nothing"),
+            (config.size > 1 and config.overlap_p2p is False, "overlap_p2p: false sends between two actions, and not in a pair"),
+            (
+                config.lanes == "auto" and config.size > 1 and count > 0,
+                f"pairs start later, which makes the pipeline {longer:.0%} longer where nothing waits: set lanes: true and measure",
             ),
         ],
         overlap=overlap,

@@ -17,6 +17,7 @@ from lightning_overlap.model.block_stack import BlockStack
 from lightning_overlap.model.blocks import Blocks
 from lightning_overlap.model.boundary import Nesting
 from lightning_overlap.model.markers import LATE_GRADIENT, STAGE, clear_markers
+from lightning_overlap.model.snapshots import reachable_objects
 from lightning_overlap.model.trees import copied
 from lightning_overlap.modes.base import Driver, Holder, Setup, Squares
 from lightning_overlap.modes.pipeline.config import PipelineChoices, PipelineParallel
@@ -34,7 +35,9 @@ from lightning_overlap.modes.pipeline.weights import Weights, weigh
 from lightning_overlap.ranks.announcements import in_words, raise_from_words
 from lightning_overlap.ranks.group import Group
 from lightning_overlap.ranks.mesh import ParallelMesh
+from lightning_overlap.ranks.world import all_gather_objects
 from lightning_overlap.steps import microbatches
+from lightning_overlap.steps.lanes import Lanes
 from lightning_overlap.steps.microbatches import Microbatches, shapes_of
 from lightning_overlap.steps.random_state import block_seeder, preserve_random_state, seed_all
 from lightning_overlap.steps.step import Step
@@ -64,6 +67,8 @@ class PipelineMode(Driver, Holder):
         self._model: StagedModel | None = None
         """None before the first training step."""
         self._batches = 0
+        self._lanes: Lanes | None = None
+        """None before the second batch: the first one shows whether lanes are safe, see :meth:`_choose_lanes`."""
 
     @property
     def groups(self) -> tuple[Group, ...]:
@@ -83,6 +88,7 @@ class PipelineMode(Driver, Holder):
             self._state.send(self.partition.is_buffer)
         self.partition.drop(self.group.rank)
         self._device = next(model.parameters()).device
+        self._module = model
         self._first_stage = self.partition.modules_before(model)
         self._stack = self.setup.boundary.make_stack(blocks, name, has_remote_blocks=config.size > 1)
         self._evaluation = Evaluation(
@@ -144,21 +150,45 @@ class PipelineMode(Driver, Holder):
 
     def run_step(self, step: Step) -> None:
         # If the first step is compared with that of the unsharded model, or had a finite loss, a NaN loss is the user's.
-        is_checked = not self._batches and not self.setup.first_step_is_verified
+        is_checked = self.config.size > 1 and not self._batches and not self.setup.first_step_is_verified
         self._batches += 1
         parts, weights = self._split(step)
         if self._batches == 1:
             self._warn_about_microbatches(step.batch, len(parts))
         model = self._model = self._model or self._stage_model(step, parts[0])
         runner, transfers = self.runs.of(len(parts), model.flow, self._device)
-        stages = Stages(model, Microbatches(step, parts, weights.loss), runner.actions, check=is_checked)
+        watched = reachable_objects(self._module) if self._batches == 1 and self.choices.lanes.value else ()
+        stages = Stages(model, Microbatches(step, parts, weights.loss), runner.actions, check=is_checked, watched=watched)
         assert self._tied is not None, "the model is parallelized before it is trained"
         self._tied.start_step()
         with preserve_random_state(self._device):
             transfers.start_batch([shapes_of(part) for part in parts])
-            runner.run(stages, self.timeline)
+            runner.run(stages, self.timeline, self._lanes)
         stages.finish()
+        if watched:
+            self._choose_lanes(stages.written)
         step.log(self.with_the_loss(lambda: step.merge_logs(weights.loss, weights.logs)))
+
+    def _choose_lanes(self, written: set[str]) -> None:
+        """Turns lanes on after the first batch, which ran without. Collective over the world.
+
+        Args:
+            written: attributes that this rank's backwards have written.
+
+        Raises:
+            ConfigError: a rank's backwards have written some, and lanes were requested.
+        """
+        written = set().union(*all_gather_objects(written))
+        if not written:
+            self._lanes = self.setup.lanes
+            return
+        message = (
+            f"an activation checkpoint writes {', '.join(sorted(written)[:4])} when it runs a block again in backward. In a lane, the "
+            "forward of another microbatch would read that. Return such values from the block, or checkpoint a part that writes none"
+        )
+        if self.choices.lanes.asked is True:
+            raise ConfigError(f"pipeline_parallel.lanes: true cannot run here: {message}, or set lanes: false")
+        warnings.warn(f"pipeline_parallel.lanes is off: {message} (warned once)", stacklevel=2)
 
     def _split(self, step: Step) -> tuple[list[Any], Weights]:
         """The microbatches of a step, and their weights."""
@@ -311,6 +341,7 @@ class PipelineMode(Driver, Holder):
         if self._stack is None:
             return
         self._stack.remove()
+        self.setup.lanes.close()
         self._stack = self._evaluation = None
         if complete:
             self.runs.finish()

@@ -14,11 +14,12 @@ from torch import Tensor, nn
 from lightning_overlap.decision import ConfigError
 from lightning_overlap.model.block_pass import Pass
 from lightning_overlap.model.block_stack import BlockStack
+from lightning_overlap.model.snapshots import written_attributes
 from lightning_overlap.modes.pipeline.flow import Flow
 from lightning_overlap.modes.pipeline.weight_grad import WeightGradients
 from lightning_overlap.steps.forward import Forward, Forwards
 from lightning_overlap.steps.microbatches import Microbatches
-from lightning_overlap.steps.random_state import block_seeder, seed_all
+from lightning_overlap.steps.random_state import block_seeder, seed_all, seed_backward
 from lightning_overlap.steps.runner import Tensors
 from lightning_overlap.steps.schedule import Action
 
@@ -68,12 +69,18 @@ class Stages:
         batch: the microbatches.
         actions: all actions of this rank.
         check: refuse a NaN loss: it shows that a stage has used an absent parameter.
+        watched: modules and objects whose attributes are compared before and after each backward.
 
     Attributes:
         losses: by microbatch, its detached loss, on the rank of the last stage.
+        written: attributes of watched objects that a backward has written.
     """
 
-    def __init__(self, model: StagedModel, batch: Microbatches, actions: Sequence[Action], *, check: bool) -> None:
+    def __init__(
+        self, model: StagedModel, batch: Microbatches, actions: Sequence[Action], *, check: bool, watched: Sequence[Any] = ()
+    ) -> None:
+        self.written: set[str] = set()
+        self._watched = watched
         self.losses: dict[int, Tensor] = {}
         self._model = model
         self._batch = batch
@@ -144,19 +151,22 @@ class Stages:
 
     def _splitting(self, stage: int, microbatch: int) -> AbstractContextManager[None]:
         """Inside, linear layers defer their weights' gradients, if the schedule has an action ``W`` for them."""
-        if self._model.weight_gradients is None or Action("W", stage, microbatch) not in self._actions:
+        if self._model.weight_gradients is None:
             return nullcontext()
-        return self._model.weight_gradients.splitting()
+        return self._model.weight_gradients.splitting(Action("W", stage, microbatch) in self._actions)
 
     def backward(self, action: Action, gradients: Tensors) -> Tensors:
         """See :class:`lightning_overlap.steps.runner.Compute`."""
         stage, microbatch = action.stage, action.microbatch
         leaves, roots = self._graphs.pop((stage, microbatch))
+        seed_backward(self._batch.step.key, microbatch, stage)
         with self._model.forwards.backward(self._forwards[microbatch]):
             if not self._backward_started:
                 self._backward_started = True
                 self._batch.step.start_backward()
-            self._compute_backward(action, roots, gradients)
+            with written_attributes(self._watched) as written:
+                self._compute_backward(action, roots, gradients)
+        self.written |= written
         self._forget_after(action)
         if action == self._last_backward:
             self._model.backward_done()

@@ -335,7 +335,7 @@ def between(schedule: Schedule, rank: int) -> list[list[Action]]:
     transfers: list[list[Action]] = [[]]
     for event in blocking_order(schedule):
         if not isinstance(event, Transfer):
-            if schedule.placement[event.stage] == rank:
+            if schedule.placement[event[0].stage] == rank:
                 transfers.append([])
         elif rank in (event.source, event.target):
             transfers[-1] += sent_after([event.action], schedule.stages)

@@ -11,6 +11,7 @@ The products have the same operands as in torch's backward of ``F.linear``, so t
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -54,7 +55,7 @@ class WeightGradients:
             raise RuntimeError("the backward of these modules is split already: call remove() first")
         for module in self._linears:
             vars(module)["forward"] = _Forward(module, self)
-        self._splitting = False
+        self._threads = threading.local()  # one may run a forward while another one runs a backward
         self._recording: Deferred | None = None
 
     def defers(self, weight: nn.Parameter) -> bool:
@@ -68,13 +69,13 @@ class WeightGradients:
         self._linears.clear()
 
     @contextmanager
-    def splitting(self) -> Iterator[None]:
-        """Inside, a forward is split, so that its backward can be recorded."""
-        before, self._splitting = self._splitting, True
+    def splitting(self, wanted: bool = True) -> Iterator[None]:
+        """Inside, this thread's forward is split, so that its backward can be recorded; or it is not, if that is ``wanted``."""
+        self._threads.splits = wanted
         try:
             yield
         finally:
-            self._splitting = before
+            del self._threads.splits
 
     @contextmanager
     def recording(self) -> Iterator[Deferred]:
@@ -98,7 +99,7 @@ class WeightGradients:
         """Whether to split the forward of a linear layer with these operands now."""
         return (
             not torch.compiler.is_compiling()
-            and (self._splitting or self._recording is not None)
+            and getattr(self._threads, "splits", self._recording is not None)
             and torch.is_grad_enabled()
             and type(weight) is nn.Parameter
             and weight.requires_grad

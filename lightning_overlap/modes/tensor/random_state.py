@@ -41,9 +41,11 @@ class _Mark:
 
     Attributes:
         seed_before: the seed in the state before the mark; None: the state is not marked.
+        is_masking: whether it draws a mask now. (Attention may wait for other ranks meanwhile, and another forward run.)
     """
 
     seed_before: int | None = None
+    is_masking: bool = False
 
 
 class CommonNumbers:
@@ -62,7 +64,6 @@ class CommonNumbers:
         self._rank = rank
         self._cuda = device if device.type == "cuda" else None
         self._forwards = forwards
-        self._masking_now = False
         self.without_masks = False
 
     def start(self) -> None:
@@ -98,10 +99,13 @@ class CommonNumbers:
         @functools.wraps(function)
         def masking(*args: Any, **kwargs: Any) -> Any:
             # Compiled code cannot read the mark: its masks are common.
-            if torch.compiler.is_compiling() or self._masking_now or self.without_masks or not _is_marked():
+            if torch.compiler.is_compiling() or self.without_masks or not _is_marked():
+                return function(*args, **kwargs)
+            mark = self._forwards.current.of(_Mark)
+            if mark.is_masking:
                 return function(*args, **kwargs)
             probability = args[position] if len(args) > position else kwargs.get("p", kwargs.get("dropout_p", int(position == 1)))
-            self._masking_now = True  # torch's functions may call each other by the replaced names
+            mark.is_masking = True  # torch's functions may call each other by the replaced names
             try:
                 if not probability or not _is_sharded(args[0] if args else kwargs.get("input")):
                     return function(*args, **kwargs)
@@ -113,7 +117,7 @@ class CommonNumbers:
                 finally:
                     self._restore(common)
             finally:
-                self._masking_now = False
+                mark.is_masking = False
 
         return masking
 

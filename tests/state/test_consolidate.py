@@ -1,0 +1,63 @@
+"""A sharded checkpoint becomes one file, without ranks."""
+
+import json
+import sys
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from lightning_overlap import CheckpointError
+from lightning_overlap.cli import main
+from lightning_overlap.decision import ConfigError
+from lightning_overlap.state.consolidate import consolidate
+from tests.helpers.checkpoints import SHARDED, Plain, run
+
+
+@pytest.fixture(scope="module")
+def folder(world, tmp_path_factory):
+    """Of two ranks, after one epoch of AdamW."""
+    path = tmp_path_factory.mktemp("saved") / "half.ckpt"
+    world(2).run(run, Plain, {"strategy_kwargs": SHARDED}, path)
+    return path
+
+
+def test_it_is_the_checkpoint_that_a_full_save_writes(world, folder, tmp_path, monkeypatch):
+    whole, file = tmp_path / "whole.ckpt", tmp_path / "one.ckpt"
+    world(2).run(run, Plain, {}, whole)
+    monkeypatch.setattr(sys, "argv", ["lightning-overlap", "consolidate", str(folder), str(file)])
+    main()
+    ours, theirs = (torch.load(path, weights_only=True) for path in (file, whole))
+    assert {path.name for path in tmp_path.iterdir()} == {"whole.ckpt", "one.ckpt"}
+    assert ours.keys() == theirs.keys()
+    torch.testing.assert_close(dict(ours["state_dict"]), dict(theirs["state_dict"]), rtol=0, atol=0)
+    assert ours["optimizer_states"][0]["state"].keys() == theirs["optimizer_states"][0]["state"].keys()
+    torch.testing.assert_close(ours["optimizer_states"][0]["state"], theirs["optimizer_states"][0]["state"], rtol=0, atol=0)
+    assert ours["optimizer_states"][0]["param_groups"] == theirs["optimizer_states"][0]["param_groups"]
+    assert file.stat().st_size < 1.1 * whole.stat().st_size  # each tensor is written by itself
+    # A fit resumes from it.
+    resumed = world(2).run(run, Plain, {"resume": str(file)})
+    assert {r["hash"] for r in resumed} == {r["hash"] for r in world(2).run(run, Plain, {"resume": str(whole)})}
+
+
+def test_weights_for_hugging_face(folder, tmp_path):
+    consolidate(folder, tmp_path / "model.safetensors")
+    weights = load_file(tmp_path / "model.safetensors")
+    assert weights.keys() == Plain().state_dict().keys()
+    beginning = next(name for name in weights if "." in name).partition(".")[0] + "."
+    consolidate(folder, tmp_path / "part", prefix=beginning)
+    part = load_file(tmp_path / "part" / "model.safetensors")
+    assert {f"{beginning}{name}" for name in part} == {name for name in weights if name.startswith(beginning)}
+    for name, value in part.items():
+        assert value.equal(weights[f"{beginning}{name}"])
+
+
+def test_what_cannot_be_is_told(folder, tmp_path, monkeypatch, capsys):
+    with pytest.raises(CheckpointError, match=r"begins with 'modell\.'; names begin with"):
+        consolidate(folder, tmp_path / "model.safetensors", prefix="modell.")
+    with pytest.raises(ConfigError, match=r"prefix='model\.' is for weights only: write .*one\.safetensors"):
+        consolidate(folder, tmp_path / "one.ckpt", prefix="model.")
+    (tmp_path / "file.json").write_text(json.dumps({}))
+    monkeypatch.setattr(sys, "argv", ["lightning-overlap", "consolidate", str(tmp_path / "file.json"), str(tmp_path / "one.ckpt")])
+    with pytest.raises(SystemExit, match="is not a sharded checkpoint: it is no folder"):
+        main()
