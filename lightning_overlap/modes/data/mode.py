@@ -60,7 +60,7 @@ class DataMode(OptimizerHolder):
         super().__init__(config, choices, setup)
         self._sharers = self._make_groups(config.num_optimizer_instances)
         has_experts = self.mesh.size("experts") > 1
-        self._experts = self.mesh.group("expert_gradients", self.timeout, "data") if has_experts else None
+        self._experts = self.mesh.group("expert_gradients", self.timeout, "data", background=True) if has_experts else None
         self._stage = self.mesh.group("stage", self.timeout) if has_experts else None
         self.buckets = Buckets(config, choices)
         self._trained = TrainedParameters(choices)
