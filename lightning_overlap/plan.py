@@ -88,7 +88,8 @@ def resolve(config: OverlapConfig, facts: Facts) -> Plan:
     overlap = config.overlap != "off"
     decided = {mode.name: mode.decide(config.of(mode), degrees, facts, overlap=overlap) for mode in config.modes}
     choices = {name: each for name, each in decided.items() if each is not None}
-    return Plan(degrees, facts, config.modes, choices, _first_step(config, facts, choices, is_sharded=degrees.data < facts.world_size))
+    is_sharded = degrees.data < facts.world_size or degrees.expert > 1
+    return Plan(degrees, facts, config.modes, choices, _first_step(config, facts, choices, is_sharded=is_sharded))
 
 
 def _first_step(config: OverlapConfig, facts: Facts, choices: Mapping[str, Choices], *, is_sharded: bool) -> Choice[bool]:

@@ -44,9 +44,11 @@ PRIVATE_NAMES: tuple[tuple[Any, str, str], ...] = (
     (nn.Module(), "_apply", "moves all but absent parameters to a device"),
     (nn.Module(), "_compiled_call_impl", "shows that a module was compiled in place"),
     (Tensor, "_version", "counts the writes to a tensor"),
+    (Tensor, "_base", "the tensor of which another one is a view"),
     (getattr(Function, "_backward_cls", None), "_forward_cls", "the Function of a node of autograd's graph"),
     (Variable, "_execution_engine", "calls a function at the end of a backward"),
     (autograd, "_top_saved_tensors_default_hooks", "tells that a checkpoint was entered"),
+    (torch._C, "_current_graph_task_id", "tells that this thread runs a backward"),
     (torch.overrides, "_get_current_function_mode_stack", "a lane's thread computes under the caller's function modes"),
     (torch.overrides, "_push_mode", "the same"),
     (torch.overrides, "_pop_mode", "the same"),
@@ -104,6 +106,16 @@ def is_node_of(node: Any, kind: type[Function]) -> bool:
 def version_of(tensor: Tensor) -> int:
     """Returns the number of in-place writes to a tensor."""
     return tensor._version
+
+
+def is_in_backward() -> bool:
+    """Whether this thread runs a backward, in which an activation checkpoint computes a part of the forward again."""
+    return torch._C._current_graph_task_id() != -1
+
+
+def is_view_of(view: Tensor, base: Tensor) -> bool:
+    """Whether a tensor is a view of another one, which is no view itself."""
+    return view._base is base
 
 
 def after_backward(function: Callable[[], None]) -> None:

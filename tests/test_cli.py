@@ -17,7 +17,7 @@ def plan(monkeypatch, capsys, *arguments):
     return capsys.readouterr().out
 
 
-@pytest.mark.parametrize("name", ["base", "dp", "gpt15m", "pp", "tp", "cp", "gpt54m"])
+@pytest.mark.parametrize("name", ["base", "dp", "gpt15m", "pp", "tp", "cp", "moe", "gpt54m"])
 def test_plans_of_the_configurations(monkeypatch, capsys, name):
     overlay = [] if name == "base" else ["-c", f"configs/{name}.yaml"]
     told = plan(monkeypatch, capsys, "-c", "configs/base.yaml", *overlay, "--devices", "8", "--num-nodes", "2")

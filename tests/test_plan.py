@@ -9,7 +9,6 @@ import lightning_overlap
 from lightning_overlap import (
     ConfigError,
     DataParallel,
-    ExpertParallel,
     OverlapConfig,
     OverlapStrategy,
     PipelineParallel,
@@ -224,12 +223,6 @@ def test_bad_values_of_deferral(bad):
 def test_bad_values(bad):
     with pytest.raises(ConfigError, match=next(iter(bad))):
         DataParallel(**bad)
-
-
-def test_modes_to_come_are_refused():
-    config = OverlapConfig(expert_parallel=ExpertParallel(size=2))
-    with pytest.raises(ConfigError, match="expert parallelism is not in this version; set expert_parallel: 1"):
-        resolve(config, Facts(world_size=4))
 
 
 def test_strategy_refuses_before_anything_starts():

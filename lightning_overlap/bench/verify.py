@@ -181,7 +181,8 @@ def verify(
     close = CLOSE if "16" not in str(trainer.get("precision")) else CLOSE_HALF
     verdicts = []
     if _overlaps(plans[0], strategy.config):
-        exact = all(mode.mode_type is None or mode.mode_type.keeps_bits for mode in plans[0].modes if mode.name in plans[0].choices)
+        kinds = [mode.mode_type for mode in plans[0].modes if mode.name in plans[0].choices and mode.mode_type is not None]
+        exact = all(kind.keeps_bits or kind.overlap_keeps_bits for kind in kinds)
         verdicts.append(_compare_off(on, run, strategy.config.overlap, close, exact=exact))
     elif against != "single":
         raise ConfigError(

@@ -15,6 +15,7 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from lightning_overlap.decision import ConfigError
 from lightning_overlap.model.boundary import Nesting
+from lightning_overlap.model.copies import hooks_of
 from lightning_overlap.model.hidden_states import find_hidden, hidden_of, replace_hidden
 from lightning_overlap.model.patches import Hook
 from lightning_overlap.ranks.announcements import TransferError
@@ -257,27 +258,13 @@ def structure(block: nn.Module) -> tuple[Any, ...]:
     )
 
 
-def copy_without_hooks(block: nn.Module) -> nn.Module:
-    """A copy of a block without any hooks."""
-    twin = copy.deepcopy(block)
-    for module in twin.modules():
-        for hooks in _hooks(module):
-            hooks.clear()
-    return twin
-
-
-def _hooks(module: nn.Module) -> list[Any]:
-    names = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
-    return [getattr(module, name) for name in names]
-
-
 @contextmanager
 def _unchanged(block: nn.Module) -> Iterator[None]:
     """Restores the block's modules afterwards. Inside, hooks of others are off: they may collect tensors, or count calls."""
     modules = list(block.modules())
     training = [module.training for module in modules]
     buffers = [(buffer, buffer.clone()) for buffer in block.buffers()]
-    hooks = [(store, dict(store)) for module in modules for store in _hooks(module)]
+    hooks = [(store, dict(store)) for module in modules for store in hooks_of(module)]
     attributes = [(vars(module), dict(vars(module))) for module in modules]
     contents = [(x, copy.copy(x)) for _, values in attributes for x in values.values() if type(x) in (list, dict, set)]
     for store, before in hooks:

@@ -125,7 +125,8 @@ class Pass:
         run: the numbers of the blocks that the pass runs. All others are remote.
         stop: the number of the block before which the forward ends; the number of blocks for a pass that goes on to the loss.
         received: tensors of remote blocks, and arguments of block 0, that came from other stages.
-        structures: by block, the structure of its output: its containers and constants, with a :class:`Slot` for each tensor.
+        structures: by block, the structure of its output: its containers and constants, with a :class:`Slot` for each tensor. Beside
+            its result, a block's output has what its model has recorded in it, see :mod:`lightning_overlap.model.recorded`.
         is_first: whether this rank holds the modules before block 0, so that the arguments of block 0 are computed here.
         is_kept: whether to keep a tensor of a block that is run, or of the arguments of block 0, in ``kept``.
         fetch: returns a tensor that is not in ``received``. Without it such a tensor is an error.

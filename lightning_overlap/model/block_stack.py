@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from lightning_overlap.decision import ConfigError
 from lightning_overlap.model.block_pass import ARGUMENTS, PLAIN, Pass, RemoteTensor, Slot, structure, tensors_of
+from lightning_overlap.model.blocks import is_from_transformers
 from lightning_overlap.model.hidden_states import find_hidden
 from lightning_overlap.model.trees import leaves, replaced
 from lightning_overlap.torch_seams import children_of
@@ -57,12 +58,14 @@ class BlockStack:
 
     Attributes:
         size: the number of blocks.
+        may_record: whether the blocks may be a model's of transformers, see :mod:`lightning_overlap.model.recorded`.
     """
 
     def __init__(self, blocks: nn.ModuleList | nn.Sequential, name: str) -> None:
         self.blocks = blocks
         self.name = name
         self.size = len(blocks)
+        self.may_record = any(is_from_transformers(block) for block in blocks if block is not None)
         self._threads = threading.local()
         self._class = type(blocks)
         stack = self
@@ -264,19 +267,28 @@ class _StandIn:
         if current_pass.before_block is not None:
             current_pass.before_block(number)
         current_pass.progress.needs_parameters = True
-        result = self._block(*args, **kwargs)
+        result, recorded = self._run_block(args, kwargs)
         if in_backward:
             return result
         current_pass.progress.output = tensors_of(result)
         if number not in current_pass.structures:
-            current_pass.structures[number] = structure(number, result)
+            current_pass.structures[number] = structure(number, (result, recorded))
         elif current_pass.restart is None:
-            self._refuse_other_constants(current_pass.structures[number], result)
-        current_pass.keep(number, current_pass.progress.output)
+            self._refuse_other_constants(current_pass.structures[number], (result, recorded))
+        current_pass.keep(number, tensors_of((result, recorded)))
         if number in current_pass.after_block:
             current_pass.after_block[number]()
         self._start_code_after_block()
         return result
+
+    def _run_block(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, list[Any]]]:
+        """The block's result, and what the model has recorded in it, by kind: its further outputs."""
+        if not self._stack.may_record:
+            return self._block(*args, **kwargs), {}
+        from lightning_overlap.model.recorded import count_recorded, recorded_since  # which needs transformers
+
+        counts = count_recorded()
+        return self._block(*args, **kwargs), recorded_since(counts)
 
     def _refuse_other_constants(self, before: Any, result: Any) -> None:
         """Other stages use the constants of the first step."""
@@ -299,7 +311,11 @@ class _StandIn:
             leaf = number, slot.number
             return current_pass.received[leaf] if leaf in current_pass.received else RemoteTensor.make(leaf, current_pass, hidden)
 
-        result = replaced(current_pass.structures[number], fill)
+        result, recorded = replaced(current_pass.structures[number], fill)
+        if recorded:
+            from lightning_overlap.model.recorded import add_recorded  # which needs transformers
+
+            add_recorded(recorded)
         current_pass.progress.output = tensors_of(result)
         self._start_code_after_block()
         return result

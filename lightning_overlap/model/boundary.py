@@ -206,6 +206,10 @@ class Boundary:
             leave_recorded(x, leave, " and ".join(cut.remedy for cut in self._cuts))
         return left
 
+    def is_cut(self, nesting: Nesting) -> bool:
+        """Whether tokens are sharded at this position."""
+        return any(cut.nesting == nesting for cut in self._cuts)
+
     def is_first(self, block: nn.Module) -> bool:
         """Whether a block is the first one, before which tokens are sharded."""
         return block is self._blocks[0]

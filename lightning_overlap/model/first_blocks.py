@@ -9,8 +9,10 @@ from typing import Any
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from lightning_overlap.model.block_check import BlockCheck, BlockShards, copy_without_hooks, structure
+from lightning_overlap.model.block_check import BlockCheck, BlockShards, structure
 from lightning_overlap.model.boundary import Boundary
+from lightning_overlap.model.copies import copy_without_hooks
+from lightning_overlap.model.markers import is_expert
 from lightning_overlap.model.patches import Hook, ReplacedForward
 from lightning_overlap.state.absent import is_absent
 
@@ -76,6 +78,8 @@ class FirstBlocks:
         if check not in self.waiting or not self._is_training:
             return
         self.waiting.remove(check)
+        if any(map(is_expert, block.parameters())):  # no rank has the unsharded copy, and ranks with other samples run with it
+            return
         # A pipeline may defer gradients of weights: it replaces the forward of their layers.
         forwards = [vars(module)["forward"] for module in block.modules() if "forward" in vars(module)]
         defers = self._boundary.has_remote_blocks and any(type(forward) is not ReplacedForward for forward in forwards)

@@ -1,16 +1,18 @@
 """What models of transformers record in their blocks: hidden states and the logits of routers, which they read after the blocks.
 
-They are recorded by hooks of modules in the blocks, and so with this rank's tokens. Import this module only where a model is one of
-transformers'.
+They are recorded by hooks of modules in the blocks, and so with this rank's tokens, and on the stage that runs the block. Import this
+module only where a model is one of transformers'.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
 from torch import Tensor
 
 from lightning_overlap.decision import ConfigError
+from lightning_overlap.model.block_pass import RemoteTensor
 from lightning_overlap.transformers_seams import recorded_outputs
 
 
@@ -29,6 +31,8 @@ def leave_recorded(x: Tensor, leave: Callable[[Tensor], Tensor], remedy: str) ->
     def left(y: Tensor | None) -> Tensor | None:
         if y is None:  # of a layer that was not asked for
             return None
+        if isinstance(y, RemoteTensor):
+            y = y.current_pass.resolve(y.leaf)
         if y.shape[:-1] == x.shape[:-1]:
             return leave(y)
         if y.dim() == 2 and len(y) == x.shape[:-1].numel():  # a router's: samples and tokens in one dim
@@ -42,3 +46,19 @@ def leave_recorded(x: Tensor, leave: Callable[[Tensor], Tensor], remedy: str) ->
                 f"Leave output_{kind} out, or {remedy}"
             )
         outputs[:] = map(left, outputs)
+
+
+def count_recorded() -> dict[str, int]:
+    """The number of outputs that are recorded so far, by kind."""
+    return {kind: len(outputs) for kind, outputs in recorded_outputs().items()}
+
+
+def recorded_since(counts: Mapping[str, int]) -> dict[str, list[Any]]:
+    """The outputs that were recorded after a :func:`count_recorded`, by kind."""
+    return {kind: outputs[counts[kind] :] for kind, outputs in recorded_outputs().items()}
+
+
+def add_recorded(outputs: Mapping[str, list[Any]]) -> None:
+    """Records outputs of a block that another stage runs, by kind."""
+    for kind, recorded in recorded_outputs().items():
+        recorded += outputs.get(kind, [])

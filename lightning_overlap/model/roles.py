@@ -6,7 +6,13 @@ import re
 
 from lightning_overlap.decision import ConfigError
 
-ROLES = ("blocks", "column", "row", "column_gathered", "row_split", "vocab_embedding", "vocab_head", "token_wise", "token_table")
+EXPERT_ROLES = ("experts", "router", "shared_experts")
+"""Roles in a layer of experts: the module of all experts, the one that chooses experts for each token, and the one of the experts that
+every token takes."""
+ROLES = (
+    *("blocks", "column", "row", "column_gathered", "row_split", "vocab_embedding", "vocab_head", "token_wise", "token_table"),
+    *EXPERT_ROLES,
+)
 """``blocks`` is the list of alike layers. ``token_wise`` is a module that works on each token by itself. ``token_table`` is a module
 that makes a table with an entry a token, from the number of tokens that it gets. The other roles say how a layer is sharded over the
 tensor axis. Modules between a ``column_gathered`` and a ``row_split`` layer get all features (for a norm over all heads, a split at

@@ -25,7 +25,7 @@ from lightning_overlap.model.boundary import Boundary, Nesting
 from lightning_overlap.model.first_blocks import FirstBlocks
 from lightning_overlap.ranks.clock import Timeline
 from lightning_overlap.ranks.group import Group
-from lightning_overlap.ranks.mesh import ParallelMesh
+from lightning_overlap.ranks.mesh import GroupName, ParallelMesh
 from lightning_overlap.state.shards import Place
 from lightning_overlap.steps.lanes import Lanes
 from lightning_overlap.steps.step import Step
@@ -83,6 +83,8 @@ class OverlapMode:
     nesting: ClassVar[Nesting]
     keeps_bits: ClassVar[bool] = True
     """Whether a step is bit-equal to a step of the unsharded model, and to one without overlap."""
+    overlap_keeps_bits: ClassVar[bool] = False
+    """Whether a step is bit-equal to one without overlap, though not to one of the unsharded model."""
     announcements: ClassVar[tuple[str, ...]] = ()
     """Labels of transfers that a receiver needs to post its next receives: a benchmark without transfers still makes these."""
     remark: ClassVar[str] = ""
@@ -156,6 +158,10 @@ class OverlapMode:
     def reduce_norm(self, squares: Squares) -> Squares:
         """Sums each value over the ranks that hold different parts of these gradients. Collective."""
         return squares
+
+    def measurements(self) -> dict[str, float]:
+        """Values of a recent step for the profiler's log, by name. Not collective. Ranks may have values with other names."""
+        return {}
 
     def sync_parameters(self) -> None:
         """Completes the weights before they are read (evaluation, a checkpoint)."""
@@ -267,6 +273,14 @@ class Holder(Sharder, ABC):
             tensor: unsharded.
         """
 
+    def local_gradients(self, gradients: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """This rank's part of unsharded gradients of its batch, by name of a parameter, as a step in a trial computes them.
+
+        All ranks of a stage call it for the same names.
+        """
+        parts = {name: self.local_part(name, gradient) for name, gradient in gradients.items()}
+        return {name: part for name, part in parts.items() if part is not None}
+
     @abstractmethod
     def gather_model_state(self, state: dict[str, Any]) -> dict[str, Any]:
         """Adds the other ranks' parts to the module's ``state_dict()``, on the first rank. Collective."""
@@ -291,6 +305,14 @@ class Holder(Sharder, ABC):
             layout: the tensor's, from :meth:`layout_of`.
             rank: the global rank.
         """
+
+    def sharers_of(self, layout: Hashable) -> GroupName | None:
+        """Names the group over which the optimizer's state of a tensor is sharded, if it is another one than that of most tensors.
+
+        Args:
+            layout: the tensor's, from :meth:`layout_of`.
+        """
+        return None
 
     def place_of(self, name: str) -> Place | None:
         """Where this rank's part lies in the part that outer modes give this rank; None if it is all of that part."""

@@ -104,6 +104,9 @@ class PieceHolder(Holder):
     def part_of(self, layout: Hashable, rank: int) -> Hashable:
         return self.mesh.index(self.holders, rank) if layout else ()
 
+    def sharers_of(self, layout: Hashable) -> GroupName | None:
+        return self.replicas if layout else None
+
     def place_of(self, name: str) -> Place | None:
         piece = self.partition.piece(name)
         return None if piece is None else piece.place(self.group.rank, self.group.size)

@@ -43,6 +43,7 @@ class Experts(nn.Module):
         down_proj: ``(experts, hidden, intermediate)``.
     """
 
+    parallel_role = "experts"
     has_bias = False
     is_transposed = False
     is_concatenated = True
@@ -193,7 +194,10 @@ class TopKRouter(nn.Module):
         tokens_per_expert: ``(experts,)``, int64: the tokens that this rank has trained on since the bias was updated; None: none.
     """
 
+    parallel_role = "router"
     e_score_correction_bias: Tensor | None
+
+    parallel_role = "router"
 
     def __init__(
         self,
@@ -382,6 +386,11 @@ class MoELayer(nn.Module):
         self.aux_loss_coef, self.z_loss_coef, self.global_batch_balance = aux_loss_coef, z_loss_coef, global_batch_balance
         self.capacity_factor, self.drop_policy = capacity_factor, drop_policy
 
+    @property
+    def has_loss(self) -> bool:
+        """Whether its balancing loss has a weight."""
+        return bool(self.aux_loss_coef or self.z_loss_coef)
+
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Computes the layer.
 
@@ -405,7 +414,7 @@ class MoELayer(nn.Module):
 
     def _post_loss(self, logits: Tensor, indices: Tensor) -> Callable[[], Tensor]:
         """Posts the sums over ranks that the balancing loss needs. The result waits for them and returns the loss."""
-        if not self.aux_loss_coef and not self.z_loss_coef:
+        if not self.has_loss:
             return lambda: logits.new_zeros(())
         scores = self.router.scores(logits)
         if self.router.score == "sigmoid":

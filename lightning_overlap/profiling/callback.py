@@ -33,7 +33,9 @@ class OverlapProfiler(Callback):
     ``overlap/late_ms``: milliseconds in which it waited for a rank that had not posted its transfer yet.
     ``overlap/core_taken_ms``: milliseconds in which it waited for no transfer and had no core, because transfers used it (0 on CUDA).
     ``overlap/hidden_percent``: the part of the time with transfers on the wire in which the ranks computed.
-    ``overlap/<mode>/exposed_ms`` and ``overlap/<mode>/hidden_percent``: the same for one mode.
+    ``overlap/<mode>/exposed_ms``, ``overlap/<mode>/late_ms`` and ``overlap/<mode>/hidden_percent``: the same for one mode. ``late_ms``
+    is the waiting that an uneven load of the ranks causes, apart from the wire.
+    ``overlap/<mode>/...``: what a mode measures itself, such as the load of experts.
 
     Args:
         every_n_steps: steps from one measured step to the next.
@@ -66,6 +68,8 @@ class OverlapProfiler(Callback):
             import_plotly()
         self._recorder: StepRecorder | None = None  # from the start to the end of training
         self._world: Group | None = None
+        self._modes: list[OverlapMode] = []
+        self._measured: dict[str, float] = {}  # on rank 0, what the modes of all ranks measured themselves
         self._current = -1  # number of the current step
         self.summary = Summary()
         self._drawn: deque[list[Step]] = deque(maxlen=DRAWN)
@@ -75,7 +79,7 @@ class OverlapProfiler(Callback):
     def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
         if not hasattr(trainer.strategy, "modes"):
             rank_zero_warn("OverlapProfiler measures nothing, because it records transfers of OverlapStrategy only")
-        modes: list[OverlapMode] = list(getattr(trainer.strategy, "modes", ()))
+        modes = self._modes = list(getattr(trainer.strategy, "modes", ()))
         groups = [group for mode in modes for group in mode.groups if group.size > 1]
         self.summary = Summary(remarks={mode.name: mode.remark for mode in modes})
         self._current = -1
@@ -125,8 +129,10 @@ class OverlapProfiler(Callback):
         assert self._recorder is not None, "on_train_start made it"
         assert self._world is not None, "on_train_start made it"
         offset = self._world.clock_offset()
-        everyone = self._world.gather_objects([step.on_clock(offset) for step in self._recorder.take()])
-        steps = [list(step) for step in zip(*everyone, strict=True)]
+        measured = {f"overlap/{mode.name}/{name}": value for mode in self._modes for name, value in mode.measurements().items()}
+        everyone = self._world.gather_objects(([step.on_clock(offset) for step in self._recorder.take()], measured))
+        self._measured = {name: value for _, values in reversed(everyone) for name, value in values.items()}
+        steps = [list(step) for step in zip(*(steps for steps, _ in everyone), strict=True)]
         if not steps:
             return None
         self._drawn.extend(steps)
@@ -143,8 +149,9 @@ class OverlapProfiler(Callback):
         values |= {"overlap/core_taken_ms": summary.core_taken * 1e3}
         for mode in summary.names:
             mean = summary.mean(mode)
-            values |= {f"overlap/{mode}/exposed_ms": mean.exposed * 1e3, f"overlap/{mode}/hidden_percent": mean.hidden_percent}
-        module.log_dict(values, rank_zero_only=True)
+            values |= {f"overlap/{mode}/exposed_ms": mean.exposed * 1e3, f"overlap/{mode}/late_ms": mean.late * 1e3}
+            values[f"overlap/{mode}/hidden_percent"] = mean.hidden_percent
+        module.log_dict(values | self._measured, rank_zero_only=True)
 
     def on_train_end(self, trainer: Trainer, module: LightningModule) -> None:
         if self._recorder is None or self._world is None:
@@ -153,6 +160,7 @@ class OverlapProfiler(Callback):
         self._exchange()
         self._world.close()
         self._recorder = self._world = None
+        self._modes = []
         if not self.summary.steps:
             log_on_rank_zero(f"OverlapProfiler: no step was measured (warmup={self._warmup}, every_n_steps={self._every})")
             return

@@ -42,6 +42,11 @@ class Degrees:
         return self.data * self.context
 
     @property
+    def expert_gradients(self) -> int:
+        """Ranks over which the gradients of the same experts are summed, where experts are spread; otherwise 1."""
+        return self.stage // self.expert if self.expert > 1 else 1
+
+    @property
     def stage(self) -> int:
         """Ranks of one pipeline stage."""
         return self.data * self.context * self.tensor

@@ -10,7 +10,9 @@ from lightning_overlap.ranks.degrees import Degrees
 from lightning_overlap.ranks.group import Group
 from lightning_overlap.ranks.world import make_group
 
-GroupName = Literal["samples", "gradients", "experts", "expert_gradients", "tensor", "context", "pipeline", "batch", "stage", "world"]
+GroupName = Literal[
+    "samples", "gradients", "experts", "expert_gradients", "tensor", "context", "pipeline", "batch", "sequence", "stage", "world"
+]
 """The ranks of each named group:
 
     samples           ranks that hold the same part of the model and see different samples: sampler, metrics, ``reduce``
@@ -21,6 +23,7 @@ GroupName = Literal["samples", "gradients", "experts", "expert_gradients", "tens
     context           ranks that see different tokens of the same sequences
     pipeline          ranks that hold different stages
     batch             ranks that share a batch
+    sequence          ranks of a stage that share a batch
     stage             ranks that hold the same stage
     world             all ranks
 """
@@ -31,6 +34,7 @@ _AXES: dict[str, tuple[str, ...]] = {
     "context": ("cp",),
     "pipeline": ("pp",),
     "batch": ("pp", "cp", "tp"),
+    "sequence": ("cp", "tp"),
     "stage": ("dp", "cp", "tp"),
     "world": ("pp", "dp", "cp", "tp"),
 }

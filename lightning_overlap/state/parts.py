@@ -9,7 +9,7 @@ from typing import Protocol
 
 from torch import Tensor
 
-from lightning_overlap.ranks.mesh import ParallelMesh
+from lightning_overlap.ranks.mesh import GroupName, ParallelMesh
 from lightning_overlap.state.shards import Place
 
 
@@ -21,6 +21,9 @@ class PartHolder(Protocol):
 
     def part_of(self, layout: Hashable, rank: int) -> Hashable:
         """Identifies the part that a rank holds of a tensor with this layout; None if it holds no part."""
+
+    def sharers_of(self, layout: Hashable) -> GroupName | None:
+        """Name of the group over which the optimizer's state of a tensor with this layout is sharded; None: the usual one."""
 
     def place_of(self, name: str) -> Place | None:
         """Position of this rank's part in the shard that the modes before this one made; None if this mode does not shard it."""
@@ -66,6 +69,8 @@ class Parts:
         parts: list[tuple[Hashable, ...] | None] = []
         sharers: dict[tuple[Hashable, ...], list[int]] = {}
         first: dict[tuple[tuple[Hashable, ...], int], int] = {}
+        asked = [holder.sharers_of(layout) for holder, layout in zip(self._holders, key, strict=True)]
+        group: GroupName = next(filter(None, asked), "gradients")
         for rank in range(self._mesh.size("world")):
             part = tuple(holder.part_of(layout, rank) for holder, layout in zip(self._holders, key, strict=True))
             if None in part:
@@ -73,7 +78,7 @@ class Parts:
                 continue
             parts.append(part)
             sharers.setdefault(part, []).append(rank)
-            first.setdefault((part, self._mesh.index("gradients", rank)), rank)
+            first.setdefault((part, self._mesh.index(group, rank)), rank)
         return _Layout(parts, list(sharers.values()), set(first.values()))
 
     def holds(self, name: str) -> bool:

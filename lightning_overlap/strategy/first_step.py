@@ -232,7 +232,9 @@ class FirstStep:
                 self._drop_gradients()
         if shares is None:
             return result, NO_LOSS
-        result.gradients = self._local_parts(gradients)
+        for mode in self._holders:
+            gradients = mode.local_gradients(gradients)
+        result.gradients = {name: gradient.clone() for name, gradient in gradients.items()}  # a view keeps the unsharded one's memory
         result.buffers = self._local_parts(result.buffers)
         return result, None
 

@@ -61,7 +61,7 @@ def checkpointed(s, x):
 LOOPS = [plain, indexed, sliced, checkpointed]
 
 
-OUTPUTS = dict.fromkeys(range(4), Slot(0))
+OUTPUTS = dict.fromkeys(range(4), (Slot(0), {}))
 
 
 @pytest.mark.parametrize("loop", LOOPS)
@@ -108,7 +108,7 @@ def test_a_first_stage_without_blocks():
 
 def test_blocks_that_return_tuples():
     s = stack(Pair)
-    outputs = {block: structure(block, (torch.ones(1), "weights")) for block in range(4)}
+    outputs = {block: structure(block, ((torch.ones(1), "weights"), {})) for block in range(4)}
     current_pass = Pass(frozenset({2}), 3, {(1, 0): torch.tensor([10.0])}, outputs, is_kept=lambda leaf: True)
     with s.running(current_pass):
         x = torch.zeros(1)
@@ -212,7 +212,7 @@ class ReturnsMore(Add):
 
 def test_a_value_that_is_no_tensor_is_refused_where_it_is_read():
     s = stack(ReturnsMore)
-    outputs = {block: pickle.loads(pickle.dumps(structure(block, (torch.ones(1), Other())))) for block in range(4)}
+    outputs = {block: pickle.loads(pickle.dumps(structure(block, ((torch.ones(1), Other()), {})))) for block in range(4)}
     current_pass = Pass(frozenset({2}), 3, {(1, 0): torch.zeros(1)}, outputs)
 
     def through(x, other=None):

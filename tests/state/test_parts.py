@@ -28,6 +28,9 @@ class CutsDim:
     def part_of(self, layout, rank):
         return self.mesh.index(self.group, rank) if layout else ()
 
+    def sharers_of(self, layout):
+        return None
+
     def place_of(self, name):
         if not name.startswith("cut"):
             return None
@@ -46,6 +49,9 @@ class HeldBy:
 
     def part_of(self, layout, rank):
         return () if self.mesh.index("pipeline", rank) == layout else None
+
+    def sharers_of(self, layout):
+        return None
 
     def place_of(self, name):
         return None
@@ -182,3 +188,21 @@ def test_a_checkpoint_of_two_cuts_of_one_parameter_loads_into_other_numbers_of_r
     path = tmp_path / "checkpoint"
     world(4).run(save, path, 2, 2)
     assert all(world(data * tensor).run(loaded, path, data, tensor))
+
+
+class Spreads(CutsDim):
+    """A mode that spreads what is called ``cut`` over the ranks of experts, whose optimizer's state is sharded over others."""
+
+    def sharers_of(self, layout):
+        return "expert_gradients" if layout else None
+
+
+def test_the_state_of_experts_is_written_by_the_ranks_that_have_a_shard_of_it():
+    # Ranks 0 and 2 have the same experts and one half of their state each, though they average no gradients of anything else.
+    firsts = {"cut": [], "whole": []}
+    for number in range(4):
+        mesh = ParallelMesh(Degrees(tensor=4, expert=2), number)
+        parts = Parts([Spreads(mesh, "experts", 0)], mesh)
+        for name, found in firsts.items():
+            found.append(parts.is_first(name))
+    assert firsts == {"cut": [True, True, True, True], "whole": [True, False, False, False]}

@@ -36,7 +36,7 @@ def no_mean(why: str) -> Row:
     return {"dp*": as_ddp(why), "pp*": as_microbatches(why, SAID)}
 
 
-BALANCED: Row = {"dp*": as_ddp("how much a batch uses each expert"), "pp*": UNFOLLOWED}
+BALANCED = no_mean("how much a batch uses each expert")
 """The balancing loss of a mixture of experts, which reads the logits of all routers."""
 
 

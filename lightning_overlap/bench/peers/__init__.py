@@ -17,7 +17,7 @@ Peer = tuple[Callable[[], Strategy], Callable[[LightningModule], LightningModule
 
 
 def find_peers(plan: Plan, config: OverlapConfig, backend: str) -> dict[str, Peer]:
-    """Returns the peers by name, if one mode has all the ranks. Mixtures of modes have none.
+    """Returns the peers by name, if each mode that runs has all the ranks. Other mixtures of modes have none.
 
     The function ``peers(config, ranks, backend)`` of the module with the mode's name makes them. Peers of another mode would train on
     another batch a step.
@@ -27,8 +27,13 @@ def find_peers(plan: Plan, config: OverlapConfig, backend: str) -> dict[str, Pee
         config: of the measured run.
         backend: of the process group.
     """
-    sharding = [mode for mode in plan.modes if mode.name in plan.choices and plan.choices[mode.name].size.value > 1]
-    if len(sharding) != 1 or find_spec(f"{__name__}.{sharding[0].name}") is None:
+    sizes = {mode.name: plan.choices[mode.name].size.value for mode in plan.modes if mode.name in plan.choices}
+    ranks = plan.facts.world_size
+    if any(size not in (1, ranks) for size in sizes.values()):
         return {}
-    module = import_module(f"{__name__}.{sharding[0].name}")
-    return module.peers(config, plan.facts.world_size, backend)
+    names = [f"{__name__}.{name}" for name, size in sizes.items() if size > 1]
+    peers: dict[str, Peer] = {}
+    for name in names:
+        if find_spec(name) is not None:
+            peers |= import_module(name).peers(config, ranks, backend)
+    return peers

@@ -50,7 +50,7 @@ class _Stage(nn.Module):
             run=frozenset(self._blocks),
             stop=self._stack.size if self._last else self._blocks.stop,
             received={} if self._first else {before: x},
-            structures={block: Slot(0) for block in range(self._stack.size)},
+            structures={block: (Slot(0), {}) for block in range(self._stack.size)},
             is_kept=lambda leaf: leaf == end,
             before_block=block_seeder(self.step.key, number),
         )

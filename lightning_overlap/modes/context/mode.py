@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from lightning_overlap.model.blocks import Blocks, find_blocks, is_from_transformers, names_by_role
 from lightning_overlap.model.boundary import Nesting
+from lightning_overlap.model.markers import is_expert
 from lightning_overlap.model.patches import replace_method
 from lightning_overlap.modes.base import Setup, Sharder
 from lightning_overlap.modes.context import seam
@@ -154,10 +155,10 @@ class ContextMode(Sharder):
             self._average()
 
     def _average(self) -> None:
-        """Averages all gradients, which in training is the work of the data mode. Collective."""
+        """Averages all gradients but those of experts, which in training is the work of the data mode. Collective."""
         assert self._model is not None, "the model is parallelized before it is trained"
         parameters = dict(self._model.named_parameters())
-        mine = [name for name, parameter in parameters.items() if parameter.grad is not None]
+        mine = [name for name, parameter in parameters.items() if parameter.grad is not None and not is_expert(parameter)]
         for name in sorted(set().union(*self.group.all_gather_objects(mine))):
             parameter = parameters[name]
             if parameter.grad is None:  # no token of this rank has used it

@@ -1,6 +1,15 @@
-"""Expert parallelism: its configuration. The mode itself is not in this version."""
+"""Expert parallelism: ranks hold some of the experts of each layer, and send each other the tokens that choose them."""
 
 from lightning_overlap.modes.descriptor import ModeDescriptor
-from lightning_overlap.modes.expert.config import decide
+from lightning_overlap.modes.expert.config import ADVICE, decide
+from lightning_overlap.modes.expert.mode import ExpertMode, look
 
-EXPERT = ModeDescriptor(name="expert", section="expert_parallel", decide=decide)
+EXPERT = ModeDescriptor(
+    name="expert",
+    section="expert_parallel",
+    decide=decide,
+    mode_type=ExpertMode,
+    look=look,
+    advice=ADVICE,
+)
+"""The expert mode: spreads the experts of each layer over ranks that the other modes have."""

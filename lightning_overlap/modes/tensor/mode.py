@@ -12,6 +12,7 @@ from torch import nn
 
 from lightning_overlap.decision import ConfigError
 from lightning_overlap.model.boundary import Nesting
+from lightning_overlap.model.expert_layers import find_experts
 from lightning_overlap.model.markers import COUNTED_ELSEWHERE, LATE_GRADIENT
 from lightning_overlap.modes.base import Setup, Squares
 from lightning_overlap.modes.piece_holder import PieceHolder
@@ -87,6 +88,8 @@ class TensorMode(PieceHolder):
         fused = symm_mem.operators(self.group) if self.choices.backend.value == "symm_mem" else None
         self._regions = Regions(self._exchange, self.setup.boundary, self._numbers, fused, self._engine)
         self.partition = Partition(model, pieces_of(layers), self.group, "tensor.whole")
+        spread = find_experts(model, self.setup.roles, experts)[1] if (experts := self.mesh.size("experts")) > 1 else ()
+        self._experts = {id(parameter) for layer in spread for parameter in layer.spread_parameters}
         self._replicated = ReplicatedGradients(
             self._summands(plan, blocks), self.group, lambda: self.setup.boundary.forwards.current.in_backward
         )
@@ -175,7 +178,7 @@ class TensorMode(PieceHolder):
             id(parameter): parameter
             for module in inside
             for parameter in module.parameters()
-            if id(parameter) not in self.partition.pieces and id(parameter) not in after
+            if id(parameter) not in self.partition.pieces.keys() | after | self._experts
         }
 
     def _mark(self, model: nn.Module) -> None:
@@ -184,7 +187,7 @@ class TensorMode(PieceHolder):
             self._patches.mark(parameter, LATE_GRADIENT)
         self._patches.add(*self._replicated.guard())
         for parameter in model.parameters():
-            if id(parameter) not in self.partition.pieces and self.group.rank > 0:
+            if id(parameter) not in self.partition.pieces.keys() | self._experts and self.group.rank > 0:
                 self._patches.mark(parameter, COUNTED_ELSEWHERE)
 
     # -- training ----------------------------------------------------------------------------------------------------

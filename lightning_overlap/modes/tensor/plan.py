@@ -16,7 +16,8 @@ from torch import nn
 
 from lightning_overlap.decision import ConfigError
 from lightning_overlap.model.blocks import Blocks, find_blocks, names_matching
-from lightning_overlap.model.roles import parse_role
+from lightning_overlap.model.expert_layers import routed_modules
+from lightning_overlap.model.roles import EXPERT_ROLES, parse_role
 from lightning_overlap.state.pieces import Piece
 from lightning_overlap.torch_seams import parameters_of
 
@@ -63,6 +64,8 @@ QUERY_HEADS = ("num_heads", "n_head", "n_heads", "heads", "num_attention_heads")
 KEY_HEADS = ("num_key_value_heads", "n_kv_heads", "n_kv_head", "num_kv_heads")
 COUNTS = (*QUERY_HEADS, *KEY_HEADS, "split_size")
 """Attributes of an attention module that are divided by the number of ranks: numbers of heads, features of a fused part."""
+NO_LAYERS = ("blocks", "token_table", *EXPERT_ROLES)
+"""Roles that say nothing of layers to shard."""
 TOKEN_WISE = (nn.Linear, nn.Embedding, nn.Identity, nn.Dropout, nn.ReLU, nn.GELU, nn.SiLU, nn.Tanh, nn.Sigmoid)
 
 
@@ -171,6 +174,7 @@ def find_plan(model: nn.Module, parallel_plan: Mapping[str, str], size: int) -> 
     if problems:
         reasons = "; ".join(dict.fromkeys(problems))
         raise ConfigError(f"tensor_parallel.size={size} with the {source} cannot shard the model: {reasons}")
+    token_wise |= routed_modules(model, {**roles, **parallel_plan}, blocks)
     loose = dict.fromkeys([*direct, *_mixing(model, blocks, regions, token_wise)])
     sharded = {id(layer.module.weight) for layer in layers.values()}
     sharded |= {id(layer.module.bias) for layer in layers.values() if layer.role in ("column", "vocab_head")}
@@ -193,7 +197,7 @@ def _layers(model: nn.Module, roles: Mapping[str, str], problems: list[str]) -> 
     layers: dict[str, ShardedLayer] = {}
     token_wise: set[str] = set()
     for pattern, role in roles.items():
-        if role in ("blocks", "token_table"):
+        if role in NO_LAYERS:
             continue
         names = names_matching(model, pattern)
         if not names:
@@ -229,12 +233,13 @@ def _indivisible(layers: Iterable[ShardedLayer], size: int) -> Iterator[str]:
 
 def _roles(model: nn.Module, parallel_plan: Mapping[str, str]) -> tuple[str, dict[str, str]]:
     """The source of the roles, and the roles by pattern."""
-    if any(role not in ("blocks", "token_table") for role in parallel_plan.values()):
+    if any(role not in NO_LAYERS for role in parallel_plan.values()):
         return "strategy's parallel_plan", dict(parallel_plan)
     attribute = getattr(model, "parallel_plan", None)
-    if isinstance(attribute, Mapping):
+    if isinstance(attribute, Mapping) and not all(role in EXPERT_ROLES for role in attribute.values()):
         return f"parallel_plan of {type(model).__name__}", {pattern: str(role) for pattern, role in attribute.items()}
-    if roles := {name: m.parallel_role for name, m in model.named_modules() if isinstance(getattr(m, "parallel_role", None), str)}:
+    named = ((name, getattr(module, "parallel_role", None)) for name, module in model.named_modules())
+    if roles := {name: role for name, role in named if isinstance(role, str) and role not in EXPERT_ROLES}:
         return "layers of lightning_overlap.nn", roles
     for name, module in model.named_modules():
         if hasattr(module, "tp_plan") and hasattr(module, "get_input_embeddings"):

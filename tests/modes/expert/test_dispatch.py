@@ -76,7 +76,11 @@ LAYOUTS: list[tuple[Split, int]] = [("experts", 1), ("experts", 2), ("experts+lo
 @pytest.mark.parametrize("routing", ["random", "skewed", "one expert", "one rank idle", "no tokens", "dropped"])
 @pytest.mark.parametrize(("ranks", "experts", "choices"), [(1, 4, 2), (2, 5, 1), (2, 8, 2), (3, 7, 2), (4, 8, 8)])
 def test_equals_one_process(ranks: int, experts: int, choices: int, routing: str) -> None:
-    """Outputs and all gradients; that of an expert without tokens is zero, and there (MLM 4851, AM 935 and 2995, DS 4966)."""
+    """Outputs and all gradients, with every dispatcher, expert biases included (AM 2591).
+
+    The weights' gradient is the router's (TF 48687, AM 1260, DS 8213). Ranks and experts without tokens do not hang (MLM 4851, AM 935,
+    DS 4966), and such an expert has the gradient zero, so that weight decay and momentum go on (AM 2995).
+    """
     torch.manual_seed(0)
     batches = batches_of(ranks, experts, choices, routing)
     grads = [torch.randn_like(hidden) for hidden, _, _ in batches]
@@ -98,7 +102,7 @@ def bits_of(ranks: int, *arguments: Any) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_overlap_changes_no_bit(dtype: torch.dtype) -> None:
-    """Nor does the number of parts, if these are whole experts; nor memory that was not written, which is NaN here."""
+    """Nor does the number of parts, if these are whole experts; nor memory that was not written, which is NaN here (TF 48205)."""
     torch.manual_seed(0)
     batches = batches_of(2, 8, 2, "skewed", dtype)
     grads = [torch.randn_like(hidden) for hidden, _, _ in batches]
