@@ -92,6 +92,11 @@ def apply_to(module: nn.Module, function: Callable[[Tensor], Tensor]) -> None:
     module._apply(function)
 
 
+def is_guard_failure(error: Exception) -> bool:
+    """Whether torch has compiled a function for a tensor that it then does not know again: a placeholder."""
+    return isinstance(error, AssertionError) and str(error).startswith("Guard failed on the same frame")
+
+
 def is_compiled(module: nn.Module) -> bool:
     """Whether ``torch.compile`` has compiled the module or its call."""
     return isinstance(module, CompiledModule) or module._compiled_call_impl is not None

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import warnings
 from abc import ABC
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -18,6 +21,7 @@ from lightning_overlap.model.boundary import Nesting
 from lightning_overlap.model.copies import hooks_of
 from lightning_overlap.model.hidden_states import find_hidden, hidden_of, replace_hidden
 from lightning_overlap.model.patches import Hook
+from lightning_overlap.model.stand_in import StandIn
 from lightning_overlap.ranks.announcements import TransferError
 from lightning_overlap.ranks.group import Group
 from lightning_overlap.torch_seams import tree_map
@@ -131,6 +135,8 @@ class BlockCheck:
     ) -> None:
         """Runs the block and its copy with the block's arguments. Collective over the ranks that hold a part of the block.
 
+        Where the copy does not fit into memory it is not compared, which is said in a warning.
+
         Args:
             unsharded: a copy of the block with complete weights.
             args: the block's positional arguments.
@@ -142,22 +148,23 @@ class BlockCheck:
             ConfigError: outputs or gradients differ, or the sharded block fails; on every rank.
         """
         x = find_hidden(args, kwargs, self.name)[1].detach()
+        x = x.complete(self.name) if isinstance(x, StandIn) else x
         sharded = " and ".join(mode.advice.sharded for mode in modes)
-
-        def gather_output(y: Tensor) -> Tensor:
-            for mode in reversed(modes):
-                y = mode.gather_output(self, y)
-            return y
-
         # Hidden from an activation checkpoint around the block, which counts the saved tensors and expects the same count later.
         with torch.set_grad_enabled(backward), saved_tensors_hooks(lambda x: x, lambda x: x), _unchanged(self.block):
             complete_x = x
             with torch.no_grad():
                 for mode in reversed(modes):
                     complete_x = mode.gather_input(self, complete_x)
-            expected, expected_grads = self._run(unsharded, args, kwargs, complete_x, lambda y: y)
+            results = self._run_unsharded(unsharded, args, kwargs, complete_x, modes)
+            if results is None:
+                warnings.warn(f"{self.name} was not compared with an unsharded copy, which does not fit into memory", stacklevel=2)
+                return
+            expected, expected_grads = results
             try:
-                output, grads = self._run(self.block, args, kwargs, x, gather_output, backward=bool(expected_grads))
+                output, grads = self._run(
+                    self.block, args, kwargs, x, partial(self._gather_output, modes), backward=bool(expected_grads)
+                )
             except (ConfigError, TransferError):
                 raise
             except Exception as error:
@@ -172,6 +179,23 @@ class BlockCheck:
                 f"adds {change:.2g} to its input. Possible causes: {_joined(modes, lambda advice: advice.output)}"
             )
         self._compare_gradients(unsharded, expected_grads, grads, modes, tolerance)
+
+    def _gather_output(self, modes: Sequence[BlockShards], y: Tensor) -> Tensor:
+        for mode in reversed(modes):
+            y = mode.gather_output(self, y)
+        return y
+
+    def _run_unsharded(
+        self, unsharded: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], x: Tensor, modes: Sequence[BlockShards]
+    ) -> tuple[Tensor, dict[str, Tensor | None]] | None:
+        """What :meth:`_run` gives of the copy; None on all ranks, if one has too little memory for it."""
+        results = None
+        with contextlib.suppress(torch.OutOfMemoryError):
+            results = self._run(unsharded, args, kwargs, x, lambda y: y)
+        fits = results is not None
+        for mode in modes:
+            fits = all(mode.group.all_gather_objects(fits))
+        return results if fits else None
 
     def _run(
         self,

@@ -55,14 +55,17 @@ class BlockStack:
     Args:
         blocks: the user's list. Its class is replaced until :meth:`remove`; its children and their names stay.
         name: its name in the model, for errors.
+        start: called with the hidden states and all arguments of block 0 when a pass calls it, whichever rank runs it.
 
     Attributes:
+        start: the argument.
         size: the number of blocks.
         may_record: whether the blocks may be a model's of transformers, see :mod:`lightning_overlap.model.recorded`.
     """
 
-    def __init__(self, blocks: nn.ModuleList | nn.Sequential, name: str) -> None:
+    def __init__(self, blocks: nn.ModuleList | nn.Sequential, name: str, start: Callable[[Tensor, Any], None] | None = None) -> None:
         self.blocks = blocks
+        self.start = start
         self.name = name
         self.size = len(blocks)
         self.may_record = any(is_from_transformers(block) for block in blocks if block is not None)
@@ -235,6 +238,8 @@ class _StandIn:
         if not in_backward:
             self._check_order(hidden)
             if number == 0:
+                if self._stack.start is not None:
+                    self._stack.start(hidden, (args, kwargs))
                 self._enter(tensors_of((args, kwargs)))
         # Usually the lookup of block `stop` has ended the forward already. It cannot if the stage sends the arguments of block 0 and
         # has no blocks (stop is 0), nor if the loop looked all blocks up before it called the first one.

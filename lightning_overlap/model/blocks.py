@@ -45,6 +45,28 @@ def find_blocks(model: nn.Module, asked: str | None, stages: int) -> tuple[str, 
     return longest[0], alike[longest[0]]
 
 
+def blocks_by_role(model: nn.Module, given: Mapping[str, str], stages: int) -> tuple[str, Blocks]:
+    """Finds the list with the role ``blocks``, and its name; without such a role, as :func:`find_blocks` does.
+
+    Args:
+        model: the user's.
+        given: the strategy's ``parallel_plan``. If it names no blocks, the module's attribute of that name may.
+        stages: the least length of a list that has no role.
+
+    Raises:
+        ConfigError: no list has the role that was given, several have it, or none was found.
+    """
+    plans = [[pattern for pattern, role in plan.items() if role == "blocks"] for plan in (given, roles_of(model, {}))]
+    patterns = next(filter(None, plans), [])
+    names = list(dict.fromkeys(name for pattern in patterns for name in names_matching(model, pattern)))
+    if len(names) > 1:
+        raise ConfigError(
+            f"{' and '.join(names)} have the role blocks in parallel_plan, and one list of blocks is sharded: give the role to one of "
+            "them, by its full name"
+        )
+    return find_blocks(model, [*names, *patterns][0] if patterns else None, stages)
+
+
 def names_matching(model: nn.Module, pattern: str) -> list[str]:
     """Names of modules that end in a pattern of a ``parallel_plan``, in which ``*`` stands for one part of a name. A name that is the
     pattern itself is the only one."""
@@ -63,9 +85,13 @@ def names_by_role(model: nn.Module, given: Mapping[str, str], role: str) -> list
         given: the strategy's.
         role: one of :data:`~lightning_overlap.model.roles.ROLES`.
     """
+    return [name for pattern, each in roles_of(model, given).items() if each == role for name in names_matching(model, pattern)]
+
+
+def roles_of(model: nn.Module, given: Mapping[str, str]) -> Mapping[str, str]:
+    """Roles by pattern: the strategy's, and those of the model's attribute ``parallel_plan``. Where both name one, the strategy's."""
     plan = getattr(model, "parallel_plan", None)
-    roles = {**plan, **given} if isinstance(plan, Mapping) else given
-    return [name for pattern, each in roles.items() if each == role for name in names_matching(model, pattern)]
+    return {**plan, **given} if isinstance(plan, Mapping) else given
 
 
 def is_from_transformers(block: nn.Module) -> bool:

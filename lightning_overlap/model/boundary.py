@@ -7,15 +7,14 @@ whatever order the modes register:
     all tokens  ->  context  ->  sequence  ->  blocks  ->  sequence  ->  context  ->  all tokens
 
 Cuts are hooks of the blocks. The pipeline is outside of them: it replaces the list of blocks
-(:class:`~lightning_overlap.model.block_stack.BlockStack`). Embeddings see all tokens.
+(:class:`~lightning_overlap.model.block_stack.BlockStack`). Embeddings see all tokens, unless what they give is sharded already.
 """
 
 from __future__ import annotations
 
-import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from enum import IntEnum
 from functools import partial
 from typing import Any, ClassVar
@@ -50,12 +49,10 @@ class TokenCut(ABC):
     """Shards the tokens of hidden states, ``(..., tokens, features)``, between the first and the last block.
 
     Attributes:
-        ranks: number of ranks over which it shards tokens.
         nesting: the position among several cuts; outer cuts have smaller numbers.
         remedy: the setting that turns this cut off, for errors: "set ...".
     """
 
-    ranks: int
     nesting: ClassVar[Nesting]
     remedy: ClassVar[str]
 
@@ -79,6 +76,15 @@ class TokenCut(ABC):
         tensor except the hidden states; a tensor that does not depend on tokens is returned as it is."""
         return x
 
+    def start_stack(self, x: Tensor, inputs: Any) -> None:  # noqa: B027  # optional
+        """Prepares the way through the blocks. Called when the first block is called, on each rank: also where another one runs it.
+        An activation checkpoint that calls the block again does not count.
+
+        Args:
+            x: the hidden states of the first block, which no cut has sharded. Where another rank runs it, they have no values.
+            inputs: all arguments of the first block.
+        """
+
     def start_block(self, block: nn.Module, x: Tensor, inputs: Any) -> None:  # noqa: B027  # optional
         """Checks the arguments of a block, and prepares its call. Called before each block, before this cut shards anything.
 
@@ -100,8 +106,6 @@ class _Position:
     """The first block was called, and the last one has not returned yet."""
     is_in_block: bool = False
     """A block was called and has not returned yet."""
-    tokens: dict[TokenCut, int] = field(default_factory=dict)
-    """By cut, the number of tokens that it shards, once the first block was called on this rank."""
 
 
 class Boundary:
@@ -129,7 +133,7 @@ class Boundary:
             has_remote_blocks: whether other ranks run some of the blocks.
         """
         self.has_remote_blocks = has_remote_blocks
-        return BlockStack(blocks, name)
+        return BlockStack(blocks, name, self._start_stack if has_remote_blocks else None)
 
     def register(self, blocks: Sequence[nn.Module], cut: TokenCut) -> Callable[[], None]:
         """Adds a cut.
@@ -171,9 +175,9 @@ class Boundary:
             raise self._not_called("first", "each rank takes its part of the tokens before it")
         if is_first:
             self._position.is_inside = True
+            if not (self.has_remote_blocks or self.forwards.current.in_backward):
+                self._start_stack(x, (args, kwargs))
         for cut in self._cuts:
-            if is_first:
-                self._position.tokens[cut] = x.shape[-2]
             cut.start_block(block, x, (args, kwargs))
             if type(cut).shard_argument is not TokenCut.shard_argument:
                 args, kwargs = replaced((args, kwargs), partial(_shard_argument, cut, x))
@@ -182,6 +186,10 @@ class Boundary:
                 args, kwargs = replace_hidden(args, kwargs, position, x)
         self._position.is_in_block = True
         return args, kwargs
+
+    def _start_stack(self, x: Tensor, inputs: Any) -> None:
+        for cut in self._cuts:
+            cut.start_stack(x, inputs)
 
     def _after_block(self, block: nn.Module, args: Any, output: Any) -> None:
         self._position.is_in_block = False
@@ -209,23 +217,6 @@ class Boundary:
     def is_cut(self, nesting: Nesting) -> bool:
         """Whether tokens are sharded at this position."""
         return any(cut.nesting == nesting for cut in self._cuts)
-
-    def is_first(self, block: nn.Module) -> bool:
-        """Whether a block is the first one, before which tokens are sharded."""
-        return block is self._blocks[0]
-
-    def count_tokens(self, cut: TokenCut, x: Tensor) -> int:
-        """The number of tokens that a cut shards.
-
-        Args:
-            cut: a registered cut.
-            x: the hidden states of a block, as :meth:`TokenCut.start_block` gets them.
-        """
-        if cut in self._position.tokens:
-            return self._position.tokens[cut]
-        # Another rank runs the first block: each cut has taken its share there, an equal one on each rank.
-        inside = self._cuts[self._cuts.index(cut) :]
-        return x.shape[-2] * math.prod(inner.ranks for inner in inside)
 
     # -- one forward -------------------------------------------------------------------------------------------------
 

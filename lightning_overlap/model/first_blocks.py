@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -12,8 +13,10 @@ from torch.utils.hooks import RemovableHandle
 from lightning_overlap.model.block_check import BlockCheck, BlockShards, structure
 from lightning_overlap.model.boundary import Boundary
 from lightning_overlap.model.copies import copy_without_hooks
+from lightning_overlap.model.hidden_states import find_hidden
 from lightning_overlap.model.markers import is_expert
 from lightning_overlap.model.patches import Hook, ReplacedForward
+from lightning_overlap.model.stand_in import StandIn
 from lightning_overlap.state.absent import is_absent
 
 
@@ -35,13 +38,14 @@ class FirstBlocks:
         self._is_found = False
         self._is_training = False
 
-    def register(self, blocks: Sequence[nn.Module], name: str, mode: BlockShards) -> Callable[[], None]:
-        """Adds a mode to the checks.
+    def register(self, blocks: Sequence[nn.Module], name: str, mode: BlockShards, *, verify: bool) -> Callable[[], None]:
+        """Adds a mode to the checks. Each mode that shards blocks does so: a copy is unsharded by all of them.
 
         Args:
             blocks: all blocks of the model, the same for every mode.
             name: of the list of blocks in the model.
             mode: how it shards them.
+            verify: False: blocks are not compared.
 
         Returns:
             A function that removes the mode.
@@ -49,6 +53,8 @@ class FirstBlocks:
         self._modes = sorted([*self._modes, mode], key=lambda mode: mode.nesting)
         if not self._is_found:
             self.waiting, self._is_found = _first_of_each_kind(blocks, name), True
+        if not verify:
+            self.waiting.clear()
         if not self._hooks:
             # First of all hooks: the check gets the block's arguments as the user passes them.
             self._hooks = [
@@ -79,6 +85,9 @@ class FirstBlocks:
             return
         self.waiting.remove(check)
         if any(map(is_expert, block.parameters())):  # no rank has the unsharded copy, and ranks with other samples run with it
+            return
+        if isinstance(find_hidden(args, kwargs, check.name)[1], StandIn):  # of embeddings whose tokens are sharded
+            warnings.warn(f"{check.name} was not compared with an unsharded copy, since no rank has its whole input", stacklevel=2)
             return
         # A pipeline may defer gradients of weights: it replaces the forward of their layers.
         forwards = [vars(module)["forward"] for module in block.modules() if "forward" in vars(module)]

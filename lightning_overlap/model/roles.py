@@ -13,10 +13,10 @@ ROLES = (
     *("blocks", "column", "row", "column_gathered", "row_split", "vocab_embedding", "vocab_head", "token_wise", "token_table"),
     *EXPERT_ROLES,
 )
-"""``blocks`` is the list of alike layers. ``token_wise`` is a module that works on each token by itself. ``token_table`` is a module
-that makes a table with an entry a token, from the number of tokens that it gets. The other roles say how a layer is sharded over the
-tensor axis. Modules between a ``column_gathered`` and a ``row_split`` layer get all features (for a norm over all heads, a split at
-fixed indices), and each rank computes them."""
+"""``blocks`` is the list of alike layers. ``token_wise`` is a module that works on each token by itself, in the blocks or (for
+``context_parallel.boundary: batch``) before them. ``token_table`` is a module that makes a table with an entry a token, from the
+number of tokens that it gets. The other roles say how a layer is sharded over the tensor axis. Modules between a ``column_gathered``
+and a ``row_split`` layer get all features (for a norm over all heads, a split at fixed indices), and each rank computes them."""
 
 
 def parse_role(role: str) -> tuple[str, tuple[int, ...] | None]:

@@ -35,6 +35,8 @@ class StandIn(Tensor):
     """
 
     description: ClassVar[str]
+    has_memory: ClassVar[bool] = False
+    """Whether the placeholder's own memory has all values."""
 
     @property
     def writers(self) -> list[str]:
@@ -66,6 +68,11 @@ class StandIn(Tensor):
         target = args[0] if args and isinstance(args[0], StandIn) else None
         if isinstance(out := kwargs.get("out"), StandIn):
             raise _in_place_error(out, f"{func.__name__}(out=...)")
+        if target is not None and func is Tensor.data_ptr and not target.has_memory:
+            raise ConfigError(
+                f"a kernel outside of torch reads the memory of {target.description}, of which this rank has a part or nothing. Use "
+                "torch's functions, which get the complete tensor"
+            )
         if target is None:
             return cls.compute(func, args, kwargs)
         is_assignment = func in _ASSIGNMENTS
@@ -81,6 +88,8 @@ class StandIn(Tensor):
 
 class View(StandIn):
     """A view of a complete copy: it has values, but a change in place would be lost with the copy."""
+
+    has_memory = True
 
     def complete(self, reader: Any) -> Tensor:
         with WithoutSubclasses():
@@ -123,5 +132,5 @@ def _in_place_error(x: StandIn, name: str) -> ConfigError:
     return ConfigError(
         f"{name} changes {x.description} in place, where the change would be lost: this rank holds only a part, and a function that "
         "reads the complete tensor gets a copy. Use an out-of-place function (x = x.masked_fill(...), x = x / y, torch.where), or "
-        "change a copy (x = x.clone())"
+        "change a copy (x = x.clone()). A checkpoint that is called with it needs use_reentrant=False"
     )

@@ -282,13 +282,13 @@ def update_router_biases(model: nn.Module, all_reduce: Callable[[Tensor], Tensor
         all_reduce: sums a tensor over all ranks.
     """
     routers = [m for m in model.modules() if isinstance(m, TopKRouter) and m.update_bias_rate]
+    biases = [router.e_score_correction_bias for router in routers if router.e_score_correction_bias is not None]
     if not routers:
         return
-    counts = [token_counts(router, router.num_experts, router.weight.device) for router in routers]
-    sums = all_reduce(torch.cat(counts)).split([router.num_experts for router in routers])
-    for router, total in zip(routers, sums, strict=True):
-        assert router.e_score_correction_bias is not None, "it has a rate"
-        update_bias(router.e_score_correction_bias, total, router.update_bias_rate)
+    counts = [token_counts(router, len(bias), bias.device) for router, bias in zip(routers, biases, strict=True)]
+    sums = all_reduce(torch.cat(counts)).split([len(bias) for bias in biases])
+    for router, bias, total in zip(routers, biases, sums, strict=True):
+        update_bias(bias, total, router.update_bias_rate)
         router.tokens_per_expert = None
 
 

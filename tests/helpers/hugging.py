@@ -29,9 +29,16 @@ GPT2 = {"vocab_size": VOCABULARY, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_po
 NO_DROPOUT = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
 FALCON = {"vocab_size": VOCABULARY, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "alibi": True}
 CHUNKED = {"layer_types": ["chunked_attention", "full_attention"], "attention_chunk_size": 6, "intermediate_size_mlp": 48}
+DYNAMIC = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0}
+LONG = {"rope_type": "longrope", "rope_theta": 10000.0, "factor": 4.0, "short_factor": [1.0] * 4, "long_factor": [1.0, 2.0, 3.0, 4.0]}
+LONG = {**LONG, "original_max_position_embeddings": 16}
 EXPERTS = {"num_local_experts": 4, "num_experts_per_tok": 2}
 MODELS: dict[str, Callable[[], Any]] = {
     "llama": lambda: transformers.LlamaForCausalLM(transformers.LlamaConfig(**SIZES)),
+    "dynamic": lambda: transformers.LlamaForCausalLM(
+        transformers.LlamaConfig(**{**SIZES, "max_position_embeddings": 16}, rope_parameters=DYNAMIC)
+    ),
+    "longrope": lambda: transformers.LlamaForCausalLM(transformers.LlamaConfig(**SIZES, rope_parameters=LONG)),
     "mistral": lambda: transformers.MistralForCausalLM(transformers.MistralConfig(**SIZES, sliding_window=5)),
     "gemma3": lambda: transformers.Gemma3ForCausalLM(transformers.Gemma3TextConfig(**SIZES, **MIXED)),
     "gemma2": lambda: transformers.Gemma2ForCausalLM(transformers.Gemma2Config(**EAGER, **MIXED)),
@@ -56,6 +63,7 @@ class Module(LightningModule):
         reads_hidden: the loss has hidden states in it that the model records.
         items: the number of labels by which the model divides its loss; None: their number in the batch.
         generates: whether validation generates tokens, too.
+        calls: of the model in a training step, each with some of the samples.
     """
 
     def __init__(
@@ -67,8 +75,10 @@ class Module(LightningModule):
         reads_hidden: bool = False,
         items: int | None = None,
         generates: bool = False,
+        calls: int = 1,
     ) -> None:
         super().__init__()
+        self.calls = calls
         self.model = MODELS[name]()
         self.reads_hidden, self.items, self.generates = reads_hidden, items, generates
         if recompute:
@@ -89,7 +99,8 @@ class Module(LightningModule):
         return output.loss
 
     def training_step(self, batch: dict[str, Tensor], index: int) -> Tensor:
-        return self.loss(batch)
+        parts = ({name: x[first :: self.calls] for name, x in batch.items()} for first in range(self.calls))
+        return torch.stack([self.loss(part) for part in parts]).mean()
 
     def validation_step(self, batch: dict[str, Tensor], index: int) -> None:
         self.log("val_loss", self.loss(batch), sync_dist=True)

@@ -36,7 +36,7 @@ class Cut(TokenCut):
     remedy: ClassVar[str] = "set context_parallel: 1"
 
     def __init__(self, shards: TokenShards, stays: bool) -> None:
-        self.ranks, self._shards, self._stays = shards.group.size, shards, stays
+        self._shards, self._stays = shards, stays
 
     def enter(self, x: Tensor) -> Tensor:
         return self._shards.take(x, -2)

@@ -77,6 +77,7 @@ class ContextAttention:
         hierarchical_sizes: of ``a2a+p2p``: ranks that exchange heads, which are neighbours, and ranks that exchange pieces.
         chain: returns the earlier attentions of the same forward; None: in backward, keys and values travel under their own attention
             only.
+        kernels: makes the kernel of a call; a measurement passes kernels that do not compute.
 
     Raises:
         ConfigError: ``hierarchical_sizes`` do not fit the method or the group.
@@ -91,6 +92,7 @@ class ContextAttention:
         overlapped: bool = True,
         hierarchical_sizes: tuple[int, int] | None = None,
         chain: Callable[[], Chain] | None = None,
+        kernels: Callable[..., Kernel] = kernel_for,
     ) -> None:
         if (hierarchical_sizes is None) == (method == "a2a+p2p"):
             raise ConfigError(
@@ -102,7 +104,7 @@ class ContextAttention:
             raise ConfigError(
                 f"hierarchical_sizes={hierarchical_sizes} make {inner * outer} ranks of {group.size}: choose sizes whose product it is"
             )
-        self._overlapped = overlapped
+        self._overlapped, self._kernels = overlapped, kernels
         self._chain = chain
         self._masks = TileMasks()
         self._sets = [range(first, first + inner) for first in range(0, group.size, inner)]
@@ -151,7 +153,7 @@ class ContextAttention:
         device = q.device.type
         q, k, v = _autocast(q, k, v)
         seed = int(torch.randint(1 << 62, ()).item()) if dropout else 0
-        kernel = kernel_for(q, v, 1 / math.sqrt(q.shape[-1]) if scale is None else scale, dropout, softcap, seed)
+        kernel = self._kernels(q, v, 1 / math.sqrt(q.shape[-1]) if scale is None else scale, dropout, softcap, seed)
         with torch.autocast(device, enabled=False):
             if self._inner.size > 1:
                 return HeadAttention.apply(q, k, v, sinks, self._by_heads(q.shape[1], k.shape[1], kernel, mask, layout))
@@ -161,6 +163,10 @@ class ContextAttention:
             # Saved tensors that go elsewhere (an activation checkpoint, an offload to the host) are not kept for the chain.
             chain = self._chain() if self._chain is not None and self._overlapped and saved_tensor_hooks() is None else None
             return _PieceAttention.apply(q, k, v, sinks, part, make, chain)
+
+    def most_received(self, mask: Mask, layout: TokenLayout) -> int:
+        """Of ``p2p``: the tokens whose keys and values travel to the rank that receives most of them."""
+        return self._plans.of(mask, layout, self._group.rank).most_received
 
     def _by_heads(self, heads: int, kv_heads: int, kernel: Kernel, mask: Mask, layout: TokenLayout) -> ByHeads:
         shares = HeadShares.of(heads, kv_heads, self._inner.size, kv_heads_apart=self._outer.size > 1)

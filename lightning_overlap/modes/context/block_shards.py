@@ -53,11 +53,12 @@ class ContextShards(BlockShards):
     @property
     def _shards(self) -> TokenShards | None:
         """Which tokens each rank has in this forward; None: all of them."""
-        return self._cut.state.shards if self._cut.state.local is not None else None
+        sharding = self._cut.state.sharding
+        return None if sharding is None else sharding.shards
 
     def start(self, check: BlockCheck, inputs: tuple[Any, Any]) -> None:
-        if not check.enters:  # another rank may run the first block
-            self._cut.start_block(check.block, find_hidden(*inputs, check.name)[1], inputs)
+        if check.enters:
+            self._cut.start_stack(find_hidden(*inputs, check.name)[1], inputs)
 
     def complete(self, check: BlockCheck, twin: nn.Module, inputs: tuple[Any, Any]) -> None:
         """A copy whose mask is a description attends by our kernels, since no other takes one."""

@@ -1,11 +1,13 @@
 """The context's cut at the boundary of the block stack: takes this rank's tokens before the first block; after the last one gathers
-all tokens (``boundary: blocks``), or hands on :class:`~lightning_overlap.model.sharded_tokens.ShardedTokens` (``boundary: loss``)."""
+all tokens (``boundary: blocks``), or hands on :class:`~lightning_overlap.model.sharded_tokens.ShardedTokens` (``boundary: loss``).
+Under ``boundary: batch`` embeddings give such tensors already."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, MutableMapping
+from dataclasses import dataclass, field, replace
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -24,23 +26,49 @@ from lightning_overlap.modes.context.mask import Mask
 from lightning_overlap.ranks.group import Group
 
 
+@dataclass(frozen=True, eq=False)
+class Sharding:
+    """How the ranks share the sequences of one call of the model.
+
+    Attributes:
+        layout: which tokens each rank has.
+        shards: the same, as an object that takes and gathers this rank's tokens.
+        local: the tokens of this rank.
+        batch: number of samples; None if the hidden states have none.
+    """
+
+    layout: TokenLayout
+    shards: TokenShards
+    local: LocalTokens
+    batch: int | None
+
+    @classmethod
+    def of(cls, layout: TokenLayout, group: Group, batch: int | None) -> Sharding:
+        positions = tuple(layout.positions(rank) for rank in range(group.size))
+        shards = TokenShards(group, positions, layout.tokens)
+        return cls(layout, shards, LocalTokens(layout.tokens, shards.local), batch)
+
+
 @dataclass
 class ContextState:
     """What one forward knows of its tokens.
 
     Attributes:
-        layout: which tokens each rank has; None before the first block.
-        local: the tokens of this rank; None before the first block, and in a forward that is not sharded.
-        shards: the same as ``layout``, as an object that takes and gathers this rank's tokens.
+        sharding: of the call of the model that runs; None before the first block, and in a call that is not sharded.
+        by_mask: the sharding of each call in which blocks were given a mask: a checkpoint may run a block of an earlier call again.
+        by_tokens: under ``boundary: batch`` the sharding of embeddings, by number of tokens.
         gathers: tokens are gathered after the last block.
-        batch: number of samples.
     """
 
-    layout: TokenLayout | None = None
-    local: LocalTokens | None = None
-    shards: TokenShards | None = None
+    sharding: Sharding | None = None
+    by_mask: MutableMapping[Mask, Sharding] = field(default_factory=WeakKeyDictionary)
+    by_tokens: dict[int, Sharding] = field(default_factory=dict)
     gathers: bool = False
-    batch: int | None = None
+
+    @property
+    def local(self) -> LocalTokens | None:
+        """The tokens of this rank; None: all of them."""
+        return None if self.sharding is None else self.sharding.local
 
 
 class ContextCut(TokenCut):
@@ -50,16 +78,16 @@ class ContextCut(TokenCut):
         group: the ranks.
         boundary: of the blocks.
         order: ``by mask``, ``balanced`` or ``contiguous``; see :class:`~lightning_overlap.modes.context.config.ContextParallel`.
-        exit: ``loss`` or ``blocks``: where tokens are joined again.
+        where: ``loss``, ``blocks`` or ``batch``: where tokens are sharded, see
+            :class:`~lightning_overlap.modes.context.config.ContextParallel`.
         is_unsharded: whether the present forward runs with all tokens on every rank.
     """
 
     nesting = Nesting.TOKENS
     remedy = "set context_parallel: 1"
 
-    def __init__(self, group: Group, boundary: Boundary, order: str, exit: str, is_unsharded: Callable[[], bool]) -> None:
-        self.ranks = group.size
-        self._group, self._boundary, self._order, self._exit = group, boundary, order, exit
+    def __init__(self, group: Group, boundary: Boundary, order: str, where: str, is_unsharded: Callable[[], bool]) -> None:
+        self._group, self._boundary, self._order, self._where = group, boundary, order, where
         self._is_unsharded = is_unsharded
 
     @property
@@ -67,63 +95,104 @@ class ContextCut(TokenCut):
         """Of the forward that this thread computes."""
         return self._boundary.forwards.current.of(ContextState)
 
-    def start_block(self, block: nn.Module, x: Tensor, inputs: Any) -> None:
+    def start_stack(self, x: Tensor, inputs: Any) -> None:
         state = self.state
         if self._is_unsharded():
-            state.local = None
+            state.sharding = None
             return
-        if state.local is not None and not self._boundary.is_first(block):
-            return
-        tokens = self._boundary.count_tokens(self, x)
-        if self._boundary.has_remote_blocks and tokens % (2 * self.ranks):
+        batch = x.shape[0] if x.dim() > 2 else None
+        if isinstance(x, ShardedTokens):  # of embeddings, or of a model that goes through its blocks again
+            known = [state.sharding, *state.by_tokens.values()]
+            same = next((sharding for sharding in known if sharding is not None and sharding.shards.equal(x.shards)), None)
+            if same is not None:
+                state.sharding = replace(same, batch=batch)
+                return
+        if self._where == "batch":
             raise ConfigError(
-                f"a sequence of {tokens} tokens is not divisible by 2 x context_parallel.size={self.ranks}, which it must be in a "
-                "pipeline: pad it"
+                "context_parallel.boundary: batch was asked for, and the hidden states that the first block is called with have all "
+                "tokens: they are not those of the embeddings, or a function on the way has gathered them (a warning names it). Give "
+                "the module that makes them, token by token, the role token_wise in parallel_plan, or set context_parallel.boundary: "
+                "loss"
             )
-        state.layout = self._lay_out(tokens, next((x for x in leaves(inputs) if isinstance(x, Mask)), None))
-        if tokens < self.ranks and is_from_transformers(block):
-            raise ConfigError(
-                f"a sequence of {tokens} tokens has none for some of the context_parallel.size={self.ranks} ranks, and models of "
-                f"transformers cannot compute without tokens. Pad the batch to {self.ranks} tokens, or {self.remedy}"
-            )
-        positions = tuple(state.layout.positions(rank) for rank in range(self.ranks))
-        state.shards = TokenShards(self._group, positions, tokens)
-        state.local = LocalTokens(tokens, state.shards.local)
-        state.batch = x.shape[0] if x.dim() > 2 else None
-        if not self._boundary.forwards.current.in_backward:
-            # A reentrant checkpoint, which alone trains without gradients, takes ordinary tensors from a block.
-            state.gathers = self._exit == "blocks" or (block.training and not torch.is_grad_enabled())
+        layout = self._lay_out(x.shape[-2], next(_masks(inputs), None))
+        state.sharding = Sharding.of(layout, self._group, batch)
+
+    def shards_of_embeddings(self, tokens: int) -> TokenShards | None:
+        """Which tokens each rank has of a sequence before the blocks; None: all of them."""
+        if self._is_unsharded():
+            return None
+        by_tokens = self.state.by_tokens
+        if tokens not in by_tokens:
+            by_tokens[tokens] = Sharding.of(self._lay_out(tokens, None), self._group, None)
+        return by_tokens[tokens].shards
 
     def _lay_out(self, tokens: int, mask: Mask | None) -> TokenLayout:
+        """The layout of a sequence; ``mask`` is that of the first block, which all stages of a pipeline see."""
         order = self._order
         if order == "by mask" and mask is not None:
-            if mask.documents is not None and not self._boundary.has_remote_blocks:
-                return TokenLayout.for_documents(mask, self.ranks)
+            # Stages know the shapes of what they receive from those of the batch: a rank then has as many tokens under any mask.
+            even = self._boundary.has_remote_blocks
+            if mask.documents is not None and not (even and tokens % (2 * self._group.size)):
+                return TokenLayout.for_documents(mask, self._group.size, even=even)
             order = "balanced" if mask.causal and mask.window is None else "contiguous"
         make = TokenLayout.contiguous if order == "contiguous" else TokenLayout.balanced
-        return make(tokens, self.ranks)
+        return make(tokens, self._group.size)
+
+    def start_block(self, block: nn.Module, x: Tensor, inputs: Any) -> None:
+        state = self.state
+        if state.sharding is None:
+            return
+        if self._boundary.forwards.current.in_backward:
+            state.sharding = next((state.by_mask[mask] for mask in _masks(inputs) if mask in state.by_mask), state.sharding)
+            return
+        tokens, ranks = state.sharding.layout.tokens, self._group.size
+        if tokens < ranks and is_from_transformers(block):
+            raise ConfigError(
+                f"a sequence of {tokens} tokens has none for some of the context_parallel.size={ranks} ranks, and models of "
+                f"transformers cannot compute without tokens. Pad the batch to {ranks} tokens, or {self.remedy}"
+            )
+        state.by_mask.update(dict.fromkeys(_masks(inputs), state.sharding))
+        # A reentrant checkpoint, which alone trains without gradients, takes ordinary tensors from a block, and gives it such.
+        is_reentrant = block.training and not torch.is_grad_enabled()
+        if is_reentrant and self._where == "batch":
+            raise ConfigError(
+                "context_parallel.boundary: batch: a block in training mode runs without gradients, as in a checkpoint with "
+                "use_reentrant=True, which would lose the gradients of sharded embeddings: set use_reentrant=False, call eval() "
+                "before a forward that needs no gradients, or set context_parallel.boundary: loss"
+            )
+        state.gathers = self._where == "blocks" or is_reentrant
 
     def enter(self, x: Tensor) -> Tensor:
-        state = self.state
-        if state.local is None:
+        sharding = self.state.sharding
+        if sharding is None:
             return x
-        if isinstance(x, ShardedTokens):  # a model that goes through its blocks again
-            return x.local
-        return _Enter.apply(x, state.shards)
+        if isinstance(x, ShardedTokens):
+            if x.shards.equal(sharding.shards):
+                return x.local
+            x = x.complete("the first block")
+        return _Enter.apply(x, sharding.shards)
 
     def leave(self, x: Tensor) -> Tensor:
         state = self.state
-        if state.local is None or state.shards is None:
+        if state.sharding is None:
             return x
-        return state.shards.gather(x, -2) if state.gathers else ShardedTokens.of(x, -2, state.shards)
+        shards = state.sharding.shards
+        return shards.gather(x, -2) if state.gathers else ShardedTokens.of(x, -2, shards)
 
     def shard_argument(self, x: Tensor) -> Tensor:
-        state = self.state
-        if state.local is None:
+        sharding = self.state.sharding
+        if sharding is None:
             return x
         if isinstance(x, ShardedTokens):
-            return x.local
-        return shard_argument(x, state.local.tokens, state.local.positions, state.batch)
+            if x.shards.equal(sharding.shards):
+                return x.local
+            x = x.complete("a block")
+        return shard_argument(x, sharding.local.tokens, sharding.local.positions, sharding.batch)
+
+
+def _masks(inputs: Any) -> Iterator[Mask]:
+    """The masks among the arguments of a block."""
+    return (leaf for leaf in leaves(inputs) if isinstance(leaf, Mask))
 
 
 class _Enter(Function):

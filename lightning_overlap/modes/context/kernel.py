@@ -8,7 +8,8 @@ in order: from the merged output and log-sum-exp, the gradients of each pair of 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import InitVar, dataclass, field
+from collections.abc import Iterable
+from dataclasses import InitVar, dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -35,13 +36,17 @@ class Tile:
     Args:
         causal: query i sees the keys up to ``first + i``, counted from the first of each.
         visible: as :meth:`Mask.visible` gives it; None: all pairs.
-        key: tells the tile from others of the same attention, for dropout.
+        queries: positions of the queries, in order, from query ``-first`` on.
+        keys: positions of the keys.
+        heads: numbers of the query heads, among all of the layer.
         first: 0, but for :meth:`rows`.
     """
 
     causal: bool = False
     visible: Tensor | None = None
-    key: tuple[int, ...] = ()
+    queries: tuple[range, ...]
+    keys: range
+    heads: range
     first: int = 0
 
     def rows(self, rows: range) -> Tile:
@@ -49,7 +54,7 @@ class Tile:
         visible = self.visible
         if visible is not None and visible.shape[-2] > 1:
             visible = visible[..., rows.start : rows.stop, :]
-        return Tile(causal=self.causal, visible=visible, key=(*self.key, rows.start), first=self.first + rows.start)
+        return replace(self, visible=visible, first=self.first + rows.start)
 
     def bias(self, dtype: torch.dtype) -> Tensor | None:
         """What is added to the logits."""
@@ -144,7 +149,7 @@ class PlainKernel(Kernel):
         scale: as in :class:`Kernel`.
         dropout: probability with which a pair is dropped.
         softcap: the logits become ``softcap * tanh(logits / softcap)`` before the mask; None: they stay.
-        seed: of dropout. The same pairs are dropped in forward and backward, in whatever order tiles come.
+        seed: of dropout, see :func:`kept`.
     """
 
     def __init__(self, scale: float, dropout: float = 0.0, softcap: float | None = None, seed: int = 0) -> None:
@@ -210,8 +215,55 @@ class PlainKernel(Kernel):
 
     def _kept(self, weights: Tensor, tile: Tile) -> Tensor:
         """By what each weight is multiplied: 0, or what keeps the expected sum."""
-        generator = torch.Generator(weights.device).manual_seed(hash((self.seed, *tile.key)))
-        return torch.rand(weights.shape, generator=generator, device=weights.device).ge(self.dropout) / (1 - self.dropout)
+        batch, _, rows, _ = weights.shape
+        queries = positions_of(tile.queries, weights.device)[tile.first : tile.first + rows]
+        pairs = kept(self.dropout, self.seed, batch, tile.heads, queries, positions_of([tile.keys], weights.device))
+        return pairs / ((1 - self.dropout) or 1)
+
+
+def kept(dropout: float, seed: int, batch: int, heads: range, queries: Tensor, keys: Tensor) -> Tensor:
+    """Which pairs dropout keeps: by head and positions in the whole sequence alone, whichever rank computes a pair, when, and in
+    which tile. So forward, backward and recomputation, and any number of ranks, drop the same pairs.
+
+    Each pair's number is hashed. (G. Steele et al., Fast Splittable Pseudorandom Number Generators, 2014: SplitMix64.)
+
+    Args:
+        dropout: probability with which a pair is dropped.
+        seed: of the attention.
+        batch: number B of samples.
+        heads: numbers of the query heads.
+        queries: positions, ``(q,)``, int64.
+        keys: positions, ``(k,)``, int64, on the same device.
+
+    Returns:
+        ``(B, heads, q, k)``, bool.
+    """
+    number = torch.full((1, 1, 1, 1), _signed(seed), device=queries.device)
+    for axis, indices in enumerate((range(batch), heads, queries, keys)):
+        along = torch.as_tensor(list(indices) if isinstance(indices, range) else indices, device=queries.device)
+        number = _mixed(number + (along + 1).view([-1 if dim == axis else 1 for dim in range(4)]) * _GOLDEN_RATIO)
+    return number >= min(int(dropout * (1 << 64)), (1 << 64) - 1) - (1 << 63)
+
+
+def _mixed(x: Tensor) -> Tensor:
+    """A bijection of 64-bit integers whose values look independent. It changes ``x``."""
+    for shift, factor in ((30, _signed(0xBF58476D1CE4E5B9)), (27, _signed(0x94D049BB133111EB)), (31, 1)):
+        x ^= (x >> shift) & ((1 << (64 - shift)) - 1)  # the shift of a signed number copies its sign
+        x *= factor
+    return x
+
+
+def _signed(number: int) -> int:
+    """The signed 64-bit integer with the bits of ``number``."""
+    return (number + (1 << 63)) % (1 << 64) - (1 << 63)
+
+
+_GOLDEN_RATIO = _signed(0x9E3779B97F4A7C15)
+
+
+def positions_of(parts: Iterable[range], device: torch.device) -> Tensor:
+    """The positions in some ranges, ``(count,)``, int64."""
+    return torch.cat([torch.arange(part.start, part.stop, device=device) for part in parts])
 
 
 def _blocks(q: Tensor) -> list[range]:

@@ -74,7 +74,7 @@ class TokenLayout:
         return cls.dealt(tokens, [[rank, 2 * ranks - 1 - rank] for rank in range(ranks)])
 
     @classmethod
-    def by_area(cls, mask: Mask, ranks: int) -> TokenLayout:
+    def by_area(cls, mask: Mask, ranks: int, *, even: bool = False) -> TokenLayout:
         """Several ranges a rank, so that all have as many tokens, and about as many visible pairs: for packed documents.
 
         Chunks of equal length are dealt out, those with the most pairs first, to the rank that has the fewest pairs so far.
@@ -82,8 +82,12 @@ class TokenLayout:
         Args:
             mask: which pairs are visible, as :meth:`Mask.visible_counts` estimates them.
             ranks: number of ranks.
+            even: all chunks are equally long, so that ranks have as many tokens under any mask. ``ranks`` divides the tokens.
         """
-        chunks = ranks * min(CHUNKS_BY_AREA, max(mask.tokens // ranks, 1))
+        each = min(CHUNKS_BY_AREA, max(mask.tokens // ranks, 1))
+        if even:
+            each = max(number for number in range(1, each + 1) if mask.tokens // ranks % number == 0)
+        chunks = ranks * each
         area = [0, *mask.visible_counts().cumsum(0).tolist()]
         areas = [area[b.stop] - area[b.start] for b in _chunks(mask.tokens, chunks)]
         dealt: list[list[int]] = [[] for _ in range(ranks)]
@@ -93,18 +97,18 @@ class TokenLayout:
         return cls.dealt(mask.tokens, dealt)
 
     @classmethod
-    def for_documents(cls, mask: Mask, ranks: int) -> TokenLayout:
+    def for_documents(cls, mask: Mask, ranks: int, *, even: bool = False) -> TokenLayout:
         """The layout with the least traffic that gives all ranks about as many visible pairs: for packed documents.
 
         Consecutive tokens need the keys of a document at each end only, an early and a late range twice as many, and ranges that are
-        dealt out by area need most: but they balance any lengths.
+        dealt out by area need most: but they balance any lengths. Arguments as of :meth:`by_area`.
         """
         counts = mask.visible_counts()
         for layout in (cls.contiguous(mask.tokens, ranks), cls.balanced(mask.tokens, ranks)):
             pairs = [sum(int(counts[part.start : part.stop].sum()) for part in mine) for mine in layout.ranges]
             if max(pairs) * ranks <= BALANCED_ENOUGH * sum(pairs):
                 return layout
-        return cls.by_area(mask, ranks)
+        return cls.by_area(mask, ranks, even=even)
 
     @classmethod
     def dealt(cls, tokens: int, chunks: Sequence[Iterable[int]]) -> TokenLayout:

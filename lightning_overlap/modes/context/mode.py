@@ -10,22 +10,25 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_overlap.model.blocks import Blocks, find_blocks, is_from_transformers, names_by_role
+from lightning_overlap.decision import ConfigError
+from lightning_overlap.model.blocks import blocks_by_role, is_from_transformers, names_by_role
 from lightning_overlap.model.boundary import Nesting
 from lightning_overlap.model.markers import is_expert
 from lightning_overlap.model.patches import replace_method
 from lightning_overlap.modes.base import Setup, Sharder
 from lightning_overlap.modes.context import seam
 from lightning_overlap.modes.context.arguments import token_table_forward
-from lightning_overlap.modes.context.attention import ContextAttention
 from lightning_overlap.modes.context.block_shards import ContextShards
 from lightning_overlap.modes.context.config import ContextChoices, ContextFacts, ContextParallel
 from lightning_overlap.modes.context.cut import ContextCut, ContextState
+from lightning_overlap.modes.context.embeddings import embedding_forward, find_embeddings
 from lightning_overlap.modes.context.exchange import Chain
 from lightning_overlap.modes.context.local_tokens import LocalTokens
 from lightning_overlap.modes.context.mask import Mask
+from lightning_overlap.modes.context.methods import AttentionByMask
 from lightning_overlap.modes.context.refusals import find_mixers
 from lightning_overlap.ranks.group import Group
+from lightning_overlap.torch_seams import is_compiled, is_guard_failure
 
 
 class ContextMode(Sharder):
@@ -47,9 +50,9 @@ class ContextMode(Sharder):
         self.group: Group = self.mesh.group("context", self.timeout, "context")
         self.group.before_wait = setup.lanes.hand_over
         sizes = config.hierarchical_sizes
-        self._attention = ContextAttention(
+        self._attention = AttentionByMask(
             self.group,
-            choices.method.value,
+            choices.methods,
             pieces=config.pieces,
             overlapped=choices.overlap.value,
             hierarchical_sizes=None if sizes is None else (sizes[0], sizes[1]),
@@ -66,7 +69,7 @@ class ContextMode(Sharder):
     # -- set-up ------------------------------------------------------------------------------------------------------
 
     def parallelize(self, model: nn.Module) -> None:
-        name, blocks = _find(model, self.setup.roles)
+        name, blocks = blocks_by_role(model, self.setup.roles, 1)
         self._model = model
         self._install = partial(self._patch, model, name, list(blocks.children()))
         self._install()
@@ -86,9 +89,13 @@ class ContextMode(Sharder):
         is_unsharded = self._switch_hugging_face(model, blocks)
         cut = ContextCut(self.group, boundary, self.choices.order.value, self.choices.boundary.value, is_unsharded)
         self._undo.append(boundary.register(blocks, cut))
-        if self.config.verify_blocks:
-            shards = ContextShards(self.group, cut, self._name_attention)
-            self._undo.append(self.setup.first_blocks.register(blocks, name, shards))
+        if self.choices.boundary.value == "batch":
+            for path in find_embeddings(model, name, self.setup.roles):
+                module = model.get_submodule(path)
+                forward = embedding_forward(module.forward, path, cut.shards_of_embeddings)
+                self._undo.append(replace_method(module, "forward", forward))
+        shards = ContextShards(self.group, cut, self._name_attention)
+        self._undo.append(self.setup.first_blocks.register(blocks, name, shards, verify=self.config.verify_blocks))
 
     def _switch_hugging_face(self, model: nn.Module, blocks: Sequence[nn.Module]) -> Callable[[], bool]:
         """Has a model of transformers call the seam; whether its present forward runs with all tokens on every rank."""
@@ -115,12 +122,13 @@ class ContextMode(Sharder):
         self.setup.boundary.start_forward()  # what was prepared is of the sharded model
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Mask, **options: Any) -> Tensor:
-        """Attention of this rank's queries over the keys of all ranks; see :class:`ContextAttention`."""
+        """Attention of this rank's queries over the keys of all ranks; see :class:`AttentionByMask`."""
         if self._in_trial:
             options["dropout"] = 0.0
-        layout = self.setup.boundary.forwards.current.of(ContextState).layout
-        assert layout is not None, "a block that runs has entered the stack"
-        return self._attention(q, k, v, mask, layout, **options)
+        state = self.setup.boundary.forwards.current.of(ContextState)
+        sharding = state.by_mask.get(mask, state.sharding)
+        assert sharding is not None, "a block that runs has entered the stack"
+        return self._attention(q, k, v, mask, sharding.layout, **options)
 
     @contextmanager
     def unsharded(self) -> Iterator[None]:
@@ -144,6 +152,11 @@ class ContextMode(Sharder):
         self.setup.boundary.start_forward()
 
     def explain_failure(self, error: Exception) -> None:
+        if is_guard_failure(error):
+            raise ConfigError(
+                "a compiled function was called with a tensor whose tokens are sharded over the ranks, for which torch cannot compile "
+                "it: call it without torch.compile, or set context_parallel.boundary: blocks"
+            ) from error
         self.setup.boundary.explain_failure(error)
 
     def start_backward(self) -> None:
@@ -173,19 +186,16 @@ class ContextMode(Sharder):
             self.group.stop()
 
 
-def _find(model: nn.Module, roles: Mapping[str, str]) -> tuple[str, Blocks]:
-    named = {role: name for name, role in roles.items()}
-    return find_blocks(model, named.get("blocks"), 1)
-
-
 def look(model: nn.Module, config: ContextParallel, roles: Mapping[str, str]) -> ContextFacts | None:
     """See :class:`lightning_overlap.modes.descriptor.Look`."""
     if config.size == 1:
         return None
-    name, blocks = _find(model, roles)
+    name, blocks = blocks_by_role(model, roles, 1)
     heads, kv_heads = _count_heads(blocks)
     mixers = tuple(find_mixers(name, blocks, names_by_role(model, roles, "token_wise")))
-    return ContextFacts(f"the blocks are {name}", heads, kv_heads, mixers)
+    embeddings = find_embeddings(model, name, roles) if config.boundary == "batch" else ()
+    compiled = tuple(path for path, module in model.named_modules() if path and is_compiled(module))
+    return ContextFacts(f"the blocks are {name}", heads, kv_heads, mixers, embeddings, compiled)
 
 
 def _count_heads(blocks: nn.Module) -> tuple[int | None, int | None]:

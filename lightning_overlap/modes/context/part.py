@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from lightning_overlap.modes.context.exchange import PieceExchange, posted
-from lightning_overlap.modes.context.kernel import Kernel, Merger, Tile, accumulator, finite
+from lightning_overlap.modes.context.kernel import Kernel, Merger, Tile, accumulator, finite, positions_of
 from lightning_overlap.modes.context.mask import Mask, Relation
 from lightning_overlap.modes.context.pieces import Pair, Piece, Use
 from lightning_overlap.ranks.group import Pending
@@ -28,11 +28,10 @@ class TileMasks:
     def of(self, mask: Mask, pair: Pair, batch: int, heads: range, like: Tensor) -> Tensor:
         """What :meth:`Mask.visible` gives for a pair, or the same as logits to add, in the dtype of ``like``."""
         if not mask.has_tensors and len(pair.query_positions) == 1:
-            queries, keys = pair.query_positions[0], pair.key_positions
-            return self._visible(
-                mask.causal, mask.window, queries.start - keys.start, len(queries), len(keys), like.dtype, like.device
-            )
-        return mask.visible(_positions(pair.query_positions, like), _positions([pair.key_positions], like), batch, heads)
+            distance = pair.query_positions[0].start - pair.key_positions.start
+            return self._visible(mask.causal, mask.window, distance, len(pair.queries), len(pair.keys), like.dtype, like.device)
+        queries, keys = (positions_of(parts, like.device) for parts in (pair.query_positions, [pair.key_positions]))
+        return mask.visible(queries, keys, batch, heads)
 
     def _make(
         self, causal: bool, window: int | None, distance: int, queries: int, keys: int, dtype: torch.dtype, device: torch.device
@@ -108,10 +107,9 @@ class PartOfHeads:
 
     def tile_of(self, pair: Pair, q: Tensor) -> Tile:
         """Which pairs of some queries and keys are visible; ``q`` tells batch and device."""
-        key = (pair.query_positions[0].start, pair.key_positions.start, self.heads.start)
-        if pair.relation is not Relation.PARTIAL:
-            return Tile(causal=pair.relation is Relation.DIAGONAL, key=key)
-        return Tile(visible=self.masks.of(self.mask, pair, len(q), self.heads, q), key=key)
+        visible = self.masks.of(self.mask, pair, len(q), self.heads, q) if pair.relation is Relation.PARTIAL else None
+        is_causal = pair.relation is Relation.DIAGONAL
+        return Tile(causal=is_causal, visible=visible, queries=pair.query_positions, keys=pair.key_positions, heads=self.heads)
 
 
 class Outputs:
@@ -227,7 +225,3 @@ class Gradients:
 def _rows(x: Tensor, rows: range) -> Tensor:
     """Some tokens of ``(B, heads, s, D)``."""
     return x[:, :, rows.start : rows.stop]
-
-
-def _positions(parts: Iterable[range], like: Tensor) -> Tensor:
-    return torch.cat([torch.arange(part.start, part.stop, device=like.device) for part in parts])

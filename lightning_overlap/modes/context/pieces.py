@@ -103,11 +103,13 @@ class Plan:
         local: what it computes with its own keys.
         rounds: what travels, in the order of use; the same number on all ranks.
         ahead: rounds that travel at a time: as many as bring the tokens of one rank by p2p, all rounds by all_gather.
+        most_received: the tokens that the queries of one rank need of others, of the rank that needs most.
     """
 
     local: tuple[Use, ...]
     rounds: tuple[Round, ...]
     ahead: int
+    most_received: int
 
 
 @dataclass(frozen=True)
@@ -190,7 +192,8 @@ def make_plan(mask: Mask, layout: TokenLayout, rank: int, pieces: int, method: P
     # Two at least: backward computes the last of them while the last gradients of other ranks' keys travel.
     halves = _cut(tokens[rank], 2)
     local = (_use(mask, halves, piece, tile) for piece in halves)
-    return Plan(tuple(use for use in local if use.pairs), rounds, max(map(len, cut)))
+    received = [sum(len(use.piece.rows) for uses in mine for use in uses) for mine in needs]
+    return Plan(tuple(use for use in local if use.pairs), rounds, max(map(len, cut)), max(received))
 
 
 def make_stages(mask: Mask, layout: TokenLayout, members: Sequence[int], rank: int, tile: int = TILE) -> Stages:

@@ -265,13 +265,13 @@ class _Seam(TorchFunctionMode):
         softcap: float | None = None,
         sinks: Tensor | None = None,
     ) -> Tensor:
-        self._check(q, k, v)
+        self._check(q, k, v, mask)
         self.calls += 1
         return self._attend(q, k, v, mask, scale=scale, dropout=dropout, softcap=softcap, sinks=sinks)
 
     # -- checks --------------------------------------------------------------------------------------------------------------
 
-    def _check(self, q: Tensor, k: Tensor, v: Tensor) -> None:
+    def _check(self, q: Tensor, k: Tensor, v: Tensor, mask: Mask) -> None:
         local = self._local
         if q.dim() != 4 or k.dim() != 4 or v.shape[:3] != k.shape[:3] or q.shape[1] % k.shape[1] or q.shape[0] != k.shape[0]:
             shapes = ", ".join(str(tuple(x.shape)) for x in (q, k, v))
@@ -279,7 +279,9 @@ class _Seam(TorchFunctionMode):
                 f"{self._name} calls attention with queries, keys and values of shapes {shapes}: context parallelism takes (batch, "
                 "heads, tokens, features), with as many heads of queries as of keys, or a multiple"
             )
-        if (lengths := (q.shape[2], k.shape[2])) != (local.count, local.count):
+        # A checkpoint may run a block of an earlier call of the model again, whose mask tells of its own sequence.
+        is_of_this_call = mask.tokens == local.tokens
+        if is_of_this_call and (lengths := (q.shape[2], k.shape[2])) != (local.count, local.count):
             raise ConfigError(
                 f"{self._name} calls attention with {lengths[0]} queries and {lengths[1]} keys, where this rank has {local.count} of "
                 f"the {local.tokens} tokens: under context parallelism a block attends to the tokens that it is called with. Cross "

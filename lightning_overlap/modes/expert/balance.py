@@ -90,6 +90,8 @@ class Balance:
     def __init__(self, routers: Sequence[Router], group: Group, copies: int) -> None:
         self.counts: dict[str, Tensor] = {}
         self._routers, self._group, self._copies = routers, group, copies
+        # Not read from a weight later: in a backward, a weight that the optimizer has updated must not be read.
+        self._devices = [next(router.module.parameters()).device for router in routers]
         self._pending: Pending | None = None
         uncounted = [router for router in routers if not isinstance(router.module, TopKRouter) or not router.rate]
         self._undo = [replace_method(r.module, "forward", partial(_route, r, r.module.forward)) for r in uncounted]
@@ -103,7 +105,7 @@ class Balance:
         if not self._routers:
             return
         self.apply()
-        counts = [token_counts(r.module, r.experts, next(r.module.parameters()).device) for r in self._routers]
+        counts = [token_counts(r.module, r.experts, device) for r, device in zip(self._routers, self._devices, strict=True)]
         self._forget()
         self._pending = self._group.all_reduce(torch.cat(counts), label="expert.balance")
 

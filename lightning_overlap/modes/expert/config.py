@@ -41,7 +41,8 @@ class ExpertParallel:
     overlap_shared_experts: bool | Literal["auto"] = "auto"
     """Experts that every token takes compute while tokens travel."""
     delay_wgrad: bool | Literal["auto"] = "auto"
-    """Backward sends the tokens' gradients home before it computes those of the experts' weights."""
+    """Backward sends the tokens' gradients home before it computes those of the experts' weights, and keeps the gradients of outputs
+    until then. ``auto``: with ``split: experts``; otherwise the tokens of a rank itself hide the last transfers."""
     update_bias_rate: float = 0.0
     """Step of the biases by which routers of transformers (``e_score_correction_bias``) balance their experts, once an optimizer step;
     0: they stay. A router of ``lightning_overlap.nn`` has its own."""
@@ -144,15 +145,22 @@ def decide(config: ExpertParallel, degrees: Degrees, facts: Facts, *, overlap: b
             ],
             overlap=overlap,
         ),
-        delay_wgrad=settle(
-            "expert_parallel.delay_wgrad",
-            config.delay_wgrad,
-            best=True,
-            otherwise=False,
-            because="the tokens' gradients travel home while those of the experts' weights are computed",
-            overlap=overlap,
-        ),
+        delay_wgrad=_delay_wgrad(config, split.value, overlap=overlap),
         balance=balance,
+    )
+
+
+def _delay_wgrad(config: ExpertParallel, split: Split | Auto, *, overlap: bool) -> Choice[bool]:
+    if config.delay_wgrad == "auto" and overlap and split in ("experts+local", "tokens"):
+        why = "a rank's own tokens are computed under the last transfers; gradients would be kept until then"
+        return Choice(False, "auto", why)
+    return settle(
+        "expert_parallel.delay_wgrad",
+        config.delay_wgrad,
+        best=True,
+        otherwise=False,
+        because="the tokens' gradients travel home while those of the experts' weights are computed",
+        overlap=overlap,
     )
 
 

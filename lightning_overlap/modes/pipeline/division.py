@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 from torch import nn
 
-from lightning_overlap.model.blocks import Blocks, find_blocks
+from lightning_overlap.model.blocks import Blocks, blocks_by_role
 from lightning_overlap.modes.pipeline import layout
 from lightning_overlap.modes.pipeline.config import PipelineFacts, PipelineParallel
 from lightning_overlap.modes.pipeline.partition import Partition, heads, work
@@ -41,9 +41,8 @@ def make_partition(model: nn.Module, config: PipelineParallel, roles: Mapping[st
 
 def divide(model: nn.Module, config: PipelineParallel, roles: Mapping[str, str]) -> tuple[str, Blocks, layout.Layout]:
     """The name of the list of blocks, the list, and the numbers of each stage's blocks."""
-    names = {role: name for name, role in roles.items()}
     is_configured = config.layout is not None or config.layers_per_stage is not None  # stages may then have no blocks
-    name, blocks = find_blocks(model, names.get("blocks"), 1 if is_configured else config.stages)
+    name, blocks = blocks_by_role(model, roles, 1 if is_configured else config.stages)
     return name, blocks, _stages(config, model, name, list(blocks))
 
 

@@ -119,9 +119,8 @@ class TensorMode(PieceHolder):
         names = {layer.name for layer in layers}
         for module in (*blocks, *[region.module for region in plan.regions if not self._sharded and region.name not in names]):
             patches.hook(module.register_forward_hook, lambda *_: self._numbers.stop(), always_call=True)
-        if self.config.verify_blocks:
-            shards = TensorShards(self._regions, self.partition, self._replicated, plan.counts)
-            patches.add(self.setup.first_blocks.register(blocks, plan.blocks, shards))
+        shards = TensorShards(self._regions, self.partition, self._replicated, plan.counts)
+        patches.add(self.setup.first_blocks.register(blocks, plan.blocks, shards, verify=self.config.verify_blocks))
         if self._sharded:
             for layer in plan.layers:
                 if layer.role == "vocab_head":  # refused here: later, this rank's tokens against all labels fail with another error

@@ -15,7 +15,7 @@ from typing import Any
 from torch import nn
 
 from lightning_overlap.decision import ConfigError
-from lightning_overlap.model.blocks import Blocks, find_blocks, names_matching
+from lightning_overlap.model.blocks import Blocks, blocks_by_role, names_matching
 from lightning_overlap.model.expert_layers import routed_modules
 from lightning_overlap.model.roles import EXPERT_ROLES, parse_role
 from lightning_overlap.state.pieces import Piece
@@ -162,8 +162,7 @@ def find_plan(model: nn.Module, parallel_plan: Mapping[str, str], size: int) -> 
         ConfigError: there is no plan, or it does not fit the model; with every reason.
     """
     source, roles = _roles(model, parallel_plan)
-    names = [name for name, role in {**roles, **parallel_plan}.items() if role == "blocks"]
-    blocks, _ = find_blocks(model, names[0] if names else None, 1)
+    blocks, _ = blocks_by_role(model, parallel_plan, 1)
     problems: list[str] = []
     layers, token_wise = _layers(model, roles, problems)
     _add_tied(model, layers, problems)

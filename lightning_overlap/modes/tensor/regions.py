@@ -204,7 +204,6 @@ class SequenceCut(TokenCut):
     remedy = "set tensor_parallel.sequence_parallel: false"
 
     def __init__(self, regions: Regions, numbers: CommonNumbers) -> None:
-        self.ranks = regions.exchange.group.size
         self._regions, self._numbers = regions, numbers
         self._exchange, self._boundary = regions.exchange, regions.boundary
 

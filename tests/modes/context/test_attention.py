@@ -1,5 +1,6 @@
 """Attention over sharded tokens against unsharded attention: outputs and all gradients, every method and mask."""
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 from unittest import mock
@@ -7,10 +8,10 @@ from unittest import mock
 import pytest
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from lightning_overlap.modes.context import attention
 from lightning_overlap.modes.context.attention import ContextAttention
+from lightning_overlap.modes.context.kernel import kept
 from lightning_overlap.modes.context.layout import TokenLayout
 from lightning_overlap.modes.context.mask import Mask
 from tests.helpers.rank_threads import on_ranks
@@ -32,12 +33,17 @@ def sharded(
     return [output.detach(), *(x.grad for x in variables)]
 
 
+def overlapped(group: Any, method: dict[str, Any], *arguments: Any, **how: Any) -> list[Tensor]:
+    """As :func:`sharded`, with a method."""
+    return sharded(group, ContextAttention(group, **method), *arguments, **how)
+
+
 def both_ways(group: Any, method: dict[str, Any], *arguments: Any, **how: Any) -> list[Tensor]:
-    """As :func:`sharded`, overlapped; its plain twin gives the same bits."""
-    overlapped = sharded(group, ContextAttention(group, **method), *arguments, **how)
-    plain = sharded(group, ContextAttention(group, **method, overlapped=False), *arguments, **how)
-    assert all(map(torch.equal, overlapped, plain))
-    return overlapped
+    """As :func:`sharded`, overlapped; its plain twin, and it itself a second time, give the same bits."""
+    results = overlapped(group, method, *arguments, **how)
+    for other in (method, {**method, "overlapped": False}):
+        assert all(map(torch.equal, results, overlapped(group, other, *arguments, **how)))
+    return results
 
 
 def whole_of(parts: list[list[Tensor]], layout: TokenLayout) -> list[Tensor]:
@@ -55,19 +61,39 @@ def compare(
     heads: tuple[int, int] = (4, 2),
     layout: str = "balanced",
     dtype: torch.dtype = torch.float64,
+    run: Callable[..., list[Tensor]] | None = None,
     **how: Any,
 ) -> None:
+    """Compares all ranks' results with unsharded attention.
+
+    Args:
+        size: ranks.
+        method: arguments of :class:`ContextAttention`.
+        name: of the mask.
+        tokens: of the sequence.
+        heads: query and key/value heads.
+        layout: of the tokens: a method of :class:`TokenLayout`, or ``area``.
+        dtype: of all tensors.
+        run: what a rank does; :func:`overlapped` unless it is given.
+        how: options of the attention.
+    """
     mask = mask_of(name, tokens, heads[0], dtype)
     made = TokenLayout.by_area(mask, size) if layout == "area" else getattr(TokenLayout, layout)(tokens, size)
     tensors = inputs(tokens, *heads, dtype)
-    expected = whole_attention(*(x.double() for x in tensors), mask, **how)
-    computed = whole_of(on_ranks(size, partial(both_ways, **how), method, tensors, mask, made), made)
+    dropout, of_whole = how.get("dropout"), {name: setting for name, setting in how.items() if name != "dropout"}
+    if dropout:
+        positions = torch.arange(tokens)
+        of_whole["kept"] = kept(dropout, SEED, 2, range(heads[0]), positions, positions) / (1 - dropout)
+    expected = whole_attention(*(x.double() for x in tensors), mask, **of_whole)
+    with mock.patch.object(attention.torch, "randint", return_value=torch.tensor(SEED)):
+        computed = whole_of(on_ranks(size, partial(run or overlapped, **how), method, tensors, mask, made), made)
     close = {"rtol": 1e-11, "atol": 1e-12} if dtype == torch.float64 else {"rtol": 1e-4, "atol": 1e-5}
     for x, y in zip(computed, expected, strict=True):
         assert x.dtype == dtype
         torch.testing.assert_close(x.double(), y, **close)
 
 
+SEED = 7
 PIECES = [{"method": method, "pieces": pieces} for method in ("p2p", "all_gather") for pieces in (1, 8)]
 METHODS = [*PIECES, {"method": "a2a"}]
 HIERARCHICAL = [{"method": "a2a+p2p", "hierarchical_sizes": sizes} for sizes in ((2, 2), (4, 1), (1, 4))]
@@ -75,13 +101,20 @@ HIERARCHICAL = [{"method": "a2a+p2p", "hierarchical_sizes": sizes} for sizes in 
 
 HEADS = {2: (4, 2), 3: (6, 2), 4: (4, 2)}
 """Query and key/value heads by size; at 4 there are fewer of the latter than ranks."""
+SIZES = [(3, method) for method in METHODS] + [(size, method) for size in (2, 4) for method in METHODS[1::3]]
+"""All methods on three ranks, p2p and a2a also on two and four."""
 
 
 @pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("size", [2, 3, 4])
-@pytest.mark.parametrize("method", METHODS, ids=str)
+@pytest.mark.parametrize(("size", "method"), SIZES, ids=str)
 def test_every_mask(method: dict[str, Any], size: int, name: str) -> None:
     compare(size, method, name, heads=HEADS[size])
+
+
+@pytest.mark.parametrize("method", [*METHODS, *HIERARCHICAL], ids=str)
+def test_overlapped_has_the_bits_of_plain(method: dict[str, Any]) -> None:
+    for name in ("causal", "packed"):
+        compare(4, method, name, run=both_ways)
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "area"])
@@ -99,72 +132,43 @@ def test_every_length(method: dict[str, Any], size: int, tokens: int) -> None:
     compare(size, method, tokens=tokens)
 
 
-@pytest.mark.parametrize("heads", [(8, 1), (8, 2), (8, 4), (8, 8), (28, 7), (12, 3)], ids=str)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("heads", [(8, 1), (8, 2), (8, 8), (28, 7), (12, 3)], ids=str)
+@pytest.mark.parametrize("method", [*METHODS[1::2], METHODS[-1], *HIERARCHICAL], ids=str)
+def test_grouped_heads(method: dict[str, Any], heads: tuple[int, int]) -> None:
+    compare(4, method, tokens=17, heads=heads)
+
+
 @pytest.mark.parametrize("method", [*METHODS, *HIERARCHICAL], ids=str)
-def test_grouped_heads(method: dict[str, Any], heads: tuple[int, int], dtype: torch.dtype) -> None:
-    compare(4, method, heads=heads, dtype=dtype)
+def test_fp32(method: dict[str, Any]) -> None:
+    compare(4, method, heads=(8, 2), dtype=torch.float32)
 
 
 @pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("method", HIERARCHICAL, ids=str)
-def test_heads_inside_and_pieces_outside(method: dict[str, Any], name: str) -> None:
-    compare(4, method, name, heads=(8, 4))
+def test_heads_inside_and_pieces_outside(name: str) -> None:
+    compare(4, HIERARCHICAL[0], name, heads=(8, 4))
+    if name in ("packed", "head_bias"):
+        for method in HIERARCHICAL[1:]:  # one group, and groups of one rank
+            compare(4, method, name, heads=(8, 4))
 
 
-@pytest.mark.parametrize("settings", [{}, {"softcap": 2.0}, {"scale": 0.7}], ids=str)
-@pytest.mark.parametrize("method", [*METHODS, *HIERARCHICAL], ids=str)
-def test_sinks_and_soft_cap(method: dict[str, Any], settings: dict[str, Any]) -> None:
-    for name in ("causal", "padding"):
-        compare(4, method, name, heads=(8, 4), sinks=torch.linspace(-1, 1, 8, dtype=torch.float64), **settings)
+@pytest.mark.parametrize("method", [*METHODS[1::2], METHODS[-1], *HIERARCHICAL], ids=str)
+def test_sinks_soft_cap_and_scale(method: dict[str, Any]) -> None:
+    sinks = torch.linspace(-1, 1, 8, dtype=torch.float64)
+    compare(4, method, "padding", tokens=17, heads=(8, 4), sinks=sinks)
+    compare(4, method, tokens=17, heads=(8, 4), sinks=sinks, softcap=2.0, scale=0.7)
 
 
 @pytest.mark.parametrize("method", [*METHODS, {"method": "a2a+p2p", "hierarchical_sizes": (4, 2)}], ids=str)
 def test_eight_ranks(method: dict[str, Any]) -> None:
-    for name in ("causal", "packed", "padding"):
-        compare(8, method, name, heads=(8, 4))
+    compare(8, method, "packed", heads=(8, 4))
     compare(8, method, tokens=7, heads=(8, 2))
 
 
-def test_bf16_is_as_exact_as_unsharded() -> None:
-    mask, layout = mask_of("causal", 256), TokenLayout.balanced(256, 8)
-    tensors = [(3 * x).bfloat16() for x in inputs(256, 4, 2, torch.float64, size=16)]
-    exact = whole_attention(*(x.double() for x in tensors), mask)
-    variables = [x.clone().requires_grad_() for x in tensors[:3]]
-    output = F.scaled_dot_product_attention(*variables, is_causal=True, enable_gqa=True)
-    output.backward(tensors[3])
-    computed = whole_of(on_ranks(8, both_ways, {}, tensors, mask, layout), layout)
-    for unsharded, mine, right in zip([output, *(x.grad for x in variables)], computed, exact, strict=True):
-        assert (mine - right).norm() <= 1.5 * (unsharded - right).norm()
-
-
-def dropped(group: Any, method: dict[str, Any], layout: TokenLayout) -> list[Tensor]:
-    """Where values are one-hot, the output has the weights; the gradient of values has them too."""
-    tokens = layout.tokens
-    q, v = torch.zeros(1, 4, tokens, 4, dtype=torch.float64), torch.eye(tokens, dtype=torch.float64).expand(1, 4, tokens, tokens)
-    q, k, v = (x[:, :, layout.positions(group.rank)].clone().requires_grad_() for x in (q, q, v))
-    weights = ContextAttention(group, **method)(q, k, v, Mask(tokens), layout, dropout=0.5)
-    grad = torch.zeros_like(weights)
-    grad[..., 0], grad[..., 1] = layout.positions(group.rank) + 1, 1
-    weights.backward(grad)
-    return [weights.detach(), v.grad]
-
-
 @pytest.mark.parametrize("method", [*METHODS, *HIERARCHICAL], ids=str)
-def test_dropout_is_the_same_in_backward(method: dict[str, Any]) -> None:
-    layout = TokenLayout.balanced(16, 4)
-    with mock.patch.object(attention.torch, "randint", return_value=torch.tensor(7)):
-        weights, of_values = whole_of(on_ranks(4, dropped, method, layout), layout)
-        again, _ = whole_of(on_ranks(4, dropped, method, layout), layout)
-    assert torch.equal(weights, again)
-    assert set((weights * 16).round(decimals=9).unique().tolist()) == {0.0, 2.0}
-    assert 0.4 < (weights == 0).double().mean() < 0.6
-    kept = (weights[0] > 0).tolist()
-    assert len({str(head) for head in kept}) == 4, "heads have masks of their own"
-    assert all(len(set(map(str, head))) == 16 for head in kept), "queries have masks of their own"
-    # A query's mark, and a count, summed over the queries that have kept the key.
-    torch.testing.assert_close(of_values[..., 0], (weights * torch.arange(1, 17).view(-1, 1)).sum(-2))
-    torch.testing.assert_close(of_values[..., 1], weights.sum(-2))
+def test_dropout_is_that_of_the_positions(method: dict[str, Any]) -> None:
+    """Whatever the method, the layout and the number of ranks, in forward and in backward."""
+    compare(4, method, heads=(8, 4), dropout=0.5)
+    compare(4, method, "packed", heads=(8, 4), layout="area", dropout=0.2, sinks=torch.linspace(-1, 1, 8, dtype=torch.float64))
 
 
 def autocast(group: Any, layout: TokenLayout) -> None:

@@ -1,13 +1,18 @@
 """What context parallelism decides, and what it refuses."""
 
+from collections import OrderedDict
 from typing import Any
 
 import pytest
+import torch
+from jsonargparse import ArgumentParser
+from torch import nn
 
-from lightning_overlap import ConfigError, ContextParallel
+from lightning_overlap import ConfigError, ContextParallel, PipelineParallel
 from lightning_overlap.config import OverlapConfig
 from lightning_overlap.facts import Facts
 from lightning_overlap.modes.context.config import ContextFacts
+from lightning_overlap.modes.context.mode import look
 from lightning_overlap.plan import resolve
 
 
@@ -25,24 +30,56 @@ def test_gradients_are_averaged_over_context_ranks_also_without_data_parallelism
 
 
 @pytest.mark.parametrize(
-    ("heads", "kv_heads", "size", "method"),
+    ("heads", "kv_heads", "size", "method", "why"),
     [
-        (8, 8, 2, "p2p"),  # 12 against 16
-        (8, 2, 2, "p2p"),
-        (8, 8, 4, "a2a"),  # 36 against 24
-        (8, 1, 4, "p2p"),  # 4.5 against 18
-        (6, 6, 4, "p2p"),  # 6 heads do not divide
+        (8, 8, 2, "by mask", "p2p for a causal mask, about 75% of the other's"),  # 12 against 16
+        (8, 8, 4, "by mask", "a2a for a causal mask, about 67% of the other's"),  # 36 against 24
+        (8, 1, 4, "by mask", "p2p for a causal mask, about 25% of the other's"),  # 4.5 against 18
+        (6, 6, 4, "p2p", "6 heads do not divide over 4 ranks, as a2a needs"),
     ],
 )
-def test_auto_sends_the_fewest_bytes(heads: int, kv_heads: int, size: int, method: str) -> None:
-    model = ContextFacts("the blocks are layers", heads, kv_heads)
-    assert choices(model=model, size=size)["context"].method.value == method
+def test_auto_sends_the_fewest_bytes(heads: int, kv_heads: int, size: int, method: str, why: str) -> None:
+    choice = choices(model=ContextFacts("the blocks are layers", heads, kv_heads), size=size)["context"]
+    assert choice.method.value == method
+    assert choice.method.why.endswith(why)
+    assert set(choice.methods.values()) == {method}
+
+
+def test_a_method_for_each_kind_of_attention() -> None:
+    plan = choices(size=2, method={"sliding_attention": "all_gather"})["context"]
+    assert plan.methods == {"full_attention": "by mask", "sliding_attention": "all_gather"}
+    assert plan.method.value == "full_attention: auto, sliding_attention: all_gather"
+    plan = choices(size=4, method={"full_attention": "a2a+p2p", "sliding_attention": "p2p"}, hierarchical_sizes=[2, 2])["context"]
+    assert plan.methods == {"full_attention": "a2a+p2p", "sliding_attention": "p2p"}
+    one = choices(size=2, method={"full_attention": "a2a", "sliding_attention": "a2a"})["context"]
+    assert one.method.value == "a2a"
+    hash(ContextParallel(size=2, method={"full_attention": "a2a"}))
+
+
+def test_a_configuration_file_may_have_a_method_for_each_kind() -> None:
+    parser = ArgumentParser()
+    parser.add_argument("--context", type=ContextParallel)
+    config = parser.parse_string("context: {size: 2, method: {full_attention: p2p, sliding_attention: all_gather}}")
+    made = parser.instantiate_classes(config).context
+    assert made == ContextParallel(size=2, method={"full_attention": "p2p", "sliding_attention": "all_gather"})
+
+
+def test_sharded_batches() -> None:
+    model = ContextFacts("the blocks are layers", embeddings=("model.tokens", "model.positions"))
+    plan = choices(model=model, size=2, boundary="batch")["context"]
+    assert (plan.boundary.value, plan.order.value) == ("batch", "balanced")
+    assert plan.boundary.why.startswith("model.tokens, model.positions, blocks, final norm and head")
+    with pytest.raises(ConfigError, match=r"boundary: batch cannot run here: the model has no nn\.Embedding outside of the blocks"):
+        choices(model=ContextFacts("the blocks are layers"), size=2, boundary="batch")
+    modes: Any = {"context_parallel": ContextParallel(size=2, boundary="batch"), "pipeline_parallel": PipelineParallel(size=2)}
+    with pytest.raises(ConfigError, match="boundary: batch cannot run here: in a pipeline"):
+        resolve(OverlapConfig(**modes), Facts(world_size=4))
 
 
 def test_overlap_off_keeps_the_layout() -> None:
     plan = choices(size=2, overlap="off")["context"]
     assert not plan.overlap.value
-    assert plan.method.value == "p2p"
+    assert plan.method.value == "by mask"
 
 
 @pytest.mark.parametrize(
@@ -54,7 +91,10 @@ def test_overlap_off_keeps_the_layout() -> None:
         ({"method": "a2a+p2p", "hierarchical_sizes": [2, 4]}, "whose product is context_parallel.size=4"),
         ({"method": "a2a+p2p", "hierarchical_sizes": [4]}, "must be two sizes"),
         ({"order": "zigzag"}, "order must be auto, balanced or contiguous"),
-        ({"boundary": "batch"}, "boundary must be auto, loss or blocks"),
+        ({"boundary": "tokens"}, "boundary must be auto, loss, blocks or batch"),
+        ({"method": {"full": "p2p"}}, "the kind of attention 'full': known are full_attention and sliding_attention"),
+        ({"method": {"full_attention": "ring"}}, r"method\[full_attention\] must be auto, p2p"),
+        ({"method": {"full_attention": "a2a+p2p"}}, "belong together"),
         ({"pieces": 0}, "pieces must be an integer of at least 1"),
         ({"overlap": 1}, "overlap must be true, false or auto"),
     ],
@@ -72,6 +112,21 @@ def test_what_mixes_tokens_is_refused() -> None:
 def test_compiled_modules_are_refused() -> None:
     with pytest.raises(ConfigError, match="the module is compiled"):
         resolve(OverlapConfig(context_parallel=ContextParallel(size=2)), Facts(world_size=2, compiled=True))
+
+
+@pytest.mark.parametrize("part", ["layers.0", "layers.0.mlp", "layers"])
+def test_compiled_parts_are_named(part: str) -> None:
+    """Also where a module calls compile(), as those of transformers do, or is replaced by what torch.compile makes of it."""
+    model = nn.Module()
+    model.layers = nn.ModuleList(nn.Sequential(OrderedDict(mlp=nn.Linear(4, 4))) for _ in range(2))
+    model.get_submodule(part).compile(backend="eager")
+    found = look(model, ContextParallel(size=2), {})
+    with pytest.raises(ConfigError, match=rf"size=2 cannot run here: {part} is compiled, .* leave torch\.compile out"):
+        resolve(OverlapConfig(context_parallel=ContextParallel(size=2)), Facts(world_size=2, compiled=True, of_modes=(found,)))
+    model.layers[0] = torch.compile(model.layers[0], backend="eager")
+    found = look(model, ContextParallel(size=2), {"layers": "blocks"})
+    assert isinstance(found, ContextFacts)
+    assert "layers.0" in found.compiled
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,17 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lightning_overlap.modes.context.kernel import FlashKernel, Kernel, Merger, PlainKernel, Tile, finite, grad_of_sinks, kernel_for
+from lightning_overlap.modes.context.kernel import (
+    FlashKernel,
+    Kernel,
+    Merger,
+    PlainKernel,
+    Tile,
+    finite,
+    grad_of_sinks,
+    kept,
+    kernel_for,
+)
 from tests.modes.context.masks import NAMES, mask_of
 from tests.modes.context.whole import inputs, whole_attention
 
@@ -16,12 +26,16 @@ TOKENS = 13
 PARTS = [range(3), range(3, 4), range(4, 9), range(9, 13)]
 
 
+def tile_of(q: Tensor, keys: range, **how: Any) -> Tile:
+    """A tile of all queries and heads."""
+    return Tile(queries=(range(q.shape[2]),), keys=keys, heads=range(q.shape[1]), **how)
+
+
 def by_parts(kernel: Kernel, name: str, tensors: list[Tensor], sinks: Tensor | None) -> list[Tensor]:
     q, k, v, grad = tensors
     mask, positions = mask_of(name, TOKENS, q.shape[1], q.dtype), torch.arange(TOKENS)
     tiles = [
-        Tile(visible=mask.visible(positions, positions[part.start : part.stop], 2, range(q.shape[1])), key=(0, part.start))
-        for part in PARTS
+        tile_of(q, part, visible=mask.visible(positions, positions[part.start : part.stop], 2, range(q.shape[1]))) for part in PARTS
     ]
     cuts = [(k[:, :, part.start : part.stop], v[:, :, part.start : part.stop]) for part in PARTS]
     merger = Merger(torch.zeros_like(q), sinks)
@@ -61,28 +75,38 @@ def test_causal_tiles(kernel: Kernel, keys: int) -> None:
     q, k, v, grad = inputs(7, 4, 2, torch.float64)
     k, v = k[:, :, :keys], v[:, :, :keys]
     visible = torch.ones(7, keys, dtype=torch.bool).tril()
-    output, lse = kernel.forward(q, k, v, Tile(causal=True))
-    same = kernel.forward(q, k, v, Tile(visible=visible))
-    torch.testing.assert_close((output, lse), same, rtol=1e-12, atol=1e-12)
-    grads = [kernel.backward(grad, q, k, v, output, lse, tile) for tile in (Tile(causal=True), Tile(visible=visible))]
+    causal, same = tile_of(q, range(keys), causal=True), tile_of(q, range(keys), visible=visible)
+    output, lse = kernel.forward(q, k, v, causal)
+    torch.testing.assert_close((output, lse), kernel.forward(q, k, v, same), rtol=1e-12, atol=1e-12)
+    grads = [kernel.backward(grad, q, k, v, output, lse, tile) for tile in (causal, same)]
     torch.testing.assert_close(*grads, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.usefixtures("blocks")
-def test_dropout_has_one_mask_a_tile() -> None:
-    q, k, v, grad = inputs(TOKENS, 4, 2, torch.float64)
-    kernel, tile = PlainKernel(0.3, dropout=0.4, seed=7), Tile(causal=True, key=(0, 3))
-    variables = [x.clone().requires_grad_() for x in (q, k, v)]
-    output, lse = kernel.forward(*variables, tile)
-    output.backward(grad)
-    grads = kernel.backward(grad, q, k, v, output.detach(), lse.detach(), tile)
-    torch.testing.assert_close(list(grads), [x.grad for x in variables], rtol=1e-12, atol=1e-12)
-    again = kernel.forward(q, k, v, tile)[0]
-    assert torch.equal(again, output)
-    for seed, key in ((8, (0, 3)), (7, (3, 0))):
-        assert not torch.equal(PlainKernel(0.3, dropout=0.4, seed=seed).forward(q, k, v, Tile(causal=True, key=key))[0], output)
-    ones = torch.ones(1, 1, 400, 1, dtype=torch.float64)
-    assert math.isclose(PlainKernel(1.0, dropout=0.4).forward(ones, ones, ones, Tile())[0].mean(), 1.0, rel_tol=0.02)
+def test_dropout_is_that_of_the_positions_in_any_tile() -> None:
+    tensors = inputs(TOKENS, 4, 2, torch.float64)
+    positions = torch.arange(TOKENS)
+    pairs = kept(0.4, 7, 2, range(4), positions, positions)
+    expected = whole_attention(*tensors, mask_of("causal", TOKENS), scale=0.3, kept=pairs / 0.6)
+    torch.testing.assert_close(
+        by_parts(PlainKernel(0.3, dropout=0.4, seed=7), "causal", tensors, None), expected, rtol=1e-12, atol=1e-12
+    )
+    q, k, v = tensors[:3]
+    tile = tile_of(q, range(TOKENS), causal=True)
+    assert not torch.allclose(PlainKernel(0.3, dropout=0.4, seed=8).forward(q, k, v, tile)[0], expected[0])
+    assert not PlainKernel(0.3, dropout=1.0).forward(q, k, v, tile)[0].any()
+
+
+def test_dropped_pairs_are_independent() -> None:
+    pairs = kept(0.3, 5, 4, range(8), torch.arange(96), torch.arange(96)).double()
+    assert abs(pairs.mean() - 0.7) < 0.003  # 4.5 standard deviations
+    for dim in range(4):
+        means = pairs.mean([other for other in range(4) if other != dim])
+        assert (means - 0.7).abs().max() < 4.5 * 0.46 / math.sqrt(pairs.numel() / len(means))
+        # Neighbours, and those a piece away, agree as often as chance has it: 0.58 of all.
+        for distance in (1, 2, min(32, pairs.shape[dim] - 1)):
+            one, other = (pairs.narrow(dim, start, pairs.shape[dim] - distance) for start in (0, distance))
+            assert abs((one == other).double().mean() - 0.58) < 4.5 * 0.5 / math.sqrt(one.numel())
 
 
 def test_large_logits_do_not_overflow() -> None:

@@ -74,3 +74,13 @@ def test_documents_get_the_layout_of_least_traffic_that_balances(lengths: list[i
     mask = Mask(256, causal=True, documents=documents)
     make = TokenLayout.by_area if order == "by_area" else lambda mask, ranks: getattr(TokenLayout, order)(mask.tokens, ranks)
     assert TokenLayout.for_documents(mask, 4) == make(mask, 4)
+
+
+@pytest.mark.parametrize("tokens", [8, 44, 96, 256])
+def test_even_layouts_of_documents_give_ranks_as_many_tokens_under_any_mask(tokens: int) -> None:
+    generator = torch.Generator().manual_seed(tokens)
+    for _ in range(20):
+        documents = torch.randint(0, 8, (2, tokens), generator=generator).eq(0).cumsum(1)
+        mask = Mask(tokens, causal=True, documents=documents)
+        for layout in (TokenLayout.for_documents(mask, 4, even=True), TokenLayout.by_area(mask, 4, even=True)):
+            assert [layout.count(rank) for rank in range(4)] == [tokens // 4] * 4

@@ -23,8 +23,12 @@ def whole_attention(
     scale: float | None = None,
     softcap: float | None = None,
     sinks: Tensor | None = None,
+    kept: Tensor | None = None,
 ) -> list[Tensor]:
-    """The output of all tokens, and the gradients of ``q``, ``k``, ``v`` (and ``sinks``), by autograd, in the inputs' dtype."""
+    """The output of all tokens, and the gradients of ``q``, ``k``, ``v`` (and ``sinks``), by autograd, in the inputs' dtype.
+
+    ``kept`` is what dropout multiplies the weights by, ``(B, H, S, S)``.
+    """
     variables = [x.detach().clone().requires_grad_() for x in (q, k, v, *([] if sinks is None else [sinks]))]
     q, k, v = variables[:3]
     times, positions = q.shape[1] // k.shape[1], torch.arange(mask.tokens)
@@ -38,6 +42,7 @@ def whole_attention(
         logits = torch.cat([logits[..., :-1], variables[3].view(-1, 1, 1).expand(*logits.shape[:3], 1)], -1)
     blind = (logits == -torch.inf).all(-1, keepdim=True)
     weights = logits.masked_fill(blind, 0).softmax(-1).masked_fill(blind, 0)[..., :-1]
+    weights = weights if kept is None else weights * kept
     output = weights @ v.repeat_interleave(times, 1)
     output.backward(grad)
     return [output.detach(), *(x.grad for x in variables)]

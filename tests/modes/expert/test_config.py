@@ -21,8 +21,16 @@ def choose(facts: ExpertFacts | None = None, *, overlap: bool = True, **settings
 def test_everything_is_on_where_nothing_prevents_it() -> None:
     choices = choose(ExpertFacts("4 layers of 8 experts", 8, ""))
     assert choices.size.why == "4 layers of 8 experts"
-    assert (choices.overlap_dispatch.value, choices.overlap_shared_experts.value, choices.delay_wgrad.value) == (True, True, True)
+    assert (choices.overlap_dispatch.value, choices.overlap_shared_experts.value) == (True, True)
     assert (choices.split.value, choices.parts.value) == ("experts+local", 4)
+
+
+def test_weight_gradients_wait_where_nothing_else_hides_the_last_transfers() -> None:
+    eight = ExpertFacts("", 8, "")
+    assert choose(eight, split="experts").delay_wgrad.value
+    assert not choose(eight).delay_wgrad.value
+    assert choose(eight, delay_wgrad=True).delay_wgrad.value
+    assert not choose(eight, split="experts", overlap=False).delay_wgrad.value
 
 
 def test_few_experts_are_split_by_tokens_unless_asked() -> None:

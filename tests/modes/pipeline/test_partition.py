@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from lightning_overlap import ConfigError
-from lightning_overlap.model.blocks import find_blocks
+from lightning_overlap.model.blocks import blocks_by_role, find_blocks
 from lightning_overlap.modes.pipeline.config import PipelineFacts, PipelineParallel
 from lightning_overlap.modes.pipeline.division import look
 from lightning_overlap.modes.pipeline.partition import Partition, heads
@@ -81,3 +81,21 @@ def test_a_rank_with_both_ends_lends_what_is_before_the_blocks_too():
     found = find_blocks(model, None, 2)
     assert "before.weight" in Partition(model, *found, [range(2), range(2, 3), range(3, 4)], [0, 1, 0]).after_blocks
     assert "before.weight" not in Partition(model, *found, [range(2), range(2, 4)], [0, 1]).after_blocks
+
+
+def test_the_role_of_the_blocks_is_the_strategys_or_the_modules():
+    model = nn.Module()
+    model.encoder, model.decoder = (nn.Sequential(*(nn.Linear(4, 4) for _ in range(4))) for _ in range(2))
+    with pytest.raises(ConfigError, match="encoder and decoder are equally long"):
+        blocks_by_role(model, {}, 2)
+    assert blocks_by_role(model, {"decoder": "blocks"}, 2)[0] == "decoder"
+    model.parallel_plan = {"encoder": "blocks"}
+    assert blocks_by_role(model, {"0": "token_wise"}, 2) == ("encoder", model.encoder)
+    seen = look(model, PipelineParallel(size=2), {})
+    assert seen is not None
+    assert seen.name == "encoder"
+    assert blocks_by_role(model, {"decoder": "blocks"}, 2)[0] == "decoder"
+    with pytest.raises(ConfigError, match="encoder and decoder have the role blocks"):
+        blocks_by_role(model, {"*coder": "blocks"}, 2)
+    with pytest.raises(ConfigError, match="no list of blocks 'layers'"):
+        blocks_by_role(model, {"layers": "blocks"}, 2)

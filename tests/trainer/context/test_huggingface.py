@@ -4,7 +4,7 @@ from typing import Any, NamedTuple
 
 import pytest
 
-from lightning_overlap import ConfigError, ContextParallel
+from lightning_overlap import ConfigError, ContextParallel, PipelineParallel
 from tests.helpers.hugging import Module, samples_of
 from tests.helpers.sequences import compare, train
 
@@ -49,6 +49,26 @@ def test_bf16(world: Any) -> None:
     expected = train(None, Module, case.model, case.data, samples=samples_of, **case.trainer)
     for rank in world(2).run(train_with, {"context_parallel": 2}, case):
         compare(rank, expected, tolerance=1e-2)  # bf16 keeps 8 bits of each activation
+
+
+def test_documents_and_windows_in_a_pipeline(world: Any) -> None:
+    """Stages have layers of other masks, and lay tokens out alike, as the mask of the first block has it."""
+    case = CASES["windows and full attention"]
+    strategy = {
+        "context_parallel": 2,
+        "pipeline_parallel": PipelineParallel(size=2, microbatches=2),
+        "verify_first_step": False,
+    }
+    expected = {**train(None, Module, case.model, case.data, samples=samples_of), "losses": []}
+    for rank in world(4).run(train_with, strategy, case):
+        compare({**rank, "losses": []}, expected)
+
+
+def test_calls_with_other_documents_are_recomputed_in_their_own_layout(world: Any) -> None:
+    case = Case({"name": "llama", "recompute": True, "calls": 4}, {"kind": "packed"})
+    expected = train(None, Module, case.model, case.data, samples=samples_of)
+    for rank in world(2).run(train_with, {"context_parallel": 2, "verify_first_step": False}, case):
+        compare(rank, expected)
 
 
 def train_with(strategy: dict[str, Any], case: Case) -> Any:

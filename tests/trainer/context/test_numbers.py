@@ -3,12 +3,13 @@
 from typing import Any
 
 import pytest
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from lightning_overlap import ContextParallel, PipelineParallel, TensorParallel
-from tests.helpers.models import Transformer
+from tests.helpers.models import Attention, Block, Transformer
 from tests.helpers.sequences import compare, train
 
 
@@ -25,8 +26,12 @@ class Net(Transformer):
         super().__init__(**kwargs)
         self.recompute, self.ignored = recompute, ignored
 
+    def before(self, ids: Tensor) -> Tensor:
+        """The hidden states before the blocks."""
+        return self.embedding(ids)
+
     def loss(self, ids: Tensor) -> Tensor:
-        x = self.embedding(ids[:, :-1])
+        x = self.before(ids[:, :-1])
         for block in self.blocks:
             x = block(x) if self.recompute is None else checkpoint(block, x, use_reentrant=self.recompute)
         labels = ids[:, 1:].clone()
@@ -82,6 +87,86 @@ def test_methods(world: Any, config: ContextParallel) -> None:
         compare(found, expected)
 
 
+class RotaryAttention(Attention):
+    """Queries and keys are turned by three positions a token, as in Qwen2-VL; a mask tells which pairs are of one document."""
+
+    def forward(self, x: Tensor, positions: Tensor, mask: Tensor) -> Tensor:
+        q, k, v = (part.unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in self.qkv(x).chunk(3, -1))
+        angles = (positions * torch.tensor([1.0, 0.3, 0.1]).view(3, 1, 1)).sum(0).view(len(x), 1, -1, 1)
+        turned = [torch.cat([a * angles.cos() - b * angles.sin(), a * angles.sin() + b * angles.cos()], -1) for a, b in halves(q, k)]
+        return self.proj(F.scaled_dot_product_attention(*turned, v, mask).transpose(1, 2).flatten(2))
+
+
+def halves(*tensors: Tensor) -> list[tuple[Tensor, Tensor]]:
+    return [x.tensor_split(2, -1) for x in tensors]
+
+
+class PackedBlock(Block):
+    def __init__(self) -> None:
+        super().__init__(32, 4)
+        self.attention = RotaryAttention(32, 4)
+
+    def forward(self, x: Tensor, positions: Tensor, mask: Tensor) -> Tensor:
+        x = x + self.attention(self.norms[0](x), positions, mask)
+        return x + self.mlp(self.norms[1](x))
+
+
+class Packed(Transformer):
+    """Some tokens start a document. The mask of pairs ``(B, 1, S, S)`` and positions ``(3, B, S)`` are arguments of the blocks."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(PackedBlock() for _ in range(4))
+
+    def loss(self, ids: Tensor) -> Tensor:
+        x, labels = self.embedding(ids[:, :-1]), ids[:, 1:]
+        documents = (ids[:, :-1] % 5 == 0).cumsum(1)
+        alike = documents.unsqueeze(-1) == documents.unsqueeze(-2)
+        within = alike.tril().sum(-1) - 1
+        positions = torch.stack([within, documents, within // 2])
+        for block in self.blocks:
+            x = block(x, positions, mask=alike.tril().unsqueeze(1))
+        return F.cross_entropy(self.head(self.norm(x)).flatten(0, 1), labels.where(within > 0, -100).flatten())
+
+
+@pytest.mark.parametrize(("size", "method"), [(2, "p2p"), (4, "a2a")])
+def test_packed_documents_of_an_own_model(world: Any, size: int, method: Any) -> None:
+    expected = train(None, Packed, {}, {})
+    for found in world(size).run(train_own, Packed, ContextParallel(size=size, method=method), [{}]):
+        compare(found[0], expected)
+
+
+def train_own(make: type[Transformer], context: ContextParallel, models: list[dict[str, Any]]) -> list[Any]:
+    return [train({"context_parallel": context}, make, model, {}) for model in models]
+
+
+class Dropping(Net):
+    """Drops pairs in attention, and features after it."""
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        for block in self.blocks:
+            block.attention = DroppingAttention(32, 4)
+
+
+class DroppingAttention(Attention):
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (part.unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in self.qkv(x).chunk(3, -1))
+        dropout = 0.2 if self.training else 0.0
+        x = F.scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=dropout).transpose(1, 2).flatten(2)
+        return F.dropout(self.proj(x), dropout)
+
+
+def test_dropout_is_reproducible_and_the_same_where_blocks_are_recomputed(world: Any) -> None:
+    models = [{}, {}, {"recompute": False}, {"recompute": True}]
+    for first, *others, reentrant in world(2).run(train_own, Dropping, ContextParallel(size=2), models):
+        compare(reentrant, first)  # its loss is of gathered tokens, in another order of sums
+        for other in others:
+            assert other["losses"] == first["losses"]
+            assert all(weight.equal(first["weights"][name]) for name, weight in other["weights"].items())
+        assert first["losses"] != train(None, Net, {}, {})["losses"]
+
+
 TENSOR = TensorParallel(size=2, vocab_parallel=True)
 PIPELINE = PipelineParallel(size=2, microbatches=2)
 MIXTURES: dict[str, tuple[int, dict[str, Any]]] = {
@@ -103,6 +188,13 @@ def test_with_other_modes(world: Any, mixture: str, tied: bool) -> None:
     model, trainer = {"tied": tied}, {"gradient_clip_val": 0.5}
     expected = {**train(None, Net, model, {}, **trainer), "losses": []}
     for found in world(size).run(train_with, {"context_parallel": 2, **strategy}, model, {}, trainer):
+        compare({**found, "losses": []}, expected)
+
+
+def test_any_length_in_a_pipeline(world: Any) -> None:
+    """Ranks of one stage have unequal numbers of tokens, and send as many as their peers in the next stage expect."""
+    expected = {**train(None, Net, {}, {"tokens": 13}), "losses": []}
+    for found in world(4).run(train_with, {"context_parallel": 2, "pipeline_parallel": PIPELINE}, {}, {"tokens": 13}, {}):
         compare({**found, "losses": []}, expected)
 
 

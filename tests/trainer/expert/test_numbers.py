@@ -19,7 +19,7 @@ MIXTURES: dict[str, tuple[int, str, dict[str, Any], dict[str, Any]]] = {
     "ep 4": (4, "mixtral", {"expert_parallel": 4}, {}),
     "ep 2 x dp 2": (4, "qwen2", {"expert_parallel": 2}, {}),
     "allgather": (2, "gpt_oss", {"expert_parallel": ExpertParallel(size=2, dispatcher="allgather")}, {}),
-    "ep 3 of 4 experts": (3, "olmoe", {"expert_parallel": 3}, {}),
+    "ep 2 of 5 experts": (2, "olmoe", {"expert_parallel": 2}, {"num_experts": 5}),
     "ep 2 over tp 2, dp 2": (4, "mixtral", {"expert_parallel": 2, "tensor_parallel": 2}, {}),
     "ep 4 over tp 2 and dp 2": (4, "qwen3", {"expert_parallel": 4, "tensor_parallel": 2}, {}),
     "ep 2 over tp 2 without sp, dp 2": (4, "deepseek", {"expert_parallel": 2, "tensor_parallel": WITHOUT_SP}, {}),
