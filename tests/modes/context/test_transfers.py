@@ -1,7 +1,6 @@
 """What travels in an attention, in which order, and that it does so on gloo."""
 
 import datetime
-import threading
 from contextlib import nullcontext
 from functools import partial
 from typing import Any
@@ -12,11 +11,10 @@ import torch.distributed as dist
 from torch.autograd.graph import saved_tensors_hooks
 
 from lightning_overlap.decision import ConfigError
-from lightning_overlap.modes.context import attention as module
 from lightning_overlap.modes.context.attention import ContextAttention
 from lightning_overlap.modes.context.exchange import Chain
 from lightning_overlap.modes.context.heads import HeadShares
-from lightning_overlap.modes.context.kernel import FlashKernel, Kernel
+from lightning_overlap.modes.context.kernel import FlashKernel
 from lightning_overlap.modes.context.layout import TokenLayout
 from lightning_overlap.modes.context.mask import Mask
 from lightning_overlap.ranks.transfer import Transfer
@@ -50,32 +48,20 @@ def record(group: Any, method: dict[str, Any], tokens: int) -> tuple[Events, Eve
     layout = TokenLayout.balanced(tokens, group.size)
     q, k, v, grad = (x[:, :, layout.positions(group.rank)].clone() for x in inputs(tokens, 4, 4, torch.float32))
     q.requires_grad_()
-    output = ContextAttention(group, **method)(q, k, v, Mask(tokens, causal=True), layout)
+    attention = ContextAttention(group, **method, kernels=lambda *_, **__: Recorder(group.events))
+    output = attention(q, k, v, Mask(tokens, causal=True), layout)
     count = len(group.events)
     output.backward(grad)
     return group.events[:count], group.events[count:], group.nbytes
 
 
-@pytest.fixture
-def recorded(monkeypatch: pytest.MonkeyPatch) -> Any:
+def recorded(size: int, method: dict[str, Any], tokens: int) -> list[tuple[Events, Events, int]]:
     """Records what each rank posts, waits for and computes."""
-
-    def of(size: int, method: dict[str, Any], tokens: int) -> list[tuple[Events, Events, int]]:
-        def run(group: Any) -> tuple[Events, Events, int]:
-            kernels[group.rank] = Recorder(group.events)
-            ranks.rank = group.rank
-            return record(group, method, tokens)
-
-        return on_ranks(size, run)
-
-    kernels: dict[int, Kernel] = {}
-    ranks = threading.local()
-    monkeypatch.setattr(module, "kernel_for", lambda *_: kernels[ranks.rank])
-    return of
+    return on_ranks(size, record, method, tokens)
 
 
 @pytest.mark.parametrize("method", ["p2p", "all_gather"])
-def test_pieces_are_posted_before_the_compute_that_hides_them(recorded: Any, method: str) -> None:
+def test_pieces_are_posted_before_the_compute_that_hides_them(method: str) -> None:
     for rank, (forward, backward, _) in enumerate(recorded(2, {"method": method}, 64)):
         for events in (forward, backward):
             waits = [i for i, event in enumerate(events) if event[0] == "wait"]
@@ -127,7 +113,7 @@ def test_a_plain_attention_and_one_whose_tensors_are_saved_elsewhere_post_no_key
         assert [events for _, events in chained] == [events for _, events in alone]
 
 
-def test_plain_transfers_are_waited_for_where_they_are_posted(recorded: Any) -> None:
+def test_plain_transfers_are_waited_for_where_they_are_posted() -> None:
     for method in ({"method": "p2p"}, {"method": "all_gather"}, {"method": "a2a"}):
         for forward, backward, _ in recorded(2, {**method, "overlapped": False}, 64):
             for events in (forward, backward):
@@ -136,7 +122,7 @@ def test_plain_transfers_are_waited_for_where_they_are_posted(recorded: Any) -> 
                 assert all(events[i + 1] == ("wait", events[i][1]) for i in posts)
 
 
-def test_an_exchange_of_heads_travels_while_others_are_computed(recorded: Any) -> None:
+def test_an_exchange_of_heads_travels_while_others_are_computed() -> None:
     for rank in (0, 1):
         for events in recorded(2, {"method": "a2a"}, 64)[rank][:2]:
             kinds = [kind for kind, _ in events]
@@ -149,7 +135,7 @@ def test_an_exchange_of_heads_travels_while_others_are_computed(recorded: Any) -
             assert "compute" in kinds[posts[3] :], "what leaves last travels under what only this rank needs"
 
 
-def test_bytes(recorded: Any) -> None:
+def test_bytes() -> None:
     """Without transfers each rank would attend to its own tokens, and look fast."""
     kv = 2 * 4 * 64 * 8 * 4 * 2  # of all tokens: 2 samples, 4 heads, 64 tokens, 8 features, fp32, keys and values
     ring = 3 * kv  # twice in forward and backward, and gradients once
