@@ -14,7 +14,7 @@ from lightning_overlap.profiling.callback import OverlapProfiler
 from lightning_overlap.state.checkpoint import CheckpointError
 from lightning_overlap.strategy.strategy import OverlapStrategy
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 __all__ = [
     "CheckpointError",
     "ConfigError",
