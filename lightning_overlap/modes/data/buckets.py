@@ -116,13 +116,16 @@ class Buckets:
         Returns:
             The kinds for :meth:`build`; None if the gain is less than MIN_GAIN.
         """
-        index = {parameter: i for i, parameter in enumerate(gradient_order)}
+        # By name, since tensor ranks that share experts may have other kinds of the same parameters.
+        names = {id(parameter): name for kind in self._kinds for name, parameter in kind.named}
+        shared = [names[parameter] for parameter in gradient_order if parameter in names]
+        for group in reversed(groups):
+            shared = group.share_object(shared)
+        index = {name: i for i, name in enumerate(shared)}
         orders = [
-            sorted(range(len(kind.named)), key=lambda i, kind=kind: index.get(id(kind.named[i][1]), len(index)))  # type: ignore[misc]
+            sorted(range(len(kind.named)), key=lambda i, kind=kind: index.get(kind.named[i][0], len(index)))  # type: ignore[misc]
             for kind in self._kinds
         ]
-        for group in reversed(groups):
-            orders = group.share_object(orders)
         kinds = [
             replace(kind, named=tuple(kind.named[i] for i in reversed(order))) for kind, order in zip(self._kinds, orders, strict=True)
         ]
