@@ -101,7 +101,7 @@ class _Trainer(Trainer):
             steps: timed steps of a run.
             warmup: untimed steps before them.
             repeats: runs of each variant; medians are printed.
-            peers: also measure Lightning's DDP and ModelParallel strategies.
+            peers: also measure other libraries that can train the module under the same parallelism.
             sweep: instead, compare values of one setting, such as data_parallel.bucket_size=100000,400000,auto.
             json: file for all figures.
             report: file for a page with the table and its bars.

@@ -24,7 +24,7 @@ from lightning.pytorch.strategies import Strategy
 
 from lightning_overlap.bench.advice import advise
 from lightning_overlap.bench.on_paper import OnPaper, on_paper
-from lightning_overlap.bench.peers import Peer, find_peers
+from lightning_overlap.bench.peers import Peer, find_peers, made_by_all
 from lightning_overlap.bench.rows import Row
 from lightning_overlap.bench.runs import Runs
 from lightning_overlap.bench.skip import Skipped, skip_transfers
@@ -286,7 +286,8 @@ class _Peers:
             if name in self.refused:
                 continue
             try:
-                figures = self._timed.run(make(), prepare(copy.deepcopy(self._model))).figures
+                strategy, module = made_by_all(lambda: (make(), prepare(copy.deepcopy(self._model))))  # noqa: B023, it is called at once
+                figures = self._timed.run(strategy, module).figures
                 self.rows.setdefault(name, Row(name)).add(*figures)
             except Exception as error:  # of any kind: the other figures are still worth printing
                 self.refused[name] = f"{name} is left out: {error}"

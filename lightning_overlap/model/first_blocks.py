@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -12,8 +13,10 @@ from torch.utils.hooks import RemovableHandle
 from lightning_overlap.model.block_check import BlockCheck, BlockShards, structure
 from lightning_overlap.model.boundary import Boundary
 from lightning_overlap.model.copies import copy_without_hooks
+from lightning_overlap.model.hidden_states import find_hidden
 from lightning_overlap.model.markers import is_expert
 from lightning_overlap.model.patches import Hook, ReplacedForward
+from lightning_overlap.model.stand_in import StandIn
 from lightning_overlap.state.absent import is_absent
 
 
@@ -82,6 +85,9 @@ class FirstBlocks:
             return
         self.waiting.remove(check)
         if any(map(is_expert, block.parameters())):  # no rank has the unsharded copy, and ranks with other samples run with it
+            return
+        if isinstance(find_hidden(args, kwargs, check.name)[1], StandIn):  # of embeddings whose tokens are sharded
+            warnings.warn(f"{check.name} was not compared with an unsharded copy, since no rank has its whole input", stacklevel=2)
             return
         # A pipeline may defer gradients of weights: it replaces the forward of their layers.
         forwards = [vars(module)["forward"] for module in block.modules() if "forward" in vars(module)]

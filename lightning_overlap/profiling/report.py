@@ -120,11 +120,11 @@ def _timeline(steps: Sequence[Sequence[Step]]) -> Any:
     drawn: dict[str, dict[str, list[Any]]] = defaultdict(lambda: defaultdict(list))
     rows: dict[str, None] = {}
     for step in steps:
-        for rank, lane, name, (start, end), nbytes in spans(step):
-            row = f"rank {rank} {lane}"
+        for rank, kind, name, (start, end), nbytes in spans(step):
+            row = f"rank {rank} {kind}"
             rows[row] = None
-            kind = {"waits": name.split(":")[0], "compute": name, "compute, stages": ACTIONS.get(name[0], name)}.get(lane, lane)
-            bars = drawn[kind]
+            colour = {"waits": name.split(":")[0], "compute": name, "compute, stages": ACTIONS.get(name[0], name)}.get(kind, kind)
+            bars = drawn[colour]
             bars["base"].append((start - origin) * 1e3)
             bars["x"].append((end - start) * 1e3)
             bars["y"].append(row)

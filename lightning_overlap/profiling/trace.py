@@ -307,7 +307,7 @@ def _add(counts: dict[K, float], key: K, seconds: float) -> None:
 
 
 def spans(steps: Sequence[Step]) -> Iterator[tuple[int, str, str, Interval, int]]:
-    """Yields the bars of a drawing of one step of all ranks: rank, lane, name, interval, bytes."""
+    """Yields the bars of a drawing of one step of all ranks: rank, row, name, interval, bytes."""
     for rank, (step, observed) in enumerate(zip(steps, observe_transfers(steps), strict=True)):
         for name, start, end in step.phases:
             yield rank, "compute", name, (start, end), 0
@@ -321,17 +321,17 @@ def spans(steps: Sequence[Step]) -> Iterator[tuple[int, str, str, Interval, int]
 
 
 def write_chrome_trace(steps: Sequence[Sequence[Step]], path: Path) -> None:
-    """Writes steps of all ranks in Chrome's trace event format, which Perfetto opens: ranks as processes, lanes as threads."""
+    """Writes steps of all ranks in Chrome's trace event format, which Perfetto opens: ranks as processes, rows as threads."""
     events: list[dict[str, object]] = []
-    lanes: dict[str, int] = {}
+    rows: dict[str, int] = {}
     origin = min((s.start for step in steps for s in step), default=0.0)
     for step in steps:
-        for rank, lane, name, (start, end), nbytes in spans(step):
-            track = lanes.setdefault(lane, len(lanes))
+        for rank, row, name, (start, end), nbytes in spans(step):
+            track = rows.setdefault(row, len(rows))
             times = {"ts": (start - origin) * 1e6, "dur": (end - start) * 1e6}
             events.append({"ph": "X", "pid": rank, "tid": track, "name": name, **times, "args": {"bytes": nbytes}})
     for rank in range(len(steps[0]) if steps else 0):
         events.append({"ph": "M", "pid": rank, "name": "process_name", "args": {"name": f"rank {rank}"}})
-        for lane, track in lanes.items():
-            events.append({"ph": "M", "pid": rank, "tid": track, "name": "thread_name", "args": {"name": lane}})
+        for row, track in rows.items():
+            events.append({"ph": "M", "pid": rank, "tid": track, "name": "thread_name", "args": {"name": row}})
     path.write_text(json.dumps({"traceEvents": events, "displayTimeUnit": "ms"}))

@@ -177,7 +177,7 @@ class Engine:
         return None
 
     def start_step(self) -> None:
-        """Called before the first reduction of a step: earlier gathers are then sent also during reductions."""
+        """Called before the first reduction of a step: earlier gathers are then sent before later ones, whatever their priority."""
 
     # -- waiting -----------------------------------------------------------------------------------------------------
 

@@ -223,7 +223,7 @@ class Group(BlockingVerbs):
         return Pending(self.note(label, 0), Arrived(), lambda: x)
 
     def start_step(self) -> None:
-        """Called before the first reduction of a step: earlier gathers are then sent also during reductions."""
+        """Called before the first reduction of a step: earlier gathers are then sent before later ones, whatever their priority."""
         self._engine.start_step()
 
     def connect(self, hops: Collection[tuple[int, int]]) -> None:

@@ -76,7 +76,9 @@ class ParallelMesh:
             sets.setdefault(self._position(name, rank)[0], []).append(rank)
         return list(sets.values())
 
-    def group(self, name: GroupName, timeout: timedelta, traffic: str | None = None, *, gathers: bool = True) -> Group:
+    def group(
+        self, name: GroupName, timeout: timedelta, traffic: str | None = None, *, gathers: bool = True, background: bool = False
+    ) -> Group:
         """Returns this rank's group of that name. Collective over the world: all ranks make the same calls in one order.
 
         A set of ranks is connected once for each kind of traffic, under any name: transfers of different traffic must not wait for
@@ -87,6 +89,7 @@ class ParallelMesh:
             timeout: how long a transfer may take.
             traffic: kind of its transfers, such as ``data``, also its name in errors; None: blocking collectives and objects only.
             gathers: whether its traffic has all-gathers.
+            background: as in :func:`make_group`.
 
         Raises:
             ConfigError: another rank has announced one.
@@ -99,7 +102,7 @@ class ParallelMesh:
             group.users += 1
             return group
         transfers = traffic is not None
-        group = make_group(sets, traffic or name, timeout, gathers=gathers and transfers, threads=transfers)
+        group = make_group(sets, traffic or name, timeout, gathers=gathers and transfers, threads=transfers, background=background)
         self._groups[key] = group
         return group
 

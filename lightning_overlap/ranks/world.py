@@ -17,6 +17,7 @@ from lightning_overlap.ranks.announcements import Announcements, TransferError
 from lightning_overlap.ranks.engine import Engine
 from lightning_overlap.ranks.gloo import GlooEngine, ThreadedGlooEngine
 from lightning_overlap.ranks.group import Group
+from lightning_overlap.ranks.link import Link
 from lightning_overlap.ranks.members import Members
 from lightning_overlap.ranks.nccl import NcclEngine
 from lightning_overlap.ranks.sockets import Sockets
@@ -32,6 +33,7 @@ class World:
         announcements: errors of all ranks.
         meeting_timeout: how long ranks wait for each other to make a group.
         groups: the groups of this process that have several ranks.
+        link: to other hosts.
         trainer_lock: held by the thread that runs a Trainer: collectives of two threads could be matched with each other.
     """
 
@@ -40,6 +42,7 @@ class World:
         self.meeting_timeout = timedelta(minutes=5)
         self.groups: weakref.WeakSet[Group] = weakref.WeakSet()
         self.trainer_lock = threading.RLock()
+        self.link = Link()
         self._everyone: Group | None = None
         self._process_group: Any = None  # torch's world when `_everyone` was made
 
@@ -149,6 +152,7 @@ def make_group(
     *,
     gathers: bool = True,
     threads: bool = True,
+    background: bool = False,
 ) -> Group:
     """Makes a group for each of some disjoint sets of ranks, and returns this rank's. Collective over the world.
 
@@ -159,6 +163,7 @@ def make_group(
         backend: ``gloo`` or ``nccl``; by default the world's.
         gathers: whether it makes all-gathers, which have separate connections.
         threads: whether gloo posts and waits on threads instead of on the caller's thread.
+        background: whether on gloo its data yields to that of other groups, since it is needed later.
 
     Raises:
         ConfigError: another rank has announced one.
@@ -172,7 +177,9 @@ def make_group(
             with Sockets.made_inside() as sockets[i]:
                 process_groups[i] = _meet(ranks, name, timeout, backend)
         if dist.get_rank() in ranks:
-            engine = _engine(Members(ranks, name, WORLD.announcements), process_groups, sockets, threads=threads)
+            engine = _engine(
+                Members(ranks, name, WORLD.announcements), process_groups, sockets, threads=threads, background=background
+            )
     assert engine is not None, f"rank {dist.get_rank()} is not in any of {rank_sets}"
     group = Group(engine.members, engine)
     if group.size > 1:
@@ -183,12 +190,14 @@ def make_group(
     return group
 
 
-def _engine(members: Members, process_groups: Sequence[Any], sockets: Sequence[Sockets], *, threads: bool) -> Engine:
+def _engine(members: Members, process_groups: Sequence[Any], sockets: Sequence[Sockets], *, threads: bool, background: bool) -> Engine:
     if dist.get_backend(process_groups[0]) == "nccl":
         for each in sockets:  # sockets of NCCL and of other threads, which cannot be told apart
             each.close()
         return NcclEngine(members, *process_groups)
-    return (ThreadedGlooEngine if threads and members.size > 1 else GlooEngine)(members, *process_groups, *sockets)
+    if threads and members.size > 1:
+        return ThreadedGlooEngine(members, *process_groups, *sockets, WORLD.link, background=background)
+    return GlooEngine(members, *process_groups, *sockets)
 
 
 def _meet(ranks: Sequence[int], name: str, timeout: timedelta, backend: str | None) -> Any:

@@ -109,18 +109,17 @@ def test_a_sum_is_divided_by_its_divisor(world, divisor, result):
 
 
 def gathers_before_sums():
-    """The thread that sends chunks sleeps when a gather and a sum are posted, and wakes while the sum's bytes are on their way."""
+    """The thread that sends a gather's chunks sees a reduction's bytes on the link, and later that they have gone."""
     rank = dist.get_rank()
-    group = make_group([[0, 1]], "test", datetime.timedelta(seconds=10))
+    group = make_group([[0, 1]], "test", datetime.timedelta(seconds=10), background=True)
     try:
         for _ in range(20):
             looks = iter([False])
             group._engine.sockets.is_idle = lambda looks=looks: next(looks, True)
             x = torch.full((2,), -1.0)
             x[rank] = rank
-            with group._engine.threads.changed:
-                gather = group.all_gather(x, [0, 1, 2], key=0, label="gather")
-                total = group.all_reduce(torch.ones(1), label="sum")
+            gather = group.all_gather(x, [0, 1, 2], key=0, label="gather")
+            total = group.all_reduce(torch.ones(1), label="sum")
             assert gather.wait().tolist() == [0, 1]
             assert total.wait().item() == 2
     finally:
@@ -134,7 +133,7 @@ def test_a_gather_is_not_forgotten_behind_a_sum(world):
 def lagging_rank():
     """Rank 1 is one step ahead: it waits for a reduction of rank 0, which waits for a gather of the earlier step."""
     rank = dist.get_rank()
-    group = make_group([[0, 1]], "test", datetime.timedelta(seconds=20))
+    group = make_group([[0, 1]], "test", datetime.timedelta(seconds=20), background=True)
     try:
         x, grads = torch.full((1 << 21,), float(rank)), torch.ones(8)
         hold = group.reduce_scatter(torch.ones(8), [0, 4, 8], key=5, label="hold") if rank else None
@@ -170,26 +169,70 @@ def send_buffers():
 
 
 def bounded_connections():
-    before = send_buffers()
-    group = make_group([list(range(dist.get_world_size()))], "test", datetime.timedelta(seconds=30))
-    try:
-        made = {connection: size for connection, size in send_buffers().items() if connection not in before}
-        return sum(size == 2 * SEND_BUFFER for size in made.values()), len(made)
-    finally:
-        group.close()
+    """By kind of group, the number of its connections, and how many of them have small send buffers."""
+    kinds = []
+    for background in (True, False):
+        before = send_buffers()
+        group = make_group([list(range(dist.get_world_size()))], "test", datetime.timedelta(seconds=30), background=background)
+        try:
+            made = {connection: size for connection, size in send_buffers().items() if connection not in before}
+            kinds.append((len(made), sum(size == 2 * SEND_BUFFER for size in made.values())))
+        finally:
+            group.close()
+    return kinds
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="descriptors are listed, and send buffers bounded, on Linux only")
-def test_connections_of_gathers_alone_have_small_send_buffers(world):
-    for bounded, connections in world(4).run(bounded_connections):
-        assert bounded == 3  # one for each peer
-        assert connections == 6  # including those of reductions, which are not bounded
+def test_background_connections_alone_have_small_send_buffers(world):
+    for kinds in world(4).run(bounded_connections):
+        assert kinds == [(6, 6), (6, 0)]  # to each peer one for gathers and one for the rest
+
+
+def background_beside_foreground():
+    """Data of a background group is posted first. Which kinds of data are on the link is planted. Tells what has started when."""
+    rank, bounds = dist.get_rank(), [0, 1 << 17, 1 << 18]
+    limit = datetime.timedelta(seconds=20)
+    late, first = (make_group([[0, 1]], name, limit, background=name == "late") for name in ("late", "first"))
+    busy = {first._engine.sockets, late._engine.sockets}
+    for sockets in list(busy):
+        sockets.is_idle = lambda sockets=sockets: sockets not in busy
+    try:
+        weights = torch.full((1 << 18,), -1.0)
+        weights[bounds[rank] : bounds[rank + 1]] = rank
+        gather = late.all_gather(weights, bounds, key=0, label="gather")
+        sums = late.reduce_scatter(torch.full((1 << 18,), 1.0 + rank), bounds, key=0, label="reduce")
+        events = []
+
+        def turn(*freed):
+            """Another kind of data has gone. Foreground data goes there and back, so that both ranks are as far."""
+            busy.difference_update(freed)
+            for pending in (sums, gather)[: len(events)]:
+                pending.wait()
+            for _ in range(3):
+                rows = first.all_to_all(torch.ones(2) * rank, [1, 1], [1, 1], key=0, label="rows").wait()
+            events.append((sums.transfer.started is not None, gather.transfer.started is not None))
+            return rows.tolist()
+
+        rows = [turn(), turn(first._engine.sockets), turn(late._engine.sockets)]
+        return rows, events, sums.wait().unique().tolist(), [part.unique().tolist() for part in weights.chunk(2)]
+    finally:
+        busy.clear()
+        late.close()
+        first.close()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="whether a link is idle is known on Linux only")
+def test_background_data_waits_for_other_data_and_gathers_wait_for_reductions(world):
+    for rows, events, sums, weights in world(2).run(background_beside_foreground):
+        assert rows == [[0, 1]] * 3
+        assert events == [(False, False), (True, False), (True, True)]
+        assert (sums, weights) == ([3], [[0], [1]])
 
 
 def ahead_of_a_peer():
     """The first rank waits for a reduction that its peer posts only after a gather of the same step."""
     rank, bounds = dist.get_rank(), [0, 2, 4]
-    group = make_group([[0, 1]], "test", datetime.timedelta(seconds=10))
+    group = make_group([[0, 1]], "test", datetime.timedelta(seconds=10), background=True)
     try:
         group.start_step()
         x, weights = torch.full((4,), float(rank)), torch.full((4,), -1.0)

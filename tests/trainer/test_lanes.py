@@ -1,7 +1,7 @@
 """Lanes through Trainer: the bits of the same microbatches one after the other, under every mode that waits inside a stage."""
 
 import threading
-from typing import Any
+from typing import Any, ClassVar
 from unittest import mock
 
 import pytest
@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from lightning_overlap import ConfigError, ContextParallel, PipelineParallel, TensorParallel
 from lightning_overlap.ranks.announcements import TransferError
 from lightning_overlap.steps.lanes import Lanes
+from tests.trainer.expert import fits as experts
 from tests.trainer.tensor import test_numbers as tensor_numbers
 
 TENSOR = {"tensor_parallel": TensorParallel(size=2, vocab_parallel=True)}
@@ -35,10 +36,13 @@ CASES: dict[str, tuple[int, dict[str, Any], dict[str, Any], dict[str, Any], dict
 
 
 class Net(tensor_numbers.Net):
-    """Logs a metric too, and tells at the end what was logged."""
+    """A block for each stage of four. Logs a metric too, and tells at the end what was logged."""
+
+    logged: ClassVar[dict[str, float]] = {}
 
     def __init__(self, **model: Any) -> None:
         super().__init__(**model)
+        self.blocks.append(tensor_numbers.Block(16, True, model["dropout"]))
         self.seen = torchmetrics.MeanMetric()
 
     def training_step(self, batch: Tensor, index: int) -> Tensor:
@@ -48,7 +52,7 @@ class Net(tensor_numbers.Net):
         return loss
 
     def on_train_end(self) -> None:
-        self.losses += [float(value) for _, value in sorted(self.trainer.callback_metrics.items())]
+        Net.logged = {name: float(value) for name, value in self.trainer.callback_metrics.items()}
 
 
 def with_and_without(strategy: dict[str, Any], pipeline: dict[str, Any], model: dict[str, Any], trainer: dict[str, Any]) -> Any:
@@ -66,7 +70,8 @@ def with_and_without(strategy: dict[str, Any], pipeline: dict[str, Any], model: 
         for lanes in (True, False):
             mode = {"pipeline_parallel": PipelineParallel(lanes=lanes, **pipeline)}
             runs.append(tensor_numbers.train({**strategy, **mode}, model, **{"max_steps": 3, **trainer}))
-            runs[-1]["hand_overs"], hand_overs = hand_overs, 0
+            runs[-1] |= {"hand_overs": hand_overs, "logged": Net.logged}
+            hand_overs = 0
     return runs
 
 
@@ -79,6 +84,8 @@ def test_the_bits_of_one_microbatch_after_the_other(world: Any, case: str) -> No
         assert plain["hand_overs"] == 0
         assert lanes["losses"] == plain["losses"]
         assert lanes["val_loss"] == plain["val_loss"]
+        assert lanes["logged"] == plain["logged"]
+        assert {"loss", "seen_epoch"} <= lanes["logged"].keys()
         for name, weight in plain["weights"].items():
             assert torch.equal(lanes["weights"][name], weight), name
 
@@ -91,9 +98,8 @@ class Keeps(nn.Module):
         self.block = block
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.block(x)
-        self.mean = x.detach().mean()
-        return x
+        self.mean = x.detach().mean()  # before the block: a checkpoint stops where it has all tensors that backward needs
+        return self.block(x)
 
 
 class Awkward(tensor_numbers.Net):
@@ -127,7 +133,8 @@ def awkward(kind: str, lanes: Any) -> str:
             return f"{type(error).__name__}: {error}"
         finally:
             assert not any(thread.name == "backward lane" for thread in threading.enumerate())
-    return " ".join(str(call.args[0]) for call in warn.call_args_list)
+    messages = [str(call.args[0]) for call in warn.call_args_list]
+    return " ".join(message for message in messages if "lanes" in message)
 
 
 def test_refusals_are_the_same_on_every_rank(world: Any) -> None:
@@ -141,3 +148,20 @@ def test_refusals_are_the_same_on_every_rank(world: Any) -> None:
     assert workers.run(awkward, "fine", True) == ["", ""]
     for message in workers.run(awkward, "fails", True):
         assert message == "ZeroDivisionError: in a block"
+
+
+def experts_with_and_without(name: str, strategy: dict[str, Any]) -> Any:
+    def train(lanes: bool) -> Any:
+        return experts.fit({**strategy, "pipeline_parallel": PipelineParallel(microbatches=2, lanes=lanes)}, name, max_steps=3)
+
+    return train(True), train(False)
+
+
+@pytest.mark.parametrize(("size", "name", "strategy"), [(2, "deepseek", {}), (4, "mixtral", {"context_parallel": 2})])
+def test_experts_beside_those_of_another_microbatch(world: Any, size: int, name: str, strategy: dict[str, Any]) -> None:
+    for lanes, plain in world(size).run(experts_with_and_without, name, {"expert_parallel": 2, **strategy}):
+        assert "what context_parallel and expert_parallel would" in lanes["plan"] or not strategy
+        assert "1 of 2 forwards run beside another microbatch's backward" in lanes["plan"]
+        assert (lanes["losses"], lanes["val_loss"]) == (plain["losses"], plain["val_loss"])
+        for parameter, weight in plain["weights"].items():
+            assert torch.equal(lanes["weights"][parameter], weight), parameter

@@ -5,13 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable
 from importlib import import_module
 from importlib.util import find_spec
+from typing import TypeVar
 
 from lightning.pytorch import LightningModule
 from lightning.pytorch.strategies import Strategy
 
 from lightning_overlap.config import OverlapConfig
+from lightning_overlap.decision import ConfigError
 from lightning_overlap.plan import Plan
+from lightning_overlap.ranks.world import all_gather_objects
 
+T = TypeVar("T")
 Peer = tuple[Callable[[], Strategy], Callable[[LightningModule], LightningModule]]
 """Two functions: one makes the strategy, one prepares the module."""
 
@@ -37,3 +41,20 @@ def find_peers(plan: Plan, config: OverlapConfig, backend: str) -> dict[str, Pee
         if find_spec(name) is not None:
             peers |= import_module(name).peers(config, ranks, backend)
     return peers
+
+
+def made_by_all(make: Callable[[], T]) -> T:
+    """Makes something on all ranks. Collective over the world.
+
+    Raises:
+        ConfigError: on every rank, if one of them could not make it: the others would wait for it.
+    """
+    reason = made = None
+    try:
+        made = make()
+    except Exception as error:  # of any kind: another library's
+        reason = f"{error}"
+    if reasons := [each for each in all_gather_objects(reason) if each is not None]:
+        raise ConfigError(reasons[0])
+    assert made is not None, "what cannot be made raises an error"
+    return made

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,14 +14,15 @@ from torch.autograd.function import once_differentiable
 
 from lightning_overlap.decision import ConfigError
 from lightning_overlap.modes.context.config import Method
-from lightning_overlap.modes.context.exchange import EXCHANGES, Peers, PieceExchange
+from lightning_overlap.modes.context.exchange import EXCHANGES, Chain, Peers, PieceExchange
 from lightning_overlap.modes.context.heads import ByHeads, HeadAttention, HeadExchange, HeadShares
 from lightning_overlap.modes.context.kernel import Kernel, grad_of_sinks, kernel_for
 from lightning_overlap.modes.context.layout import TokenLayout
 from lightning_overlap.modes.context.mask import Mask
 from lightning_overlap.modes.context.part import PartOfHeads, TileMasks
-from lightning_overlap.modes.context.pieces import PieceMethod, Plan, Plans, make_plan
+from lightning_overlap.modes.context.pieces import PieceMethod, Plans, make_plan
 from lightning_overlap.ranks.group import Group
+from lightning_overlap.torch_seams import saved_tensor_hooks
 
 
 class _PieceAttention(Function):
@@ -37,24 +40,28 @@ class _PieceAttention(Function):
         v: Tensor,
         sinks: Tensor | None,
         part: PartOfHeads,
-        peers: Peers,
-        plan: Plan,
-        method: PieceMethod,
+        make: Callable[[Tensor, Tensor], PieceExchange],
+        chain: Chain | None,
     ) -> Tensor:
-        output, lse = part.forward(q, EXCHANGES[method](peers, plan, k, v), sinks)
+        output, lse = part.forward(q, make(k, v), sinks)
         output = output.to(q.dtype)
         ctx.save_for_backward(q, k, v, sinks, output, lse)
-        ctx.part, ctx.peers, ctx.plan, ctx.method = part, peers, plan, method
+        ctx.part, ctx.make = part, make
+        ctx.exchange = ctx.post_next = None
+        if chain is not None:
+            ctx.exchange = make(k.detach(), v.detach())
+            ctx.post_next = chain.add(ctx.exchange)
         return output
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> Any:
         q, k, v, sinks, output, lse = ctx.saved_tensors
-        exchange: PieceExchange = EXCHANGES[ctx.method](ctx.peers, ctx.plan, k, v)
-        of_q, of_k, of_v = ctx.part.backward(grad, q, output, lse, exchange)
+        exchange: PieceExchange = ctx.exchange or ctx.make(k, v)
+        of_q, of_k, of_v = ctx.part.backward(grad, q, output, lse, exchange, ctx.post_next)
+        ctx.exchange = ctx.post_next = None  # which keep tensors that autograd frees now
         of_sinks = None if sinks is None else grad_of_sinks(sinks, grad, output, lse)
-        return of_q.to(q.dtype), of_k.to(k.dtype), of_v.to(v.dtype), of_sinks, None, None, None, None
+        return of_q.to(q.dtype), of_k.to(k.dtype), of_v.to(v.dtype), of_sinks, None, None, None
 
 
 class ContextAttention:
@@ -68,6 +75,9 @@ class ContextAttention:
             and make smaller products.
         overlapped: False: each transfer is waited for where it is posted. The numbers are the same.
         hierarchical_sizes: of ``a2a+p2p``: ranks that exchange heads, which are neighbours, and ranks that exchange pieces.
+        chain: returns the earlier attentions of the same forward; None: in backward, keys and values travel under their own attention
+            only.
+        kernels: makes the kernel of a call; a measurement passes kernels that do not compute.
 
     Raises:
         ConfigError: ``hierarchical_sizes`` do not fit the method or the group.
@@ -81,6 +91,8 @@ class ContextAttention:
         pieces: int = 8,
         overlapped: bool = True,
         hierarchical_sizes: tuple[int, int] | None = None,
+        chain: Callable[[], Chain] | None = None,
+        kernels: Callable[..., Kernel] = kernel_for,
     ) -> None:
         if (hierarchical_sizes is None) == (method == "a2a+p2p"):
             raise ConfigError(
@@ -92,7 +104,8 @@ class ContextAttention:
             raise ConfigError(
                 f"hierarchical_sizes={hierarchical_sizes} make {inner * outer} ranks of {group.size}: choose sizes whose product it is"
             )
-        self._overlapped = overlapped
+        self._overlapped, self._kernels = overlapped, kernels
+        self._chain = chain
         self._masks = TileMasks()
         self._sets = [range(first, first + inner) for first in range(0, group.size, inner)]
         self._group = group
@@ -140,13 +153,16 @@ class ContextAttention:
         device = q.device.type
         q, k, v = _autocast(q, k, v)
         seed = int(torch.randint(1 << 62, ()).item()) if dropout else 0
-        kernel = kernel_for(q, v, 1 / math.sqrt(q.shape[-1]) if scale is None else scale, dropout, softcap, seed)
+        kernel = self._kernels(q, v, 1 / math.sqrt(q.shape[-1]) if scale is None else scale, dropout, softcap, seed)
         with torch.autocast(device, enabled=False):
             if self._inner.size > 1:
                 return HeadAttention.apply(q, k, v, sinks, self._by_heads(q.shape[1], k.shape[1], kernel, mask, layout))
             part = PartOfHeads(mask, range(q.shape[1]), kernel, self._overlapped, self._masks)
             plan = self._plans.of(mask, layout, self._group.rank)
-            return _PieceAttention.apply(q, k, v, sinks, part, self._outer, plan, self._pieces)
+            make = partial(EXCHANGES[self._pieces], self._outer, plan)
+            # Saved tensors that go elsewhere (an activation checkpoint, an offload to the host) are not kept for the chain.
+            chain = self._chain() if self._chain is not None and self._overlapped and saved_tensor_hooks() is None else None
+            return _PieceAttention.apply(q, k, v, sinks, part, make, chain)
 
     def most_received(self, mask: Mask, layout: TokenLayout) -> int:
         """Of ``p2p``: the tokens whose keys and values travel to the rank that receives most of them."""
@@ -156,8 +172,9 @@ class ContextAttention:
         shares = HeadShares.of(heads, kv_heads, self._inner.size, kv_heads_apart=self._outer.size > 1)
         exchange = HeadExchange(self._inner, [layout.ranges[rank] for rank in self._inner.members])
         plan = self._plans.of(mask, layout.merged(self._sets), self._outer.rank)
+        stages = self._plans.stages(mask, layout, self._inner.members, self._group.rank)
         parts = tuple(PartOfHeads(mask, mine, kernel, self._overlapped, self._masks) for mine in shares.queries[self._inner.rank])
-        return ByHeads(shares, exchange, self._outer, plan, parts)
+        return ByHeads(shares, exchange, stages, self._outer, plan, parts)
 
     def _check(self, q: Tensor, k: Tensor, v: Tensor, mask: Mask, layout: TokenLayout) -> None:
         if mask.bias is not None and mask.bias.requires_grad:
@@ -204,7 +221,7 @@ class UnshardedAttention:
         plan = make_plan(mask, TokenLayout.contiguous(mask.tokens, 1), 0, 1, "p2p")
         part = PartOfHeads(mask, range(q.shape[1]), kernel, False, TileMasks())
         with torch.autocast(q.device.type, enabled=False):
-            return _PieceAttention.apply(q, k, v, sinks, part, self._peers, plan, "p2p")
+            return _PieceAttention.apply(q, k, v, sinks, part, partial(EXCHANGES["p2p"], self._peers, plan), None)
 
 
 def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:

@@ -5,7 +5,9 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from itertools import accumulate
+from weakref import ref
 
 import torch
 from torch import Tensor
@@ -40,7 +42,7 @@ class Peers:
         """Posts a message to each member, which gets it as one of :meth:`messages_in`.
 
         Args:
-            messages: by receiver, 1-d, of one dtype.
+            messages: by receiver, 1-d, of one dtype. They must not be written to before the wait.
             receive_sizes: by sender, elements of the message that comes from it.
             key: tells it from others in flight.
             label: names it in traces.
@@ -48,7 +50,9 @@ class Peers:
         sends, receives = [0] * self.group.size, [0] * self.group.size
         for member, message, size in zip(self.members, messages, receive_sizes, strict=True):
             sends[member], receives[member] = len(message), size
-        return self.group.all_to_all(torch.cat(list(messages)), sends, receives, key=key, label=label)
+        filled = [message for message in messages if len(message)]
+        x = filled[0] if len(filled) == 1 else torch.cat(list(messages))
+        return self.group.all_to_all(x, sends, receives, key=key, label=label)
 
 
 class PostedAhead:
@@ -99,6 +103,19 @@ class PieceExchange(ABC):
 
     def __init__(self, peers: Peers, plan: Plan, k: Tensor, v: Tensor) -> None:
         self.peers, self.plan, self.k, self.v = peers, plan, k, v
+        self._posted: PostedAhead | None = None
+
+    def post_first(self, *, overlapped: bool = True) -> None:
+        """Posts the rounds that travel at a time, before :meth:`rounds` is called."""
+        if self._posted is None:
+            self._posted = PostedAhead(self.post, len(self.plan.rounds), self.plan.ahead, overlapped)
+
+    def rounds(self, *, overlapped: bool) -> PostedAhead:
+        """What comes in each round, once; see :class:`PostedAhead`."""
+        self.post_first(overlapped=overlapped)
+        rounds, self._posted = self._posted, None
+        assert rounds is not None, "post_first has set it"
+        return rounds
 
     @abstractmethod
     def post(self, number: int) -> Pending:
@@ -136,6 +153,27 @@ class PieceExchange(ABC):
         parts = message.split([torch.Size(shape).numel() for shape in shapes])
         tensors = [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]
         return zip(pieces, tensors[::2], tensors[1::2], strict=True)
+
+
+@dataclass
+class Chain:
+    """The attentions of one forward, whose backwards run in the opposite order.
+
+    The backward of one posts the first keys and values of the one before it, which travel under what lies between the two. If that one
+    has no backward, they travel in vain, on all ranks alike.
+    """
+
+    _last: ref[PieceExchange] | None = None
+
+    def add(self, exchange: PieceExchange) -> Callable[[], None]:
+        """Adds the exchange of an attention's backward. Returns a function that posts that of the attention before it, if it lives."""
+        before, self._last = self._last, ref(exchange)
+
+        def post() -> None:
+            if before is not None and (exchange := before()) is not None:
+                exchange.post_first()
+
+        return post
 
 
 class PointToPoint(PieceExchange):

@@ -18,11 +18,11 @@ from torch.autograd.function import once_differentiable
 from lightning_overlap.decision import ConfigError
 from lightning_overlap.modes.context.exchange import Peers, PointToPoint, PostedAhead, posted
 from lightning_overlap.modes.context.kernel import accumulator, grad_of_sinks
-from lightning_overlap.modes.context.part import PartOfHeads
-from lightning_overlap.modes.context.pieces import Plan
+from lightning_overlap.modes.context.part import Gradients, Outputs, PartOfHeads
+from lightning_overlap.modes.context.pieces import Plan, Stages
 from lightning_overlap.ranks.group import Pending
 
-HEAD_GROUPS = 4
+HEAD_GROUPS = 8
 """Groups of a rank's heads at most: one group's exchange travels while another one is computed."""
 FIRST_HEAD_KEY = 1 << 11
 """Keys of exchanges of heads start here, above those of pieces."""
@@ -115,6 +115,7 @@ class HeadExchange:
 
     def __init__(self, peers: Peers, ranges: Sequence[Sequence[range]]) -> None:
         self.peers = peers
+        self._others = [rank for rank in range(peers.size) if rank != peers.rank]
         self.counts = [sum(map(len, mine)) for mine in ranges]
         starts, start = {}, 0
         for part in sorted((part for mine in ranges for part in mine), key=lambda part: part.start):
@@ -125,36 +126,54 @@ class HeadExchange:
 
     def to_heads(self, tensors: Sequence[tuple[Tensor, Sequence[range]]], *, key: int, label: str) -> Pending:
         """Posts tensors of this rank's tokens ``(B, heads, s, D)``, each with the heads that go to each rank."""
-        messages = [torch.cat([x[:, _slice(heads[rank])].reshape(-1) for x, heads in tensors]) for rank in range(self.peers.size)]
+        messages = [torch.cat([x[:, _slice(heads[rank])].reshape(-1) for x, heads in tensors]) for rank in self._others]
         mine, count = self.peers.rank, self.counts[self.peers.rank]
         each = sum(x.shape[0] * len(heads[mine]) * x.shape[3] for x, heads in tensors)
         assert all(x.shape[2] == count for x, _ in tensors)
-        return self.peers.exchange(messages, [each * tokens for tokens in self.counts], key=key, label=label)
+        return self._exchange(messages, [each * self.counts[rank] for rank in self._others], key, label)
+
+    def keep_heads(self, tensors: Sequence[tuple[Tensor, Sequence[range]]], into: Sequence[Tensor]) -> None:
+        """Writes the tokens of this rank into the tensors of :meth:`place_heads`."""
+        for (source, heads), x in zip(tensors, into, strict=True):
+            self._write(x, self.peers.rank, source[:, _slice(heads[self.peers.rank])])
 
     def place_heads(self, received: Tensor, into: Sequence[Tensor]) -> None:
         """Writes what :meth:`to_heads` has brought into tensors ``(B, this rank's heads, tokens, D)``."""
-        for tokens, rows in zip(self.counts, self._rows, strict=True):
+        for rank in self._others:
             for x in into:
-                part, received = _first(received, (*x.shape[:2], tokens, x.shape[3]))
-                for target, source in zip(rows, part.split([len(each) for each in rows], 2), strict=True):
-                    x[:, :, _slice(target)] = source
+                part, received = _first(received, (*x.shape[:2], self.counts[rank], x.shape[3]))
+                self._write(x, rank, part)
 
     def to_tokens(
         self, tensors: Sequence[Tensor], receives: Sequence[tuple[Tensor, Sequence[range]]], *, key: int, label: str
     ) -> Pending:
         """Posts tensors ``(B, this rank's heads, tokens, D)``; ``receives`` is what :meth:`place_tokens` will be given."""
-        messages = [torch.cat([_tokens(x, rows).reshape(-1) for x in tensors]) for rows in self._rows]
-        sizes = [
-            sum(x.shape[0] * len(heads[rank]) * x.shape[2] * x.shape[3] for x, heads in receives) for rank in range(self.peers.size)
-        ]
-        return self.peers.exchange(messages, sizes, key=key, label=label)
+        messages = [torch.cat([_tokens(x, self._rows[rank]).reshape(-1) for x in tensors]) for rank in self._others]
+        sizes = [sum(x.shape[0] * len(heads[rank]) * x.shape[2] * x.shape[3] for x, heads in receives) for rank in self._others]
+        return self._exchange(messages, sizes, key, label)
+
+    def keep_tokens(self, tensors: Sequence[Tensor], into: Sequence[tuple[Tensor, range]]) -> None:
+        """Adds the tokens of this rank to tensors that :meth:`place_tokens` is given, each with this rank's heads."""
+        for x, (target, heads) in zip(tensors, into, strict=True):
+            target[:, _slice(heads)] += _tokens(x, self._rows[self.peers.rank])
 
     def place_tokens(self, received: Tensor, into: Sequence[tuple[Tensor, Sequence[range]]]) -> None:
         """Adds what :meth:`to_tokens` has brought to tensors of this rank's tokens, each with the heads that come from each rank."""
-        for rank in range(self.peers.size):
+        for rank in self._others:
             for x, heads in into:
                 part, received = _first(received, (x.shape[0], len(heads[rank]), *x.shape[2:]))
                 x[:, _slice(heads[rank])] += part
+
+    def _exchange(self, messages: list[Tensor], sizes: list[int], key: int, label: str) -> Pending:
+        """Posts a message to each other rank; sizes are those of the messages that come."""
+        messages.insert(self.peers.rank, messages[0].new_empty(0))
+        sizes.insert(self.peers.rank, 0)
+        return self.peers.exchange(messages, sizes, key=key, label=label)
+
+    def _write(self, x: Tensor, rank: int, tokens: Tensor) -> None:
+        rows = self._rows[rank]
+        for target, source in zip(rows, tokens.split([len(each) for each in rows], 2), strict=True):
+            x[:, :, _slice(target)] = source
 
 
 def _slice(part: range) -> slice:
@@ -178,6 +197,7 @@ class ByHeads:
     Args:
         shares: which heads each rank computes.
         exchange: moves heads and tokens.
+        stages: what is computed of the peers' tokens.
         outer: the ranks that compute the same heads of other tokens; this rank alone where each computes whole sequences.
         plan: of the pieces that travel among these.
         parts: by group of heads.
@@ -185,6 +205,7 @@ class ByHeads:
 
     shares: HeadShares
     exchange: HeadExchange
+    stages: Stages
     outer: Peers
     plan: Plan
     parts: tuple[PartOfHeads, ...]
@@ -219,14 +240,40 @@ class ByHeads:
         else:
             into.index_add_(1, torch.tensor(index, device=into.device), gradient)
 
+    def keep_gradients(self, group: int, made: Gradients, of_queries: Tensor, of_keys: Tensor, of_values: Tensor) -> None:
+        """Takes the gradients of a group: those of its queries are complete but for what is added later, those of keys are added."""
+        self.mine(of_queries, self.shares.queries[self.rank][group]).copy_(made.of_q)
+        for into, gradient in ((of_keys, made.of_k), (of_values, made.of_v)):
+            self.add_to_keys(into, group, gradient)
+            gradient.zero_()
+
+    def of_sinks(self, sinks: Tensor | None, grads: Tensor, outputs: Tensor, lse: Tensor) -> Tensor | None:
+        """The gradient of the sinks, of which this rank has that of its heads."""
+        if sinks is None:
+            return None
+        mine, gradient = _slice(self.all_heads()), torch.zeros_like(sinks)
+        gradient[mine] = grad_of_sinks(sinks[mine], grads, outputs, lse)
+        return gradient
+
+    def all_heads(self, *, keys: bool = False) -> range:
+        """The heads of all groups of this rank."""
+        shares = (self.shares.keys if keys else self.shares.queries)[self.rank]
+        return range(shares[0].start, shares[-1].stop)
+
+    def pieces(self, keys: Tensor, values: Tensor, group: int) -> PointToPoint:
+        """Moves the keys and values of a group, which are those of this rank's heads, among the outer ranks."""
+        return PointToPoint(self.outer, self.plan, self.keys_of(keys, group), self.keys_of(values, group))
+
     def new(self, like: Tensor, *, keys: bool = False, features: int | None = None) -> Tensor:
         """Room for the tokens of this rank's heads."""
-        shares = (self.shares.keys if keys else self.shares.queries)[self.rank]
-        return like.new_empty(like.shape[0], shares[-1].stop - shares[0].start, self.exchange.tokens, features or like.shape[3])
+        return like.new_empty(like.shape[0], len(self.all_heads(keys=keys)), self.exchange.tokens, features or like.shape[3])
 
 
 class HeadAttention(Function):
     """Attention by heads. The exchange of a group of heads travels while another group is computed.
+
+    The first exchange and the last one travel under a part of their own group: in forward, queries of this rank meet its own keys
+    before the others' tokens come, and the others' keys after the others' outputs have left; in backward, the other way round.
 
     Forward: ``q`` ``(B, H, s, D)``, ``k``, ``v`` ``(B, heads, s, D)``, ``sinks`` ``(H)`` or None -> ``(B, H, s, D)`` in the dtype of
     ``q``. Backward: gradients of the inputs' shapes and dtypes. What is kept for it are the tensors of this rank's heads.
@@ -234,30 +281,42 @@ class HeadAttention(Function):
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, by_heads: ByHeads) -> Tensor:
-        shares, exchange, overlapped = by_heads.shares, by_heads.exchange, by_heads.parts[0].overlapped
+        shares, exchange, stages, overlapped = by_heads.shares, by_heads.exchange, by_heads.stages, by_heads.parts[0].overlapped
         by_rank, mine, rank = by_heads.by_rank, by_heads.mine, by_heads.rank
 
-        def post(group: int) -> Pending:
+        def inputs(group: int) -> list[tuple[Tensor, list[range]]]:
             keys = by_rank(group, shares.first)
-            tensors = [(q, by_rank(group, by_heads.queries)), (k, keys), (v, keys)]
-            return exchange.to_heads(tensors, key=FIRST_HEAD_KEY + group, label=f"context.heads[{group}]")
+            return [(q, by_rank(group, by_heads.queries)), (k, keys), (v, keys)]
 
-        arrivals = PostedAhead(post, shares.groups, 1, overlapped)
+        def post(group: int) -> Pending:
+            return exchange.to_heads(inputs(group), key=FIRST_HEAD_KEY + group, label=f"context.heads[{group}]")
+
+        arrivals = iter(PostedAhead(post, shares.groups, 1, overlapped))
         queries, keys, values = by_heads.new(q), by_heads.new(k, keys=True), by_heads.new(v, keys=True)
         outputs = by_heads.new(q, features=v.shape[3])
         lse = outputs.new_empty(outputs.shape[:3], dtype=accumulator(q.dtype))
         result = q.new_zeros(*q.shape[:3], v.shape[3])
         leaving = []
-        for group, (received, part) in enumerate(zip(arrivals, by_heads.parts, strict=True)):
+        for group, part in enumerate(by_heads.parts):
             heads, new = shares.queries[rank][group], shares.first(rank, group)
-            exchange.place_heads(received, [mine(queries, heads), mine(keys, new, keys=True), mine(values, new, keys=True)])
-            pieces = PointToPoint(by_heads.outer, by_heads.plan, by_heads.keys_of(keys, group), by_heads.keys_of(values, group))
+            into = [mine(queries, heads), mine(keys, new, keys=True), mine(values, new, keys=True)]
+            exchange.keep_heads(inputs(group), into)
             of_group = None if sinks is None else sinks[heads.start : heads.stop]
-            for into, made in zip((outputs, lse), part.forward(mine(queries, heads), pieces, of_group), strict=True):
-                mine(into, heads).copy_(made)
+            made = Outputs(part, mine(queries, heads), v.shape[3], of_group)
+            made.add(stages.own, by_heads.keys_of(keys, group), by_heads.keys_of(values, group))
+            exchange.place_heads(next(arrivals), into)
+            pieces = by_heads.pieces(keys, values, group)
+            pieces.post_first(overlapped=overlapped)
+            made.add(stages.queries, pieces.k, pieces.v)
+            made.add_rounds(pieces)
+            output = mine(outputs, heads).copy_(made.result()[0])
             returned = [(result, by_rank(group, by_heads.queries))]
             key, label = FIRST_HEAD_KEY + shares.groups + group, f"context.head_outputs[{group}]"
-            leaving.append((posted(exchange.to_tokens([mine(outputs, heads)], returned, key=key, label=label), overlapped), returned))
+            leaving.append((posted(exchange.to_tokens([output], returned, key=key, label=label), overlapped), returned))
+            made.add(stages.keys, pieces.k, pieces.v)
+            for kept, whole in zip((output, mine(lse, heads)), made.result(), strict=True):
+                kept.copy_(whole)
+        exchange.keep_tokens([outputs], [(result, by_heads.all_heads())])
         for pending, returned in leaving:
             exchange.place_tokens(pending.wait(), returned)
         ctx.save_for_backward(queries, keys, values, sinks, outputs, lse)
@@ -269,38 +328,41 @@ class HeadAttention(Function):
     def backward(ctx: Any, grad: Tensor) -> Any:
         queries, keys, values, sinks, outputs, lse = ctx.saved_tensors
         by_heads: ByHeads = ctx.by_heads
-        shares, exchange, overlapped = by_heads.shares, by_heads.exchange, by_heads.parts[0].overlapped
+        shares, exchange, stages, overlapped = by_heads.shares, by_heads.exchange, by_heads.stages, by_heads.parts[0].overlapped
         by_rank, mine, rank = by_heads.by_rank, by_heads.mine, by_heads.rank
 
         def post(group: int) -> Pending:
             tensors = [(grad, by_rank(group, by_heads.queries))]
             return exchange.to_heads(tensors, key=FIRST_HEAD_KEY + group, label=f"context.head_output_grads[{group}]")
 
-        arrivals = PostedAhead(post, shares.groups, 1, overlapped)
+        arrivals = iter(PostedAhead(post, shares.groups, 1, overlapped))
         dtype = accumulator(queries.dtype)
         grads, of_queries = torch.empty_like(outputs), torch.empty_like(queries)
         of_keys, of_values = (torch.zeros_like(x, dtype=dtype) for x in (keys, values))
         results = [grad.new_zeros(shape, dtype=dtype) for shape in ctx.shapes]
+        exchange.keep_heads([(grad, [by_heads.all_heads()] * exchange.peers.size)], [grads])
         leaving = []
-        for group, (received, part) in enumerate(zip(arrivals, by_heads.parts, strict=True)):
+        for group, part in enumerate(by_heads.parts):
             heads, done = shares.queries[rank][group], shares.last(rank, group)
-            exchange.place_heads(received, [mine(grads, heads)])
-            pieces = PointToPoint(by_heads.outer, by_heads.plan, by_heads.keys_of(keys, group), by_heads.keys_of(values, group))
+            pieces = by_heads.pieces(keys, values, group)
+            pieces.post_first(overlapped=overlapped)
             grad_of_heads, q, output, lse_of_heads = (mine(x, heads) for x in (grads, queries, outputs, lse))
-            of_q, of_k, of_v = part.backward(grad_of_heads, q, output, lse_of_heads, pieces)
-            mine(of_queries, heads).copy_(of_q)
-            by_heads.add_to_keys(of_keys, group, of_k)
-            by_heads.add_to_keys(of_values, group, of_v)
+            made = Gradients(part, grad_of_heads, q, output, lse_of_heads, pieces.k, pieces.v)
+            made.add(stages.keys)
+            exchange.place_heads(next(arrivals), [grad_of_heads])
+            made.add(stages.queries)
+            made.add_rounds(pieces)
+            by_heads.keep_gradients(group, made, of_queries, of_keys, of_values)
             sent = [mine(of_queries, heads), *(mine(x, done, keys=True).to(queries.dtype) for x in (of_keys, of_values))]
             heads_by_rank = [by_rank(group, by_heads.queries), *[by_rank(group, shares.last)] * 2]
             into = list(zip(results, heads_by_rank, strict=True))
             key, label = FIRST_HEAD_KEY + shares.groups + group, f"context.head_grads[{group}]"
             leaving.append((posted(exchange.to_tokens(sent, into, key=key, label=label), overlapped), into))
-        of_sinks = None
-        if sinks is not None:
-            of_sinks = torch.zeros_like(sinks)
-            first, last = shares.queries[rank][0].start, shares.queries[rank][-1].stop
-            of_sinks[first:last] = grad_of_sinks(sinks[first:last], grads, outputs, lse)
+            made.add(stages.own)
+            by_heads.keep_gradients(group, made, of_queries, of_keys, of_values)
+        all_heads, all_keys = by_heads.all_heads(), by_heads.all_heads(keys=True)
+        kept = zip(results, (all_heads, all_keys, all_keys), strict=True)
+        exchange.keep_tokens([of_queries, of_keys, of_values], list(kept))
         for pending, into in leaving:
             exchange.place_tokens(pending.wait(), into)
-        return *(x.to(queries.dtype) for x in results), of_sinks, None
+        return *(x.to(queries.dtype) for x in results), by_heads.of_sinks(sinks, grads, outputs, lse), None

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
-from dataclasses import dataclass, field, replace
+from dataclasses import InitVar, dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -284,15 +284,21 @@ class Merger:
     """Merges the parts of an attention, in the accumulator's dtype.
 
     Args:
-        output: of what was merged so far, ``(B, H, s, D)``.
+        output: zeros, then of what was merged so far, ``(B, H, s, D)``.
+        sinks: a logit for each head, ``(H,)``, that takes weight and has no value; None: there are none.
+
+    Attributes:
         lse: of what was merged so far, ``(B, H, s)``.
     """
 
     output: Tensor
+    sinks: InitVar[Tensor | None] = None
     lse: Tensor = field(init=False)
 
-    def __post_init__(self) -> None:
+    def __post_init__(self, sinks: Tensor | None) -> None:
         self.lse = self.output.new_full(self.output.shape[:-1], -torch.inf)
+        if sinks is not None:
+            self.lse.copy_(sinks.view(-1, 1))
 
     def add(self, rows: range, output: Tensor, lse: Tensor) -> None:
         """Adds a part: some queries, and keys that were not added for them before."""
@@ -302,15 +308,9 @@ class Merger:
         into.lerp_(output.to(into.dtype), (lse - finite(both)).exp_().unsqueeze(-1))
         before.copy_(both)
 
-    def add_sinks(self, sinks: Tensor) -> None:
-        """Adds a logit for each head, ``(H,)``, that takes weight and has no value."""
-        both = torch.logaddexp(self.lse, sinks.to(self.lse.dtype).view(-1, 1))
-        self.output.mul_((self.lse - both).exp_().unsqueeze(-1))
-        self.lse = both
-
 
 def grad_of_sinks(sinks: Tensor, grad: Tensor, output: Tensor, lse: Tensor) -> Tensor:
-    """The gradient of :meth:`Merger.add_sinks`, of its final output ``(B, H, s, D)`` and log-sum-exp ``(B, H, s)``."""
+    """The gradient of :class:`Merger`'s sinks, of its final output ``(B, H, s, D)`` and log-sum-exp ``(B, H, s)``."""
     weights = (sinks.to(lse.dtype).view(-1, 1) - lse).exp()
     return -(weights * (grad.to(lse.dtype) * output.to(lse.dtype)).sum(-1)).sum((0, 2)).to(sinks.dtype)
 

@@ -22,6 +22,7 @@ from lightning_overlap.modes.context.block_shards import ContextShards
 from lightning_overlap.modes.context.config import ContextChoices, ContextFacts, ContextParallel
 from lightning_overlap.modes.context.cut import ContextCut, ContextState
 from lightning_overlap.modes.context.embeddings import embedding_forward, find_embeddings
+from lightning_overlap.modes.context.exchange import Chain
 from lightning_overlap.modes.context.local_tokens import LocalTokens
 from lightning_overlap.modes.context.mask import Mask
 from lightning_overlap.modes.context.methods import AttentionByMask
@@ -55,6 +56,7 @@ class ContextMode(Sharder):
             pieces=config.pieces,
             overlapped=choices.overlap.value,
             hierarchical_sizes=None if sizes is None else (sizes[0], sizes[1]),
+            chain=lambda: setup.boundary.forwards.current.of(Chain),
         )
         self._undo: list[Callable[[], None]] = []
         self._model: nn.Module | None = None

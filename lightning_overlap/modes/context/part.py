@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
 from torch import Tensor
 
-from lightning_overlap.modes.context.exchange import PieceExchange, PostedAhead, posted
+from lightning_overlap.modes.context.exchange import PieceExchange, posted
 from lightning_overlap.modes.context.kernel import Kernel, Merger, Tile, accumulator, finite, positions_of
 from lightning_overlap.modes.context.mask import Mask, Relation
 from lightning_overlap.modes.context.pieces import Pair, Piece, Use
@@ -71,63 +71,39 @@ class PartOfHeads:
             exchange: has the keys and values.
             sinks: a logit a head, or None.
         """
-        rounds = self._rounds(exchange)
-        merger = Merger(q.new_zeros(*q.shape[:-1], exchange.v.shape[-1], dtype=accumulator(q.dtype)))
+        exchange.post_first(overlapped=self.overlapped)
+        outputs = Outputs(self, q, exchange.v.shape[-1], sinks)
+        outputs.add(exchange.plan.local, exchange.k, exchange.v)
+        outputs.add_rounds(exchange)
+        return outputs.result()
 
-        def add(use: Use, k: Tensor, v: Tensor) -> None:
-            for pair in use.pairs:
-                queries, keys, values = _rows(q, pair.queries), _rows(k, pair.keys), _rows(v, pair.keys)
-                merger.add(pair.queries, *self.kernel.forward(queries, keys, values, self.tile_of(pair, q)))
-
-        for use in exchange.plan.local:
-            add(use, _rows(exchange.k, use.piece.rows), _rows(exchange.v, use.piece.rows))
-        for number, received in enumerate(rounds):
-            pieces = exchange.pieces_of(number, received)
-            for use in exchange.plan.rounds[number].uses:
-                add(use, *pieces[use.piece])
-        if sinks is not None:
-            merger.add_sinks(sinks)
-        return merger.output, finite(merger.lse)
-
-    def backward(self, grad: Tensor, q: Tensor, output: Tensor, lse: Tensor, exchange: PieceExchange) -> tuple[Tensor, Tensor, Tensor]:
+    def backward(
+        self,
+        grad: Tensor,
+        q: Tensor,
+        output: Tensor,
+        lse: Tensor,
+        exchange: PieceExchange,
+        post_next: Callable[[], None] | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """The gradients of this rank's queries, keys and values, in the accumulator's dtype. Arguments as in :meth:`forward`.
 
         Half of the local keys are used before the others' pieces, while the first of these come, and half after them, while the
-        last gradients leave.
+        last gradients leave. ``post_next`` is called after the last gradients were posted.
         """
-        rounds = self._rounds(exchange)
-        gradients = _Gradients(self, grad, q, output, lse)
-        of_k, of_v = (x.new_zeros(x.shape, dtype=accumulator(q.dtype)) for x in (exchange.k, exchange.v))
-
-        def add_local(uses: Iterable[Use]) -> None:
-            for use in uses:
-                rows = use.piece.rows
-                gradients.add(use, _rows(exchange.k, rows), _rows(exchange.v, rows), _rows(of_k, rows), _rows(of_v, rows))
-
-        returning: deque[tuple[int, Pending]] = deque()
-
-        def add_returned() -> None:
-            number, pending = returning.popleft()
-            for piece, k, v in exchange.gradients_of(number, pending.wait()):
-                _rows(of_k, piece.rows).add_(k)
-                _rows(of_v, piece.rows).add_(v)
-
+        exchange.post_first(overlapped=self.overlapped)
+        gradients = Gradients(self, grad, q, output, lse, exchange.k, exchange.v)
         local = exchange.plan.local
         half = (len(local) + 1) // 2
-        add_local(local[:half])
-        for number, received in enumerate(rounds):
-            pieces = exchange.pieces_of(number, received)
-            made = gradients.of_round(exchange.plan.rounds[number].uses, pieces)
-            returning.append((number, posted(exchange.post_gradients(number, made), self.overlapped)))
-            if len(returning) > exchange.plan.ahead:
-                add_returned()
-        add_local(local[half:])
-        while returning:
-            add_returned()
-        return gradients.of_q, of_k, of_v
+        gradients.add(local[:half])
 
-    def _rounds(self, exchange: PieceExchange) -> PostedAhead:
-        return PostedAhead(exchange.post, len(exchange.plan.rounds), exchange.plan.ahead, self.overlapped)
+        def add_rest() -> None:
+            if post_next is not None:
+                post_next()
+            gradients.add(local[half:])
+
+        gradients.add_rounds(exchange, add_rest)
+        return gradients.of_q, gradients.of_k, gradients.of_v
 
     def tile_of(self, pair: Pair, q: Tensor) -> Tile:
         """Which pairs of some queries and keys are visible; ``q`` tells batch and device."""
@@ -136,26 +112,107 @@ class PartOfHeads:
         return Tile(causal=is_causal, visible=visible, queries=pair.query_positions, keys=pair.key_positions, heads=self.heads)
 
 
-class _Gradients:
-    """Adds up the gradients of one rank's queries, and of the keys and values that they see.
+class Outputs:
+    """The outputs of some queries, from the keys that were added so far.
 
     Args:
         part: which attention.
-        grad: of the output.
+        q: queries ``(B, heads, s, D)``, which may be written until they are used.
+        features: of a value.
+        sinks: as in :meth:`PartOfHeads.forward`.
+    """
+
+    def __init__(self, part: PartOfHeads, q: Tensor, features: int, sinks: Tensor | None) -> None:
+        self._part, self._q = part, q
+        self._merger = Merger(q.new_zeros(*q.shape[:-1], features, dtype=accumulator(q.dtype)), sinks)
+
+    def add(self, uses: Iterable[Use], k: Tensor, v: Tensor) -> None:
+        """Adds pieces of the local keys ``k`` and values ``v``."""
+        for use in uses:
+            self._add(use, _rows(k, use.piece.rows), _rows(v, use.piece.rows))
+
+    def add_rounds(self, exchange: PieceExchange) -> None:
+        """Adds the other ranks' pieces as they come."""
+        for number, received in enumerate(exchange.rounds(overlapped=self._part.overlapped)):
+            pieces = exchange.pieces_of(number, received)
+            for use in exchange.plan.rounds[number].uses:
+                self._add(use, *pieces[use.piece])
+
+    def result(self) -> tuple[Tensor, Tensor]:
+        """Output and log-sum-exp, see :meth:`PartOfHeads.forward`."""
+        return self._merger.output, finite(self._merger.lse)
+
+    def _add(self, use: Use, k: Tensor, v: Tensor) -> None:
+        for pair in use.pairs:
+            queries, keys, values = _rows(self._q, pair.queries), _rows(k, pair.keys), _rows(v, pair.keys)
+            made = self._part.kernel.forward(queries, keys, values, self._part.tile_of(pair, self._q))
+            self._merger.add(pair.queries, *made)
+
+
+class Gradients:
+    """The gradients of some queries and of the local keys and values, from what was added so far.
+
+    Args:
+        part: which attention.
+        grad: of the output; it may be written until it is used.
         q: queries.
         output: of forward.
         lse: of forward.
+        k: local keys.
+        v: local values.
 
     Attributes:
-        of_q: gradients of the queries so far.
+        of_q: gradients of the queries.
+        of_k: gradients of the local keys.
+        of_v: gradients of the local values.
     """
 
-    def __init__(self, part: PartOfHeads, grad: Tensor, q: Tensor, output: Tensor, lse: Tensor) -> None:
-        self._part, self._grad, self._q, self._output, self._lse = part, grad, q, output, lse
-        self.of_q = q.new_zeros(q.shape, dtype=accumulator(q.dtype))
+    def __init__(self, part: PartOfHeads, grad: Tensor, q: Tensor, output: Tensor, lse: Tensor, k: Tensor, v: Tensor) -> None:
+        self._part, self._grad, self._q, self._output, self._lse, self._k, self._v = part, grad, q, output, lse, k, v
+        self.of_q, self.of_k, self.of_v = (x.new_zeros(x.shape, dtype=accumulator(q.dtype)) for x in (q, k, v))
 
-    def add(self, use: Use, k: Tensor, v: Tensor, of_k: Tensor, of_v: Tensor) -> None:
-        """Adds those of a piece with keys ``k`` and values ``v`` into ``of_k`` and ``of_v``."""
+    def add(self, uses: Iterable[Use]) -> None:
+        """Adds those of pieces of the local keys and values."""
+        for use in uses:
+            self._add(use, *(_rows(x, use.piece.rows) for x in (self._k, self._v, self.of_k, self.of_v)))
+
+    def add_rounds(self, exchange: PieceExchange, then: Callable[[], None] | None = None) -> None:
+        """Adds those of the other ranks' pieces as they come, and what comes back for the local ones.
+
+        Args:
+            exchange: has the pieces.
+            then: called while the last gradients travel.
+        """
+        returning: deque[tuple[int, Pending]] = deque()
+
+        def add_returned() -> None:
+            number, pending = returning.popleft()
+            for piece, k, v in exchange.gradients_of(number, pending.wait()):
+                _rows(self.of_k, piece.rows).add_(k)
+                _rows(self.of_v, piece.rows).add_(v)
+
+        for number, received in enumerate(exchange.rounds(overlapped=self._part.overlapped)):
+            pieces = exchange.pieces_of(number, received)
+            made = self._of_round(exchange.plan.rounds[number].uses, pieces)
+            returning.append((number, posted(exchange.post_gradients(number, made), self._part.overlapped)))
+            if len(returning) > exchange.plan.ahead:
+                add_returned()
+        if then is not None:
+            then()
+        while returning:
+            add_returned()
+
+    def _of_round(self, uses: Sequence[Use], pieces: dict[Piece, tuple[Tensor, Tensor]]) -> dict[Piece, tuple[Tensor, Tensor]]:
+        """Those of the keys and values of a round, by piece."""
+        made = {}
+        for use in uses:
+            k, v = pieces[use.piece]
+            of_k, of_v = (x.new_zeros(x.shape, dtype=self.of_q.dtype) for x in (k, v))
+            self._add(use, k, v, of_k, of_v)
+            made[use.piece] = of_k, of_v
+        return made
+
+    def _add(self, use: Use, k: Tensor, v: Tensor, of_k: Tensor, of_v: Tensor) -> None:
         for pair in use.pairs:
             grad, q, output = (_rows(x, pair.queries) for x in (self._grad, self._q, self._output))
             lse = self._lse[:, :, pair.queries.start : pair.queries.stop]
@@ -163,16 +220,6 @@ class _Gradients:
             made = self._part.kernel.backward(grad, q, _rows(k, pair.keys), _rows(v, pair.keys), output, lse, tile)
             for into, rows, gradient in zip((self.of_q, of_k, of_v), (pair.queries, pair.keys, pair.keys), made, strict=True):
                 _rows(into, rows).add_(gradient)
-
-    def of_round(self, uses: Sequence[Use], pieces: dict[Piece, tuple[Tensor, Tensor]]) -> dict[Piece, tuple[Tensor, Tensor]]:
-        """Those of the keys and values of a round, by piece."""
-        made = {}
-        for use in uses:
-            k, v = pieces[use.piece]
-            of_k, of_v = (x.new_zeros(x.shape, dtype=self.of_q.dtype) for x in (k, v))
-            self.add(use, k, v, of_k, of_v)
-            made[use.piece] = of_k, of_v
-        return made
 
 
 def _rows(x: Tensor, rows: range) -> Tensor:

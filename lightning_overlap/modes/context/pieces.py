@@ -6,15 +6,16 @@ Every rank computes from the same mask and layout what all ranks need: no rank a
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
-from typing import Literal
+from functools import lru_cache, partial
+from typing import Any, Generic, Literal, TypeVar
 from weakref import WeakKeyDictionary
 
 from lightning_overlap.modes.context.layout import TokenLayout
 from lightning_overlap.modes.context.mask import Mask, Relation
 
+T = TypeVar("T")
 PieceMethod = Literal["p2p", "all_gather"]
 TILE = 256
 """Length of the tiles, in tokens, into which a partly masked area is cut. Shorter tiles make products slower, longer ones compute more
@@ -111,8 +112,47 @@ class Plan:
     most_received: int
 
 
+@dataclass(frozen=True)
+class Stages:
+    """What is computed of sequences whose tokens come from several ranks, by whose queries and keys are used.
+
+    Args:
+        own: this rank's queries and keys. Nothing needs to come for it in forward, and nothing leaves of it in backward.
+        keys: this rank's queries, the others' keys.
+        queries: the others' queries, all keys.
+    """
+
+    own: tuple[Use, ...]
+    keys: tuple[Use, ...]
+    queries: tuple[Use, ...]
+
+
+class _Once(Generic[T]):
+    """Makes something of a mask once: layers share a mask object, and masks without tensors are the same if their numbers are.
+
+    Args:
+        make: called with a mask and other arguments, which are hashable.
+    """
+
+    def __init__(self, make: Callable[..., T]) -> None:
+        self._make = make
+        self._of_numbers = lru_cache(REMEMBERED_PLANS)(self._make_of_numbers)
+        self._of_masks: WeakKeyDictionary[Mask, dict[Any, T]] = WeakKeyDictionary()
+
+    def __call__(self, mask: Mask, *others: Hashable) -> T:
+        if not mask.has_tensors:
+            return self._of_numbers(mask.tokens, mask.causal, mask.window, *others)
+        made = self._of_masks.setdefault(mask, {})
+        if others not in made:
+            made[others] = self._make(mask, *others)
+        return made[others]
+
+    def _make_of_numbers(self, tokens: int, causal: bool, window: int | None, *others: Hashable) -> T:
+        return self._make(Mask(tokens, causal, window), *others)
+
+
 class Plans:
-    """Makes plans, once for each mask: layers share a mask object, and masks without tensors are the same if their numbers are.
+    """Makes plans and stages, once for each mask.
 
     Args:
         method: ``p2p``: each rank gets the pieces that its queries see; ``all_gather``: each rank gets every piece that is seen by any
@@ -121,22 +161,16 @@ class Plans:
     """
 
     def __init__(self, method: PieceMethod, pieces: int) -> None:
-        self._method: PieceMethod = method
-        self._pieces = pieces
-        self._of_numbers = lru_cache(REMEMBERED_PLANS)(self._make)
-        self._of_masks: WeakKeyDictionary[Mask, dict[tuple[TokenLayout, int], Plan]] = WeakKeyDictionary()
+        self._plans = _Once(partial(make_plan, pieces=pieces, method=method))
+        self._stages = _Once(make_stages)
 
     def of(self, mask: Mask, layout: TokenLayout, rank: int) -> Plan:
         """The plan of a rank."""
-        if not mask.has_tensors:
-            return self._of_numbers(mask.tokens, mask.causal, mask.window, layout, rank)
-        plans = self._of_masks.setdefault(mask, {})
-        if (layout, rank) not in plans:
-            plans[layout, rank] = make_plan(mask, layout, rank, self._pieces, self._method)
-        return plans[layout, rank]
+        return self._plans(mask, layout, rank)
 
-    def _make(self, tokens: int, causal: bool, window: int | None, layout: TokenLayout, rank: int) -> Plan:
-        return make_plan(Mask(tokens, causal, window), layout, rank, self._pieces, self._method)
+    def stages(self, mask: Mask, layout: TokenLayout, members: tuple[int, ...], rank: int) -> Stages:
+        """The stages of the tokens of some ranks, of which ``rank`` is one."""
+        return self._stages(mask, layout, members, rank)
 
 
 def make_plan(mask: Mask, layout: TokenLayout, rank: int, pieces: int, method: PieceMethod, tile: int = TILE) -> Plan:
@@ -160,6 +194,23 @@ def make_plan(mask: Mask, layout: TokenLayout, rank: int, pieces: int, method: P
     local = (_use(mask, halves, piece, tile) for piece in halves)
     received = [sum(len(use.piece.rows) for uses in mine for use in uses) for mine in needs]
     return Plan(tuple(use for use in local if use.pairs), rounds, max(map(len, cut)), max(received))
+
+
+def make_stages(mask: Mask, layout: TokenLayout, members: Sequence[int], rank: int, tile: int = TILE) -> Stages:
+    """The stages of the tokens of ``members``, in ascending order, on ``rank``. For the other arguments see :func:`make_plan`."""
+    parts = [(part, member) for member in members for part in layout.ranges[member]]
+    own: list[Piece] = []
+    others: list[Piece] = []
+    row = 0
+    for part, member in sorted(parts, key=lambda item: item[0].start):
+        # One owner: queries and keys that start together are cut at the same positions, and all are here when they are used.
+        (own if member == rank else others).append(Piece(0, range(row, row + len(part)), part))
+        row += len(part)
+
+    def used(queries: Sequence[Piece], keys: Sequence[Piece]) -> tuple[Use, ...]:
+        return tuple(use for piece in keys if (use := _use(mask, queries, piece, tile)).pairs)
+
+    return Stages(used(own, own), used(own, others), used(others, [*own, *others]))
 
 
 def _ranges_of(layout: TokenLayout, rank: int) -> list[Piece]:

@@ -20,6 +20,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 from torch import nn
@@ -59,7 +60,7 @@ class DataMode(OptimizerHolder):
         super().__init__(config, choices, setup)
         self._sharers = self._make_groups(config.num_optimizer_instances)
         has_experts = self.mesh.size("experts") > 1
-        self._experts = self.mesh.group("expert_gradients", self.timeout, "data") if has_experts else None
+        self._experts = self.mesh.group("expert_gradients", self.timeout, "data", background=True) if has_experts else None
         self._stage = self.mesh.group("stage", self.timeout) if has_experts else None
         self.buckets = Buckets(config, choices)
         self._trained = TrainedParameters(choices)
@@ -83,12 +84,13 @@ class DataMode(OptimizerHolder):
         """Makes the ranks over which the optimizer is sharded; with several optimizer instances also the ranks that have the same
         shard in all of them."""
         if instances == 1:
-            return (self.mesh.group("gradients", self.timeout, "data"),)
+            return (self.mesh.group("gradients", self.timeout, "data", background=True),)
         # Made here, since optimizer instances divide the ranks of a named group, and no other mode knows these parts.
         sets, size = self.mesh.sets("gradients"), self.mesh.size("gradients") // instances
         inner = [ranks[i : i + size] for ranks in sets for i in range(0, len(ranks), size)]
         outer = [ranks[i::size] for ranks in sets for i in range(size)]
-        return make_group(inner, "data", self.timeout), make_group(outer, "data.instances", self.timeout)
+        make = partial(make_group, timeout=self.timeout, background=True)
+        return make(inner, "data"), make(outer, "data.instances")
 
     # -- set-up ------------------------------------------------------------------------------------------------------
 

@@ -51,6 +51,8 @@ class ExpertMode(PieceHolder):
         super().__init__(config, choices, setup)
         self.group: Group = self.mesh.group("experts", self.timeout, "expert")
         self._tensor = self.mesh.group("tensor", self.timeout, "expert") if self.mesh.size("tensor") > 1 else None
+        for group in filter(None, (self.group, self._tensor)):
+            group.before_wait = setup.lanes.hand_over
         # In a trial, the data mode does not sum gradients.
         self._same = self.mesh.group("expert_gradients", self.timeout)
         self._samples = self.mesh.group("samples", self.timeout)

@@ -10,7 +10,7 @@ import torch
 
 from lightning_overlap.modes.pipeline.config import PipelineChoices, PipelineParallel, build_schedule
 from lightning_overlap.modes.pipeline.flow import Flow
-from lightning_overlap.modes.pipeline.transfers import KnownForms, PipelineTransfers, channel_kinds, hops, lane
+from lightning_overlap.modes.pipeline.transfers import KnownForms, PipelineTransfers, channel_kinds, channel_name, hops
 from lightning_overlap.ranks.mesh import ParallelMesh
 from lightning_overlap.ranks.world import backend
 from lightning_overlap.steps.runner import Runner
@@ -34,9 +34,9 @@ class Runs:
         self._config, self._choices = config, choices
         self._rank = mesh.index("pipeline")
         placement = config.plan(config.count).placement
-        lanes = {direction: lane(direction, backend()) for direction in channel_kinds(placement)}
-        groups = {name: mesh.group("pipeline", timeout, f"pipeline.{name}", gathers=False) for name in sorted(set(lanes.values()))}
-        self.channels = {direction: groups[name] for direction, name in lanes.items()}
+        names = {direction: channel_name(direction, backend()) for direction in channel_kinds(placement)}
+        groups = {name: mesh.group("pipeline", timeout, f"pipeline.{name}", gathers=False) for name in sorted(set(names.values()))}
+        self.channels = {direction: groups[name] for direction, name in names.items()}
         for direction in sorted(self.channels):
             self.channels[direction].connect(hops(placement, direction))
         self._known = KnownForms()

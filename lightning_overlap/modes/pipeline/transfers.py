@@ -6,7 +6,7 @@
     rank 1          ....   F1.0   B1.0   F1.1 ...
 
 Both ends know the complete schedule. So each receive is posted before it is needed, in the order in which its peer sends. No rank
-waits for a send: its tensor is freed when it is sent. No transfer waits behind one of the other direction, see :func:`lane`.
+waits for a send: its tensor is freed when it is sent. No transfer waits behind one of the other direction, see :func:`channel_name`.
 
 Without overlap, transfers are posted between two actions (see :func:`blocking_order`), and waited for at once: none is in transfer
 while either end computes. On CUDA the first batch of each kind runs like that too, see ``Group.in_one_order``.
@@ -362,7 +362,7 @@ def hops(placement: Sequence[int], way: Direction) -> set[tuple[int, int]]:
     return {(source, target) for source, target in sent if direction(way[0], source, target) == way}
 
 
-def lane(kind: Direction, backend: str) -> str:
+def channel_name(kind: Direction, backend: str) -> str:
     """The group that a direction uses.
 
     NCCL runs a rank's transfers in one group one after the other, in the order of their posting. So each direction has a group, and

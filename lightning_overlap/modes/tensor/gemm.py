@@ -131,8 +131,6 @@ class Gathered:
             buffer[bounds[group.rank] : bounds[group.rank + 1]] = self.local[low:high].flatten()
             self._pieces.append((buffer, bounds, [offset[i] for offset in offsets]))
             self._pending.append(group.all_gather(buffer, bounds, key=exchange.key(), label=label))
-        # The engine sends a step's gathers after its reductions. Products wait for both kinds, so here the first posted goes first.
-        group.start_step()
         if method == "plain":
             for pending in self._pending:
                 pending.wait()

@@ -38,11 +38,9 @@ def by_parts(kernel: Kernel, name: str, tensors: list[Tensor], sinks: Tensor | N
         tile_of(q, part, visible=mask.visible(positions, positions[part.start : part.stop], 2, range(q.shape[1]))) for part in PARTS
     ]
     cuts = [(k[:, :, part.start : part.stop], v[:, :, part.start : part.stop]) for part in PARTS]
-    merger = Merger(torch.zeros_like(q))
+    merger = Merger(torch.zeros_like(q), sinks)
     for tile, (keys, values) in zip(tiles, cuts, strict=True):
         merger.add(range(TOKENS), *kernel.forward(q, keys, values, tile))
-    if sinks is not None:
-        merger.add_sinks(sinks)
     lse = finite(merger.lse)
     parts = [kernel.backward(grad, q, *cut, merger.output, lse, tile) for cut, tile in zip(cuts, tiles, strict=True)]
     of_q = torch.stack([part[0] for part in parts]).sum(0)

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from lightning_overlap.modes.context.layout import TokenLayout
 from lightning_overlap.modes.context.mask import Mask, Relation
-from lightning_overlap.modes.context.pieces import Pair, Plan, Plans, make_plan
+from lightning_overlap.modes.context.pieces import Pair, Plan, Plans, Use, make_plan, make_stages
 from tests.modes.context.masks import NAMES, mask_of
 from tests.modes.context.test_mask import whole
 
@@ -18,10 +18,14 @@ def plans(mask: Mask, layout: TokenLayout, pieces: int = 8, method: str = "p2p",
 
 
 def pairs_of(mask: Mask, layout: TokenLayout, plan: Plan, rank: int) -> Tensor:
-    """How often each pair of positions is computed, ``(B, H, S, S)``."""
+    """How often a rank computes each pair of positions, ``(B, H, S, S)``."""
+    return count(mask, layout.positions(rank), (*plan.local, *(use for one in plan.rounds for use in one.uses)))
+
+
+def count(mask: Mask, positions: Tensor, uses: tuple[Use, ...]) -> Tensor:
+    """How often each pair of positions is computed, ``(B, H, S, S)``; ``positions`` are those of the rows."""
     counts = torch.zeros(2, 4, mask.tokens, mask.tokens, dtype=torch.long)
-    positions = layout.positions(rank)
-    for use in (*plan.local, *(use for one in plan.rounds for use in one.uses)):
+    for use in uses:
         for pair in use.pairs:
             queries = positions[pair.queries.start : pair.queries.stop]
             keys = torch.tensor(list(use.piece.positions[pair.keys.start : pair.keys.stop]))
@@ -46,6 +50,22 @@ def test_each_visible_pair_is_computed_once(name: str, ranks: int, method: str) 
             made = plans(mask, layout, 5, method)
             counts = torch.stack([pairs_of(mask, layout, plan, rank) for rank, plan in enumerate(made)]).sum(0)
             assert torch.equal(counts, whole(mask).long())
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_stages_have_each_visible_pair_once_by_whose_it_is(name: str) -> None:
+    mask = mask_of(name, 29)
+    for layout, members, rank in (
+        (TokenLayout.balanced(29, 4), (0, 1, 2, 3), 1),
+        (TokenLayout.by_area(mask, 4), (1, 3), 3),
+        (TokenLayout.contiguous(29, 4), (2,), 2),
+    ):
+        positions = torch.cat([layout.positions(member) for member in members]).sort().values
+        here = torch.zeros(29, dtype=torch.long).index_fill_(0, positions, 1)
+        own = torch.zeros(29, dtype=torch.long).index_fill_(0, layout.positions(rank), 1)
+        stages = make_stages(mask, layout, members, rank, tile=4)
+        for uses, queries, keys in ((stages.own, own, own), (stages.keys, own, here - own), (stages.queries, here - own, here)):
+            assert torch.equal(count(mask, positions, uses), whole(mask).long() * queries.view(-1, 1) * keys)
 
 
 @pytest.mark.parametrize("method", ["p2p", "all_gather"])
@@ -122,4 +142,7 @@ def test_plans_are_made_once() -> None:
     assert made.of(Mask(64, causal=True), layout, 0) is not made.of(Mask(64), layout, 0)
     packed = Mask(64, documents=torch.zeros(1, 64))
     assert made.of(packed, layout, 0) is made.of(packed, layout, 0)
+    for mask in (Mask(64), packed):
+        assert made.stages(mask, layout, (0, 1), 0) is made.stages(mask, layout, (0, 1), 0)
+        assert made.stages(mask, layout, (0, 1), 0) is not made.stages(mask, layout, (0,), 0)
     assert made.of(packed, layout, 0) is not made.of(Mask(64, documents=torch.arange(64).view(1, -1)), layout, 0)

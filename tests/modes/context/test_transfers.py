@@ -1,18 +1,20 @@
 """What travels in an attention, in which order, and that it does so on gloo."""
 
 import datetime
-import threading
+from contextlib import nullcontext
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
+from torch.autograd.graph import saved_tensors_hooks
 
 from lightning_overlap.decision import ConfigError
-from lightning_overlap.modes.context import attention as module
 from lightning_overlap.modes.context.attention import ContextAttention
+from lightning_overlap.modes.context.exchange import Chain
 from lightning_overlap.modes.context.heads import HeadShares
-from lightning_overlap.modes.context.kernel import FlashKernel, Kernel
+from lightning_overlap.modes.context.kernel import FlashKernel
 from lightning_overlap.modes.context.layout import TokenLayout
 from lightning_overlap.modes.context.mask import Mask
 from lightning_overlap.ranks.transfer import Transfer
@@ -46,32 +48,20 @@ def record(group: Any, method: dict[str, Any], tokens: int) -> tuple[Events, Eve
     layout = TokenLayout.balanced(tokens, group.size)
     q, k, v, grad = (x[:, :, layout.positions(group.rank)].clone() for x in inputs(tokens, 4, 4, torch.float32))
     q.requires_grad_()
-    output = ContextAttention(group, **method)(q, k, v, Mask(tokens, causal=True), layout)
+    attention = ContextAttention(group, **method, kernels=lambda *_, **__: Recorder(group.events))
+    output = attention(q, k, v, Mask(tokens, causal=True), layout)
     count = len(group.events)
     output.backward(grad)
     return group.events[:count], group.events[count:], group.nbytes
 
 
-@pytest.fixture
-def recorded(monkeypatch: pytest.MonkeyPatch) -> Any:
+def recorded(size: int, method: dict[str, Any], tokens: int) -> list[tuple[Events, Events, int]]:
     """Records what each rank posts, waits for and computes."""
-
-    def of(size: int, method: dict[str, Any], tokens: int) -> list[tuple[Events, Events, int]]:
-        def run(group: Any) -> tuple[Events, Events, int]:
-            kernels[group.rank] = Recorder(group.events)
-            ranks.rank = group.rank
-            return record(group, method, tokens)
-
-        return on_ranks(size, run)
-
-    kernels: dict[int, Kernel] = {}
-    ranks = threading.local()
-    monkeypatch.setattr(module, "kernel_for", lambda *_: kernels[ranks.rank])
-    return of
+    return on_ranks(size, record, method, tokens)
 
 
 @pytest.mark.parametrize("method", ["p2p", "all_gather"])
-def test_pieces_are_posted_before_the_compute_that_hides_them(recorded: Any, method: str) -> None:
+def test_pieces_are_posted_before_the_compute_that_hides_them(method: str) -> None:
     for rank, (forward, backward, _) in enumerate(recorded(2, {"method": method}, 64)):
         for events in (forward, backward):
             waits = [i for i, event in enumerate(events) if event[0] == "wait"]
@@ -85,7 +75,45 @@ def test_pieces_are_posted_before_the_compute_that_hides_them(recorded: Any, met
         assert "compute" in kinds[last:], "local keys are used while the last gradients leave"
 
 
-def test_plain_transfers_are_waited_for_where_they_are_posted(recorded: Any) -> None:
+def two_attentions(group: Any, method: dict[str, Any], *, chained: bool, saved: bool = False) -> tuple[list[torch.Tensor], Events]:
+    """Gradients of two attentions one after the other, and what this rank does in backward."""
+    layout = TokenLayout.balanced(32, group.size)
+    q, k, v, grad = (x[:, :, layout.positions(group.rank)].clone().requires_grad_() for x in inputs(32, 4, 4, torch.float32))
+    chain = Chain()
+    attention = ContextAttention(group, **method, chain=(lambda: chain) if chained else None)
+    with saved_tensors_hooks(lambda x: x, lambda x: x) if saved else nullcontext():
+        between = attention(q, k, v, Mask(32, causal=True), layout)
+        output = attention(between, k + between, v, Mask(32, causal=True), layout)
+    count = len(group.events)
+    output.backward(grad)
+    return [x.grad for x in (q, k, v)], group.events[count:]
+
+
+@pytest.mark.parametrize("method", [{"method": "p2p"}, {"method": "all_gather"}])
+@pytest.mark.parametrize("size", [2, 3])
+def test_in_backward_keys_and_values_are_posted_under_the_attention_that_comes_after(size: int, method: dict[str, Any]) -> None:
+    chained = on_ranks(size, partial(two_attentions, method=method, chained=True))
+    alone = on_ranks(size, partial(two_attentions, method=method, chained=False))
+    for (grads, events), (expected, unchained) in zip(chained, alone, strict=True):
+        assert all(map(torch.equal, grads, expected))
+        assert sorted(events) == sorted(unchained), "each is posted once and waited for once"
+        half = len(events) // 2
+        assert events[half:] != unchained[half:]
+        last = max(i for i, (kind, label) in enumerate(unchained[:half]) if kind == "wait" and "grads" in label)
+        early = [label for kind, label in events[:last] if kind == "post" and "pieces" in label]
+        assert early.count("context.pieces[0]") == 2
+        of_grads = [i for i, (kind, label) in enumerate(events) if kind == "post" and "grads" in label]
+        second = [i for i, event in enumerate(events) if event == ("post", "context.pieces[0]")][1]
+        assert of_grads[len(of_grads) // 2 - 1] < second, "what the later attention waits for goes first"
+
+
+def test_a_plain_attention_and_one_whose_tensors_are_saved_elsewhere_post_no_keys_ahead() -> None:
+    for how in ({"method": {"method": "p2p", "overlapped": False}}, {"method": {"method": "p2p"}, "saved": True}):
+        chained, alone = (on_ranks(2, partial(two_attentions, chained=chained, **how)) for chained in (True, False))
+        assert [events for _, events in chained] == [events for _, events in alone]
+
+
+def test_plain_transfers_are_waited_for_where_they_are_posted() -> None:
     for method in ({"method": "p2p"}, {"method": "all_gather"}, {"method": "a2a"}):
         for forward, backward, _ in recorded(2, {**method, "overlapped": False}, 64):
             for events in (forward, backward):
@@ -94,16 +122,20 @@ def test_plain_transfers_are_waited_for_where_they_are_posted(recorded: Any) -> 
                 assert all(events[i + 1] == ("wait", events[i][1]) for i in posts)
 
 
-def test_an_exchange_of_heads_travels_while_others_are_computed(recorded: Any) -> None:
-    for events in recorded(2, {"method": "a2a"}, 64)[0][:2]:
-        kinds = [kind for kind, _ in events]
-        groups = 2
-        assert kinds[:3] == ["post", "wait", "post"], "the second group travels while the first one is computed"
-        outputs = [i for i, (kind, label) in enumerate(events) if kind == "post"][groups:]
-        assert "compute" in kinds[outputs[0] :], "the first group's outputs travel while the second one is computed"
+def test_an_exchange_of_heads_travels_while_others_are_computed() -> None:
+    for rank in (0, 1):
+        for events in recorded(2, {"method": "a2a"}, 64)[rank][:2]:
+            kinds = [kind for kind, _ in events]
+            first = kinds.index("wait")
+            assert "compute" in kinds[:first], "this rank's queries meet its keys (in backward the others' keys) before the first one"
+            assert kinds[first + 1] == "post", "the second group travels while the first one is computed"
+            posts = [i for i, kind in enumerate(kinds) if kind == "post"]
+            assert len(posts) == 4, "two groups come and leave"
+            assert "compute" in kinds[posts[2] : posts[3]], "what the first group leaves travels while the second one is computed"
+            assert "compute" in kinds[posts[3] :], "what leaves last travels under what only this rank needs"
 
 
-def test_bytes(recorded: Any) -> None:
+def test_bytes() -> None:
     """Without transfers each rank would attend to its own tokens, and look fast."""
     kv = 2 * 4 * 64 * 8 * 4 * 2  # of all tokens: 2 samples, 4 heads, 64 tokens, 8 features, fp32, keys and values
     ring = 3 * kv  # twice in forward and backward, and gradients once
@@ -155,6 +187,34 @@ def test_gloo(world: Any, size: int) -> None:
         for _, log in results:
             assert sum(nbytes for _, nbytes, _ in log) > 0
             assert all(complete for _, _, complete in log), "all is waited for"
+
+
+def without_an_earlier_backward() -> list[float]:
+    """The backward of a later attention only, and then of a whole chain: what has travelled in vain is mixed up with nothing."""
+    size, rank = dist.get_world_size(), dist.get_rank()
+    group = make_group([list(range(size))], "context", datetime.timedelta(seconds=30))
+    try:
+        layout, mask = TokenLayout.balanced(29, size), Mask(29, causal=True)
+        q, k, v, grad = (x[:, :, layout.positions(rank)].clone().requires_grad_() for x in inputs(29, 4, 2, torch.float64))
+        results = []
+        for partly in (True, False):
+            chain = Chain()
+            attention = ContextAttention(group, chain=lambda chain=chain: chain)  # type: ignore[misc]
+            between = attention(q, k, v, mask, layout)
+            output = attention(between, k, v * 2, mask, layout)
+            inputs_of = [between] if partly else [q, k, v]
+            results.append([x.sum().item() for x in torch.autograd.grad(output, inputs_of, grad)])
+        alone = ContextAttention(group)
+        between = alone(q, k, v, mask, layout)
+        expected = torch.autograd.grad(alone(between, k, v * 2, mask, layout), [q, k, v, between], grad)
+        assert [*results[1], *results[0]] == [x.sum().item() for x in expected]
+        return results[1]
+    finally:
+        group.close()
+
+
+def test_keys_that_travel_in_vain_do_no_harm(world: Any) -> None:
+    world(2).run(without_an_earlier_backward)
 
 
 # -- errors ------------------------------------------------------------------------------------------------------------------

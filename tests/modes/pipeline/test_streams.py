@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 
-from lightning_overlap.modes.pipeline.transfers import Form, KnownForms, PipelineTransfers, channel_kinds, hops, lane
+from lightning_overlap.modes.pipeline.transfers import Form, KnownForms, PipelineTransfers, channel_kinds, channel_name, hops
 from lightning_overlap.steps.runner import Runner
 from lightning_overlap.steps.schedule import SCHEDULES, Schedule, build
 
@@ -55,7 +55,7 @@ def posted(schedule: Schedule, prefetch: int | None, *, new: bool = False) -> li
     for rank in range(schedule.ranks):
         events: list[Event] = []
         kinds = channel_kinds(schedule.placement)
-        groups: Any = {kind: Recorder(rank, schedule.stages, events, lane(kind, "nccl")) for kind in kinds}
+        groups: Any = {kind: Recorder(rank, schedule.stages, events, channel_name(kind, "nccl")) for kind in kinds}
         known = {(stage, 0) for stage in range(schedule.stages)}
         forms = KnownForms(dict.fromkeys(known, FORMS), known)
         transfers = PipelineTransfers(schedule, rank, groups, forms, torch.device("cpu"), prefetch, [1] * schedule.stages)

@@ -175,6 +175,13 @@ def test_blocks_are_compared_where_the_unsharded_model_does_not_fit(world: Any) 
         assert "blocks.0 computes another output when its tokens are sharded" in wrong
 
 
+def test_blocks_after_sharded_embeddings_are_not_compared(world: Any) -> None:
+    strategy = {"context_parallel": ContextParallel(size=2, boundary="batch"), **UNVERIFIED}
+    for (result,) in world(2).run(outcomes, [{}], strategy):
+        assert not isinstance(result, str), result
+        compare(result, train(None, Net, {}, {}, max_steps=2))
+
+
 def test_the_check_can_be_turned_off(world: Any) -> None:
     strategy = {"context_parallel": ContextParallel(size=2, verify_blocks=False), **UNVERIFIED}
     for (wrong,) in world(2).run(outcomes, [{"case": "mean"}], strategy):

@@ -1,6 +1,5 @@
 """What a schedule holds on paper is what it holds: activations of so many microbatches, by rank."""
 
-import itertools
 import re
 import warnings
 from typing import Any
@@ -8,12 +7,13 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
+from lightning.pytorch import LightningModule, Trainer, seed_everything
 from lightning.pytorch.plugins.environments import TorchElasticEnvironment
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from lightning_overlap import OverlapStrategy, PipelineParallel
+from tests.helpers.memory import Peak
 
 
 class Block(nn.Module):
@@ -41,21 +41,6 @@ class Deep(LightningModule):
 
     def configure_optimizers(self) -> Any:
         return torch.optim.SGD(self.parameters(), 1e-3)
-
-
-class Peak(Callback):
-    """Bytes by which torch's memory grew at most in the third step: the first ones learn what is sent."""
-
-    def on_train_batch_start(self, trainer: Any, module: Any, batch: Any, index: int) -> None:
-        if index == 2:
-            self.profiler = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True)
-            self.profiler.start()
-
-    def on_train_batch_end(self, trainer: Any, module: Any, outputs: Any, batch: Any, index: int) -> None:
-        if index == 2:
-            self.profiler.stop()
-            events = self.profiler.profiler.kineto_results.events()
-            self.bytes = max(itertools.accumulate(e.nbytes() for e in events if e.name() == "[memory]"))
 
 
 def peaks(pipeline: dict[str, Any], overlap: Any = "auto") -> tuple[float, int]:
