@@ -106,26 +106,26 @@ class Buckets:
         for parameter, gradient in gradients:
             parameter.grad = self.homes[id(parameter)].gradient.copy_(gradient)
 
-    def reordered(self, gradient_order: Sequence[int], groups: Sequence[Group], stage: Group | None) -> list[Kind] | None:
+    def reordered(self, gradient_order: Sequence[int], groups: Sequence[Group]) -> list[Kind] | None:
         """Sorts each kind by the order of the gradients, if buckets can then be sent earlier. Collective.
 
         Args:
             gradient_order: ids of parameters, in the order of their gradients. That of the first rank counts on all ranks.
-            groups: the ranks that share buckets, each group inside a group of the next one.
-            stage: the ranks that share the buckets of experts, of which some are in several ``groups``; None if there are none.
+            groups: all ranks that must agree, each group inside a group of the next one.
 
         Returns:
             The kinds for :meth:`build`; None if the gain is less than MIN_GAIN.
         """
-        index = {parameter: i for i, parameter in enumerate(gradient_order)}
+        # By name, since tensor ranks that share experts may have other kinds of the same parameters.
+        names = {id(parameter): name for kind in self._kinds for name, parameter in kind.named}
+        shared = [names[parameter] for parameter in gradient_order if parameter in names]
+        for group in reversed(groups):
+            shared = group.share_object(shared)
+        index = {name: i for i, name in enumerate(shared)}
         orders = [
-            sorted(range(len(kind.named)), key=lambda i, kind=kind: index.get(id(kind.named[i][1]), len(index)))  # type: ignore[misc]
+            sorted(range(len(kind.named)), key=lambda i, kind=kind: index.get(kind.named[i][0], len(index)))  # type: ignore[misc]
             for kind in self._kinds
         ]
-        # Tensor ranks may sort other parameters into more kinds, so only experts' kinds are alike on all ranks of a stage.
-        for group in reversed(groups):
-            orders = self._shared(orders, group, of_experts=False)
-        orders = orders if stage is None else self._shared(orders, stage, of_experts=True)
         kinds = [
             replace(kind, named=tuple(kind.named[i] for i in reversed(order))) for kind, order in zip(self._kinds, orders, strict=True)
         ]
@@ -134,14 +134,9 @@ class Buckets:
             for kind, order, sorted_kind in zip(self._kinds, orders, kinds, strict=True)
         ]
         gain = max(gains, default=0.0)
-        gain = gain if stage is None else stage.share_object(gain)  # ranks with other experts have other buckets
+        for group in reversed(groups):
+            gain = group.share_object(gain)  # ranks with different experts have different buckets
         return kinds if gain >= MIN_GAIN else None
-
-    def _shared(self, orders: Sequence[list[int]], group: Group, *, of_experts: bool) -> list[list[int]]:
-        """The orders, of which those of experts, or all others, are the group's first rank's. Collective."""
-        chosen = [number for number, kind in enumerate(self._kinds) if kind.has_experts == of_experts]
-        common = dict(zip(chosen, group.share_object([orders[number] for number in chosen]), strict=True))
-        return [common.get(number, order) for number, order in enumerate(orders)]
 
     def _lateness(self, kind: Kind, order: Sequence[int]) -> float:
         sizes = [p.numel() for _, p in kind.named]

@@ -113,7 +113,7 @@ class DataChoices(Choices):
 
 def decide(config: DataParallel, degrees: Degrees, facts: Facts, *, overlap: bool) -> DataChoices | None:
     """Decides everything of this mode; see :class:`lightning_overlap.modes.descriptor.Decide`."""
-    if degrees.gradients == degrees.expert_gradients == 1:
+    if degrees.gradients == 1:
         return None
     if facts.precision == "16-mixed":
         raise ConfigError("precision 16-mixed scales the loss, which is not supported; use bf16-mixed")

@@ -130,7 +130,8 @@ class DataMode(OptimizerHolder):
 
     def _follow_gradient_order(self, order: Sequence[int]) -> None:
         """Rebuilds the buckets by the order of the gradients, if they can then be reduced earlier. Collective."""
-        kinds = self.buckets.reordered(order, self._sharers, self._stage)
+        # The ranks that share experts may be of several groups, so all ranks of the stage use one order.
+        kinds = self.buckets.reordered(order, self._sharers if self._stage is None else (self._stage,))
         if kinds is None:
             return
         self.sync_parameters()
