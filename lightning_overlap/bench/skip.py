@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from lightning_overlap.modes.base import OverlapMode
@@ -37,6 +38,7 @@ class Skipped:
         """Ends the recording."""
         self._recorded, self.calls = self.calls, []
 
+    @torch.no_grad()  # recorded tensors may require gradients
     def post(self) -> list[Pending]:
         """Posts all transfers that were recorded until :meth:`stop`."""
         return [pending for call in self._recorded if (pending := call()) is not None]
