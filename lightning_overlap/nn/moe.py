@@ -22,6 +22,8 @@ from lightning_overlap.decision import ConfigError
 
 Activation = Callable[[Tensor], Tensor]
 DropPolicy = Literal["probs", "position"]
+COUNTS = "tokens_per_expert"
+"""Attribute of a router that is written in backward, once for each forward, whatever an activation checkpoint computes again."""
 
 
 class Experts(nn.Module):
@@ -196,8 +198,6 @@ class TopKRouter(nn.Module):
 
     parallel_role = "router"
     e_score_correction_bias: Tensor | None
-
-    parallel_role = "router"
 
     def __init__(
         self,

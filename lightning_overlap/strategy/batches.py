@@ -11,12 +11,13 @@ from typing import Any
 import torch
 from lightning.fabric.utilities.data import sized_len
 from lightning.fabric.utilities.seed import pl_worker_init_function
-from lightning.pytorch import LightningModule
+from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
 from lightning_overlap.decision import ConfigError
 from lightning_overlap.model.trees import leaves
 from lightning_overlap.ranks.group import Group
+from lightning_overlap.ranks.mesh import ParallelMesh
 from lightning_overlap.ranks.world import all_gather_objects
 from lightning_overlap.steps.microbatches import shapes_of
 
@@ -105,21 +106,33 @@ def refuse_empty(dataloader: object, module: LightningModule | None) -> None:
         )
 
 
-def refuse_uneven(batches: float) -> None:
+def refuse_uneven(batches: Any, purpose: str = "training") -> None:
     """Refuses different numbers of batches, because all ranks communicate in every batch. Collective.
 
     Args:
-        batches: how many this rank trains on in an epoch.
+        batches: how many this rank has in an epoch; for validation, by data loader.
+        purpose: of the batches: ``training`` or ``validation``.
 
     Raises:
         ConfigError: on every rank, if ranks have different numbers of batches.
     """
     counts = all_gather_objects(batches)
-    if len(set(counts)) > 1:
+    if any(count != counts[0] for count in counts):
+        limit = "train" if purpose == "training" else "val"
         raise ConfigError(
-            f"ranks have different numbers of training batches, {counts} by rank, so some would wait forever. Distribute the data "
-            f"evenly (Lightning's sampler does, drop_last=True helps), or set limit_train_batches={min(counts)}"
+            f"ranks have different numbers of {purpose} batches, {counts} by rank, so some would wait forever. Distribute the data "
+            f"evenly (Lightning's sampler does, drop_last=True helps), or set limit_{limit}_batches={min(counts)}"
         )
+
+
+def refuse_uneven_validation(trainer: Trainer, mesh: ParallelMesh) -> None:
+    """Refuses different numbers of validation batches where ranks with other samples hold experts. Collective there.
+
+    Raises:
+        ConfigError: on every rank, if ranks have different numbers of batches.
+    """
+    if mesh.size("experts") > mesh.size("sequence"):
+        refuse_uneven(trainer.num_sanity_val_batches if trainer.sanity_checking else trainer.num_val_batches, "validation")
 
 
 def seed_workers(dataloader: Any, rank: int) -> None:

@@ -40,7 +40,7 @@ from lightning_overlap.ranks.shared_state import batch_norms_over, share
 from lightning_overlap.ranks.world import WORLD, backend, world_size
 from lightning_overlap.state.checkpoint import AtomicCheckpointIO
 from lightning_overlap.strategy.agreement import describe_optimizers, refuse_differences
-from lightning_overlap.strategy.batches import refuse_uneven
+from lightning_overlap.strategy.batches import refuse_uneven, refuse_uneven_validation
 from lightning_overlap.strategy.checkpoints import Checkpoints
 from lightning_overlap.strategy.evaluation import Mirror, metrics_over, mirrored_step
 from lightning_overlap.strategy.first_step import first_step
@@ -388,6 +388,8 @@ class OverlapStrategy(MeshStrategy):
 
     def on_validation_start(self) -> None:
         self._complete_weights()
+        if self._fitting:
+            refuse_uneven_validation(self._module.trainer, self.mesh)
         if self._driver is not None:
             self._driver.start_evaluation()
 
@@ -402,11 +404,7 @@ class OverlapStrategy(MeshStrategy):
         self._complete_weights()
 
     def on_train_start(self) -> None:
-        """Checks that ranks have as many batches, because all ranks communicate in every batch.
-
-        Raises:
-            ConfigError: on every rank, if they have not.
-        """
+        """Checks that ranks have as many batches, because all ranks communicate in every batch (ConfigError on every rank)."""
         if self.world_size > 1:
             refuse_uneven(self._module.trainer.num_training_batches)
         self.checkpoints.training = True

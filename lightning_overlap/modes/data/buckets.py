@@ -16,6 +16,8 @@ from lightning_overlap.modes.data.config import DataChoices, DataParallel
 from lightning_overlap.modes.data.layout import lateness, lay_out
 from lightning_overlap.ranks.group import Group
 
+FIRST_EXPERT_KEY = 1 << 16
+"""The key of the first bucket of experts. There are fewer other buckets."""
 MIN_GAIN = 0.1
 """Buckets are rebuilt if gradients are then sent, on average, this part of a backward earlier."""
 
@@ -81,12 +83,11 @@ class Buckets:
         self.live.clear()
         self.homes.clear()
         layouts = [self._lay_out([p.numel() for _, p in kind.named], shards=kind.group.size) for kind in self._kinds]
-        # Ranks of a group number its buckets alike. Those of experts come last, since ranks may hold different numbers of experts.
-        first_keys, next_key = {}, 0
-        for number in sorted(range(len(layouts)), key=lambda number: self._kinds[number].has_experts):
-            first_keys[number] = next_key
-            next_key += len(layouts[number])
-        for number, (kind, layout) in enumerate(zip(self._kinds, layouts, strict=True)):
+        # Ranks of a group number its buckets alike. Ranks with the same experts may be tensor ranks with other kinds of the rest.
+        next_keys = {False: 0, True: FIRST_EXPERT_KEY}
+        for kind, layout in zip(self._kinds, layouts, strict=True):
+            first_key = next_keys[kind.has_experts]
+            next_keys[kind.has_experts] += len(layout)
             dtype = kind.named[0][1].dtype
             self.live += flatten(
                 kind.named,
@@ -95,7 +96,7 @@ class Buckets:
                 group=kind.group,
                 divisor=kind.divisor,
                 whole_parameters=self._whole_parameters,
-                first_key=first_keys[number],
+                first_key=first_key,
             )
         for order, bucket in enumerate(sorted(self.live, key=lambda bucket: (stage_of(bucket.parameters[0]), bucket.order))):
             bucket.order = order

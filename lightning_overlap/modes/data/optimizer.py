@@ -55,14 +55,18 @@ class ShardedOptimizer:
         self._scattered = scattered
         self._users: list[list[nn.Parameter]] = []  # of the user's param_groups, while these hold shards
         self._stepping = self._released = False
+        self._names = state.original_names(optimizer, buckets)
         earlier: ShardedOptimizer | None = getattr(optimizer, OWNER, None)  # an optimizer may be used in several fits
         initial: dict[str, Any] | None = optimizer.state_dict() if earlier is None and optimizer.state else None
         if earlier is not None:
             initial = earlier.disown()
+            names = [name for part in self._names for name in part]
             for group in groups_of(buckets):  # the first rank of a group has the states of the group's parameters
-                initial["state"] = {**initial["state"], **group.share_object(initial["state"])}
+                # No others: a parameter of experts has one number on all ranks, and each rank has other experts.
+                shared = {name for bucket in buckets if bucket.group is group for name in bucket.names}
+                states = {number: values for number, values in initial["state"].items() if names[number] in shared}
+                initial["state"] = {**initial["state"], **group.share_object(states)}
         setattr(optimizer, OWNER, self)
-        self._names = state.original_names(optimizer, buckets)
         self._make_shards()
         if initial is not None:
             optimizer.state.clear()

@@ -29,6 +29,7 @@ from lightning_overlap.modes.expert.layout import Layout
 from lightning_overlap.nn.moe import MoELayer, TopKRouter, count_in_backward, token_counts, update_bias
 from lightning_overlap.ranks.group import Group, Pending
 from lightning_overlap.ranks.mesh import GroupName
+from lightning_overlap.state.absent import is_absent
 
 BIAS = "e_score_correction_bias"
 """Name of the buffer that a router adds to the scores where it chooses, in models of transformers and in :class:`TopKRouter`."""
@@ -90,6 +91,7 @@ class Balance:
     def __init__(self, routers: Sequence[Router], group: Group, copies: int) -> None:
         self.counts: dict[str, Tensor] = {}
         self._routers, self._group, self._copies = routers, group, copies
+        self._absent = {router.name for router in routers if is_absent(next(router.module.parameters()))}  # on another stage
         # Not read from a weight later: in a backward, a weight that the optimizer has updated must not be read.
         self._devices = [next(router.module.parameters()).device for router in routers]
         self._pending: Pending | None = None
@@ -118,7 +120,8 @@ class Balance:
         for router, total in zip(self._routers, sums, strict=True):
             if router.rate:
                 update_bias(getattr(router.module, BIAS), total, router.rate)
-            self.counts[router.name] = total // self._copies
+            if router.name not in self._absent:
+                self.counts[router.name] = total // self._copies
 
     @contextmanager
     def trial(self) -> Iterator[None]:

@@ -184,7 +184,8 @@ class Combine(Function):
         ctx.routing, ctx.passages, ctx.dtype = routing, passages, rows.dtype
         ctx.save_for_backward(weights, rows if ctx.needs_input_grad[0] else None)
         dtype = torch.promote_types(rows.dtype, weights.dtype)
-        return torch.bmm(weights.to(dtype).unsqueeze(1), rows.to(dtype)).squeeze(1)
+        with torch.autocast(rows.device.type, enabled=False):  # which would round the weights to 16 bits
+            return torch.bmm(weights.to(dtype).unsqueeze(1), rows.to(dtype)).squeeze(1)
 
     @staticmethod
     @once_differentiable

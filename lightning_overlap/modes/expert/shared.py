@@ -231,7 +231,11 @@ class SharedExperts:
             given = x.flatten(0, -2) if self._order.is_flat else x
             self._state.kept[self._names["shared"]] = _Kept((given,), self._plain["shared"](given))
 
-        return self._dispatch(hidden, indices, weights, shared=compute_shared)
+        try:
+            return self._dispatch(hidden, indices, weights, shared=compute_shared)
+        except BaseException:  # an activation checkpoint ends its second forward here, and the block does not call for what is kept
+            self._state.kept.pop(self._names["shared"], None)
+            raise
 
     def _run_shared(self, x: Tensor) -> Tensor:
         kept = self._take("shared", x)

@@ -199,7 +199,14 @@ class PipelineMode(Driver, Holder):
         count = min(self.config.count, size)
         parts = microbatches.split_batch(step.batch, count, dims)
         sizes = [size // count + (number < size % count) for number in range(count)]
-        return parts, weigh(parts, sizes, self.config.microbatch_weight, step.weight)
+        weights = weigh(parts, sizes, self.config.microbatch_weight, step.weight)
+        if 0 in weights.loss and self.mesh.size("experts") > self.mesh.size("sequence"):
+            raise ConfigError(
+                f"pipeline_parallel.microbatch_weight: microbatch {weights.loss.index(0)} of this batch has weight 0, so it has no "
+                "backward here, and ranks with other samples wait for its tokens in their experts. Drop samples without labels, use "
+                "fewer microbatches, or spread experts only over ranks that share a batch"
+            )
+        return parts, weights
 
     def _warn_about_microbatches(self, batch: Any, count: int) -> None:
         if self.group.rank > 0 or self.group.ranks[0] > 0:

@@ -17,6 +17,7 @@ from lightning_overlap.model.block_stack import BlockStack
 from lightning_overlap.model.snapshots import written_attributes
 from lightning_overlap.modes.pipeline.flow import Flow
 from lightning_overlap.modes.pipeline.weight_grad import WeightGradients
+from lightning_overlap.nn.moe import COUNTS
 from lightning_overlap.steps.forward import Forward, Forwards
 from lightning_overlap.steps.microbatches import Microbatches
 from lightning_overlap.steps.random_state import block_seeder, seed_all, seed_backward
@@ -166,7 +167,7 @@ class Stages:
                 self._batch.step.start_backward()
             with written_attributes(self._watched) as written:
                 self._compute_backward(action, roots, gradients)
-        self.written |= written
+        self.written |= {name for name in written if not name.endswith(f".{COUNTS}")}
         self._forget_after(action)
         if action == self._last_backward:
             self._model.backward_done()

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from lightning_overlap.model.expert_layers import ExpertLayer, find_experts
-from lightning_overlap.modes.expert.shared import SharedExperts, rehearse
+from lightning_overlap.modes.expert.shared import SharedExperts, _State, rehearse
 from lightning_overlap.steps.forward import Forwards
 from tests.helpers.experts import ARCHITECTURES, OwnMoE, build, tiny
 
@@ -80,17 +80,19 @@ def run(name: str, *, early: bool, recompute: bool = False) -> tuple[list[Tensor
     """Output and gradients of a block, and the order of its events."""
     model, layer = block_of(name)
     events: list[str] = []
+    forwards = Forwards()
     assert layer.shared is not None
     shared, experts = model.get_submodule(layer.shared), layer.module
     shared.act_fn.register_forward_hook(lambda *_: events.append("shared"))
     shared.register_forward_hook(lambda *_: events.append("block has shared"))
     order = rehearse(model, layer)
     dispatch = Recorder(experts.forward, events)
-    undo = list(SharedExperts(model, layer, order, dispatch, Forwards(), overlapped=early).install())
+    undo = list(SharedExperts(model, layer, order, dispatch, forwards, overlapped=early).install())
     block = model.get_submodule(layer.block)
     x = torch.randn(2, 5, 32, generator=torch.Generator().manual_seed(2), requires_grad=True)
     y = checkpoint(block, x * 1.0, use_reentrant=False) if recompute else block(x * 1.0)
     y.square().sum().backward()
+    assert not forwards.current.of(_State).kept, "nothing that was recomputed is kept alive"
     for function in undo:
         function()
     assert not [module for module in model.modules() if "forward" in vars(module)], "everything is put back"

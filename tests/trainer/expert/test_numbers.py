@@ -23,6 +23,7 @@ MIXTURES: dict[str, tuple[int, str, dict[str, Any], dict[str, Any]]] = {
     "ep 4 over tp 2 and dp 2": (4, "qwen3", {"expert_parallel": 4, "tensor_parallel": 2}, {}),
     "ep 2 over tp 2 without sp, dp 2": (4, "deepseek", {"expert_parallel": 2, "tensor_parallel": WITHOUT_SP}, {}),
     "ep 4 over tp 2 without sp and dp 2": (4, "qwen2", {"expert_parallel": 4, "tensor_parallel": WITHOUT_SP}, {}),
+    "ep 2 over tp 4, dp 2": (8, "mixtral", {"expert_parallel": 2, "tensor_parallel": 4}, {"num_key_value_heads": 4}),
     "ep 2 over cp 2, dp 2": (4, "mixtral", {"expert_parallel": 2, "context_parallel": 2}, {"packed": True}),
     "ep 4 over cp 2 and dp 2": (4, "qwen3", {"expert_parallel": 4, "context_parallel": 2}, {}),
 }
@@ -125,3 +126,37 @@ def test_overlap_changes_no_bit(world: Any, name: str) -> None:
     for a, b in zip(on, off, strict=True):
         assert a["losses"] == b["losses"]
         assert all(torch.equal(a["weights"][key], b["weights"][key]) for key in a["weights"])
+
+
+def fit_twice(strategy: dict[str, Any] | None) -> Any:
+    """Two fits of one module, whose optimizer keeps its momentum."""
+    module = Hugging("mixtral")
+    optimizer = torch.optim.SGD(module.parameters(), 0.1, momentum=0.9)
+    module.configure_optimizers = lambda: optimizer  # type: ignore[method-assign]
+    train(strategy, lambda: module, {}, {}, samples=batches)
+    return train(strategy, lambda: module, {}, {}, samples=batches)
+
+
+def test_a_second_fit_goes_on_with_the_state_of_each_ranks_experts(world: Any) -> None:
+    """All ranks have the same number for a parameter of experts, and each has other experts."""
+    expected = fit_twice(None)
+    compare(world(2).run(fit_twice, {"expert_parallel": 2}), expected, 1e-4)
+
+
+class Unweighted(Hugging):
+    """On the first rank a microbatch counts nothing."""
+
+    def microbatch_weight(self, batch: Tensor) -> float:
+        return float(torch.distributed.get_rank() > 0)
+
+
+def fit_unweighted(strategy: dict[str, Any]) -> str:
+    with pytest.raises(Exception, match="has weight 0, so it has no backward") as caught:
+        train(strategy, Unweighted, {"name": "mixtral"}, {}, samples=batches)
+    return str(caught.value)
+
+
+def test_a_microbatch_without_weight_is_refused(world: Any) -> None:
+    """Ranks with other samples would wait for its backward."""
+    pipeline = PipelineParallel(size=1, microbatches=2)
+    world(2).run(fit_unweighted, {"expert_parallel": 2, "pipeline_parallel": pipeline})
