@@ -3,6 +3,7 @@
 import pytest
 import torch
 from lightning.pytorch import Trainer
+from lightning.pytorch.plugins.environments import TorchElasticEnvironment
 from transformers import AutoModelForCausalLM
 
 from examples.train_huggingface import Functions, HuggingFaceModule
@@ -16,7 +17,9 @@ def fit(folder, batching, sizes):
     module = HuggingFaceModule(layers=2, width=32, save_to=str(folder))
     quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
     length = {"max_steps": 4, "val_check_interval": 4, "limit_val_batches": 3, "num_sanity_val_steps": 0}
-    trainer = Trainer(strategy=OverlapStrategy(**sizes), devices=2, accelerator="cpu", **length, **quiet)
+    # Lightning's own environment would remove the variables of the worker, which lives on.
+    strategy = OverlapStrategy(**sizes, cluster_environment=TorchElasticEnvironment(), process_group_backend="gloo")
+    trainer = Trainer(strategy=strategy, devices=2, accelerator="cpu", **length, **quiet)
     trainer.fit(module, Functions(batching, **DATA))
     return float(trainer.callback_metrics["val_loss"])
 
