@@ -86,8 +86,8 @@ def test_losses(world: Any) -> None:
                 compare(result, expected)
             else:
                 assert isinstance(result, str), f"{ending} trains"
-                # The value that a function of C++ computes of a sharded tensor is undefined, so the ranks' losses may differ before backward.
-        assert ERRORS[ending] in result or (ending == "fused" and "share a batch but computed different losses" in result)
+                # What such a function computes of a sharded tensor is undefined, so losses may differ before backward.
+                assert ERRORS[ending] in result or (ending == "fused" and "share a batch but computed different losses" in result)
 
 
 def test_whole_logits_go_everywhere(world: Any) -> None:
