@@ -50,7 +50,7 @@ def shorten(message: str) -> str:
     """
     lines = [line.strip().removeprefix("- ") for line in message.strip().splitlines()]
     lines = [line for line in lines if line]
-    keys, path, class_path, problems = [], "", "", list[str]()
+    keys, class_path, problems = list[str](), "", list[str]()
     for line in lines:
         if match := _KEY.match(line):
             keys.append(match["key"])

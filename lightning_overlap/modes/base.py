@@ -3,8 +3,8 @@
 Every mode is an :class:`OverlapMode`. Three more contracts are for some modes only:
 
     Driver            runs the training step in parts, backward included     pipeline
-    Sharder           a rank computes a part of each forward                 pipeline, context, tensor
-    Holder            a Sharder under which it holds a part of the model      pipeline, tensor
+    Sharder           a rank computes a part of each forward                 pipeline, context, tensor, expert
+    Holder            a Sharder under which it holds a part of the model      pipeline, tensor, expert (by PieceHolder the last two)
     OptimizerHolder   a rank holds a part of the optimizer's state           data
 """
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
+from abc import abstractmethod
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, ClassVar
 
 from torch import Tensor
@@ -30,6 +32,21 @@ class PieceHolder(Holder):
     replicas: ClassVar[GroupName]
     group: Group
     partition: Partition
+    _install: Callable[[], None]
+    """Makes the model compute with this rank's pieces, from :meth:`parallelize` on."""
+
+    @abstractmethod
+    def _uninstall(self) -> None:
+        """Makes the model compute as the user wrote it."""
+
+    @contextmanager
+    def unsharded(self) -> Iterator[None]:
+        try:
+            self._uninstall()
+            with self.partition.unsharded():
+                yield
+        finally:
+            self._install()
 
     def prepare_optimizers(self, optimizers: Sequence[Optimizer]) -> None:
         """Shards the state that an optimizer creates in its constructor (Adagrad), like its parameter."""

@@ -152,15 +152,6 @@ class ExpertMode(PieceHolder):
             undo()
         self._undo.clear()
 
-    @contextmanager
-    def unsharded(self) -> Iterator[None]:
-        try:
-            self._uninstall()
-            with self.partition.unsharded():
-                yield
-        finally:
-            self._install()
-
     # -- training ----------------------------------------------------------------------------------------------------
 
     @contextmanager

@@ -152,15 +152,6 @@ class TensorMode(PieceHolder):
         self.setup.boundary.start_forward()  # forgets inputs that were prepared for the sharded model
 
     @contextmanager
-    def unsharded(self) -> Iterator[None]:
-        try:
-            self._uninstall()
-            with self.partition.unsharded():
-                yield
-        finally:
-            self._install()
-
-    @contextmanager
     def trial(self) -> Iterator[None]:
         self._numbers.without_masks = True
         try:
