@@ -83,8 +83,8 @@ class MeshStrategy(DDPStrategy):
     def _configure_launcher(self) -> None:
         if self.local_rank >= self.num_processes:
             raise ConfigError(
-                f"this process has the local rank {self.local_rank}, and the Trainer has devices={self.num_processes}. Set devices to the "
-                "number of processes that are started on each node"
+                f"this process has the local rank {self.local_rank}, and the Trainer has devices={self.num_processes}. Set devices to "
+                "the number of processes that are started on each node"
             )
         # The number of ranks is known from here on, and no process has started.
         ranks, precision = self.num_nodes * self.num_processes, str(self.precision_plugin.precision)
