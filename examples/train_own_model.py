@@ -27,8 +27,9 @@ class Regressor(LightningModule):
 
     def __init__(self, width: int = 32, depth: int = 4) -> None:
         super().__init__()
-        self.first, self.last = nn.Linear(8, width), nn.Linear(width, 1)
+        self.first = nn.Linear(8, width)
         self.blocks = nn.Sequential(*(Block(width) for _ in range(depth)))
+        self.last = nn.Linear(width, 1)
 
     def training_step(self, batch: list[Tensor], index: int) -> Tensor:
         loss = F.mse_loss(self.last(self.blocks(self.first(batch[0]))), batch[1])

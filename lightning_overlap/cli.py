@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 from jsonargparse import auto_cli
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.strategies import StrategyRegistry
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from lightning_overlap.bench.measure import measure, ranking, record_steps
 from lightning_overlap.bench.measure import sweep as rank_values

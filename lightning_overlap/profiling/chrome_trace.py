@@ -99,7 +99,7 @@ def _add_step(trace: _Trace, rank: int, record: Step, observed: Sequence[Observe
         for kind, wait in (("late peer", t.late), ("waited", t.exposed))
         if wait[0] < wait[1]
     )
-    waited = {}  # by transfer, the first bar of its wait
+    waited: dict[int, tuple[int, float]] = {}  # by transfer, the first bar of its wait
     for wait, kind, number in waits:
         thread = trace.add_bar(rank, "waits", f"{kind}: {observed[number].label}", "wait", wait)
         waited.setdefault(number, (thread, wait[0]))

@@ -31,6 +31,7 @@ from lightning_overlap.strategy.launching import (
     refuse_scripts_of_notebook,
     saving_in_step_only,
 )
+from lightning_overlap.strategy.seams import hide_deprecation
 from lightning_overlap.strategy.setup import SharedRun, prepare_launch
 
 
@@ -86,6 +87,7 @@ class MeshStrategy(DDPStrategy):
                 f"this process has the local rank {self.local_rank}, and the Trainer has devices={self.num_processes}. Set devices to "
                 "the number of processes that are started on each node"
             )
+        hide_deprecation()
         # The number of ranks is known from here on, and no process has started.
         ranks, precision = self.num_nodes * self.num_processes, str(self.precision_plugin.precision)
         prepare_launch(self.config, ranks, self.root_device, precision, self.process_group_backend)

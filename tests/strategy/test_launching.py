@@ -4,6 +4,7 @@ import sys
 import threading
 
 import pytest
+import torch
 from lightning.fabric import Fabric
 from lightning.pytorch import Trainer
 from lightning.pytorch.plugins.environments import TorchElasticEnvironment
@@ -61,5 +62,6 @@ def test_a_notebook_copies_its_process_or_has_one(monkeypatch):
 
 def test_more_processes_than_devices_are_told(monkeypatch):
     monkeypatch.setenv("LOCAL_RANK", "1")
+    strategy = OverlapStrategy(cluster_environment=TorchElasticEnvironment(), parallel_devices=[torch.device("cpu")])
     with pytest.raises(ConfigError, match="has the local rank 1, and the Trainer has devices=1"):
-        Trainer(strategy=OverlapStrategy(cluster_environment=TorchElasticEnvironment()), devices=1, accelerator="cpu")
+        strategy._configure_launcher()
