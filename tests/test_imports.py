@@ -20,7 +20,7 @@ FLOORS = (
     ("ranks",),
     ("model", "steps", "state", "profiling.intervals", "profiling.trace"),
     ("facts", "modes.base", "modes.descriptor", "config", "plan", "environment", "modes", "nn"),
-    ("strategy", "bench", "cli", "cli_errors", "profiling"),
+    ("strategy", "bench", "tune", "cli", "cli_errors", "profiling"),
 )
 """From the lowest to the highest: a module imports from its own floor and from those below it. The longest prefix counts."""
 PURE = {
