@@ -218,7 +218,7 @@ def measure(
         with_peers: measure the peers, too.
     """
     config = strategy.config
-    timed = _TimedRuns(Runs(model, datamodule, strategy, trainer), steps, warmup)
+    timed = TimedRuns(Runs(model, datamodule, strategy, trainer), steps, warmup)
     # Without transfers no number is right, so nothing is checked.
     unchecked = {mode.section: replace(config.of(mode), **mode.unchecked) for mode in config.modes if mode.unchecked}
     rows = {name: Row(name) for name in ("overlapped", "plain", "compute", "communication")}
@@ -244,7 +244,7 @@ def measure(
 
 
 @dataclass
-class _TimedRuns:
+class TimedRuns:
     """Runs with a clock.
 
     Attributes:
@@ -273,7 +273,7 @@ class _Peers:
         refused: by name, the reason why a peer cannot.
     """
 
-    def __init__(self, timed: _TimedRuns, model: LightningModule) -> None:
+    def __init__(self, timed: TimedRuns, model: LightningModule) -> None:
         self.makers: dict[str, Peer] = {}
         self.rows: dict[str, Row] = {}
         self.refused: dict[str, str] = {}

@@ -55,3 +55,14 @@ class Degrees:
     def world(self) -> int:
         """All ranks."""
         return self.pipeline * self.stage
+
+
+def larger_sizes(size: int, free: int) -> list[int]:
+    """Returns the next larger sizes of an axis: its size multiplied by each prime factor of the ranks that it may take.
+
+    Args:
+        size: ranks along the axis.
+        free: ranks along the axis that gives them.
+    """
+    primes = [p for p in range(2, free + 1) if free % p == 0 and all(p % q for q in range(2, p))]
+    return [size * prime for prime in primes]
