@@ -78,7 +78,7 @@ def write_figures(
     graphs = import_plotly()
     milliseconds = [seconds * 1e3 for seconds in medians.values()]
     bars = graphs.Bar(x=milliseconds, y=list(medians), orientation="h", texttemplate="%{x:.0f}", marker_color=COLOURS["compute"])
-    figure = graphs.Figure([bars]).add_vline(limit * 1e3, line_dash="dash", annotation_text="limit")
+    figure = graphs.Figure([bars]).add_vline(limit * 1e3, line_dash="dash", annotation_text="limit", annotation_position="top")
     figure.update_layout(title="Milliseconds a step", height=140 + 34 * len(medians)).update_yaxes(autorange="reversed")
     _write(path, "Gain of overlap", table, [_side_by_side(steps), figure], plan)
 
@@ -112,10 +112,10 @@ def _mean_step(summary: Summary) -> Any:
     mean = summary.mean()
     parts: dict[str, dict[str, float]] = {
         "compute": {"step": summary.compute},
+        "hidden": {},
         "exposed": {"step": mean.exposed},
         "late peers": {"step": mean.late},
         "core taken": {"step": summary.core_taken},
-        "hidden": {},
     }
     for mode in summary.names:
         of_mode = summary.mean(mode)
@@ -157,7 +157,9 @@ def _side_by_side(steps: Mapping[str, Sequence[Step]]) -> Any:
     style = _styles(drawn)
     figure = graphs.Figure([graphs.Bar(orientation="h", name=kind, marker=style[kind], **bars) for kind, bars in on_top])
     lengths = ", ".join(f"{name} {(step[0].end - step[0].start) * 1e3:.0f} ms" for name, step in steps.items())
-    return _for_a_talk(figure, f"One step of rank 0: {lengths}", rows=2 * len(steps)).update_layout(barmode="overlay", bargap=0.15)
+    figure = _for_a_talk(figure, f"One step of rank 0: {lengths}", rows=2 * len(steps)).update_layout(barmode="overlay", bargap=0.15)
+    rows = [f"{name}: {row}" for name in steps for row in ("compute", "transfers")]
+    return figure.update_yaxes(categoryorder="array", categoryarray=rows)
 
 
 def _styles(kinds: Iterable[str]) -> dict[str, Any]:
@@ -169,7 +171,11 @@ def _styles(kinds: Iterable[str]) -> dict[str, Any]:
 def _for_a_talk(figure: Any, title: str, rows: int) -> Any:
     """Formats a figure of horizontal bars so that it can be read on a slide: in large letters, without a background."""
     figure.update_layout(
-        template="simple_white", title=title, font_size=16, height=170 + 46 * rows, legend={"orientation": "h", "y": -0.35}
+        template="simple_white",
+        title=title,
+        font_size=16,
+        height=170 + 46 * rows,
+        legend={"orientation": "h", "y": -0.35, "traceorder": "normal"},
     )
     return figure.update_xaxes(title="milliseconds").update_yaxes(autorange="reversed")
 
