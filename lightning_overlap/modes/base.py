@@ -104,6 +104,11 @@ class OverlapMode:
         """The groups over which the mode communicates, each once."""
         return ()
 
+    @property
+    def forward_spans_samples(self) -> bool:
+        """Whether a forward waits for that of ranks which see other samples. All of these must run as many forwards."""
+        return False
+
     def refuse(self, model: nn.Module) -> None:
         """Checks the model before any mode changes it.
 

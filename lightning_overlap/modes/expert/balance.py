@@ -244,6 +244,9 @@ class RankBalance:
         setup: of the mode.
         model: the user's, whose tokens the outer modes shard already.
         routers: whose tokens are counted; empty: none are.
+
+    Attributes:
+        spans_samples: whether a forward sums over ranks that see other samples.
     """
 
     def __init__(self, setup: Setup, model: nn.Module, routers: Sequence[Router]) -> None:
@@ -253,6 +256,7 @@ class RankBalance:
         self._averaged = mesh.size("context")
         has_losses = any(layer.has_loss for layer in self._layers)
         in_batches = [layer for layer in self._layers if layer.global_batch_balance]
+        self.spans_samples = bool(in_batches) and mesh.size("samples") > 1
         self._sequence: Group | None = None
         self._stage: Group | None = None
         different: GroupName = "sequence" if sharded else "context"

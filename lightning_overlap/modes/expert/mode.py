@@ -66,6 +66,10 @@ class ExpertMode(PieceHolder):
         groups = [self.group, self._same, self._samples, *(self._balance.groups if self._balance is not None else ())]
         return tuple(groups if self._tensor is None else [*groups, self._tensor])
 
+    @property
+    def forward_spans_samples(self) -> bool:
+        return self.mesh.degrees.experts_span_samples or (self._balance is not None and self._balance.spans_samples)
+
     # -- set-up ------------------------------------------------------------------------------------------------------
 
     def refuse(self, model: nn.Module) -> None:

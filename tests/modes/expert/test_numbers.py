@@ -69,6 +69,31 @@ def test_autocast() -> None:
     assert [2 * (nbytes - of_counts) for nbytes in sizes] == [nbytes - of_counts for nbytes in whole_width]
 
 
+class Unchanged:
+    """Experts that return their rows, in 16 bits."""
+
+    dtype = torch.bfloat16
+
+    def start(self, *, delay_wgrad: bool) -> Any:
+        return lambda rows, experts, sizes: rows
+
+
+def weighted_pass(group: ThreadGroup, dispatcher: Any, batches: list[Batch]) -> tuple[Tensor, Tensor]:
+    """The output, and what it is in fp32."""
+    hidden, indices, weights = batches[group.rank]
+    hidden = hidden.bfloat16().float()
+    with torch.autocast("cpu", torch.bfloat16):
+        return dispatcher(group, LAYOUT)(hidden, indices, weights, Unchanged()), hidden * weights.sum(1, keepdim=True)
+
+
+@pytest.mark.parametrize("dispatcher", [ExpertDispatch, GatherDispatch])
+def test_autocast_rounds_no_weights(dispatcher: Any) -> None:
+    """Routers compute in fp32, and outputs of experts are weighted in fp32."""
+    torch.manual_seed(0)
+    for output, expected in on_ranks(2, weighted_pass, dispatcher, with_dtype(batches_of(2, 8, 2), torch.float32)):
+        torch.testing.assert_close(output, expected, rtol=1e-6, atol=1e-6)
+
+
 def saved_bytes(compute: Callable[[], Tensor], parameters: list[Tensor]) -> int:
     """Bytes that a forward keeps for backward, without parameters."""
     kept: dict[int, Tensor] = {}

@@ -217,7 +217,10 @@ APART = {
     "whole tokens": {"tensor_parallel": TensorParallel(size=2, vocab_parallel=False, sequence_parallel=False)},
     "context": {"context_parallel": ContextParallel(size=2)},
     "experts of context ranks": {"context_parallel": ContextParallel(size=2), "expert_parallel": ExpertParallel(size=2)},
-    "pipeline": {"pipeline_parallel": PipelineParallel(size=2, microbatches=1)},
+    "pipeline": {
+        "pipeline_parallel": PipelineParallel(size=2, microbatches=1),
+        "expert_parallel": ExpertParallel(log_expert_load=True),
+    },
 }
 MOVED = {
     "data": {"expert_parallel": ExpertParallel(update_bias_rate=RATE)},
@@ -246,9 +249,10 @@ def test_own_layers_balance_as_in_one_process(world: Any, layout: str, accumulat
         for name, value in expected.items():
             torch.testing.assert_close(state[name], value, rtol=1e-4, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
 
-    if layout == "experts":
-        loads = {name.rpartition("/")[2]: value for name, value in results[0][1].items() if "model.blocks.1.mlp.router/" in name}
-        for kind, count in (("expert", 4), ("rank", 2)):
+    ranks = {"experts": 2, "pipeline": 1}.get(layout)
+    for block in range(2 if ranks else 0):  # in the pipeline, of both stages
+        loads = {name.rpartition("/")[2]: value for name, value in results[0][1].items() if f"blocks.{block}.mlp.router/" in name}
+        for kind, count in (("expert", 4), ("rank", ranks)):
             each = [loads[f"tokens_of_{kind}_{number}"] for number in range(count)]
             assert sum(each) == accumulated * BATCH * TOKENS * 2, "two experts a token"
             assert loads[f"{kind}s_max_over_mean"] == pytest.approx(max(each) * count / sum(each))
