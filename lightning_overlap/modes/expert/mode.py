@@ -33,7 +33,8 @@ class ExpertMode(PieceHolder):
     """See the module's docstring.
 
     The gradient of an expert is the sum over the tokens that all ranks have sent to it. The data mode sums it over the ranks with the
-    same experts, and divides it by the number of ranks that average gradients, like all others.
+    same experts, and divides it by the number of ranks that average gradients, like all others. In a trial, and where there is no data
+    mode, since all ranks of a stage are tensor ranks, this mode does it.
     """
 
     name = "expert"
@@ -53,7 +54,6 @@ class ExpertMode(PieceHolder):
         self._tensor = self.mesh.group("tensor", self.timeout, "expert") if self.mesh.size("tensor") > 1 else None
         for group in filter(None, (self.group, self._tensor)):
             group.before_wait = setup.lanes.hand_over
-        # In a trial, the data mode does not sum gradients.
         self._same = self.mesh.group("expert_gradients", self.timeout)
         self._samples = self.mesh.group("samples", self.timeout)
         self._undo: list[Callable[[], object]] = []
@@ -189,10 +189,13 @@ class ExpertMode(PieceHolder):
         self.setup.boundary.finish_backward()
         if self._held:
             return
-        if not self._in_trial:  # the data mode sums the gradients
-            if self._balance is not None and self._balance.counts is not None:
-                self._balance.counts.post()
-            return
+        if not self._in_trial and self._balance is not None and self._balance.counts is not None:
+            self._balance.counts.post()
+        if self._in_trial or self.mesh.size("gradients") == 1:
+            self._sum_gradients()
+
+    def _sum_gradients(self) -> None:
+        """Sums the gradients of experts over the ranks with the same experts. Collective."""
         for parameter in self.partition.parameters.values():
             if parameter.grad is not None:
                 self._same.sum(parameter.grad).div_(self.mesh.size("context"))
