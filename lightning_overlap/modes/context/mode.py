@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +26,7 @@ from lightning_overlap.modes.context.exchange import Chain
 from lightning_overlap.modes.context.local_tokens import LocalTokens
 from lightning_overlap.modes.context.mask import Mask
 from lightning_overlap.modes.context.methods import AttentionByMask
+from lightning_overlap.modes.context.options import AttentionOptions
 from lightning_overlap.modes.context.refusals import find_mixers
 from lightning_overlap.ranks.group import Group
 from lightning_overlap.torch_seams import is_compiled, is_guard_failure
@@ -121,14 +122,14 @@ class ContextMode(Sharder):
         self._undo.clear()
         self.setup.boundary.start_forward()  # what was prepared is of the sharded model
 
-    def _attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Mask, **options: Any) -> Tensor:
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Mask, options: AttentionOptions) -> Tensor:
         """Attention of this rank's queries over the keys of all ranks; see :class:`AttentionByMask`."""
         if self._in_trial:
-            options["dropout"] = 0.0
+            options = replace(options, dropout=0.0)
         state = self.setup.boundary.forwards.current.of(ContextState)
         sharding = state.by_mask.get(mask, state.sharding)
         assert sharding is not None, "a block that runs has entered the stack"
-        return self._attention(q, k, v, mask, sharding.layout, **options)
+        return self._attention(q, k, v, mask, sharding.layout, options)
 
     @contextmanager
     def unsharded(self) -> Iterator[None]:
