@@ -17,7 +17,7 @@ from lightning_overlap.modes.base import Setup, Squares
 from lightning_overlap.modes.expert.balance import RankBalance, find_routers
 from lightning_overlap.modes.expert.common_tokens import gather_parts, take_part
 from lightning_overlap.modes.expert.config import ExpertChoices, ExpertFacts, ExpertParallel
-from lightning_overlap.modes.expert.dispatch import ExpertDispatch
+from lightning_overlap.modes.expert.dispatch import Dispatch, ExpertDispatch
 from lightning_overlap.modes.expert.gather import GatherDispatch
 from lightning_overlap.modes.expert.grouped import LocalExperts
 from lightning_overlap.modes.expert.layout import Layout
@@ -116,7 +116,7 @@ class ExpertMode(PieceHolder):
                 overlapped = self.choices.overlap_shared_experts.value
                 self._undo += SharedExperts(model, layer, order, dispatch, forwards, overlapped=overlapped).install()
 
-    def _make_dispatch(self, layer: ExpertLayer) -> ExpertDispatch | GatherDispatch:
+    def _make_dispatch(self, layer: ExpertLayer) -> Dispatch:
         split, parts = self.choices.split.value, self.choices.parts.value
         assert split != "auto", "the model is known"
         assert parts != "auto", "the model is known"
@@ -131,14 +131,14 @@ class ExpertMode(PieceHolder):
     def _dispatch(
         self,
         layer: ExpertLayer,
-        dispatch: ExpertDispatch | GatherDispatch,
+        dispatch: Dispatch,
         experts: LocalExperts,
         hidden: Tensor,
         indices: Tensor,
         weights: Tensor,
         shared: Callable[[], None] | None,
     ) -> Tensor:
-        """The forward of the experts' module: for the arguments see :class:`ExpertDispatch`. Collective."""
+        """The forward of the experts' module: for the arguments see :class:`Dispatch`. Collective."""
         if hidden.dim() != 2 or indices.shape != weights.shape or len(indices) != len(hidden):
             raise ConfigError(
                 f"{layer.name} is called with hidden states, indices and weights of the shapes {tuple(hidden.shape)}, "

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from lightning_overlap.modes.expert import grouped
-from lightning_overlap.modes.expert.dispatch import ExpertDispatch
+from lightning_overlap.modes.expert.dispatch import Dispatch, ExpertDispatch
 from lightning_overlap.modes.expert.gather import GatherDispatch
 from lightning_overlap.modes.expert.grouped import LocalExperts
 from lightning_overlap.modes.expert.layout import Layout
@@ -194,7 +194,7 @@ def test_on_gloo(world: Callable[[int], World], size: int) -> None:
 
 @pytest.mark.parametrize("backward", [False, True])
 @pytest.mark.parametrize("dispatcher", [ExpertDispatch, GatherDispatch])
-def test_graph_is_freed(dispatcher: type[ExpertDispatch] | type[GatherDispatch], backward: bool) -> None:
+def test_graph_is_freed(dispatcher: type[Dispatch], backward: bool) -> None:
     """Without garbage collection, which does not see cycles through autograd's nodes."""
 
     def run(group: ThreadGroup) -> Any:
