@@ -146,8 +146,7 @@ class ContextAttention:
         self._check(q, k, v, mask, layout)
         device = q.device.type
         q, k, v = _autocast(q, k, v)
-        seed = int(torch.randint(1 << 62, ()).item()) if options.dropout else 0
-        kernel = self._kernels(q, v, _scale(q, options), options.dropout, options.softcap, seed)
+        kernel = self._kernels(q, v, _scale(q, options), options.dropout, options.softcap, _seed(options))
         with torch.autocast(device, enabled=False):
             if self._inner.size > 1:
                 return HeadAttention.apply(q, k, v, options.sinks, self._by_heads(q.shape[1], k.shape[1], kernel, mask, layout))
@@ -198,13 +197,18 @@ class UnshardedAttention:
         self._peers = Peers(group, [group.rank])
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, mask: Mask, options: AttentionOptions) -> Tensor:
-        """As :class:`ContextAttention`; nothing is dropped."""
+        """As :class:`ContextAttention`. Not collective."""
         q, k, v = _autocast(q, k, v)
-        kernel = kernel_for(q, v, _scale(q, options), softcap=options.softcap)
+        kernel = kernel_for(q, v, _scale(q, options), options.dropout, options.softcap, _seed(options))
         plan = make_plan(mask, TokenLayout.contiguous(mask.tokens, 1), 0, 1, "p2p")
         part = PartOfHeads(mask, range(q.shape[1]), kernel, False, TileMasks())
         with torch.autocast(q.device.type, enabled=False):
             return _PieceAttention.apply(q, k, v, options.sinks, part, partial(EXCHANGES["p2p"], self._peers, plan), None)
+
+
+def _seed(options: AttentionOptions) -> int:
+    """The seed of what dropout drops, a number of torch's generator."""
+    return int(torch.randint(1 << 62, ()).item()) if options.dropout else 0
 
 
 def _scale(q: Tensor, options: AttentionOptions) -> float:

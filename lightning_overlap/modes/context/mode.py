@@ -18,6 +18,7 @@ from lightning_overlap.model.patches import replace_method
 from lightning_overlap.modes.base import Setup, Sharder
 from lightning_overlap.modes.context import seam
 from lightning_overlap.modes.context.arguments import token_table_forward
+from lightning_overlap.modes.context.attention import UnshardedAttention
 from lightning_overlap.modes.context.block_shards import ContextShards
 from lightning_overlap.modes.context.config import ContextChoices, ContextFacts, ContextParallel
 from lightning_overlap.modes.context.cut import ContextCut, ContextState
@@ -59,6 +60,7 @@ class ContextMode(Sharder):
             hierarchical_sizes=None if sizes is None else (sizes[0], sizes[1]),
             chain=lambda: setup.boundary.forwards.current.of(Chain),
         )
+        self._unsharded_attention = UnshardedAttention(self.group)
         self._undo: list[Callable[[], None]] = []
         self._model: nn.Module | None = None
         self._in_trial = False
@@ -87,8 +89,14 @@ class ContextMode(Sharder):
         named = {f"{name}.{number}": block for number, block in enumerate(blocks)}
         attentionless = frozenset(names_by_role(model, self.setup.roles, "token_wise")) & named.keys()
         self._undo.append(seam.install(named, self._attend, local, attentionless=attentionless))
-        is_unsharded = self._switch_hugging_face(model, blocks)
-        cut = ContextCut(self.group, boundary, self.choices.order.value, self.choices.boundary.value, is_unsharded)
+        cut = ContextCut(
+            self.group,
+            boundary,
+            self.choices.order.value,
+            self.choices.boundary.value,
+            is_unsharded=self._switch_hugging_face(model, blocks),
+            needs_tokens=any(map(is_from_transformers, blocks)),
+        )
         self._undo.append(boundary.register(blocks, cut))
         if self.choices.boundary.value == "batch":
             for path in find_embeddings(model, name, self.setup.roles):
@@ -128,7 +136,8 @@ class ContextMode(Sharder):
             options = replace(options, dropout=0.0)
         state = self.setup.boundary.forwards.current.of(ContextState)
         sharding = state.by_mask.get(mask, state.sharding)
-        assert sharding is not None, "a block that runs has entered the stack"
+        if sharding is None:  # a short sequence
+            return self._unsharded_attention(q, k, v, mask, options)
         return self._attention(q, k, v, mask, sharding.layout, options)
 
     @contextmanager

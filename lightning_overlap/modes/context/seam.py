@@ -1,7 +1,8 @@
 """Attention inside the blocks goes to a function of ours: the place where a rank's queries meet the keys of all ranks.
 
 ``F.scaled_dot_product_attention`` and torch's multi-head attention are taken over while a block, or a module in it, runs: also when an
-activation checkpoint runs it again in backward. Attention outside the blocks (a vision tower) stays as it is.
+activation checkpoint runs it again in backward. Attention outside the blocks (a vision tower) stays as it is. Dropout draws masks of
+this rank there, since the ranks have different tokens.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from lightning_overlap.model.patches import replace_method
 from lightning_overlap.modes.context.local_tokens import LocalTokens
 from lightning_overlap.modes.context.mask import Mask
 from lightning_overlap.modes.context.options import AttentionOptions
+from lightning_overlap.steps.dropout import DROPOUT_FUNCTIONS, drops, drops_samples, rank_numbers
 from lightning_overlap.torch_seams import is_compiled, saved_tensor_hooks
 
 TORCH_ATTENTION = F.scaled_dot_product_attention
@@ -191,6 +193,11 @@ class _Seam(TorchFunctionMode):
             return self._named_attention(*args, **kwargs)
         if func is F.multi_head_attention_forward:
             return self._multi_head(*args, **kwargs)
+        if func in DROPOUT_FUNCTIONS and self._local.rank is not None and drops(args, kwargs):
+            x: Tensor = args[0] if args else kwargs["input"]
+            if not drops_samples(x):
+                with rank_numbers(self._local.rank, x.device):
+                    return func(*args, **kwargs)
         return func(*args, **kwargs)
 
     # -- the functions that are taken over -----------------------------------------------------------------------------------
