@@ -48,8 +48,8 @@ class Degrees:
 
     @property
     def experts_span_samples(self) -> bool:
-        """Whether the experts of a layer are spread over ranks that see different samples."""
-        return self.expert > self.context * self.tensor
+        """Whether the experts of some layer are spread over ranks that see different samples: a batch's ranks are no whole groups."""
+        return self.context * self.tensor % self.expert > 0
 
     @property
     def stage(self) -> int:
