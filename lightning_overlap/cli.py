@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 from jsonargparse import auto_cli
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.strategies import StrategyRegistry
 
-from lightning_overlap.bench.measure import measure, ranking
+from lightning_overlap.bench.measure import measure, ranking, record_steps
 from lightning_overlap.bench.measure import sweep as rank_values
 from lightning_overlap.bench.on_paper import describe_times
 from lightning_overlap.bench.runs import Runs
@@ -23,6 +24,7 @@ from lightning_overlap.cli_errors import Parser, nearest, shorten
 from lightning_overlap.decision import ConfigError
 from lightning_overlap.plan import resolve
 from lightning_overlap.profiling.report import import_plotly, write_figures
+from lightning_overlap.ranks.announcements import TransferError
 from lightning_overlap.state.checkpoint import CheckpointError
 from lightning_overlap.state.consolidate import consolidate
 from lightning_overlap.steps.simulate import draw
@@ -104,7 +106,7 @@ class _Trainer(Trainer):
             peers: also measure other libraries that can train the module under the same parallelism.
             sweep: instead, compare values of one setting, such as data_parallel.bucket_size=100000,400000,auto.
             json: file for all figures.
-            report: file for a page with the table and its bars.
+            report: file for a page with the table, its bars, and a step with and without overlap.
         """
         if report is not None:
             import_plotly()  # fails now, not after hours of measurements
@@ -117,13 +119,14 @@ class _Trainer(Trainer):
         measured = measure(
             model, datamodule, self._overlap(), self._given, steps=steps, warmup=warmup, repeats=repeats, with_peers=peers
         )
+        drawn = {} if report is None else record_steps(Runs(model, datamodule, self._overlap(), self._given), warmup)
         if self.is_global_zero:
             print(measured.table())
             if json is not None:
                 Path(json).write_text(dumps(measured.as_dict(), indent=1))
             if report is not None:
                 medians = {row.name: row.median for row in measured.rows}
-                write_figures(measured.table(), medians, measured.limit, measured.plan, Path(report))
+                write_figures(measured.table(), medians, measured.limit, drawn, measured.plan, Path(report))
 
     def verify(
         self,
@@ -180,8 +183,8 @@ def main() -> None:
             return
         _CLI(trainer_class=_Trainer, subclass_mode_model=True, subclass_mode_data=True, parser_class=Parser,
              model_class=LightningModule, save_config_kwargs={"overwrite": True})  # fmt: skip
-    except (ConfigError, CheckpointError) as error:
-        sys.exit(f"error: {error}")
+    except (ConfigError, CheckpointError, TransferError, MisconfigurationException) as error:
+        sys.exit(f"error: {' '.join(str(error).split())}")
 
 
 def _with_values(arguments: list[str]) -> list[str]:

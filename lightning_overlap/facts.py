@@ -94,3 +94,16 @@ class Facts:
     def of(self, kind: type[T]) -> T | None:
         """Returns a mode's facts about the model, by their class; None if the model is not known, or the mode has nothing to do."""
         return next((facts for facts in self.of_modes if isinstance(facts, kind)), None)
+
+
+@dataclass(frozen=True)
+class Room:
+    """What limits a choice of sizes, beside the model.
+
+    Attributes:
+        ranks_per_host: ranks that share a host.
+        samples: samples in a rank's batch, as configured; None if that is not known.
+    """
+
+    ranks_per_host: int
+    samples: int | None

@@ -18,14 +18,14 @@ FILES = {str(path.relative_to(ROOT)): path for path in ROOT.rglob("*.py")}
 FLOORS = (
     ("decision", "messages", "tables", "torch_seams", "transformers_seams"),
     ("ranks",),
-    ("model", "steps", "state", "profiling.intervals", "profiling.trace"),
+    ("model", "steps", "state", "profiling.intervals", "profiling.trace", "profiling.usage"),
     ("facts", "modes.base", "modes.descriptor", "config", "plan", "environment", "modes", "nn"),
-    ("strategy", "bench", "cli", "cli_errors", "profiling"),
+    ("strategy", "bench", "tune", "cli", "cli_errors", "profiling"),
 )
 """From the lowest to the highest: a module imports from its own floor and from those below it. The longest prefix counts."""
 PURE = {
     *("config", "decision", "environment", "plan", "model.roles", "modes.data.layout", "modes.pipeline.layout"),
-    *("steps.schedule", "steps.simulate", "steps.defer"),
+    *("steps.schedule", "steps.simulate", "steps.defer", "tune.network"),
 }
 """Without torch and Lightning: decisions and plans are tested, and read, by themselves. So are the modes' ``config`` files."""
 DISTRIBUTED = re.compile(r"torch_seams$|ranks\.|state\.|modes\.tensor\.symm_mem$|modes\.tensor\.userbuffers$|bench\.peers")

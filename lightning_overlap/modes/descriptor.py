@@ -9,7 +9,7 @@ from typing import Any, Protocol
 from torch import nn
 
 from lightning_overlap.decision import Choices, Setting
-from lightning_overlap.facts import Facts
+from lightning_overlap.facts import Facts, Room
 from lightning_overlap.modes.base import OverlapMode
 from lightning_overlap.ranks.degrees import Degrees
 from lightning_overlap.steps.schedule import Schedule
@@ -70,6 +70,21 @@ class Scheduled(Protocol):
         """
 
 
+class Alternatives(Protocol):
+    def __call__(self, config: Any, degrees: Degrees, facts: Facts, room: Room) -> Iterable[Any]:
+        """Lists configurations that may be faster or need less memory. Each differs in one setting; a size only grows.
+
+        Args:
+            config: the mode's.
+            degrees: the number of ranks along each axis.
+            facts: about the run, with those about the model as ``config`` shards it.
+            room: what limits sizes.
+
+        Returns:
+            Configurations, of which some may be impossible: then :class:`Look` or :class:`Decide` refuses them.
+        """
+
+
 @dataclass(frozen=True, kw_only=True)
 class ModeDescriptor:
     """One mode, for the code that loops over modes: plan, launch, strategy, benchmark, verification.
@@ -85,6 +100,7 @@ class ModeDescriptor:
         advice: by kind of transfer (``grads`` of ``data.grads``), what may help if it is exposed. The key ``bytes`` is for a link that
             is too slow, the empty key for all other transfers.
         schedule: see :class:`Scheduled`.
+        alternatives: see :class:`Alternatives`.
         unchecked: settings that turn the mode's checks off, for a benchmark without transfers, whose numbers are wrong.
     """
 
@@ -96,6 +112,7 @@ class ModeDescriptor:
     environment: Environment = lambda config, capability: ()
     advice: Mapping[str, str] = field(default_factory=dict)
     schedule: Scheduled = lambda config, choices: None
+    alternatives: Alternatives = lambda config, degrees, facts, room: ()
     unchecked: Mapping[str, object] = field(default_factory=dict)
 
     def advise(self, kind: str) -> str:

@@ -34,6 +34,7 @@ class World:
         meeting_timeout: how long ranks wait for each other to make a group.
         groups: the groups of this process that have several ranks.
         link: to other hosts.
+        printed_plan: the text of the plan that was printed last.
         trainer_lock: held by the thread that runs a Trainer: collectives of two threads could be matched with each other.
     """
 
@@ -43,6 +44,7 @@ class World:
         self.groups: weakref.WeakSet[Group] = weakref.WeakSet()
         self.trainer_lock = threading.RLock()
         self.link = Link()
+        self.printed_plan = ""
         self._everyone: Group | None = None
         self._process_group: Any = None  # torch's world when `_everyone` was made
 

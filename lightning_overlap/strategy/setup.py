@@ -19,11 +19,11 @@ from lightning_overlap.decision import ConfigError
 from lightning_overlap.facts import Facts
 from lightning_overlap.messages import log_on_rank_zero
 from lightning_overlap.model.materialize import initialize, materialize, no_values_error
-from lightning_overlap.plan import resolve
+from lightning_overlap.plan import Plan, resolve
 from lightning_overlap.ranks.group import Group
 from lightning_overlap.ranks.mesh import ParallelMesh
 from lightning_overlap.ranks.shared_state import SharedBuffers, share
-from lightning_overlap.ranks.world import all_gather_objects, has_nccl, make_group, world_size
+from lightning_overlap.ranks.world import WORLD, all_gather_objects, has_nccl, make_group, world_size
 from lightning_overlap.strategy.batches import BatchComparison
 from lightning_overlap.strategy.seams import Preemption
 
@@ -50,6 +50,13 @@ def prepare_launch(config: OverlapConfig, ranks: int, device: torch.device, prec
         settings = environment.settings_for(config, environment.capability())
         for line in environment.apply(settings, os.environ, started=torch.cuda.is_initialized()):
             log_on_rank_zero(f"lightning_overlap: {line}")
+
+
+def print_plan(plan: Plan) -> None:
+    """Prints a plan, unless it is the one that this process printed last: a fit that resumes has the plan of the one before."""
+    if (text := plan.explain()) != WORLD.printed_plan:
+        log_on_rank_zero(text)
+        WORLD.printed_plan = text
 
 
 class SharedRun:

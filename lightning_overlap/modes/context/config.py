@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from lightning_overlap.decision import Choice, Choices, ConfigError, check_count, check_switch, check_word, refuse, settle
-from lightning_overlap.facts import Facts
-from lightning_overlap.ranks.degrees import Degrees
+from lightning_overlap.facts import Facts, Room
+from lightning_overlap.ranks.degrees import Degrees, larger_sizes
 
 ADVICE = {
     "bytes": "method: a2a, whose traffic does not grow with the number of ranks; or fewer ranks on this axis",
@@ -252,3 +252,12 @@ def sent_by_p2p(kv_heads: int) -> float:
 def sent_by_a2a(heads: int, kv_heads: int, ranks: int) -> float:
     """What a rank sends in the forward of an attention by ``a2a`` for each of its tokens, in heads: q, k, v and the output."""
     return (2 * heads + 2 * max(kv_heads, min(ranks, heads))) * (ranks - 1) / ranks
+
+
+def alternatives(config: ContextParallel, degrees: Degrees, facts: Facts, room: Room) -> Iterator[ContextParallel]:
+    """See :class:`lightning_overlap.modes.descriptor.Alternatives`."""
+    for size in larger_sizes(config.size, degrees.data):
+        yield replace(config, size=size)
+    if config.size > 1 and config.method == "auto":
+        for method in ("p2p", "a2a", "all_gather"):
+            yield replace(config, method=method)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from lightning_overlap.decision import Choice, Choices, ConfigError, check_count, check_switch, check_word, settle
-from lightning_overlap.facts import Facts
+from lightning_overlap.facts import Facts, Room
 from lightning_overlap.ranks.degrees import Degrees
 
 Switch = bool | Literal["auto"]
@@ -24,6 +25,8 @@ UNKNOWN_OPTIMIZER = "default for elementwise optimizers such as AdamW; checked w
 """Why the optimizer is sharded before it is known."""
 MIN_BUCKET = 65_536
 """Elements of the smallest bucket that ``auto`` chooses."""
+FEW_AND_MANY = (8, 64)
+"""Numbers of buckets that are worth a try beside the 32 of ``auto``."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -320,3 +323,15 @@ def _refuse_settings(config: DataParallel, degrees: Degrees, *, sharded: bool, s
     ]
     if problems := [reason for applies, reason in reasons if applies]:
         raise ConfigError("data_parallel: " + "; ".join(problems))
+
+
+def alternatives(config: DataParallel, degrees: Degrees, facts: Facts, room: Room) -> Iterator[DataParallel]:
+    """See :class:`lightning_overlap.modes.descriptor.Alternatives`."""
+    if degrees.gradients == 1:
+        return
+    if config.bucket_size == "auto" and facts.parameters is not None:
+        per_rank = facts.parameters // (degrees.pipeline * degrees.tensor)
+        for buckets in FEW_AND_MANY:
+            yield replace(config, bucket_size=max(per_rank // buckets, MIN_BUCKET))
+    if config.distributed_optimizer == "auto":
+        yield replace(config, distributed_optimizer=False)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from lightning_overlap.decision import Choice, Choices, ConfigError, check_count, check_switch, check_word, settle
-from lightning_overlap.facts import Facts
+from lightning_overlap.facts import Facts, Room
 from lightning_overlap.modes.expert.layout import SPLITS, Split, choose
-from lightning_overlap.ranks.degrees import Degrees
+from lightning_overlap.ranks.degrees import Degrees, larger_sizes
 
 ADVICE = {
     "bytes": "fewer ranks on this axis, or ranks of one node: a token is sent once for each of its experts",
@@ -23,10 +24,10 @@ OVERLAPS = ("overlap_dispatch", "overlap_shared_experts", "delay_wgrad")
 
 @dataclass(frozen=True, kw_only=True)
 class ExpertParallel:
-    """Expert parallelism: the experts of a layer are spread over ranks, which send each other the tokens that choose them."""
+    """Expert parallelism: the experts of a layer are sharded over ranks, which send each other the tokens that choose them."""
 
     size: int = 1
-    """Ranks over which the experts of a layer are spread. They are ranks of the other axes: it takes none of its own."""
+    """Ranks over which the experts of a layer are sharded. They are ranks of the other axes: it takes none of its own."""
     dispatcher: Dispatcher = "alltoall"
     """How tokens reach their experts. ``alltoall``: once for each of their experts. ``allgather``: once to each rank, which is less
     where tokens have more experts than there are ranks; parts are then some of the tokens."""
@@ -225,3 +226,13 @@ _SPLITS: dict[Split, str] = {
     "experts+local": "a part is some experts; a rank computes its own tokens of the first and the last one apart",
     "tokens": "a part is some tokens of each expert",
 }
+
+
+def alternatives(config: ExpertParallel, degrees: Degrees, facts: Facts, room: Room) -> Iterator[ExpertParallel]:
+    """See :class:`lightning_overlap.modes.descriptor.Alternatives`."""
+    model = facts.of(ExpertFacts)
+    for size in larger_sizes(config.size, degrees.stage // config.size):
+        if model is not None and size <= model.least:
+            yield replace(config, size=size)
+    if config.size > 1 and config.overlap_dispatch == "auto":
+        yield replace(config, overlap_dispatch=False)

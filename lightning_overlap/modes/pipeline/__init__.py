@@ -1,7 +1,7 @@
 """Pipeline parallelism: ranks hold consecutive blocks, and send hidden states and their gradients beside compute."""
 
 from lightning_overlap.modes.descriptor import ModeDescriptor
-from lightning_overlap.modes.pipeline.config import ADVICE, decide, environment, schedule_of
+from lightning_overlap.modes.pipeline.config import ADVICE, alternatives, decide, environment, schedule_of
 from lightning_overlap.modes.pipeline.division import look
 from lightning_overlap.modes.pipeline.mode import PipelineMode
 
@@ -13,5 +13,6 @@ PIPELINE = ModeDescriptor(
     look=look,
     environment=environment,
     advice=ADVICE,
+    alternatives=alternatives,
     schedule=schedule_of,
 )

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
@@ -18,8 +19,8 @@ from lightning_overlap.decision import (
     refuse,
     settle,
 )
-from lightning_overlap.facts import Facts
-from lightning_overlap.ranks.degrees import Degrees
+from lightning_overlap.facts import Facts, Room
+from lightning_overlap.ranks.degrees import Degrees, larger_sizes
 from lightning_overlap.steps.defer import defer
 from lightning_overlap.steps.pairs import pair
 from lightning_overlap.steps.schedule import SCHEDULES, Schedule, build, parse, validate
@@ -432,3 +433,25 @@ def environment(config: PipelineParallel, capability: int | None) -> list[Settin
         return []
     why = "pipeline_parallel: receives that are posted early get their own hardware queue and do not block later kernels"
     return [Setting("CUDA_DEVICE_MAX_CONNECTIONS", "32", why)]
+
+
+def alternatives(config: PipelineParallel, degrees: Degrees, facts: Facts, room: Room) -> Iterator[PipelineParallel]:
+    """See :class:`lightning_overlap.modes.descriptor.Alternatives`."""
+    for size in larger_sizes(config.size, degrees.data):
+        yield replace(config, size=size)
+    waits = degrees.tensor * degrees.context * degrees.expert > 1
+    if config.size > 1 or waits:
+        most = MOST if room.samples is None else room.samples
+        counts = (config.count // 2, config.count * 2) if config.count > 1 else (2, 4)
+        for count in counts:
+            if config.size <= count <= most and config.microbatches == "auto":
+                yield replace(config, microbatches=count)
+    model = facts.of(PipelineFacts)
+    if config.size == 1 or model is None:
+        return
+    if 2 * config.stages <= sum(model.blocks):
+        yield replace(config, virtual_stages=2 * config.virtual_stages)
+    if config.schedule == "auto":
+        yield replace(config, schedule="zb_h1" if config.virtual_stages == 1 else "interleaved_zb")
+    if waits and config.lanes == "auto":
+        yield replace(config, lanes=True)

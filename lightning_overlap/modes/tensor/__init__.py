@@ -1,7 +1,7 @@
 """Tensor parallelism: ranks hold pieces of the linear layers, and send activations beside the products that need them."""
 
 from lightning_overlap.modes.descriptor import ModeDescriptor
-from lightning_overlap.modes.tensor.config import ADVICE, decide, environment
+from lightning_overlap.modes.tensor.config import ADVICE, alternatives, decide, environment
 from lightning_overlap.modes.tensor.mode import TensorMode, look
 
 TENSOR = ModeDescriptor(
@@ -12,5 +12,6 @@ TENSOR = ModeDescriptor(
     look=look,
     environment=environment,
     advice=ADVICE,
+    alternatives=alternatives,
     unchecked={"verify_blocks": False},
 )

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from lightning_overlap.decision import (
@@ -17,8 +17,8 @@ from lightning_overlap.decision import (
     refuse,
     settle,
 )
-from lightning_overlap.facts import Facts
-from lightning_overlap.ranks.degrees import Degrees
+from lightning_overlap.facts import Facts, Room
+from lightning_overlap.ranks.degrees import Degrees, larger_sizes
 
 ADVICE = {
     "bytes": "keep_gathered_input: true, which gathers once where twice is the default; or fewer ranks on this axis",
@@ -346,3 +346,12 @@ def environment(config: TensorParallel, capability: int | None) -> list[Setting]
         why = "tensor_parallel: Transformer Engine's norms leave some multiprocessors free for its transfers"
         settings += [Setting(f"NVTE_{way}_LAYERNORM_SM_MARGIN", "16", why) for way in ("FWD", "BWD")]
     return settings
+
+
+def alternatives(config: TensorParallel, degrees: Degrees, facts: Facts, room: Room) -> Iterator[TensorParallel]:
+    """See :class:`lightning_overlap.modes.descriptor.Alternatives`. Ranks stay inside a host, if it has several."""
+    for size in larger_sizes(config.size, degrees.data):
+        if room.ranks_per_host == 1 or room.ranks_per_host % size == 0:
+            yield replace(config, size=size)
+    if config.size > 1 and not config.keep_gathered_input:
+        yield replace(config, keep_gathered_input=True)

@@ -83,9 +83,8 @@ def weighted_pass(group: ThreadGroup, dispatcher: Any, batches: list[Batch]) -> 
     hidden, indices, weights = batches[group.rank]
     hidden = hidden.bfloat16().float()
     with torch.autocast("cpu", torch.bfloat16):
-        return dispatcher(group, Layout(8, 2, "tokens", 3))(hidden, indices, weights, Unchanged()), hidden * weights.sum(
-            1, keepdim=True
-        )
+        output = dispatcher(group, Layout(8, 2, "tokens", 3))(hidden, indices, weights, Unchanged())
+    return output, hidden * weights.sum(1, keepdim=True)
 
 
 @pytest.mark.parametrize("dispatcher", [ExpertDispatch, GatherDispatch])

@@ -245,7 +245,10 @@ APART = {
         "expert_parallel": ExpertParallel(log_expert_load=True),
     },
 }
-CROSSED = {"context_parallel": 2, "pipeline_parallel": PipelineParallel(size=2, microbatches=1)}
+CROSSED: dict[str, dict[str, Any]] = {
+    "context x pipeline": {"context_parallel": 2, "pipeline_parallel": PipelineParallel(size=2, microbatches=1)},
+    "tensor x pipeline": {**APART["tensor"], "pipeline_parallel": PipelineParallel(size=2, microbatches=1)},
+}
 MOVED = {
     "data": {"expert_parallel": ExpertParallel(update_bias_rate=RATE)},
     "experts": {"expert_parallel": ExpertParallel(size=2, update_bias_rate=RATE)},
@@ -290,11 +293,11 @@ def test_a_recompute_sends_tokens_to_the_same_ranks(world: Any) -> None:
             torch.testing.assert_close(state[name], value, rtol=1e-4, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
 
 
-@pytest.mark.parametrize("layout", ["context", "tensor", "pipeline", "experts of context ranks", "context x pipeline"])
+@pytest.mark.parametrize("layout", ["context", "tensor", "pipeline", "experts of context ranks", *CROSSED])
 def test_hugging_faces_balancing_loss_is_that_of_one_process(world: Any, layout: str) -> None:
     """Megatron-LM 5047 and 5798, AutoModel 3359: with padding, accumulation and activation checkpoints."""
     expected, metrics, _ = train("mixtral", None)
-    size, strategy = (2, APART[layout]) if layout in APART else (4, CROSSED)
+    size, strategy = (2, APART[layout]) if layout in APART else (4, CROSSED[layout])
     for state, found, _ in world(size).run(train, "mixtral", strategy):
         assert found["val_loss"] == pytest.approx(metrics["val_loss"], rel=1e-5)
         for name, value in expected.items():

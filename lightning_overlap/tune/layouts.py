@@ -1,0 +1,216 @@
+"""Layouts: how ranks are divided among the modes, with which settings and batch, and the search for the fastest."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any, Generic, Protocol, TypeVar
+
+from lightning_overlap.config import OverlapConfig
+from lightning_overlap.decision import ConfigError
+from lightning_overlap.facts import Room
+from lightning_overlap.modes.descriptor import ModeDescriptor
+from lightning_overlap.plan import Plan
+
+LAYOUTS = 28
+"""Layouts that a search tries."""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """The batch of a step, which is the same under every layout: that of all ranks together, as configured.
+
+    Where fewer ranks see different samples, each has a larger batch, or, if no ``batch_size`` is known, accumulates over more batches.
+
+    Attributes:
+        samples: a data rank's ``batch_size``, as configured; None if neither the data module nor the module has one.
+        ranks: data ranks of the configured layout.
+        accumulate: batches that a rank accumulates, as configured.
+    """
+
+    samples: int | None
+    ranks: int
+    accumulate: int
+
+    def of(self, ranks: int) -> tuple[int | None, int]:
+        """Returns a rank's ``batch_size`` (None: it stays), and the batches that it accumulates.
+
+        Args:
+            ranks: data ranks of the layout.
+
+        Raises:
+            ConfigError: the batch cannot be divided among them.
+        """
+        total, number = (self.accumulate * self.ranks, "batches") if self.samples is None else (self.samples * self.ranks, "samples")
+        if total % ranks:
+            raise ConfigError(f"{total} {number} do not divide over {ranks} data ranks")
+        return (None, total // ranks) if self.samples is None else (total // ranks, self.accumulate)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A layout.
+
+    Attributes:
+        config: sizes and settings.
+        plan: what was decided for it.
+        batch_size: of a data rank; None: as configured.
+        accumulate: batches that a rank accumulates.
+        is_allowed: whether it keeps what the user has set.
+    """
+
+    config: OverlapConfig
+    plan: Plan
+    batch_size: int | None
+    accumulate: int
+    is_allowed: bool
+
+    @property
+    def name(self) -> str:
+        """The sizes, then what differs from the defaults of the modes that run: ``pipeline 2 x data 4, virtual_stages 2``.
+
+        Configurations with one name train alike.
+        """
+        running = [mode for mode in self.plan.modes if mode.name in self.plan.choices]
+        sizes = [f"{mode.name} {self.plan.choices[mode.name].size.value}" for mode in running]
+        settings = [f"{name} {value}" for mode in running for name, value in changes(self.config, mode).items() if name != "size"]
+        off = ["overlap off"] if self.config.overlap == "off" else []
+        return ", ".join([" x ".join(sizes) or "one rank", *off, *settings])
+
+
+def changes(config: OverlapConfig, mode: ModeDescriptor) -> dict[str, Any]:
+    """Returns the settings of a mode that differ from their defaults, by name."""
+    settings = config.of(mode)
+    defaults = type(settings)()
+    values = {each.name: getattr(settings, each.name) for each in fields(settings)}
+    return {name: value for name, value in values.items() if value != getattr(defaults, name)}
+
+
+class Space:
+    """The layouts that are allowed: what the user has set to another value than its default stays as set.
+
+    Args:
+        user: the user's configuration.
+        batch: of a step.
+        ranks_per_host: ranks on each host.
+        resolve: decides a configuration.
+    """
+
+    def __init__(self, user: OverlapConfig, batch: Batch, ranks_per_host: int, resolve: Callable[[OverlapConfig], Plan]) -> None:
+        self._user, self._batch, self._ranks_per_host, self._resolve = user, batch, ranks_per_host, resolve
+
+    def layout(self, config: OverlapConfig) -> Layout:
+        """Returns the layout of a configuration.
+
+        Raises:
+            ConfigError: it is impossible.
+        """
+        plan = self._resolve(config)
+        batch_size, accumulate = self._batch.of(plan.degrees.data)
+        return Layout(config, plan, batch_size, accumulate, self._allows(config))
+
+    def data_only(self) -> OverlapConfig:
+        """Returns the defaults of all modes: data parallelism only. It is a reference, also where the user has set other sizes."""
+        return replace(self._user, **{mode.section: type(self._user.of(mode))() for mode in self._user.modes})
+
+    def neighbours(self, layout: Layout) -> Iterator[OverlapConfig]:
+        """Yields configurations that differ from a layout's in one setting, or in a size by one factor."""
+        config, degrees, facts = layout.config, layout.plan.degrees, layout.plan.facts
+        room = Room(self._ranks_per_host, layout.batch_size)
+        for mode in config.modes:
+            for settings in mode.alternatives(config.of(mode), degrees, facts, room):
+                if self._allows(changed := replace(config, **{mode.section: settings})):
+                    yield changed
+        if config.overlap == "auto":
+            yield replace(config, overlap="off")
+
+    def _allows(self, config: OverlapConfig) -> bool:
+        return all(
+            getattr(config.of(mode), name) == value for mode in config.modes for name, value in changes(self._user, mode).items()
+        )
+
+
+class Figures(Protocol):
+    """What is known of a layout. The smallest :attr:`cost` is the best."""
+
+    @property
+    def cost(self) -> tuple[float, ...]: ...
+
+
+F = TypeVar("F", bound=Figures)
+
+
+@dataclass
+class Tried(Generic[F]):
+    """A layout that was tried.
+
+    Attributes:
+        layout: the layout.
+        figures: of it.
+    """
+
+    layout: Layout
+    figures: F
+
+
+class Search(Generic[F]):
+    """A best-first search: the neighbours of the best layout are tried next.
+
+    So sizes and settings grow where they help, and no formula has to foresee which do.
+
+    Args:
+        space: the layouts.
+        try_all: tries layouts; returns the figures of each, or why it cannot run.
+
+    Attributes:
+        tried: the layouts that run, in the order in which they were tried.
+        refused: why the others do not, with the number of layouts.
+    """
+
+    def __init__(self, space: Space, try_all: Callable[[Sequence[Layout]], Sequence[F | str]]) -> None:
+        self.tried: list[Tried[F]] = []
+        self.refused: dict[str, int] = {}
+        self._space, self._try_all = space, try_all
+        self._seen: set[str] = set()
+        self._left = 0
+
+    def run(self, starts: Sequence[OverlapConfig], budget: int = LAYOUTS) -> list[Tried[F]]:
+        """Tries up to ``budget`` layouts, first ``starts``. Returns those that run, the best first."""
+        self._left = budget
+        self._try(starts)
+        expanded: set[str] = set()
+        while self._left:
+            best = next((each for each in self.ranked() if each.layout.name not in expanded), None)
+            if best is None:
+                break
+            expanded.add(best.layout.name)
+            self._try(list(self._space.neighbours(best.layout)))
+        return self.ranked()
+
+    def ranked(self) -> list[Tried[F]]:
+        """Returns the layouts that run, the best first."""
+        return sorted(self.tried, key=lambda each: each.figures.cost)
+
+    def _try(self, configs: Sequence[OverlapConfig]) -> None:
+        layouts: list[Layout] = []
+        for config in configs:
+            if repr(config) in self._seen:
+                continue
+            self._seen.add(repr(config))
+            try:
+                layout = self._space.layout(config)
+            except ConfigError as error:
+                self._refuse(str(error))
+                continue
+            if layout.name not in self._seen and len(layouts) < self._left:
+                self._seen.add(layout.name)
+                layouts.append(layout)
+        self._left -= len(layouts)
+        for layout, figures in zip(layouts, self._try_all(layouts), strict=True):
+            if isinstance(figures, str):
+                self._refuse(figures)
+            else:
+                self.tried.append(Tried(layout, figures))
+
+    def _refuse(self, reason: str) -> None:
+        self.refused[reason] = self.refused.get(reason, 0) + 1

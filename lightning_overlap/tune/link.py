@@ -1,0 +1,143 @@
+"""Measures the links between the ranks that are there: how fast they are, and what a transfer takes from a rank that computes."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from datetime import timedelta
+
+import torch
+from torch import Tensor
+
+from lightning_overlap.ranks.group import Group, Pending
+from lightning_overlap.ranks.world import all_gather_objects, make_group, world_size
+from lightning_overlap.tune.network import Link
+
+SECONDS = 0.3
+"""Duration of a measured transfer."""
+REPEATS = 3
+LATENCY_REPEATS = 20
+FIRST_BYTES, MOST_BYTES = 1 << 18, 1 << 30
+"""Bytes that a rank sends in the shortest and the longest transfer."""
+ROWS = 256
+"""Rows of the matrices that a rank multiplies meanwhile: about a millisecond on one core."""
+
+
+def measure_links(ranks_per_host: int, device: torch.device, timeout: timedelta) -> tuple[Link | None, Link | None]:
+    """Measures the link inside a host and that between hosts, while all ranks use it. Collective over the world; a few seconds.
+
+    Args:
+        ranks_per_host: ranks on each host; consecutive ranks share one.
+        device: of this rank.
+        timeout: how long a transfer may take.
+
+    Returns:
+        The links inside a host and between hosts, the same on all ranks; None where there is no such link.
+    """
+    ranks = range(world_size())
+    local = [list(ranks[start : start + ranks_per_host]) for start in ranks[::ranks_per_host]]
+    across = [list(ranks[number::ranks_per_host]) for number in range(ranks_per_host)]
+    links: list[Link | None] = []
+    for sets, sharers in ((local, 1), (across, ranks_per_host)):
+        if len(sets[0]) == 1:
+            links.append(None)
+            continue
+        group = make_group(sets, "link", timeout)
+        links.append(_mean(_Probe(group, device).link(), sharers))
+        group.close()
+    return links[0], links[1]
+
+
+def _mean(link: Link, sharers: int) -> Link:
+    """Returns the mean of all ranks' links, with the bandwidth of so many of them together. Collective over the world."""
+    links = all_gather_objects(link)
+    bandwidth, latency, load, overhead = (
+        statistics.mean(getattr(each, name) for each in links) for name in ("bandwidth", "latency", "load", "overhead")
+    )
+    return Link(bandwidth * sharers, latency, load, overhead)
+
+
+class _Probe:
+    """Times transfers and products.
+
+    Args:
+        group: ranks that all send to each other.
+        device: of this rank.
+    """
+
+    def __init__(self, group: Group, device: torch.device) -> None:
+        self._group, self._device = group, device
+        self._key = 0
+        dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+        self._factor = torch.zeros(ROWS, ROWS, dtype=dtype, device=device)
+
+    def link(self) -> Link:
+        """Measures the link. Collective over the group."""
+        self._transfer(FIRST_BYTES)  # connects
+        latency = statistics.median(self._transfer(1) for _ in range(LATENCY_REPEATS))
+        nbytes = FIRST_BYTES
+        while (seconds := self._transfer(nbytes)) < SECONDS / 2 and nbytes < MOST_BYTES:
+            nbytes = min(MOST_BYTES, int(nbytes * min(8.0, SECONDS / seconds)))
+        seconds = min(self._transfer(nbytes) for _ in range(REPEATS))
+        product = statistics.median(self._compute(50) / 50 for _ in range(REPEATS))
+        beside = statistics.median(self._beside(nbytes, max(1, int(0.8 * seconds / product))) for _ in range(REPEATS))
+        load = min(1.0, max(0.0, 1 - product / beside))
+        overhead = statistics.median(self._overhead(LATENCY_REPEATS, product) for _ in range(REPEATS))
+        return Link(nbytes / max(seconds - latency, 1e-9), latency, load, overhead)
+
+    def _post(self, nbytes: int) -> Pending:
+        elements = max(1, nbytes // (4 * (self._group.size - 1)))
+        x = torch.zeros(self._group.size, elements, device=self._device)
+        self._key += 1
+        sizes = [1] * self._group.size
+        return self._group.all_to_all(x, sizes, sizes, key=self._key, label="link.probe")
+
+    def _transfer(self, nbytes: int) -> float:
+        """Seconds of a transfer, of the slowest member."""
+        self._meet()
+        start = time.perf_counter()
+        self._post(nbytes).wait()
+        return self._slowest(self._since(start))
+
+    def _compute(self, products: int) -> float:
+        """Seconds of some products."""
+        start = time.perf_counter()
+        for _ in range(products):
+            self._multiply()
+        return self._since(start)
+
+    def _beside(self, nbytes: int, products: int) -> float:
+        """Seconds of a product beside a transfer."""
+        self._meet()
+        pending = self._post(nbytes)
+        seconds = self._compute(products) / products
+        pending.wait()
+        return seconds
+
+    def _overhead(self, count: int, product: float) -> float:
+        """Seconds of compute that one of many short transfers takes."""
+        self._meet()
+        start = time.perf_counter()
+        pending = []
+        for _ in range(count):
+            pending.append(self._post(1))
+            self._multiply()
+        seconds = self._since(start)
+        for each in pending:
+            each.wait()
+        return max(0.0, seconds / count - product)
+
+    def _multiply(self) -> Tensor:
+        return self._factor @ self._factor
+
+    def _since(self, start: float) -> float:
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+        return time.perf_counter() - start
+
+    def _meet(self) -> None:
+        self._slowest(0.0)
+
+    def _slowest(self, seconds: float) -> float:
+        x = torch.tensor([seconds], dtype=torch.float64)
+        return float(self._group.sum(x.to(self._group.device_of(x)), "max"))

@@ -1,0 +1,131 @@
+"""The links between ranks, and how much of them a transfer takes. Standard library only."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from lightning_overlap.decision import ConfigError
+
+_RATE = re.compile(r"(?P<number>\d+(\.\d+)?)(?P<unit>[kmgtKMGT]?)(?P<quantity>bit|B)(/s)?")
+_TIME = re.compile(r"(?P<number>\d+(\.\d+)?)(?P<unit>s|ms|us)")
+_PREFIXES = {"": 1.0, "k": 1e3, "m": 1e6, "g": 1e9, "t": 1e12}
+_SECONDS = {"s": 1.0, "ms": 1e-3, "us": 1e-6}
+
+
+@dataclass(frozen=True)
+class Link:
+    """A kind of link: inside a host, or between hosts.
+
+    Attributes:
+        bandwidth: bytes a second in each direction, both at once. Inside a host: of each rank. Between hosts: of a host, whose ranks
+            share it.
+        latency: seconds of a transfer of a few bytes.
+        load: share of its compute that a rank loses while it sends and receives at full bandwidth, 0 to 1: copies take processor time.
+        overhead: seconds of its compute that a rank loses for each transfer, however short.
+    """
+
+    bandwidth: float
+    latency: float = 0.0
+    load: float = 0.0
+    overhead: float = 0.0
+
+    def __str__(self) -> str:
+        speed = f"{self.bandwidth * 8 / 1e6:,.0f} Mbit/s, {self.latency * 1e3:.2f} ms"
+        return f"{speed}, takes {self.load:.0%} of the compute meanwhile" if self.load else speed
+
+
+def parse_link(text: str) -> Link:
+    """Parses a link as a user gives it: ``300mbit``, or ``300mbit,0.5ms`` with its latency.
+
+    Args:
+        text: bits (``mbit``, ``gbit``) or bytes (``MB``, ``GB``) a second; then, after a comma, the latency (``s``, ``ms``, ``us``).
+
+    Raises:
+        ConfigError: the text is something else.
+    """
+    rate, _, latency = text.replace(" ", "").partition(",")
+    speed, time = _RATE.fullmatch(rate), _TIME.fullmatch(latency or "0s")
+    if speed is None or time is None or not float(speed["number"]):
+        raise ConfigError(f"a link is its speed and its latency, such as 300mbit,0.5ms or 25GB,5us; got {text!r}")
+    bandwidth = float(speed["number"]) * _PREFIXES[speed["unit"].lower()] / (8 if speed["quantity"] == "bit" else 1)
+    return Link(bandwidth, float(time["number"]) * _SECONDS[time["unit"]])
+
+
+class Load(NamedTuple):
+    """What a rank's part of a transfer takes of one kind of link.
+
+    Attributes:
+        link: the link.
+        between: whether it is the link between hosts.
+        seconds: for which the rank's share of it is in use.
+    """
+
+    link: Link
+    between: bool
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Network:
+    """The links of a machine. Consecutive ranks share a host.
+
+    Attributes:
+        ranks_per_host: ranks on each host.
+        inside: the link between ranks of a host; None if no host has several.
+        between: the link between hosts; None if there is one host.
+        rings: whether gathers and reduce-scatters go around a ring, as on NCCL. Otherwise each rank sends to each other one.
+    """
+
+    ranks_per_host: int
+    inside: Link | None
+    between: Link | None
+    rings: bool = False
+
+    def loads(self, rank: int, ranks: tuple[int, ...], verb: str, nbytes: int) -> list[Load]:
+        """Returns what a rank's part of a transfer takes of each link.
+
+        In a ring, one rank of a group's members on a host sends to the next host. Otherwise each of a host's ranks sends to the
+        members elsewhere, at the same time as the host's other ranks.
+
+        Args:
+            rank: the sender.
+            ranks: all members.
+            verb: as in :class:`~lightning_overlap.tune.rehearsal.Post`.
+            nbytes: bytes that the rank sends.
+        """
+        peers = [other for other in ranks if other != rank]
+        if not peers or not nbytes:
+            return []
+        elsewhere = sum(not self.is_local(rank, other) for other in peers)
+        local = len(peers) - elsewhere
+        ring = verb == "all_reduce" or (self.rings and verb in ("all_gather", "reduce_scatter"))
+        if ring:
+            # the recorded bytes of an all-reduce are twice the tensor's, of which a ring of n sends (n - 1) / n
+            sent = nbytes * len(peers) / len(ranks) if verb == "all_reduce" else nbytes
+            inside, between = sent * (local > 0), sent * (elsewhere > 0) * self.ranks_per_host / (local + 1)
+        else:
+            inside, between = nbytes * local / len(peers), nbytes * elsewhere / len(peers) * self.ranks_per_host
+        loads = []
+        for link, is_between, sent in ((self.inside, False, inside), (self.between, True, between)):
+            if sent:
+                assert link is not None, f"ranks {ranks} need a link that the network does not have"
+                loads.append(Load(link, is_between, sent / link.bandwidth))
+        return loads
+
+    def latency(self, ranks: tuple[int, ...], verb: str) -> float:
+        """Returns the seconds that a transfer of few bytes takes: a ring passes them on from rank to rank."""
+        link = self.slowest(ranks)
+        hops = len(ranks) - 1 if verb == "all_reduce" else 1
+        return link.latency * hops if link is not None else 0.0
+
+    def slowest(self, ranks: tuple[int, ...]) -> Link | None:
+        """Returns the link between hosts if the ranks are on several, otherwise that inside a host; None for one rank."""
+        if len(ranks) == 1:
+            return None
+        return self.inside if all(self.is_local(ranks[0], other) for other in ranks) else self.between
+
+    def is_local(self, rank: int, other: int) -> bool:
+        """Whether two ranks are on one host."""
+        return rank // self.ranks_per_host == other // self.ranks_per_host
