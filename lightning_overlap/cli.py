@@ -30,8 +30,10 @@ from lightning_overlap.state.consolidate import consolidate
 from lightning_overlap.steps.simulate import draw
 from lightning_overlap.strategy.seams import facts_of
 from lightning_overlap.strategy.strategy import OverlapStrategy
+from lightning_overlap.tune.rehearsal import memory_table
+from lightning_overlap.tune.rehearser import Rehearser
 
-FLAGS = ("--schedule", "--peers")
+FLAGS = ("--schedule", "--peers", "--memory")
 """Options of the commands that are on or off."""
 
 
@@ -56,22 +58,24 @@ class _Trainer(Trainer):
         datamodule: LightningDataModule | None = None,
         schedule: bool = False,
         times: str | None = None,
+        memory: bool = False,
     ) -> None:
         """Prints the plan for the trainer's devices and nodes, without a run.
 
         Args:
             model: the module.
-            datamodule: not used.
+            datamodule: the data, for memory.
             schedule: also print and draw the schedule of microbatches. A file with the printed text can be configured as schedule.
             times: milliseconds of a microbatch's forward on a stage, its backward, and a transfer, such as 30,60,8: also print the
                 time that the schedule takes.
+            memory: also run some steps as one rank of each pipeline stage, and print the memory that the rank needs.
         """
-        strategy = self._overlap()
+        strategy, ranks = self._overlap(), self.num_devices * self.num_nodes
         facts = facts_of(
             self,
             model,
             strategy.config,
-            world_size=self.num_devices * self.num_nodes,
+            world_size=ranks,
             device=strategy.root_device.type,
             backend=strategy.backend_name,
         )
@@ -82,6 +86,9 @@ class _Trainer(Trainer):
                 print(microbatches.text() + draw(microbatches))
             if microbatches is not None and times is not None:
                 print(describe_times(microbatches, times))
+        if memory:
+            with Rehearser(model, datamodule, strategy, self._given) as rehearser:
+                print(f"\n{memory_table(rehearser.rehearse(strategy.config, ranks, steps=1))}")
 
     def bench(
         self,
@@ -188,7 +195,7 @@ def main() -> None:
 
 
 def _with_values(arguments: list[str]) -> list[str]:
-    """Gives ``--schedule`` and ``--peers`` the value true, if none follows them."""
+    """Gives the options of :data:`FLAGS` the value true, if none follows."""
     following = [*arguments[1:], "--"]
     pairs = zip(arguments, following, strict=True)
     return [w for word, after in pairs for w in ([word, "true"] if word in FLAGS and after.startswith("-") else [word])]

@@ -22,6 +22,7 @@ try:
     from torch._dynamo._trace_wrapped_higher_order_op import TransformGetItemToIndex as IndexedByTensors
     from torch.distributed.checkpoint.metadata import _MEM_FORMAT_ENCODING as MemoryFormatEncoding
     from torch.nn.modules.batchnorm import _BatchNorm as BatchNorm
+    from torch.testing._internal.distributed.fake_pg import FakeStore
     from torch.utils._python_dispatch import TorchDispatchMode as DispatchMode
     from torch.utils._python_dispatch import _get_current_dispatch_mode_stack, _pop_mode, _push_mode
     from torch.utils._pytree import tree_leaves, tree_map
@@ -260,6 +261,11 @@ def group_count() -> int:
 def set_group_count(count: int) -> None:
     """Sets the number from which torch makes the next group's name. Ranks must agree on it."""
     dist.distributed_c10d._world.group_count = count
+
+
+def start_fake_world(rank: int, size: int) -> None:
+    """Makes a world of which this process is the only rank, and whose transfers do nothing."""
+    dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=size)
 
 
 def register_symmetric_memory() -> None:

@@ -25,7 +25,7 @@ from lightning_overlap.bench.advice import advise
 from lightning_overlap.bench.on_paper import OnPaper, on_paper
 from lightning_overlap.bench.peers import Peer, find_peers, made_by_all
 from lightning_overlap.bench.rows import Row
-from lightning_overlap.bench.runs import Runs
+from lightning_overlap.bench.runs import Runs, without_checks
 from lightning_overlap.bench.skip import Skipped, skip_transfers
 from lightning_overlap.decision import ConfigError
 from lightning_overlap.profiling.callback import OverlapProfiler
@@ -224,8 +224,6 @@ def measure(
     """
     config = strategy.config
     timed = TimedRuns(Runs(model, datamodule, strategy, trainer), steps, warmup)
-    # Without transfers no number is right, so nothing is checked.
-    unchecked = {mode.section: replace(config.of(mode), **mode.unchecked) for mode in config.modes if mode.unchecked}
     rows = {name: Row(name) for name in ("overlapped", "plain", "compute", "communication")}
     peers = _Peers(timed, model)
     alone: dict[str, list[float]] = defaultdict(list)
@@ -233,7 +231,7 @@ def measure(
         overlapped = timed.runs.ours()
         rows["overlapped"].add(*timed.run(overlapped).figures)
         rows["plain"].add(*timed.run(timed.runs.ours(overlap="off")).figures)
-        clock = timed.run(timed.runs.ours(verify_first_step=False, **unchecked), skip=True)
+        clock = timed.run(timed.runs.ours(**without_checks(config)), skip=True)
         rows["compute"].add(*clock.figures)
         for name, seconds in clock.communication.items():
             (alone[name] if name else rows["communication"].seconds).append(seconds)

@@ -53,7 +53,7 @@ from lightning_overlap.strategy.seams import (
     warn_of_gradient_parts,
     zeroing_first,
 )
-from lightning_overlap.strategy.setup import SharedRun, give_memory, print_plan, share_weights
+from lightning_overlap.strategy.setup import SharedRun, give_memory, print_memory, print_plan, share_weights
 from lightning_overlap.strategy.state_guard import StateGuard
 from lightning_overlap.strategy.step import DrivenStep
 
@@ -206,6 +206,7 @@ class OverlapStrategy(MeshStrategy):
     def _setup_fit(self, trainer: Trainer) -> None:
         """Sets up a fit after the modes have sharded the model."""
         module = trainer.lightning_module
+        print_memory(module, self.optimizers, self.modes, self.plan)
         if any(isinstance(mode, Holder) for mode in self.modes):
             self.checkpoints.state_guard = StateGuard(module)
             self._until_teardown.callback(self.checkpoints.state_guard.remove)
@@ -388,7 +389,7 @@ class OverlapStrategy(MeshStrategy):
     def on_validation_start(self) -> None:
         self._complete_weights()
         if self._fitting:
-            refuse_uneven_validation(self._module.trainer, self.mesh)
+            refuse_uneven_validation(self._module.trainer, self.modes)
         if self._driver is not None:
             self._driver.start_evaluation()
 
