@@ -98,7 +98,8 @@ def serve(pipe: Connection, player: int, inboxes: Sequence[Inbox], turn: Turn, r
             pipe.send((True, play(task, player, inboxes, turn, Runs(model, data, OverlapStrategy(), trainer))))
         except Exception as error:
             kinds = isinstance(error, ConfigError), isinstance(error, TransferError)
-            pipe.send((False, Failure(str(error), traceback.format_exc(), *kinds)))
+            message = str(error) if kinds[0] else f"{type(error).__name__}: {error}"
+            pipe.send((False, Failure(message, traceback.format_exc(), *kinds)))
 
 
 def play(task: Task, player: int, inboxes: Sequence[Inbox], turn: Turn, runs: Runs) -> Rehearsal:
