@@ -149,6 +149,7 @@ def test_as_in_a_real_world(world: Any, rehearser: Rehearser, case: str) -> None
         assert (rehearsal.memory.weights, rehearsal.memory.gradients) == (memory.weights, memory.gradients)
         assert rehearsal.memory.optimizer == memory.optimizer
         assert rehearsal.memory.activations == pytest.approx(memory.activations, rel=0.1)
+        assert rehearsal.memory.buffers == pytest.approx(memory.buffers, rel=0.5)  # as many as transfers are under way at one time
 
 
 EVERYTHING = {**TENSOR, **CONTEXT, "expert_parallel": 4, "pipeline_parallel": PipelineParallel(size=2, microbatches=2)}
