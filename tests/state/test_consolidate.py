@@ -2,6 +2,7 @@
 
 import json
 import sys
+from unittest import mock
 
 import pytest
 import torch
@@ -52,11 +53,24 @@ def test_weights_for_hugging_face(folder, tmp_path):
         assert value.equal(weights[f"{beginning}{name}"])
 
 
+@pytest.mark.parametrize("name", ["model.safetensors", "weights"])
+def test_a_write_that_fails_leaves_what_was_there(folder, tmp_path, name):
+    if name.endswith(".safetensors"):
+        (tmp_path / name).write_text("before")
+    with mock.patch("os.fsync", side_effect=OSError("disk full")), pytest.raises(OSError, match="disk full"):
+        consolidate(folder, tmp_path / name)
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == ({name: "before"} if "." in name else {})
+
+
 def test_what_cannot_be_is_told(folder, tmp_path, monkeypatch, capsys):
     with pytest.raises(CheckpointError, match=r"begins with 'modell\.'; names begin with"):
         consolidate(folder, tmp_path / "model.safetensors", prefix="modell.")
     with pytest.raises(ConfigError, match=r"prefix='model\.' is for weights only: write .*one\.safetensors"):
         consolidate(folder, tmp_path / "one.ckpt", prefix="model.")
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "config.json").write_text("{}")
+    with pytest.raises(CheckpointError, match=r"full is a folder that is not empty, and would be replaced"):
+        consolidate(folder, tmp_path / "full")
     (tmp_path / "file.json").write_text(json.dumps({}))
     monkeypatch.setattr(sys, "argv", ["lightning-overlap", "consolidate", str(tmp_path / "file.json"), str(tmp_path / "one.ckpt")])
     with pytest.raises(SystemExit, match="is not a sharded checkpoint: it is no folder"):
