@@ -245,6 +245,12 @@ class ThreadedWaiter:
         if not self.unsent:
             self.sent.set()
 
+    def __del__(self) -> None:
+        # Nobody waits for the transfer any more (a backward has failed, or not all of its results were needed). gloo would cancel the
+        # receives, and a later receive with this key would then get their data. So a thread waits for them.
+        if self.works and self.error is None and self.engine.threads is not None:
+            self.engine.threads.wait_for(self)
+
     def arrived(self) -> bool:
         """Whether a thread has waited for the transfer: gloo does not tell whether a point-to-point operation is complete."""
         return self.settled.is_set() and not self.works
