@@ -1,7 +1,6 @@
 """A byte-level GPT on the sources of Python's standard library: an ordinary LightningModule, which knows of no strategy."""
 
 import sysconfig
-import time
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -85,7 +84,6 @@ class GPTModule(LightningModule):
         super().__init__()
         self.save_hyperparameters()
         self.model = GPT(vocab_size, block_size, n_layer, n_head, n_embd)
-        self.started = time.perf_counter()
 
     def loss(self, batch: Tensor) -> Tensor:
         return F.cross_entropy(self.model(batch[:, :-1]).flatten(0, 1), batch[:, 1:].flatten())
@@ -93,8 +91,6 @@ class GPTModule(LightningModule):
     def training_step(self, batch: Tensor, index: int) -> Tensor:
         loss = self.loss(batch)
         self.log("loss", loss, prog_bar=True)
-        before, self.started = self.started, time.perf_counter()
-        self.log("tokens_per_second", batch.numel() * self.trainer.world_size / (self.started - before), prog_bar=True)
         return loss
 
     def validation_step(self, batch: Tensor, index: int) -> None:

@@ -31,3 +31,4 @@ __all__ = [
 
 if "overlap" not in StrategyRegistry:
     StrategyRegistry.register("overlap", OverlapStrategy, description="Overlapped parallel training")
+    StrategyRegistry.register("overlap_notebook", OverlapStrategy, description="The same in a notebook", start_method="fork")

@@ -11,11 +11,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 from jsonargparse import auto_cli
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.strategies import StrategyRegistry
 
-from lightning_overlap.bench.measure import measure, ranking
+from lightning_overlap.bench.measure import measure, ranking, record_steps
 from lightning_overlap.bench.measure import sweep as rank_values
 from lightning_overlap.bench.on_paper import describe_times
 from lightning_overlap.bench.runs import Runs
@@ -25,6 +26,7 @@ from lightning_overlap.config import OverlapConfig
 from lightning_overlap.decision import ConfigError
 from lightning_overlap.plan import Plan, resolve
 from lightning_overlap.profiling.report import import_plotly, write_figures
+from lightning_overlap.ranks.announcements import TransferError
 from lightning_overlap.state.checkpoint import CheckpointError
 from lightning_overlap.state.consolidate import consolidate
 from lightning_overlap.steps.simulate import draw
@@ -32,10 +34,12 @@ from lightning_overlap.strategy.seams import facts_of
 from lightning_overlap.strategy.strategy import OverlapStrategy
 from lightning_overlap.tune.layouts import LAYOUTS
 from lightning_overlap.tune.machine import Machine, find_network, memory_of_a_rank
+from lightning_overlap.tune.rehearsal import memory_table
+from lightning_overlap.tune.rehearser import Rehearser
 from lightning_overlap.tune.training import Training
 from lightning_overlap.tune.tune import tune
 
-FLAGS = ("--schedule", "--peers")
+FLAGS = ("--schedule", "--peers", "--memory")
 """Options of the commands that are on or off."""
 
 
@@ -60,15 +64,17 @@ class _Trainer(Trainer):
         datamodule: LightningDataModule | None = None,
         schedule: bool = False,
         times: str | None = None,
+        memory: bool = False,
     ) -> None:
         """Prints the plan for the trainer's devices and nodes, without a run.
 
         Args:
             model: the module.
-            datamodule: not used.
+            datamodule: the data, for memory.
             schedule: also print and draw the schedule of microbatches. A file with the printed text can be configured as schedule.
             times: milliseconds of a microbatch's forward on a stage, its backward, and a transfer, such as 30,60,8: also print the
                 time that the schedule takes.
+            memory: also run some steps as one rank of each pipeline stage, and print the memory that the rank needs.
         """
         strategy = self._overlap()
         print(self._resolve(model, strategy.config).explain())
@@ -78,6 +84,9 @@ class _Trainer(Trainer):
                 print(microbatches.text() + draw(microbatches))
             if microbatches is not None and times is not None:
                 print(describe_times(microbatches, times))
+        if memory:
+            with Rehearser(model, datamodule, strategy, self._given) as rehearser:
+                print(f"\n{memory_table(rehearser.rehearse(strategy.config, self.num_devices * self.num_nodes, steps=1))}")
 
     def _resolve(self, model: LightningModule, config: OverlapConfig) -> Plan:
         """Decides a configuration for the trainer's devices and nodes."""
@@ -156,7 +165,7 @@ class _Trainer(Trainer):
             peers: also measure other libraries that can train the module under the same parallelism.
             sweep: instead, compare values of one setting, such as data_parallel.bucket_size=100000,400000,auto.
             json: file for all figures.
-            report: file for a page with the table and its bars.
+            report: file for a page with the table, its bars, and a step with and without overlap.
         """
         if report is not None:
             import_plotly()  # fails now, not after hours of measurements
@@ -169,13 +178,14 @@ class _Trainer(Trainer):
         measured = measure(
             model, datamodule, self._overlap(), self._given, steps=steps, warmup=warmup, repeats=repeats, with_peers=peers
         )
+        drawn = {} if report is None else record_steps(Runs(model, datamodule, self._overlap(), self._given), warmup)
         if self.is_global_zero:
             print(measured.table())
             if json is not None:
                 Path(json).write_text(dumps(measured.as_dict(), indent=1))
             if report is not None:
                 medians = {row.name: row.median for row in measured.rows}
-                write_figures(measured.table(), medians, measured.limit, measured.plan, Path(report))
+                write_figures(measured.table(), medians, measured.limit, drawn, measured.plan, Path(report))
 
     def verify(
         self,
@@ -232,12 +242,12 @@ def main() -> None:
             return
         _CLI(trainer_class=_Trainer, subclass_mode_model=True, subclass_mode_data=True, parser_class=Parser,
              model_class=LightningModule, save_config_kwargs={"overwrite": True})  # fmt: skip
-    except (ConfigError, CheckpointError) as error:
-        sys.exit(f"error: {error}")
+    except (ConfigError, CheckpointError, TransferError, MisconfigurationException) as error:
+        sys.exit(f"error: {' '.join(str(error).split())}")
 
 
 def _with_values(arguments: list[str]) -> list[str]:
-    """Gives ``--schedule`` and ``--peers`` the value true, if none follows them."""
+    """Gives the options of :data:`FLAGS` the value true, if none follows."""
     following = [*arguments[1:], "--"]
     pairs = zip(arguments, following, strict=True)
     return [w for word, after in pairs for w in ([word, "true"] if word in FLAGS and after.startswith("-") else [word])]

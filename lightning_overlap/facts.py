@@ -25,6 +25,7 @@ class OptimizerFacts:
         reason: the finding, as a sentence.
         known: False if it failed on test matrices; ``reason`` then has its error.
         methods: its public methods, beside the step, that read its state.
+        state: numbers that it keeps for each element of a matrix; None if that is not known.
     """
 
     name: str
@@ -34,6 +35,7 @@ class OptimizerFacts:
     reason: str
     known: bool = True
     methods: tuple[str, ...] = ()
+    state: float | None = None
 
 
 def installed(package: str) -> str | None:

@@ -30,3 +30,9 @@ def as_text(head: Sequence[str], rows: Iterable[Sequence[str]], *, numbers: bool
     file = StringIO()
     Console(file=file, width=WIDTH, color_system=None, legacy_windows=False).print(table)
     return "\n".join(line.rstrip() for line in file.getvalue().splitlines())
+
+
+def in_megabytes(nbytes: int) -> str:
+    """Formats a number of bytes, with three digits or so: ``1,280 MB``, ``12.8 MB``, ``0.01 MB``."""
+    megabytes = nbytes / 1e6
+    return f"{megabytes:,.{0 if megabytes >= 100 else 1 if megabytes >= 1 else 2}f} MB"

@@ -22,13 +22,18 @@ try:
     from torch._dynamo._trace_wrapped_higher_order_op import TransformGetItemToIndex as IndexedByTensors
     from torch.distributed.checkpoint.metadata import _MEM_FORMAT_ENCODING as MemoryFormatEncoding
     from torch.nn.modules.batchnorm import _BatchNorm as BatchNorm
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+    from torch.utils._python_dispatch import TorchDispatchMode as DispatchMode
+    from torch.utils._python_dispatch import _get_current_dispatch_mode_stack, _pop_mode, _push_mode
     from torch.utils._pytree import tree_leaves, tree_map
+    from torch.utils.flop_counter import flop_registry
 except ImportError as error:
     raise ImportError(f"lightning_overlap needs a name that this version of torch lacks ({error}). {SUPPORTED}") from error
 
 __all__ = [
     "BatchNorm",
     "CompiledModule",
+    "DispatchMode",
     "IndexedByTensors",
     "MemoryFormatEncoding",
     "WithoutSubclasses",
@@ -56,6 +61,9 @@ PRIVATE_NAMES: tuple[tuple[Any, str, str], ...] = (
     (Optimizer, "register_step_pre_hook", "fills _optimizer_step_pre_hooks"),
     (torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu", "attention that also gives the log-sum-exp of its logits"),
     (torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu_backward", "its gradients from a merged log-sum-exp"),
+    (torch.ops.aten, "_scaled_dot_product_flash_attention", "its formula of operations, and its backward's"),
+    (torch.ops.aten, "_scaled_dot_product_flash_attention_backward", "the same"),
+    (torch.ops.aten, "_grouped_mm", "has no formula of operations"),
     (torch.ops.aten, "_scaled_dot_product_efficient_attention", "the same on CUDA"),
     (torch.ops.aten, "_scaled_dot_product_efficient_attention_backward", "its gradients"),
     (dist.distributed_c10d, "_get_default_store", "the store of the world, over which errors are announced"),
@@ -148,6 +156,40 @@ def running_function_mode(mode: Any) -> Iterator[None]:
         torch.overrides._pop_mode()
 
 
+def dispatch_modes() -> list[DispatchMode]:
+    """Returns the dispatch modes of this thread (a counter of operations is one), the outermost first."""
+    return _get_current_dispatch_mode_stack()
+
+
+@contextmanager
+def running_dispatch_mode(mode: DispatchMode) -> Iterator[None]:
+    """Inside, this thread computes under a dispatch mode that another thread has entered."""
+    _push_mode(mode)
+    try:
+        yield
+    finally:
+        _pop_mode()
+
+
+def flop_formulas() -> dict[Any, Callable[..., int]]:
+    """Returns functions that count an operator's floating-point operations: of its arguments and, as ``out_val``, its result.
+
+    They are those of ``torch.utils.flop_counter``, which lacks attention on the CPU and products in groups (torch 2.13).
+    """
+    aten = torch.ops.aten
+    return {
+        aten._scaled_dot_product_flash_attention_for_cpu: flop_registry[aten._scaled_dot_product_flash_attention],
+        aten._scaled_dot_product_flash_attention_for_cpu_backward: flop_registry[aten._scaled_dot_product_flash_attention_backward],
+        aten._grouped_mm: _grouped_product_flops,
+        **flop_registry,
+    }
+
+
+def _grouped_product_flops(a: Tensor, b: Tensor, *_: Any, **__: Any) -> int:
+    rows = a.shape[-2] if b.dim() == 2 else a.numel() // a.shape[-1]  # groups share the columns of a matrix in two dims
+    return 2 * rows * a.shape[-1] * b.shape[-1]
+
+
 def is_profiled() -> bool:
     """Whether torch's profiler runs, or another profiler that records its spans."""
     return profiler._is_profiler_enabled
@@ -216,6 +258,11 @@ def group_count() -> int:
 def set_group_count(count: int) -> None:
     """Sets the number from which torch makes the next group's name. Ranks must agree on it."""
     dist.distributed_c10d._world.group_count = count
+
+
+def start_fake_world(rank: int, size: int) -> None:
+    """Makes a world of which this process is the only rank, and whose transfers do nothing."""
+    dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=size)
 
 
 def register_symmetric_memory() -> None:

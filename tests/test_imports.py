@@ -18,7 +18,7 @@ FILES = {str(path.relative_to(ROOT)): path for path in ROOT.rglob("*.py")}
 FLOORS = (
     ("decision", "messages", "tables", "torch_seams", "transformers_seams"),
     ("ranks",),
-    ("model", "steps", "state", "profiling.intervals", "profiling.trace"),
+    ("model", "steps", "state", "profiling.intervals", "profiling.trace", "profiling.usage"),
     ("facts", "modes.base", "modes.descriptor", "config", "plan", "environment", "modes", "nn"),
     ("strategy", "bench", "tune", "cli", "cli_errors", "profiling"),
 )

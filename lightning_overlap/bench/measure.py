@@ -15,7 +15,6 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from itertools import chain
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -26,13 +25,19 @@ from lightning_overlap.bench.advice import advise
 from lightning_overlap.bench.on_paper import OnPaper, on_paper
 from lightning_overlap.bench.peers import Peer, find_peers, made_by_all
 from lightning_overlap.bench.rows import Row
-from lightning_overlap.bench.runs import Runs
+from lightning_overlap.bench.runs import Runs, without_checks
 from lightning_overlap.bench.skip import Skipped, skip_transfers
 from lightning_overlap.decision import ConfigError
+from lightning_overlap.profiling.callback import OverlapProfiler
+from lightning_overlap.profiling.trace import Step
+from lightning_overlap.profiling.usage import memory_in_use
 from lightning_overlap.ranks.clock import Clock, DeviceClock, Timeline
 from lightning_overlap.ranks.group import Transfer
 from lightning_overlap.strategy.strategy import OverlapStrategy
 from lightning_overlap.tables import as_text
+
+RECORDED = 3
+"""Steps of which the one of middle length is drawn."""
 
 
 @dataclass
@@ -219,8 +224,6 @@ def measure(
     """
     config = strategy.config
     timed = TimedRuns(Runs(model, datamodule, strategy, trainer), steps, warmup)
-    # Without transfers no number is right, so nothing is checked.
-    unchecked = {mode.section: replace(config.of(mode), **mode.unchecked) for mode in config.modes if mode.unchecked}
     rows = {name: Row(name) for name in ("overlapped", "plain", "compute", "communication")}
     peers = _Peers(timed, model)
     alone: dict[str, list[float]] = defaultdict(list)
@@ -228,7 +231,7 @@ def measure(
         overlapped = timed.runs.ours()
         rows["overlapped"].add(*timed.run(overlapped).figures)
         rows["plain"].add(*timed.run(timed.runs.ours(overlap="off")).figures)
-        clock = timed.run(timed.runs.ours(verify_first_step=False, **unchecked), skip=True)
+        clock = timed.run(timed.runs.ours(**without_checks(config)), skip=True)
         rows["compute"].add(*clock.figures)
         for name, seconds in clock.communication.items():
             (alone[name] if name else rows["communication"].seconds).append(seconds)
@@ -344,6 +347,32 @@ def sweep(runs: Runs, setting: str, *, steps: int, warmup: int, repeats: int) ->
     return sorted(rows.values(), key=lambda row: row.median)
 
 
+class _Recording(OverlapProfiler):
+    """Records steps, and prints nothing."""
+
+    def _show(self, trainer: Trainer) -> None:
+        """The caller draws the steps."""
+
+
+def record_steps(runs: Runs, warmup: int) -> dict[str, Sequence[Step]]:
+    """Records a step of usual length without overlap, and one with it.
+
+    Args:
+        runs: the training.
+        warmup: steps before them.
+
+    Returns:
+        By row of the benchmark, the records of all ranks, on one clock; empty on other ranks than the first.
+    """
+    recorded: dict[str, Sequence[Step]] = {}
+    for row, changes in (("plain", {"overlap": "off"}), ("overlapped", {})):
+        profiler = _Recording(every_n_steps=1, warmup=warmup)
+        runs.fit(runs.ours(**changes), warmup + RECORDED, profiler)
+        by_length = sorted(profiler.steps, key=lambda step: step[0].end - step[0].start)
+        recorded |= {row: by_length[len(by_length) // 2]} if by_length else {}
+    return recorded
+
+
 def ranking(rows: list[Row]) -> str:
     """Formats the rows of a sweep as a table; times in milliseconds."""
     cells = [
@@ -364,14 +393,6 @@ def _parsed(value: str) -> Any:
         return json.loads(value)
     except ValueError:
         return value  # auto, for example
-
-
-def memory_in_use(device: torch.device) -> int:
-    """Returns bytes: on CUDA torch's peak allocation, otherwise the resident size of this process (on Linux; 0 elsewhere)."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    status = Path("/proc/self/statm")
-    return int(status.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") if status.exists() else 0
 
 
 def _doubts(rows: list[Row], local_ranks: int) -> list[str]:

@@ -13,6 +13,7 @@ from lightning.pytorch import Callback, LightningDataModule, LightningModule, Tr
 from lightning.pytorch.callbacks import BaseFinetuning, GradientAccumulationScheduler, StochasticWeightAveraging, WeightAveraging
 from lightning.pytorch.strategies import Strategy
 
+from lightning_overlap.config import OverlapConfig
 from lightning_overlap.strategy.strategy import OverlapStrategy
 
 TRAINING = (BaseFinetuning, GradientAccumulationScheduler, StochasticWeightAveraging, WeightAveraging)
@@ -35,7 +36,7 @@ class Runs:
         self.model = model
         self.strategy = strategy
         self._datamodule = datamodule
-        self._trainer = trainer
+        self._trainer = training_arguments(trainer)
         self._seed = int(os.environ.get("PL_GLOBAL_SEED", 0))
 
     def ours(self, **changes: Any) -> OverlapStrategy:
@@ -44,14 +45,21 @@ class Runs:
         made.config = replace(self.strategy.config, **changes)
         return made
 
-    def fit(self, strategy: Strategy, steps: int, callback: Callback, module: LightningModule | None = None, **trainer: Any) -> None:
-        """Trains ``module``, by default a copy of the user's, for ``steps`` steps."""
+    def fit(
+        self,
+        strategy: Strategy,
+        steps: int,
+        callback: Callback | Sequence[Callback],
+        module: LightningModule | None = None,
+        **trainer: Any,
+    ) -> None:
+        """Trains ``module``, by default a copy of the user's, for ``steps`` steps, with one more callback or several."""
         module = copy.deepcopy(self.model) if module is None else module
-        given = self._trainer.get("callbacks") or []
-        callbacks = [copy.deepcopy(c) for c in (given if isinstance(given, Sequence) else [given]) if _trains(c)]
+        more = [callback] if isinstance(callback, Callback) else callback
+        callbacks = [*(copy.deepcopy(given) for given in self._trainer["callbacks"]), *more]
         quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
         length = {"max_steps": steps, "max_epochs": -1, "limit_val_batches": 0, "num_sanity_val_steps": 0}
-        made = {**self._trainer, **quiet, **length, "strategy": strategy, "callbacks": [*callbacks, callback], **trainer}
+        made = {**self._trainer, **quiet, **length, "strategy": strategy, "callbacks": callbacks, **trainer}
         seed_everything(self._seed, workers=True, verbose=False)
         data = {} if "train_dataloaders" not in trainer else {"train_dataloaders": made.pop("train_dataloaders")}
         Trainer(**made).fit(module, **(data or {"datamodule": self._datamodule}))
@@ -59,6 +67,19 @@ class Runs:
             mode.close()
         del module, strategy, made
         gc.collect()  # a trainer, its module and its strategy refer to each other
+
+
+def training_arguments(trainer: dict[str, Any]) -> dict[str, Any]:
+    """Returns the user's arguments of Trainer without those that have no part in training."""
+    given = trainer.get("callbacks") or []
+    callbacks = [each for each in (given if isinstance(given, Sequence) else [given]) if _trains(each)]
+    return {**{name: value for name, value in trainer.items() if name not in ("logger", "strategy")}, "callbacks": callbacks}
+
+
+def without_checks(config: OverlapConfig) -> dict[str, Any]:
+    """Returns the fields of a configuration without checks, for runs in which no number is right since nothing is transferred."""
+    unchecked = {mode.section: replace(config.of(mode), **mode.unchecked) for mode in config.modes if mode.unchecked}
+    return {"verify_first_step": False, **unchecked}
 
 
 def _trains(callback: Callback) -> bool:

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import dataclasses
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 
 
@@ -67,3 +68,15 @@ def copied(value: Any) -> Any:
 def replaced(value: Any, make: Callable[[Any], Any]) -> Any:
     """Returns nested containers of the same types, with ``make(leaf)`` in place of each leaf."""
     return rebuild(value, lambda item: replaced(item, make)) if is_container(value) else make(value)
+
+
+def bytes_by_storage(values: Iterable[Any]) -> dict[int, int]:
+    """Returns the bytes of the tensors among some values, by the id of their storage: views of one storage count once."""
+    return {id(storage): storage.nbytes() for storage in storages(values)}
+
+
+def storages(values: Iterable[Any]) -> Iterator[Any]:
+    """Yields the storages of the tensors among some values. Sparse tensors and those on the meta device have none."""
+    for value in values:
+        if isinstance(value, Tensor) and value.layout == torch.strided and not value.is_meta:
+            yield value.untyped_storage()

@@ -30,6 +30,9 @@ from lightning_overlap.state.shards import Place
 from lightning_overlap.steps.lanes import Lanes
 from lightning_overlap.steps.step import Step
 
+IMBALANCE = "_max_over_mean"
+"""The end of a measurement's name, before it the part of the model, ``/`` and the kind of load: the largest load over the mean."""
+
 
 class Squares(NamedTuple):
     """Sums of the squares of gradients, fp64 scalars. Ranks share the gradients of experts in another way than all others."""
@@ -103,6 +106,11 @@ class OverlapMode:
     def groups(self) -> tuple[Group, ...]:
         """The groups over which the mode communicates, each once."""
         return ()
+
+    @property
+    def uncounted_products(self) -> str:
+        """Why torch does not see some of the products of matrices that the mode runs; empty if it sees all."""
+        return ""
 
     def refuse(self, model: nn.Module) -> None:
         """Checks the model before any mode changes it.

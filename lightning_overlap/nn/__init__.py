@@ -1,6 +1,6 @@
-"""Layers that say themselves how they are cut over the ranks of ``tensor_parallel``.
+"""Layers that say themselves how they are sharded over the ranks of ``tensor_parallel``.
 
-They are torch's layers, whole, until a strategy with ``tensor_parallel`` cuts them; a model made of them needs no
+They are torch's layers, unsharded, until a strategy with ``tensor_parallel`` shards them; a model made of them needs no
 ``parallel_plan``, and trains anywhere. Norms need no layer of their own: between attention and mlp they get a part of the tokens,
 and their gradients are summed up.
 """
@@ -16,12 +16,12 @@ from lightning_overlap.nn.moe import Experts, MoELayer, TopKRouter, update_route
 
 
 class ColumnParallelLinear(nn.Linear):
-    """``nn.Linear`` whose outputs are dealt out over the ranks.
+    """``nn.Linear`` whose outputs are sharded over the ranks.
 
     Args:
         in_features: as in ``nn.Linear``.
         out_features: as in ``nn.Linear``; of all ranks.
-        parts: proportions of what is fused in the outputs, each of which is dealt out: ``(1, 1, 1)`` for q, k and v of equal size,
+        parts: proportions of what is fused in the outputs, each of which is sharded: ``(1, 1, 1)`` for q, k and v of equal size,
             ``(4, 1, 1)`` for four query heads to a key head, ``(1, 1)`` for gate and up.
         **kwargs: as in ``nn.Linear``.
     """
@@ -33,19 +33,19 @@ class ColumnParallelLinear(nn.Linear):
 
 
 class RowParallelLinear(nn.Linear):
-    """``nn.Linear`` whose inputs are dealt out over the ranks: those that a column layer of the same attention or mlp gives."""
+    """``nn.Linear`` whose inputs are sharded over the ranks: those that a column layer of the same attention or mlp gives."""
 
     parallel_role = "row"
 
 
 class VocabParallelEmbedding(nn.Embedding):
-    """``nn.Embedding`` whose entries are dealt out over the ranks."""
+    """``nn.Embedding`` whose entries are sharded over the ranks."""
 
     parallel_role = "vocab_embedding"
 
 
 class VocabParallelHead(nn.Linear):
-    """``nn.Linear`` from features to logits, which stay cut until ``F.cross_entropy`` takes them."""
+    """``nn.Linear`` from features to logits, which stay sharded until ``F.cross_entropy`` takes them."""
 
     parallel_role = "vocab_head"
 

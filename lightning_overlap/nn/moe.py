@@ -3,7 +3,7 @@
     tokens -> router -> which experts, with which weights -> experts -> weighted sum (+ shared experts) -> tokens
                      -> balancing loss
 
-It trains anywhere: in one process, under DDP, under any strategy. Under ``OverlapStrategy`` the experts of a layer are spread over
+It trains anywhere: in one process, under DDP, under any strategy. Under ``OverlapStrategy`` the experts of a layer are sharded over
 ranks (``expert_parallel``) and the model's code stays as it is.
 """
 

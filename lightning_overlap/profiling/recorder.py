@@ -28,6 +28,7 @@ class StepRecorder:
         self._open: tuple[int, Any] | None = None  # the number of the step under way, if it is recorded, and the stamp of its start
         self._phase: tuple[str, Any] = ("", None)
         self._cpu_seconds: float | None = None  # see Step.cpu_seconds
+        self._samples = self._tokens = 0  # of the step under way
         self._counted_at: float | None = None  # the thread's CPU time at the last count
         self._previous_start = 0.0  # of the step before
         self._steps: list[Step] = []
@@ -43,6 +44,7 @@ class StepRecorder:
             record: whether the step is recorded.
         """
         self.end_step()
+        self._samples = self._tokens = 0
         if record:
             self._clock.start()
             self._open = index, self._clock.now()
@@ -52,8 +54,15 @@ class StepRecorder:
         self._drop_transfers(self._previous_start)
         self._previous_start = time.perf_counter()
 
-    def start_batch(self) -> None:
-        """Begins the forward of a batch of the step."""
+    def start_batch(self, samples: int, tokens: int) -> None:
+        """Begins the forward of a batch of the step.
+
+        Args:
+            samples: of the batch.
+            tokens: of the batch.
+        """
+        self._samples += samples
+        self._tokens += tokens
         self._phase, self._counted_at = ("forward", self._clock.now()), self._clock.ran()
 
     def next_phase(self, name: str) -> None:
@@ -71,8 +80,8 @@ class StepRecorder:
         for transfer in self._log:
             transfer.read()
         read = self._clock.read
-        step = Step(index, read(start), read(end), self._phases.take(), list(self._log), self._work.take(), self._cpu_seconds)
-        self._steps.append(step)
+        spans = self._phases.take(), list(self._log), self._work.take()
+        self._steps.append(Step(index, read(start), read(end), *spans, self._cpu_seconds, self._samples, self._tokens))
         for mode in self._modes:
             mode.timeline = None
 

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import json
+import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
-from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 from lightning_overlap.profiling.intervals import Interval, difference, length, union
-from lightning_overlap.tables import as_text
+from lightning_overlap.profiling.usage import Usage
+from lightning_overlap.tables import WIDTH, as_text
 
 if TYPE_CHECKING:
     from lightning_overlap.ranks.group import Transfer
@@ -33,6 +33,8 @@ class Step:
         transfers: the transfers that were posted, under way or waited for in the step.
         work: name, start and end of computations of modes, such as a pipeline's actions.
         cpu_seconds: time in which the main thread had a core, without the phases between batches; None on a device.
+        samples: of its batches. Ranks that share a batch have the same.
+        tokens: of its batches; 0 if they are not known.
     """
 
     index: int
@@ -42,6 +44,8 @@ class Step:
     transfers: list[Transfer] = field(default_factory=list)
     work: list[tuple[str, float, float]] = field(default_factory=list)
     cpu_seconds: float | None = None
+    samples: int = 0
+    tokens: int = 0
 
     @property
     def core_taken(self) -> float:
@@ -74,7 +78,8 @@ class Step:
             for t in self.transfers
         ]
         phases, work = ([(name, a - offset, b - offset) for name, a, b in spans] for spans in (self.phases, self.work))
-        return Step(self.index, self.start - offset, self.end - offset, phases, transfers, work, self.cpu_seconds)
+        start, end = self.start - offset, self.end - offset
+        return replace(self, start=start, end=end, phases=phases, transfers=transfers, work=work)
 
 
 @dataclass
@@ -88,6 +93,8 @@ class ObservedTransfer:
         exposed: when this rank only waited for the wire.
         late: when this rank waited for a rank that had not posted the transfer yet.
         last: the rank that posted last.
+        posted: when this rank posted it; None: in another step.
+        wait: when this rank began to wait for it; None: in another step, or never.
     """
 
     label: str
@@ -96,6 +103,8 @@ class ObservedTransfer:
     exposed: Interval
     late: Interval
     last: int
+    posted: float | None
+    wait: float | None
 
     @property
     def mode(self) -> str:
@@ -122,14 +131,17 @@ def observe_transfers(ranks: Sequence[Step]) -> list[list[ObservedTransfer]]:
             done = max(known, default=t.waited[1] if t.waited else step.end)
             waited = t.waited or (done, done)
             turn = min(max(posted, waited[0]), waited[1])
+            posted_inside = step.start <= t.posted < step.end
             observed[rank].append(
                 ObservedTransfer(
                     t.label,
-                    t.nbytes if step.start <= t.posted < step.end else 0,
+                    t.nbytes if posted_inside else 0,
                     wire=_within(step, started, done),
                     exposed=_within(step, turn, waited[1]),
                     late=_within(step, waited[0], turn),
                     last=last,
+                    posted=t.posted if posted_inside else None,
+                    wait=t.waited[0] if t.waited and step.start <= t.waited[0] < step.end else None,
                 )
             )
     return observed
@@ -206,6 +218,11 @@ class Summary:
         blocked: exposed seconds by the transfer's label.
         stragglers: seconds for which ranks waited for another rank, by that rank.
         remarks: by mode, a sentence that the table adds if the mode has communicated.
+        sharers: number of ranks that share a batch.
+        samples: of all batches, each counted once.
+        tokens: the same; 0 if they are not known.
+        usage: of the devices.
+        imbalances: by mode and kind of load, the largest load over the mean, and the part of the model that has it.
     """
 
     steps: int = 0
@@ -216,6 +233,11 @@ class Summary:
     blocked: dict[str, float] = field(default_factory=dict)
     stragglers: dict[int, float] = field(default_factory=dict)
     remarks: Mapping[str, str] = field(default_factory=dict)
+    sharers: int = 1
+    samples: float = 0.0
+    tokens: float = 0.0
+    usage: Usage = field(default_factory=Usage)
+    imbalances: Mapping[tuple[str, str], tuple[float, str]] = field(default_factory=dict)
 
     def add(self, step: Sequence[Step]) -> None:
         """Adds a step: the records of all ranks, on one clock."""
@@ -223,6 +245,8 @@ class Summary:
         for record, observed in zip(step, observe_transfers(step), strict=True):
             self.seconds += record.end - record.start
             self.seconds_core_taken += record.core_taken
+            self.samples += record.samples / self.sharers
+            self.tokens += record.tokens / self.sharers
             self.modes[""].add(transfer_time(observed))
             for mode in sorted({t.mode for t in observed}):
                 self.modes.setdefault(mode, TransferTime()).add(transfer_time([t for t in observed if t.mode == mode]))
@@ -231,7 +255,9 @@ class Summary:
                 _add(self.stragglers, t.last, length([t.late]))
 
     def merge(self, other: Summary) -> None:
-        """Adds the steps of another summary."""
+        """Adds the steps of another, later summary."""
+        self.samples, self.tokens = self.samples + other.samples, self.tokens + other.tokens
+        self.usage, self.imbalances = other.usage, other.imbalances
         self.steps, self.ranks = self.steps + other.steps, other.ranks
         self.seconds, self.seconds_core_taken = self.seconds + other.seconds, self.seconds_core_taken + other.seconds_core_taken
         for mode, one in other.modes.items():
@@ -254,6 +280,22 @@ class Summary:
     def step(self) -> float:
         """Seconds of a step, a mean."""
         return self.seconds / max(1, self.steps * self.ranks)
+
+    def per_second(self, count: float) -> float:
+        """Divides a count of all steps, such as :attr:`samples`, by their seconds."""
+        return count * self.ranks / self.seconds if self.seconds else 0.0
+
+    @property
+    def flops_per_second(self) -> float | None:
+        """Floating-point operations a second of all ranks; None if they are not counted."""
+        return None if self.usage.flops is None else self.per_second(self.usage.flops * self.steps)
+
+    @property
+    def utilisation(self) -> float | None:
+        """Model FLOPs utilisation (MFU) in percent of what the devices can do at most; None if one of both is not known."""
+        if self.flops_per_second is None or not self.usage.peak:
+            return None
+        return 100 * self.flops_per_second / self.usage.peak
 
     @property
     def core_taken(self) -> float:
@@ -278,20 +320,39 @@ class Summary:
 
     def table(self) -> str:
         """Formats the summary as text, times in milliseconds."""
-        rows = [self._cells(name) for name in [*self.names, *([""] if len(self.names) > 1 else [])]]
-        head = ("ms a step", "communication", "hidden", "exposed", "late peers", "MB sent", "Mbit/s")
-        lines = [f"lightning_overlap: {self.steps} steps measured, means over {self.ranks} ranks", as_text(head, rows, numbers=True)]
+        cells = [self._cells(name) for name in [*self.names, *([""] if len(self.names) > 1 else [])]]
+        titles = ("ms a step", "communication", "hidden", "exposed", "late peers", "MB sent", "Mbit/s")
+        head = f"lightning_overlap: {self.steps} steps measured, means over {self.ranks} ranks"
+        lines = []
         all_of = self.mean()
         parts = f"compute {self.compute * 1e3:.1f} + exposed {all_of.exposed * 1e3:.1f} + late peers {all_of.late * 1e3:.1f}"
         parts += f" + core taken {self.core_taken * 1e3:.1f}"
         lines.append(f"a step of {self.step * 1e3:.1f} ms = {parts}; {all_of.hidden_percent:.0f}% of the communication is hidden")
+        lines.append(self._rates())
+        if self.usage.obstacle:
+            lines.append(f"floating-point operations are not counted: {self.usage.obstacle}")
+        for (mode, load), (ratio, part) in self.imbalances.items():
+            lines.append(f"{mode}: the largest load of {load} is {ratio:.2f} x the mean ({part})")
         longest = [f"{label} {seconds * 1e3:.1f}" for label, seconds in self.waited_for()[:5]]
         lines += [remark for name, remark in self.remarks.items() if remark and name in self.names]
         if longest:
             lines.append(f"waited for longest: {', '.join(longest)}")
         if (slow := self.straggler()) is not None:
             lines.append(f"rank {slow[0]} kept the others waiting for {slow[1] * 1e3:.1f} ms a step")
-        return "\n".join(lines)
+        wrapped = [textwrap.wrap(line, WIDTH, break_on_hyphens=False) for line in lines]
+        return "\n".join([head, as_text(titles, cells, numbers=True), *(line for lines in wrapped for line in lines)])
+
+    def _rates(self) -> str:
+        """Samples, tokens and operations a second, and memory, as a line of text."""
+        rates = [f"{self.per_second(self.samples):,.1f} samples/s"] if self.samples else []
+        if self.tokens:
+            rates.append(f"{self.per_second(self.tokens):,.0f} tokens/s")
+        if self.flops_per_second is not None:
+            share = "" if self.utilisation is None else f" ({self.utilisation:.1f}% of the devices' peak)"
+            rates.append(f"{self.flops_per_second / 1e12:.3g} TFLOP/s on all ranks{share}")
+        if self.usage.memory:
+            rates.append(f"up to {self.usage.memory / 1e6:,.0f} MB a rank")
+        return ", ".join(rates)
 
     def _cells(self, name: str) -> tuple[str, ...]:
         s = self.mean(name)
@@ -318,20 +379,3 @@ def spans(steps: Sequence[Step]) -> Iterator[tuple[int, str, str, Interval, int]
             for kind, wait in (("waited", t.exposed), ("late peer", t.late)):
                 if wait[0] < wait[1]:
                     yield rank, "waits", f"{kind}: {t.label}", wait, 0
-
-
-def write_chrome_trace(steps: Sequence[Sequence[Step]], path: Path) -> None:
-    """Writes steps of all ranks in Chrome's trace event format, which Perfetto opens: ranks as processes, rows as threads."""
-    events: list[dict[str, object]] = []
-    rows: dict[str, int] = {}
-    origin = min((s.start for step in steps for s in step), default=0.0)
-    for step in steps:
-        for rank, row, name, (start, end), nbytes in spans(step):
-            track = rows.setdefault(row, len(rows))
-            times = {"ts": (start - origin) * 1e6, "dur": (end - start) * 1e6}
-            events.append({"ph": "X", "pid": rank, "tid": track, "name": name, **times, "args": {"bytes": nbytes}})
-    for rank in range(len(steps[0]) if steps else 0):
-        events.append({"ph": "M", "pid": rank, "name": "process_name", "args": {"name": f"rank {rank}"}})
-        for row, track in rows.items():
-            events.append({"ph": "M", "pid": rank, "tid": track, "name": "thread_name", "args": {"name": row}})
-    path.write_text(json.dumps({"traceEvents": events, "displayTimeUnit": "ms"}))

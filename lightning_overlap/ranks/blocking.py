@@ -44,7 +44,7 @@ class BlockingVerbs:
         """
         if self.size > 1:
             op = getattr(dist.ReduceOp, op.upper()) if isinstance(op, str) else op
-            self._engine.complete("a sum", dist.all_reduce(x, op, self._engine.connected, async_op=True))
+            self._engine.reduce(x, op)
         return x
 
     def agree(self, flag: bool, *, by_all: bool) -> bool:

@@ -16,7 +16,7 @@ class Degrees:
         data: ranks that see different samples.
         context: ranks that see different tokens of a sequence.
         tensor: ranks that hold different parts of a layer.
-        expert: ranks that hold different experts. It adds no ranks: experts are spread over the ranks of one pipeline stage,
+        expert: ranks that hold different experts. It adds no ranks: experts are sharded over the ranks of one pipeline stage,
             whatever these ranks hold of the other layers.
 
     Raises:
@@ -33,7 +33,7 @@ class Degrees:
         if self.stage % self.expert:
             raise ConfigError(
                 f"expert_parallel.size={self.expert} does not divide the {self.stage} ranks of a pipeline stage (data {self.data} x "
-                f"context {self.context} x tensor {self.tensor}), over which experts are spread: use a divisor of {self.stage}"
+                f"context {self.context} x tensor {self.tensor}), over which experts are sharded: use a divisor of {self.stage}"
             )
 
     @property
@@ -43,7 +43,7 @@ class Degrees:
 
     @property
     def expert_gradients(self) -> int:
-        """Ranks over which the gradients of the same experts are summed, where experts are spread; otherwise 1."""
+        """Ranks over which the gradients of the same experts are summed, where experts are sharded; otherwise 1."""
         return self.stage // self.expert if self.expert > 1 else 1
 
     @property

@@ -87,12 +87,12 @@ class Engine:
         device: device of the tensors; None: the CPU.
     """
 
-    keyed: ClassVar[bool] = True
-    in_one_order: ClassVar[bool] = False
-    averages: ClassVar[bool] = False
-    scatters: ClassVar[bool] = False
-    sums_sparse: ClassVar[bool] = True
-    can_poll: ClassVar[bool] = False
+    keyed: bool = True
+    in_one_order: bool = False
+    averages: bool = False
+    scatters: bool = False
+    sums_sparse: bool = True
+    can_poll: bool = False
     _recorder: ClassVar[str] = "_dump_fr_trace_json"
 
     def __init__(self, members: Members, process_group: Any, gathers: Any = None) -> None:
@@ -237,6 +237,10 @@ class Engine:
         return self.members.failure(label, peer, error, record)
 
     # -- blocking ----------------------------------------------------------------------------------------------------
+
+    def reduce(self, x: Tensor, op: Any) -> None:
+        """Reduces ``x`` over the group, in place. The host waits."""
+        self.complete("a sum", dist.all_reduce(x, op, self.connected, async_op=True))
 
     def broadcast(self, x: Tensor, source: int, *, on_host: bool) -> None:
         """Copies ``x`` of the member ``source`` to all, in place. The host waits; on CUDA, unless ``on_host``, only the stream."""

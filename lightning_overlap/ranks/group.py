@@ -62,6 +62,11 @@ class Group(BlockingVerbs):
         """torch's process group, for libraries that communicate themselves; None in a group of one rank."""
         return self._engine.process_group
 
+    @property
+    def pooled_bytes(self) -> int:
+        """Bytes of its buffers, which one transfer after the other uses."""
+        return self._pool.nbytes
+
     def can_transfer(self, x: Tensor) -> bool:
         """Whether the engine can transfer ``x``: gloo transfers tensors on the CPU, NCCL tensors on CUDA."""
         return x.device.type == ("cpu" if self._engine.device is None else self._engine.device.type)

@@ -68,13 +68,23 @@ def start_world(environment: Environment, backend: str, limit: timedelta, timeou
 
 
 def open_store(host: str, port: int, rank: int, size: int, limit: timedelta) -> Any:
-    """Opens the store, which rank 0 or torchrun's agent serves."""
+    """Opens the store, which rank 0 or torchrun's agent serves.
+
+    Raises:
+        ConfigError: another program uses the port.
+        TransferError: the store was not opened in time.
+    """
     serves = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
     address = f"MASTER_ADDR:MASTER_PORT={host}:{port}"
     if not serves:
         _reach(host, port, limit, f"rank 0 has not opened {address}")
     open_store = partial(TCPStore, host, port, size, serves, limit, wait_for_workers=False, multi_tenant=True)
-    return patiently(open_store, limit, f"rank {rank} finds no store at {address} (another program may use this port)")
+    try:
+        return patiently(open_store, limit, f"rank {rank} finds no store at {address} (another program may use this port)")
+    except TransferError as error:
+        if "EADDRINUSE" not in str(error.__cause__):
+            raise
+        raise ConfigError(f"rank 0 cannot open {address}: another program uses this port. Set MASTER_PORT to a free one") from error
 
 
 def _reach(host: str, port: int, limit: timedelta, failed: str) -> None:

@@ -6,9 +6,10 @@ import queue
 import threading
 import time
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -26,6 +27,18 @@ from lightning_overlap.torch_seams import group_count, set_group_count
 T = TypeVar("T")
 
 
+class Connector(Protocol):
+    """Makes groups in place of gloo and NCCL."""
+
+    backend: str
+    """That the ranks would use: ``gloo`` or ``nccl``."""
+    announcements: Announcements
+    """In place of those of the real world."""
+
+    def group(self, members: Members, *, gathers: bool, background: bool) -> Group:
+        """Makes a group; for the arguments see :func:`make_group`."""
+
+
 class World:
     """The state of this process that concerns all ranks.
 
@@ -34,6 +47,8 @@ class World:
         meeting_timeout: how long ranks wait for each other to make a group.
         groups: the groups of this process that have several ranks.
         link: to other hosts.
+        connector: makes all groups, in a rehearsal; None: gloo and NCCL do.
+        printed: by topic, the text about a run that was printed last.
         trainer_lock: held by the thread that runs a Trainer: collectives of two threads could be matched with each other.
     """
 
@@ -43,6 +58,8 @@ class World:
         self.groups: weakref.WeakSet[Group] = weakref.WeakSet()
         self.trainer_lock = threading.RLock()
         self.link = Link()
+        self.connector: Connector | None = None
+        self.printed: dict[str, str] = {}
         self._everyone: Group | None = None
         self._process_group: Any = None  # torch's world when `_everyone` was made
 
@@ -51,6 +68,8 @@ class World:
         if self._everyone is not None and self._process_group is dist.group.WORLD:
             return self._everyone
         members = Members(range(world_size()), "world", self.announcements)
+        if self.connector is not None:
+            return self.connector.group(members, gathers=False, background=False)
         engine = (NcclEngine if backend() == "nccl" else GlooEngine)(members, dist.group.WORLD)
         engine.borrow()
         return Group(members, engine)
@@ -84,6 +103,16 @@ class World:
             group.abandon()
         self._everyone = None  # torch's connections, which have no transfer under way, serve the rest of this attempt
 
+    @contextmanager
+    def connected_by(self, connector: Connector) -> Iterator[None]:
+        """Inside, a connector makes all groups. Call it where torch's world is the connector's."""
+        announcements, self.announcements, self.connector = self.announcements, connector.announcements, connector
+        try:
+            yield
+        finally:
+            self.abandon()
+            self.announcements, self.connector = announcements, None
+
 
 WORLD = World()
 """The only object of this package that belongs to the process, since torch.distributed has one world and one store a process."""
@@ -106,6 +135,8 @@ def has_nccl() -> bool:
 
 def backend() -> str:
     """Returns the backend of the world: ``gloo`` or ``nccl``; ``none`` before there are process groups."""
+    if WORLD.connector is not None:
+        return WORLD.connector.backend
     return str(dist.get_backend()) if dist.is_initialized() else "none"
 
 
@@ -169,6 +200,11 @@ def make_group(
         ConfigError: another rank has announced one.
         TransferError: another rank has announced another error, or the members have not met in time.
     """
+    if WORLD.connector is not None:
+        (ranks,) = (ranks for ranks in rank_sets if dist.get_rank() in ranks)
+        group = WORLD.connector.group(Members(ranks, name, WORLD.announcements), gathers=gathers, background=background)
+        WORLD.groups.add(group)
+        return group
     engine: Engine | None = None
     for ranks in rank_sets:
         process_groups: list[Any] = [None, None]

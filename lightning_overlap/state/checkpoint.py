@@ -9,8 +9,9 @@ import pickle
 import re
 import shutil
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from copy import copy as shallow_copy
 from pathlib import Path
 from typing import IO, Any
@@ -87,6 +88,23 @@ def put_in_place(path: Path) -> None:
     remove(old)
 
 
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Gives a path at which a new file or folder is written. It takes the place of ``path`` when it is complete, or is removed."""
+    new = beside(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        remove(new)  # a file of a killed process, or a link, which must not be followed
+        yield new
+        for file in new.iterdir() if new.is_dir() else (new,):
+            with file.open("rb") as written:
+                os.fsync(written.fileno())
+        put_in_place(path)
+    except BaseException:
+        remove(new)  # it may fill the disk
+        raise
+
+
 def in_place(path: Path) -> Path:
     """Returns the path of the last complete checkpoint of this name."""
     return aside(path) if aside(path).exists() and not path.exists() else path
@@ -160,18 +178,8 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         if storage_options is not None or not is_local(path) or TorchCheckpointIO.save_checkpoint is not LIGHTNING_SAVE:
             super().save_checkpoint(checkpoint, path, storage_options=storage_options)
             return
-        path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            remove(beside(path))  # a file of a killed process, or a link, which must not be followed
-            with beside(path).open("xb") as file:
-                torch.save(checkpoint, file)
-                file.flush()
-                os.fsync(file.fileno())
-            put_in_place(path)
-        except BaseException:
-            remove(beside(path))  # it may fill the disk
-            raise
+        with replacing(Path(path)) as new, new.open("xb") as file:
+            torch.save(checkpoint, file)
 
     def remove_checkpoint(self, path: Any) -> None:
         if is_local(path):

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from lightning_overlap.decision import ConfigError
-from lightning_overlap.state.checkpoint import AtomicCheckpointIO, CheckpointError
+from lightning_overlap.state.checkpoint import AtomicCheckpointIO, CheckpointError, replacing
 from lightning_overlap.state.dcp import FolderReader
 from lightning_overlap.state.sharded import SavedOptimizer, ShardedCheckpoints, is_folder
 
@@ -26,7 +26,7 @@ ALIGNMENT = 64
 
 
 def consolidate(folder: Path, output: Path, *, prefix: str = "", weights_only: bool = True) -> None:
-    """Writes a sharded checkpoint as one file.
+    """Writes a sharded checkpoint as one file. A crash leaves the file that was there before.
 
     Args:
         folder: written with ``state_dict_type="sharded"``.
@@ -38,11 +38,14 @@ def consolidate(folder: Path, output: Path, *, prefix: str = "", weights_only: b
         weights_only: refuse objects whose loading may run code.
 
     Raises:
-        CheckpointError: the folder is not a complete checkpoint, is damaged, or has no weights with this prefix.
+        CheckpointError: the folder is not a complete checkpoint, is damaged, or has no weights with this prefix; or the output is a
+            folder that is not empty.
         ConfigError: a prefix is set for Lightning's checkpoint.
     """
     if not is_folder(folder):
         raise CheckpointError(f"{folder} is not a sharded checkpoint: it is no folder")
+    if output.is_dir() and any(output.iterdir()):
+        raise CheckpointError(f"{output} is a folder that is not empty, and would be replaced. Choose another name")
     output.parent.mkdir(parents=True, exist_ok=True)
     as_weights = output.suffix in ("", ".safetensors")
     if prefix and not as_weights:
@@ -99,8 +102,9 @@ def _write_weights(state: Mapping[str, Any], output: Path, prefix: str) -> None:
     if not weights:
         beginnings = sorted({name.partition(".")[0] + "." for name in state})
         raise CheckpointError(f"no weight's name begins with {prefix!r}; names begin with {', '.join(beginnings)}")
-    if output.suffix:
-        save_file(weights, output, metadata={"format": "pt"})
-    else:
-        output.mkdir(exist_ok=True)
-        save_torch_state_dict(weights, output)
+    with replacing(output) as new:
+        if output.suffix:
+            save_file(weights, new, metadata={"format": "pt"})
+        else:
+            new.mkdir()
+            save_torch_state_dict(weights, new)

@@ -17,15 +17,14 @@ from __future__ import annotations
 import contextvars
 import queue
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 
 from lightning_overlap.ranks.clock import Timeline
-from lightning_overlap.torch_seams import function_modes, running_function_mode
+from lightning_overlap.torch_seams import dispatch_modes, function_modes, running_dispatch_mode, running_function_mode
 
 FORWARD, BACKWARD = 0, 1
 """The numbers of the lanes. The forward has the first turn: what it posts travels while the backward computes."""
@@ -134,7 +133,8 @@ class Lanes:
     def run(self, forward: Lane, backward: Lane, timeline: Timeline | None = None) -> None:
         """Runs two lanes to their ends; the forward begins, in the caller's thread.
 
-        The backward has the caller's context variables, function modes, autocast, grad mode, random numbers and default dtype.
+        The backward has the caller's context variables, function and dispatch modes, autocast, grad mode, random numbers and default
+        dtype.
 
         Args:
             forward: the first lane.
@@ -219,13 +219,13 @@ class Lanes:
 def _inheriting(function: Callable[[], None]) -> Callable[[], None]:
     """A function that does the same in another thread, with what this thread has for itself."""
     context = contextvars.copy_context()
-    modes: Sequence[Any] = function_modes()
+    modes = [*map(running_function_mode, function_modes()), *map(running_dispatch_mode, dispatch_modes())]
     grad, autocast, dtype = torch.is_grad_enabled(), torch.is_autocast_enabled("cpu"), torch.get_autocast_dtype("cpu")
 
     def run() -> None:
         with ExitStack() as stack:
             for mode in modes:
-                stack.enter_context(running_function_mode(mode))
+                stack.enter_context(mode)
             stack.enter_context(torch.set_grad_enabled(grad))
             stack.enter_context(torch.autocast("cpu", dtype=dtype, enabled=autocast))
             function()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -29,6 +30,20 @@ def check_limit(name: str, limit: object) -> None:
     """
     if not isinstance(limit, timedelta) or not timedelta(0) < limit <= LONGEST:
         raise ConfigError(f"{name} must be a datetime.timedelta of more than 0 and at most {LONGEST.days} days, got {limit!r}")
+
+
+def refuse_scripts_of_notebook(processes: int) -> None:
+    """Refuses to start a notebook again for each rank. Lightning would refuse it, and advise its own strategy.
+
+    Raises:
+        ConfigError: Python is interactive, and several processes are asked for.
+    """
+    if processes > 1 and (hasattr(sys, "ps1") or sys.flags.interactive):
+        raise ConfigError(
+            f"a notebook or an interactive session cannot be started again for {processes} processes. Use "
+            "OverlapStrategy(start_method='fork') or strategy='overlap_notebook', which copy this process, or devices=1; or run a "
+            "script"
+        )
 
 
 class FailureListener(Protocol):
@@ -126,6 +141,10 @@ class ScriptLauncher(SubprocessScriptLauncher):
     def __init__(self, environment: ClusterEnvironment, processes: int, nodes: int, strategy: FailureListener) -> None:
         super().__init__(environment, processes, nodes)
         self._strategy = strategy
+
+    @property
+    def is_interactive_compatible(self) -> bool:
+        return self.num_processes == 1  # it starts no other process
 
     def launch(self, function: Callable[..., Any], *args: Any, trainer: Trainer | None = None, **kwargs: Any) -> Any:
         return super().launch(Watched(self._strategy, trainer, function), *args, trainer=trainer, **kwargs)

@@ -24,7 +24,14 @@ from lightning_overlap.ranks.mesh import ParallelMesh
 from lightning_overlap.ranks.world import WORLD, agree, backend, broadcast_object, end_world, everyone, is_everyone, world_size
 from lightning_overlap.strategy.agreement import describe_model, describe_trainer, refuse_differences
 from lightning_overlap.strategy.batches import refuse_empty, seed_workers
-from lightning_overlap.strategy.launching import ProcessLauncher, ScriptLauncher, check_limit, saving_in_step_only
+from lightning_overlap.strategy.launching import (
+    ProcessLauncher,
+    ScriptLauncher,
+    check_limit,
+    refuse_scripts_of_notebook,
+    saving_in_step_only,
+)
+from lightning_overlap.strategy.seams import hide_deprecation
 from lightning_overlap.strategy.setup import SharedRun, prepare_launch
 
 
@@ -58,6 +65,10 @@ class MeshStrategy(DDPStrategy):
         """From setup to teardown, with more than one rank."""
         self._until_teardown = contextlib.ExitStack()
 
+    def __repr__(self) -> str:
+        # Fabric's error for a strategy that it does not know consists of this.
+        return f"<{type(self).__name__}: for lightning.pytorch.Trainer, not for Fabric>"
+
     @property
     def time_limit(self) -> timedelta:
         """How long a transfer may take."""
@@ -71,10 +82,17 @@ class MeshStrategy(DDPStrategy):
     # -- start ---------------------------------------------------------------------------------------------------------
 
     def _configure_launcher(self) -> None:
+        if self.local_rank >= self.num_processes:
+            raise ConfigError(
+                f"this process has the local rank {self.local_rank}, and the Trainer has devices={self.num_processes}. Set devices to "
+                "the number of processes that are started on each node"
+            )
+        hide_deprecation()
         # The number of ranks is known from here on, and no process has started.
         ranks, precision = self.num_nodes * self.num_processes, str(self.precision_plugin.precision)
         prepare_launch(self.config, ranks, self.root_device, precision, self.process_group_backend)
         if self._start_method == "popen":
+            refuse_scripts_of_notebook(self.num_processes)
             assert self.cluster_environment is not None, "Lightning sets it"
             self._launcher = ScriptLauncher(self.cluster_environment, self.num_processes, self.num_nodes, self)
         else:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_overlap.facts import OptimizerFacts
-from lightning_overlap.torch_seams import forget_step_hooks, has_step_hooks
+from lightning_overlap.torch_seams import forget_step_hooks, has_step_hooks, tree_leaves
 
 SHAPES = ((80, 64), (4, 6)), ((80, 64), (64, 48))
 """Shapes of the two test matrices: large and small, because some optimizers treat them differently; if that fails, two large ones."""
@@ -37,8 +37,10 @@ def examine(optimizer: Optimizer) -> OptimizerFacts:
     methods = methods_that_read_state(type(optimizer))
 
     def facts(reason: str, *, independent: bool = True, elementwise: bool = False, separable: bool = False) -> OptimizerFacts:
-        return OptimizerFacts(name, independent, elementwise, separable, f"{name} {reason}", methods=methods)
+        state = max(trial.state for trial in trials) if trials else None
+        return OptimizerFacts(name, independent, elementwise, separable, f"{name} {reason}", methods=methods, state=state)
 
+    trials: list[_Trial] = []
     if isinstance(optimizer, torch.optim.LBFGS):
         return facts("evaluates the loss inside its step", independent=False)
     trials, refusal = _find_trials(optimizer)
@@ -69,6 +71,7 @@ class _Trial:
         shapes: of the matrices.
         device: of the matrices.
         result: the two matrices, flattened, after some steps.
+        state: numbers that the optimizer then keeps for each of their elements.
     """
 
     optimizer: Optimizer
@@ -76,6 +79,7 @@ class _Trial:
     shapes: tuple[tuple[int, int], tuple[int, int]]
     device: torch.device
     result: Tensor
+    state: float
 
     @property
     def matrices(self) -> list[slice]:
@@ -113,7 +117,7 @@ def _find_trials(optimizer: Optimizer) -> tuple[list[_Trial], str]:
                 if result is None:
                     refusal = f"changes nothing in {STEPS} test steps"
                     break
-                trials.append(_Trial(optimizer, group, shapes, device, result))
+                trials.append(_Trial(optimizer, group, shapes, device, *result))
             else:
                 return trials, ""
     return [], f"{refusal}, so it is unknown which elements an update reads"
@@ -145,7 +149,7 @@ def _alike(trial: _Trial, parts: Sequence[slice], *, apart: bool) -> bool:
         result = _steps(trial.optimizer, trial.group, trial.shapes, parts, trial.device, apart=apart)
     except Exception:
         return False  # it accepts matrices, and not a shard of one
-    return result is not None and torch.allclose(trial.result[: len(result)], result, rtol=1e-6, atol=1e-7)
+    return result is not None and torch.allclose(trial.result[: len(result[0])], result[0], rtol=1e-6, atol=1e-7)
 
 
 def _steps(
@@ -156,8 +160,10 @@ def _steps(
     device: torch.device,
     *,
     apart: bool = False,
-) -> Tensor | None:
-    """Returns parts of two flattened matrices after some steps, concatenated; None if the optimizer changes nothing.
+) -> tuple[Tensor, float] | None:
+    """Returns parts of two flattened matrices after some steps, concatenated, and the numbers of state for each element.
+
+    None if the optimizer changes nothing.
 
     Args:
         optimizer: the user's optimizer, of which a copy is stepped.
@@ -195,7 +201,8 @@ def _steps(
                 probe.param_groups[0]["params"] = together
                 step(probe)
     result = torch.cat([parameter.detach().flatten() for parameter in parameters])
-    return None if result.equal(start[: len(result)]) else result
+    kept = sum(value.numel() for of_one in probe.state.values() for value in tree_leaves(of_one) if isinstance(value, Tensor))
+    return None if result.equal(start[: len(result)]) else (result, round(kept / len(result), 1))
 
 
 def methods_that_read_state(kind: type[Optimizer]) -> tuple[str, ...]:

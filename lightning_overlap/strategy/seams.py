@@ -6,6 +6,7 @@ import contextlib
 import inspect
 import signal
 import threading
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any, NamedTuple
@@ -99,6 +100,12 @@ def refuse_missing(names: Sequence[PrivateName]) -> None:
 
 
 refuse_missing(PRIVATE_NAMES)
+
+
+def hide_deprecation() -> None:
+    """Hides a deprecation of torch's that Lightning's own code causes, once in each process, and that no user can act on."""
+    warnings.filterwarnings("ignore", r"`isinstance\(treespec, LeafSpec\)` is deprecated", module=r"lightning\.pytorch\.")
+
 
 GRADIENT_HOOKS = (
     "on_after_backward",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 
@@ -12,6 +12,7 @@ import numpy
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch import nn
+from torch.optim import Optimizer
 
 from lightning_overlap import environment
 from lightning_overlap.config import OverlapConfig
@@ -19,13 +20,16 @@ from lightning_overlap.decision import ConfigError
 from lightning_overlap.facts import Facts
 from lightning_overlap.messages import log_on_rank_zero
 from lightning_overlap.model.materialize import initialize, materialize, no_values_error
-from lightning_overlap.plan import resolve
+from lightning_overlap.model.trees import bytes_by_storage
+from lightning_overlap.modes.base import OptimizerHolder, OverlapMode
+from lightning_overlap.plan import Plan, resolve
 from lightning_overlap.ranks.group import Group
 from lightning_overlap.ranks.mesh import ParallelMesh
 from lightning_overlap.ranks.shared_state import SharedBuffers, share
-from lightning_overlap.ranks.world import all_gather_objects, has_nccl, make_group, world_size
+from lightning_overlap.ranks.world import WORLD, all_gather_objects, has_nccl, make_group, world_size
 from lightning_overlap.strategy.batches import BatchComparison
 from lightning_overlap.strategy.seams import Preemption
+from lightning_overlap.tables import in_megabytes
 
 
 def prepare_launch(config: OverlapConfig, ranks: int, device: torch.device, precision: str, backend: str | None) -> None:
@@ -50,6 +54,17 @@ def prepare_launch(config: OverlapConfig, ranks: int, device: torch.device, prec
         settings = environment.settings_for(config, environment.capability())
         for line in environment.apply(settings, os.environ, started=torch.cuda.is_initialized()):
             log_on_rank_zero(f"lightning_overlap: {line}")
+
+
+def print_plan(plan: Plan) -> None:
+    """Prints a plan, unless it is the one that this process printed last: a fit that resumes has the plan of the one before."""
+    _print_once("plan", plan.explain())
+
+
+def _print_once(topic: str, text: str) -> None:
+    if WORLD.printed.get(topic) != text:
+        log_on_rank_zero(text)
+        WORLD.printed[topic] = text
 
 
 class SharedRun:
@@ -110,6 +125,28 @@ class SharedRun:
         for group in (self.samples, self._batch):
             if group is not None and complete:
                 group.close()
+
+
+def print_memory(module: nn.Module, optimizers: Sequence[Optimizer], modes: Sequence[OverlapMode], plan: Plan) -> None:
+    """Prints what the rank with the most weights holds, after the modes have sharded the model. As :func:`print_plan`. Collective."""
+    held = bytes_by_storage([*module.parameters(), *module.buffers()])
+    weights = sum(held.values())
+    gradients = sum(p.numel() * (p.grad_dtype or p.dtype).itemsize for p in module.parameters() if p.requires_grad and not p.is_meta)
+    state, unknown = 0.0, ""
+    for optimizer, facts in zip(optimizers, plan.facts.optimizers or (), strict=True):
+        shards = [mode.stepped_parameters(optimizer) for mode in modes if isinstance(mode, OptimizerHolder)]
+        stepped = next(filter(None, shards), None) or [p for group in optimizer.param_groups for p in group["params"]]
+        copies = bytes_by_storage(stepped)
+        state += sum(size for storage, size in copies.items() if storage not in held)  # fp32 copies of weights
+        state += sum(p.nbytes for p in stepped if not p.is_meta) * (facts.state or 0)
+        unknown = unknown if facts.state is not None else f" (without the state of {facts.name}, which is not known)"
+    mine = [weights, gradients, int(state)]
+    weights, gradients, updates = max(all_gather_objects(mine) if world_size() > 1 else [mine])
+    _print_once(
+        "memory",
+        f"memory of a rank: weights {in_megabytes(weights)}, gradients {in_megabytes(gradients)}, optimizer {in_megabytes(updates)}"
+        f"{unknown}, and activations (lightning-overlap plan --memory)",
+    )
 
 
 def share_random_state(group: Group, device: torch.device) -> None:

@@ -22,7 +22,6 @@ from torch.optim import Optimizer
 
 from lightning_overlap.config import OverlapConfig
 from lightning_overlap.decision import ConfigError
-from lightning_overlap.messages import log_on_rank_zero
 from lightning_overlap.model.block_stack import without_nested_tensors
 from lightning_overlap.model.first_blocks import FirstBlocks
 from lightning_overlap.model.materialize import is_deferred, move_absent_to_meta
@@ -54,7 +53,7 @@ from lightning_overlap.strategy.seams import (
     warn_of_gradient_parts,
     zeroing_first,
 )
-from lightning_overlap.strategy.setup import SharedRun, give_memory, share_weights
+from lightning_overlap.strategy.setup import SharedRun, give_memory, print_memory, print_plan, share_weights
 from lightning_overlap.strategy.state_guard import StateGuard
 from lightning_overlap.strategy.step import DrivenStep
 
@@ -207,6 +206,7 @@ class OverlapStrategy(MeshStrategy):
     def _setup_fit(self, trainer: Trainer) -> None:
         """Sets up a fit after the modes have sharded the model."""
         module = trainer.lightning_module
+        print_memory(module, self.optimizers, self.modes, self.plan)
         if any(isinstance(mode, Holder) for mode in self.modes):
             self.checkpoints.state_guard = StateGuard(module)
             self._until_teardown.callback(self.checkpoints.state_guard.remove)
@@ -247,7 +247,7 @@ class OverlapStrategy(MeshStrategy):
         plan_inputs = {field.name: repr(getattr(facts, field.name)) for field in fields(facts)}
         refuse_differences({**plan_inputs, **describe_optimizers(self.optimizers, model)})
         self._plan = resolve(self.config, facts)
-        log_on_rank_zero(self._plan.explain())
+        print_plan(self._plan)
         if self.mesh.size("batch") > 1:
             self._until_teardown.enter_context(without_nested_tensors(model))
             warn_of_gradient_parts(facts)

@@ -7,7 +7,7 @@ from lightning.pytorch.plugins.environments import TorchElasticEnvironment
 
 from lightning_overlap import ConfigError, DataParallel, OverlapConfig, OverlapStrategy
 from lightning_overlap.bench.advice import advise
-from lightning_overlap.bench.measure import Measured, _Clock, measure, ranking, sweep
+from lightning_overlap.bench.measure import Measured, _Clock, measure, ranking, record_steps, sweep
 from lightning_overlap.bench.rows import Row
 from lightning_overlap.bench.runs import Runs
 from lightning_overlap.bench.skip import Skipped
@@ -26,11 +26,21 @@ def bench():
     before = [p.detach().clone() for p in model.parameters()]
     measured = measure(model, None, strategy, trainer, steps=2, warmup=2, repeats=2, with_peers=False)
     assert all(p.equal(b) for p, b in zip(model.parameters(), before, strict=True)), "the user's module is left alone"
-    return measured.as_dict(), measured.table()
+    drawn = record_steps(Runs(model, None, strategy, trainer), warmup=1)
+    return (
+        measured.as_dict(),
+        measured.table(),
+        {row: [[t.label for t in rank.transfers] for rank in step] for row, step in drawn.items()},
+    )
 
 
 def test_every_figure_is_measured(world):
-    for figures, table in world(2).run(bench):
+    answers = world(2).run(bench)
+    drawn = answers[0][2]
+    assert list(drawn) == ["plain", "overlapped"]
+    assert all("data.grads[0]" in labels for step in drawn.values() for labels in step), "of both ranks"
+    assert answers[1][2] == {}
+    for figures, table, _ in answers:
         assert [row["name"] for row in figures["rows"]] == ["overlapped", "plain", "compute", "communication"]
         assert all(len(row["seconds"]) == 2 and min(row["seconds"]) > 0 for row in figures["rows"])
         assert figures["limit"] == max(figures["medians"]["compute"], figures["medians"]["communication"])

@@ -10,15 +10,18 @@ import torch.distributed as dist
 from lightning.pytorch.loggers import CSVLogger
 
 from lightning_overlap import ConfigError, OverlapProfiler
+from lightning_overlap.profiling.flops import FlopCount
 from lightning_overlap.ranks.gloo import ThreadedGlooEngine
 from lightning_overlap.ranks.world import make_group
-from tests.helpers.training import train
+from lightning_overlap.torch_seams import dispatch_modes
+from tests.helpers.training import Net, train
 
 QUIET = {"limit_val_batches": 0, "max_steps": 6}
 
 
 def profiled(folder):
-    profiler = OverlapProfiler(every_n_steps=2, warmup=1, report=str(folder / "report.html"), trace=str(folder / "trace.json"))
+    files = {"report": str(folder / "report.html"), "trace": str(folder / "trace.json")}
+    profiler = OverlapProfiler(every_n_steps=2, warmup=1, peak_flops=1e12, **files)
     logger = CSVLogger(folder, "", "")
     log = {"logger": logger if dist.get_rank() == 0 else False, "log_every_n_steps": 2}
     done = train(callbacks=[profiler], accumulate_grad_batches=2, **QUIET, **log)
@@ -40,7 +43,16 @@ def test_what_it_tells(world, tmp_path):
     assert len(logged) == 3
     names = ["exposed_ms", "late_ms", "core_taken_ms", "hidden_percent"]
     names += ["data/exposed_ms", "data/late_ms", "data/hidden_percent"]
+    names += ["samples_per_second", "tokens_per_second", "memory_mb"]
     assert all(row[f"overlap/{name}"] for row in logged for name in names)
+    # Step 2 is counted, the first one after the first step that is not measured.
+    assert [bool(row["overlap/teraflops_per_second"]) for row in logged] == [False, True, True]
+    for row in logged[1:]:  # of two devices with a peak of 1e12
+        assert float(row["overlap/mfu_percent"]) == pytest.approx(50 * float(row["overlap/teraflops_per_second"]))
+    assert summary.samples == 3 * 2 * 8, "two batches of 8 a step"
+    assert summary.tokens == 9 * summary.samples
+    assert summary.usage.flops == sum(world(2).run(flops_of_a_step))
+    assert summary.usage.memory > 0
     page = (tmp_path / "report.html").read_text()
     assert "data_parallel" in page
     assert "overlap_grad_reduce" in page
@@ -53,6 +65,39 @@ def test_what_it_tells(world, tmp_path):
 
 def unprofiled():
     return train(accumulate_grad_batches=2, **QUIET)["hash"]
+
+
+def flops_of_a_step():
+    module = Net()
+    module.log = lambda *_: None
+    with FlopCount() as count:
+        for index, batch in zip(range(2), module.loader(), strict=False):
+            module.training_step(batch, index).backward()
+    return count.flops
+
+
+def of_unusual_runs():
+    """A run in which every step is measured, and one that fails in the step that is counted."""
+    every = OverlapProfiler(every_n_steps=1, warmup=0)
+    train(callbacks=[every], **QUIET)
+
+    class Fails(Net):
+        def training_step(self, batch, index):
+            if index == 1:
+                raise ValueError("in the counted step")
+            return super().training_step(batch, index)
+
+    with pytest.raises(Exception, match="in the counted step"):
+        train(callbacks=[OverlapProfiler()], module=Fails, **QUIET)
+    return every.summary.usage.obstacle, dispatch_modes()
+
+
+def test_no_step_is_counted_where_it_would_be_measured_and_a_failure_ends_the_count(world):
+    for obstacle, modes in [world(2).run(of_unusual_runs)[0]]:
+        assert obstacle == "every step is measured. Set warmup to 2, or every_n_steps to 2"
+        assert not modes
+    with pytest.raises(ConfigError, match="peak_flops=0 must be more than 0"):
+        OverlapProfiler(peak_flops=0)
 
 
 def planted():

@@ -22,7 +22,7 @@ def page(folder):
     for step in steps:
         summary.add(step)
     path = folder / "report.html"
-    write_report(summary.table(), steps, "a plan with <brackets> & such", path)
+    write_report(summary, steps, "a plan with <brackets> & such", path)
     return path
 
 
@@ -45,10 +45,17 @@ def test_a_browser_draws_it_without_a_network(tmp_path):
     ).stdout  # fmt: skip
     drawn = shown[shown.index("main-svg") :]
     assert all(row in drawn for row in ("rank 0 compute", "rank 0 compute, stages", "rank 1 data.grads", "rank 1 waits"))
-    assert all(name in drawn for name in ("exposed", "late peers", "step 2", "forwards", "backwards"))
+    assert all(name in drawn for name in ("exposed", "step 2", "forwards", "backwards"))
+    assert "A step of 8000 ms: 50% of the communication is hidden" in drawn
+    assert "data transfers" in drawn
 
 
 def test_a_benchmark_has_a_page(tmp_path):
-    write_figures("the table", {"overlapped": 0.2, "plain": 0.35}, 0.15, "the plan", tmp_path / "new" / "bench.html")
-    text = (tmp_path / "new" / "bench.html").read_text()
+    waits = Transfer("data.grads[0]", 0, 5000, (0, 1), 2, 2, 6, (4, 7))
+    step = [Step(0, 0.0, 8.0, [("forward", 0.0, 8.0)], [waits]) for _ in range(2)]
+    page = tmp_path / "new" / "bench.html"
+    write_figures("the table", {"overlapped": 0.2, "plain": 0.35}, 0.15, {"plain": step, "overlapped": step}, "the plan", page)
+    text = page.read_text()
+    assert "One step of rank 0: plain 8000 ms, overlapped 8000 ms" in text
+    assert all(f'"{name}: {row}"' in text for name in ("plain", "overlapped") for row in ("compute", "transfers"))
     assert all(part in text for part in ("the table", "the plan", '"overlapped","plain"', "[200.0,350.0]", "limit"))

@@ -2,10 +2,14 @@ import json
 from dataclasses import replace
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lightning_overlap.profiling.trace import Step, Summary, observe_transfers, write_chrome_trace
+from lightning_overlap.profiling.callback import largest_imbalances
+from lightning_overlap.profiling.chrome_trace import write_chrome_trace
+from lightning_overlap.profiling.trace import Step, Summary, observe_transfers
+from lightning_overlap.profiling.usage import Usage, samples_and_tokens
 from lightning_overlap.ranks.group import Transfer
 
 
@@ -94,16 +98,94 @@ def test_summaries_add_up():
     assert one.mean().communication == 1.5
 
 
+def inside(event, bars):
+    """The bars of an event's thread that are around its time."""
+    return [
+        bar
+        for bar in bars
+        if (bar["pid"], bar["tid"]) == (event["pid"], event["tid"]) and bar["ts"] <= event["ts"] <= bar["ts"] + bar["dur"]
+    ]
+
+
 def test_chrome_trace(tmp_path):
-    step = [Step(3, 5.0, 15.0, [("forward", 5.0, 6.0)], [transfer(6, (7, 9), done=9)]) for _ in range(2)]
-    write_chrome_trace([step], tmp_path / "trace.json")
-    events = json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
-    complete = [e for e in events if e["ph"] == "X"]
-    assert {e["pid"] for e in complete} == {0, 1}
-    wire = next(e for e in complete if e["name"] == "data.grads[0]")
-    assert (wire["ts"], wire["dur"], wire["args"]["bytes"]) == (1e6, 3e6, 1000)
-    assert next(e for e in complete if e["name"] == "waited: data.grads[0]")["dur"] == 2e6
-    assert {e["args"]["name"] for e in events if e["name"] == "thread_name"} == {"compute", "data.grads", "waits"}
+    """As Perfetto and chrome://tracing read it: bars of a thread do not overlap, arrows begin and end at bars, all have names."""
+    phases = [("forward", 5.0, 8.0), ("backward and step", 8.0, 15.0)]
+    hidden = transfer(6.5, (12, 12), "data.grads[1]", started=7, done=10)  # travels while the first one does
+    step = [Step(3, 5.0, 15.0, phases, [transfer(6, (7, 9), done=9), hidden]) for _ in range(2)]
+    write_chrome_trace([step], tmp_path / "new" / "trace.json")
+    events = json.loads((tmp_path / "new" / "trace.json").read_text())["traceEvents"]
+    bars = [e for e in events if e["ph"] == "X"]
+    assert {e["pid"] for e in bars} == {0, 1}
+    wire = next(e for e in bars if e["name"] == "data.grads[0]")
+    assert (wire["ts"], wire["dur"], wire["args"]["bytes"], wire["cat"]) == (1e6, 3e6, 1000, "transfer")
+    assert next(e for e in bars if e["name"] == "waited: data.grads[0]")["dur"] == 2e6
+    threads = {e["tid"]: e["args"]["name"] for e in events if e["name"] == "thread_name"}
+    sort = {e["tid"]: e["args"]["sort_index"] for e in events if e["name"] == "thread_sort_index"}
+    assert [threads[tid] for tid in sorted(sort, key=sort.get)] == ["compute", "waits", "data.grads", "data.grads (2)"]
+    processes = {e["pid"]: e["args"] for e in events if e["name"] in ("process_name", "process_sort_index")}
+    assert processes == {0: {"sort_index": 0}, 1: {"sort_index": 1}}
+    for one in bars:
+        assert not [two for two in inside({**one, "ts": one["ts"] + one["dur"] / 2}, bars) if two is not one], "bars overlap"
+    flows = {}
+    for event in events:
+        if event["ph"] in "stf":
+            flows.setdefault(event["id"], []).append(event)
+            assert inside(event, bars), event
+    assert len(flows) == 4
+    for flow in flows.values():
+        assert [e["ph"] for e in flow] == ["s", "t", "f"]
+        assert [e["ts"] for e in flow] == sorted(e["ts"] for e in flow)
+        assert flow[-1]["bp"] == "e"
+    ends = {flow[0]["name"]: [inside(e, bars)[0]["name"] for e in flow] for flow in flows.values()}
+    assert ends["data.grads[0]"] == ["forward", "data.grads[0]", "waited: data.grads[0]"]
+    assert ends["data.grads[1]"] == ["forward", "data.grads[1]", "backward and step"]
+
+
+def test_what_a_step_takes_and_gives():
+    first, second = (Step(0, 0.0, 2.0, samples=8, tokens=80) for _ in range(2))
+    told = Summary(sharers=2, usage=Usage.of_all([Usage(3e9, "", 4e9, 5_000_000), Usage(1e9, "", 4e9, 7_000_000)]))
+    told.add([first, second])  # the two share a batch
+    assert told.samples == 8
+    assert told.per_second(told.samples) == 4.0
+    assert told.flops_per_second == 2e9
+    assert told.utilisation == 25.0
+    text = " ".join(told.table().split())
+    assert "4.0 samples/s, 40 tokens/s, 0.002 TFLOP/s on all ranks (25.0% of the devices' peak), up to 7 MB a rank" in text
+    later = Summary(sharers=2, usage=Usage(None, "no formula is known for linear_gelu"))
+    later.add([first, second])
+    told.merge(later)
+    assert told.per_second(told.samples) == 4.0
+    assert told.flops_per_second is told.utilisation is None
+    assert "operations are not counted: no formula is known for linear_gelu" in told.table()
+    assert Usage.of_all([Usage(1.0, "", 1.0, 1), Usage(None, "", None, 2)]) == Usage(None, "", None, 2)
+
+
+def test_samples_and_tokens_of_a_batch():
+    ids, images = torch.zeros(3, 5, dtype=torch.long), torch.zeros(3, 2, 4, 4)
+    assert samples_and_tokens(ids) == samples_and_tokens((ids, images)) == (3, 15)
+    assert samples_and_tokens({"attention_mask": ids[:1], "input_ids": ids}) == (3, 15)
+    assert samples_and_tokens([images, ids]) == samples_and_tokens({"mask": ids.bool(), "input": images}) == (3, 0)
+    assert samples_and_tokens(["text", torch.tensor(1.0)]) == (0, 0)
+
+
+def test_the_largest_imbalance_is_told():
+    measured = {
+        "overlap/expert/blocks.0.mlp/experts_max_over_mean": 1.5,
+        "overlap/expert/blocks.1.mlp/experts_max_over_mean": 2.5,
+        "overlap/expert/blocks.1.mlp/tokens_of_expert_0": 9.0,
+        "overlap/expert/blocks.0.mlp/ranks_max_over_mean": 1.1,
+    }
+    worst = largest_imbalances(measured)
+    assert worst == {("expert", "experts"): (2.5, "blocks.1.mlp"), ("expert", "ranks"): (1.1, "blocks.0.mlp")}
+    assert "expert: the largest load of experts is 2.50 x the mean (blocks.1.mlp)" in Summary(imbalances=worst).table()
+
+
+def test_the_table_fits_a_hundred_columns():
+    labels = [f"{mode}.{'x' * 20}[{i}]" for mode in ("data", "tensor", "context", "expert") for i in range(3)]
+    transfers = [transfer(i, (i + 0.1, i + 0.9), label, started=i, done=i + 0.9) for i, label in enumerate(labels)]
+    told = Summary(usage=Usage(1e12, "a reason " * 20, 1e15, 10**11))
+    told.add([Step(0, 0.0, 12.0, [], transfers, samples=1000, tokens=10**6)] * 2)
+    assert max(map(len, told.table().splitlines())) <= 100
 
 
 def test_a_core_that_others_have_is_told_from_what_is_waited_for():

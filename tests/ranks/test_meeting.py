@@ -59,6 +59,14 @@ def test_a_store_that_nobody_opens_is_given_up_at_the_limit():
         meeting.open_store("127.0.0.1", port, 1, 2, SHORT)
 
 
+def test_a_port_that_another_program_uses_is_told_at_once():
+    with socket.socket() as taken:
+        taken.bind(("", 0))
+        taken.listen()
+        with pytest.raises(ConfigError, match=r"another program uses this port\. Set MASTER_PORT"):
+            meeting.open_store("127.0.0.1", taken.getsockname()[1], 0, 2, SHORT)
+
+
 def test_a_port_of_another_program_is_given_up_at_the_limit():
     with socket.socket() as silent:
         silent.bind(("127.0.0.1", 0))

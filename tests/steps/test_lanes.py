@@ -11,6 +11,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
 
+from lightning_overlap.profiling.flops import FlopCount
 from lightning_overlap.ranks.clock import Clock, Timeline
 from lightning_overlap.ranks.transfer import Arrived, Pending, Transfer
 from lightning_overlap.steps.lanes import Lane, LaneCancelled, Lanes
@@ -85,9 +86,10 @@ def test_each_lane_has_its_random_numbers_and_the_backward_has_what_the_caller_h
         told["grad"], told["autocast"] = torch.is_grad_enabled(), (torch.ones(2, 2) @ torch.ones(2, 2)).dtype
         draws(2, True)()
 
-    with Counts() as mode, torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+    with Counts() as mode, FlopCount() as count, torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         run(lanes, draws(1, True), backward)
     assert {name for name, _ in mode.calls} == {threading.current_thread().name, "backward lane"}
+    assert count.flops == 2 * 2 * 2 * 2, "the backward's product"
     assert (told.pop("variable"), variable.get()) == ("caller's", "caller's")
     assert (told.pop("grad"), told.pop("autocast")) == (False, torch.bfloat16)
     beside = dict(told)

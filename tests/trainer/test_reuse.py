@@ -1,9 +1,12 @@
 """Trainers, modules and optimizers before and after a fit: used again, released, pickled."""
 
 import gc
+import logging
 import os
 import pickle
+import re
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -49,6 +52,26 @@ def test_fit_again_and_save_after_fit(world, tmp_path):
     assert ours[0][2].keys() == ddp[0][2].keys()
     for key, value in ddp[0][2].items():
         torch.testing.assert_close(ours[0][2][key]["momentum_buffer"], value["momentum_buffer"], **close)
+
+
+def plans_printed(path):
+    """The heads and sizes of buckets of the plans that are printed in four fits: twice alike, then otherwise, then resumed so."""
+    printed = []
+    handler = mock.Mock(level=logging.INFO, handle=lambda record: printed.append(record.getMessage()))
+    logger = logging.getLogger("lightning_overlap")
+    logger.addHandler(handler)
+    try:
+        for size, resume in ((911, None), (911, None), (912, None), (912, path)):
+            train(data={"bucket_size": size}, max_steps=1 if resume is None else 2, resume=resume, made=(made := []))
+            made[0].validate(made[0].lightning_module, verbose=False)
+            made[0].save_checkpoint(path)
+    finally:
+        logger.removeHandler(handler)
+    return [re.findall(r"bucket_size +(\d+)", message) for message in printed if "bucket_size" in message]
+
+
+def test_a_plan_is_printed_once(world, tmp_path):
+    assert world(2).run(plans_printed, tmp_path / "last.ckpt") == [[["911"], ["912"]], []], "by the first rank"
 
 
 def connections_after(trainers):

@@ -8,8 +8,9 @@ from lightning_overlap.facts import Facts
 from lightning_overlap.plan import resolve
 from lightning_overlap.tune.layouts import Batch
 from lightning_overlap.tune.machine import Machine, memory_of_a_rank
+from lightning_overlap.tune.memory import Memory
 from lightning_overlap.tune.network import Link, Network
-from lightning_overlap.tune.rehearsal import Compute, Memory, Post, Rehearsal, Wait
+from lightning_overlap.tune.rehearsal import Compute, Post, Rehearsal, Wait
 from lightning_overlap.tune.tune import tune
 
 MACHINE = Machine(4, 2, False, torch.device("cpu"), "gloo")
@@ -18,7 +19,7 @@ GB = 10**9
 
 
 class MadeUp:
-    """In place of a user's training: a step computes 1 s, and data ranks then send a megabyte each. Data ranks need more memory."""
+    """In place of a user's training: a step computes 1 s, then data ranks send a megabyte, shared by tensor ranks. They need more memory."""
 
     def batch(self, data_ranks):
         return Batch(4, data_ranks, 1)
@@ -31,7 +32,7 @@ class MadeUp:
         if degrees.context > 1 or degrees.pipeline > 1:
             raise ConfigError("there are no blocks")
         ranks = tuple(range(0, 4, degrees.tensor))
-        post = Post(0, "data.grads[0]", 0, 10**6, ranks, "reduce_scatter", True)
+        post = Post(0, "data.grads[0]", 0, 10**6 // degrees.tensor, ranks, "reduce_scatter", True)
         events = (Compute(1.0), *((post, Wait(0)) if len(ranks) > 1 else ()))
         return [Rehearsal(0, 0, 4, events, Memory(GB * degrees.data, 0, 0, 0, 0))]
 

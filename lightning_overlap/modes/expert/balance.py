@@ -24,7 +24,7 @@ from lightning_overlap.decision import ConfigError
 from lightning_overlap.model.boundary import Nesting
 from lightning_overlap.model.expert_layers import ExpertLayer
 from lightning_overlap.model.patches import replace_method
-from lightning_overlap.modes.base import Setup
+from lightning_overlap.modes.base import IMBALANCE, Setup
 from lightning_overlap.modes.expert.layout import Layout
 from lightning_overlap.nn.moe import MoELayer, TopKRouter, count_in_backward, token_counts, update_bias
 from lightning_overlap.ranks.group import Group, Pending
@@ -146,7 +146,7 @@ class Balance:
             for kind, numbers in (("expert", counts.tolist()), ("rank", by_rank.tolist())):
                 mean = sum(numbers) / len(numbers)
                 values |= {f"{name}/tokens_of_{kind}_{number}": float(tokens) for number, tokens in enumerate(numbers)}
-                values[f"{name}/{kind}s_max_over_mean"] = max(numbers) / mean if mean else 1.0
+                values[f"{name}/{kind}s{IMBALANCE}"] = max(numbers) / mean if mean else 1.0
         return values
 
     def remove(self, *, complete: bool) -> None:

@@ -24,10 +24,10 @@ OVERLAPS = ("overlap_dispatch", "overlap_shared_experts", "delay_wgrad")
 
 @dataclass(frozen=True, kw_only=True)
 class ExpertParallel:
-    """Expert parallelism: the experts of a layer are spread over ranks, which send each other the tokens that choose them."""
+    """Expert parallelism: the experts of a layer are sharded over ranks, which send each other the tokens that choose them."""
 
     size: int = 1
-    """Ranks over which the experts of a layer are spread. They are ranks of the other axes: it takes none of its own."""
+    """Ranks over which the experts of a layer are sharded. They are ranks of the other axes: it takes none of its own."""
     dispatcher: Dispatcher = "alltoall"
     """How tokens reach their experts. ``alltoall``: once for each of their experts. ``allgather``: once to each rank, which is less
     where tokens have more experts than there are ranks; parts are then some of the tokens."""

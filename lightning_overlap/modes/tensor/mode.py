@@ -70,6 +70,11 @@ class TensorMode(PieceHolder):
     def groups(self) -> tuple[Group, ...]:
         return (self.group,)
 
+    @property
+    def uncounted_products(self) -> str:
+        backend = self.choices.backend.value
+        return f"tensor_parallel.backend {backend} multiplies matrices in kernels of its own" if backend != "p2p" else ""
+
     # -- set-up ------------------------------------------------------------------------------------------------------
 
     def refuse(self, model: nn.Module) -> None:
