@@ -56,16 +56,24 @@ class BlockStack:
         blocks: the user's list. Its class is replaced until :meth:`remove`; its children and their names stay.
         name: its name in the model, for errors.
         start: called with the hidden states and all arguments of block 0 when a pass calls it, whichever rank runs it.
+        finish: called after the last block, where another rank runs it.
 
     Attributes:
         start: the argument.
+        finish: the argument.
         size: the number of blocks.
         may_record: whether the blocks may be a model's of transformers, see :mod:`lightning_overlap.model.recorded`.
     """
 
-    def __init__(self, blocks: nn.ModuleList | nn.Sequential, name: str, start: Callable[[Tensor, Any], None] | None = None) -> None:
+    def __init__(
+        self,
+        blocks: nn.ModuleList | nn.Sequential,
+        name: str,
+        start: Callable[[Tensor, Any], None] | None = None,
+        finish: Callable[[], None] | None = None,
+    ) -> None:
         self.blocks = blocks
-        self.start = start
+        self.start, self.finish = start, finish
         self.name = name
         self.size = len(blocks)
         self.may_record = any(is_from_transformers(block) for block in blocks if block is not None)
@@ -321,6 +329,8 @@ class _StandIn:
             from lightning_overlap.model.recorded import add_recorded  # which needs transformers
 
             add_recorded(recorded)
+        if number == self._stack.size - 1 and self._stack.finish is not None:
+            self._stack.finish()
         current_pass.progress.output = tensors_of(result)
         self._start_code_after_block()
         return result

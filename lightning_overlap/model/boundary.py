@@ -19,6 +19,7 @@ from enum import IntEnum
 from functools import partial
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor, nn
 
 from lightning_overlap.decision import ConfigError
@@ -106,6 +107,8 @@ class _Position:
     """The first block was called, and the last one has not returned yet."""
     is_in_block: bool = False
     """A block was called and has not returned yet."""
+    shape: torch.Size | None = None
+    """Of the hidden states of the last block so far, with this rank's tokens and without features; None before the first one."""
 
 
 class Boundary:
@@ -133,7 +136,7 @@ class Boundary:
             has_remote_blocks: whether other ranks run some of the blocks.
         """
         self.has_remote_blocks = has_remote_blocks
-        return BlockStack(blocks, name, self._start_stack if has_remote_blocks else None)
+        return BlockStack(blocks, name, self._start_stack, self._finish_stack) if has_remote_blocks else BlockStack(blocks, name)
 
     def register(self, blocks: Sequence[nn.Module], cut: TokenCut) -> Callable[[], None]:
         """Adds a cut.
@@ -191,8 +194,15 @@ class Boundary:
         for cut in self._cuts:
             cut.start_stack(x, inputs)
 
+    def _finish_stack(self) -> None:
+        """Another rank runs the last block: its hidden states come with all tokens, and what this rank's blocks have recorded not."""
+        if self._cuts and self._position.shape is not None:
+            self._leave_recorded(self._position.shape)
+
     def _after_block(self, block: nn.Module, args: Any, output: Any) -> None:
         self._position.is_in_block = False
+        if self.has_remote_blocks:
+            self._position.shape = hidden_of(output).shape[:-1]
 
     def _after_last_block(self, block: nn.Module, args: Any, output: Any) -> Any:
         x = self._leave(hidden_of(output))
@@ -201,18 +211,21 @@ class Boundary:
 
     def _leave(self, x: Tensor) -> Tensor:
         """All tokens of the last block's hidden states ``x``, and of what a model of transformers has recorded in the blocks."""
+        left = self._leave_cuts(x)
+        if left is not x:
+            self._leave_recorded(x.shape[:-1])
+        return left
 
-        def leave(x: Tensor) -> Tensor:
-            for cut in reversed(self._cuts):
-                x = cut.leave(x)
-            return x
+    def _leave_cuts(self, x: Tensor) -> Tensor:
+        for cut in reversed(self._cuts):
+            x = cut.leave(x)
+        return x
 
-        left = leave(x)
-        if left is not x and self._may_record:
+    def _leave_recorded(self, shape: torch.Size) -> None:
+        if self._may_record:
             from lightning_overlap.model.recorded import leave_recorded  # which needs transformers
 
-            leave_recorded(x, leave, " and ".join(cut.remedy for cut in self._cuts))
-        return left
+            leave_recorded(shape, self._leave_cuts, " and ".join(cut.remedy for cut in self._cuts))
 
     def is_cut(self, nesting: Nesting) -> bool:
         """Whether tokens are sharded at this position."""

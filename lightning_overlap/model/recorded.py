@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from lightning_overlap.decision import ConfigError
@@ -16,11 +17,11 @@ from lightning_overlap.model.block_pass import RemoteTensor
 from lightning_overlap.transformers_seams import recorded_outputs
 
 
-def leave_recorded(x: Tensor, leave: Callable[[Tensor], Tensor], remedy: str) -> None:
+def leave_recorded(shape: torch.Size, leave: Callable[[Tensor], Tensor], remedy: str) -> None:
     """Gives what was recorded in the blocks all tokens, as the hidden states get them. Collective.
 
     Args:
-        x: the hidden states of the last block, with this rank's tokens, ``(..., tokens, features)``.
+        shape: of the hidden states in the blocks, with this rank's tokens and without features: ``(..., tokens)``.
         leave: gives hidden states of that shape all tokens.
         remedy: the setting with which tokens are not sharded, for the error.
 
@@ -33,10 +34,10 @@ def leave_recorded(x: Tensor, leave: Callable[[Tensor], Tensor], remedy: str) ->
             return None
         if isinstance(y, RemoteTensor):
             y = y.current_pass.resolve(y.leaf)
-        if y.shape[:-1] == x.shape[:-1]:
+        if y.shape[:-1] == shape:
             return leave(y)
-        if y.dim() == 2 and len(y) == x.shape[:-1].numel():  # a router's: samples and tokens in one dim
-            return leave(y.unflatten(0, x.shape[:-1])).flatten(0, -2)
+        if y.dim() == 2 and len(y) == shape.numel():  # a router's: samples and tokens in one dim
+            return leave(y.unflatten(0, shape)).flatten(0, -2)
         return y  # of a module that has all tokens
 
     for kind, outputs in recorded_outputs().items():

@@ -20,6 +20,7 @@ from torch.nn import functional as F
 from lightning_overlap.decision import ConfigError
 from lightning_overlap.model.stand_in import AUTOGRAD, METADATA, StandIn
 from lightning_overlap.model.token_shards import TokenShards
+from lightning_overlap.steps.dropout import drops, rank_numbers
 from lightning_overlap.torch_seams import WithoutSubclasses, tree_leaves, tree_map
 
 
@@ -163,6 +164,14 @@ def _each(func: Any, x: ShardedTokens, args: Any, kwargs: Any) -> Any:
 
     args, kwargs = tree_map(local, (args, kwargs))
     return _wrapped(func(*args, **kwargs), x, lambda y: y.dim() - from_end)
+
+
+def _dropped(func: Any, x: ShardedTokens, args: Any, kwargs: Any) -> Any:
+    """Dropout, by masks of this rank."""
+    if not drops(args, kwargs):
+        return _each(func, x, args, kwargs)
+    with rank_numbers(x.shards.group.rank, x.device):
+        return _each(func, x, args, kwargs)
 
 
 def _chosen(func: Any, x: ShardedTokens, args: Any, kwargs: Any) -> Any:
@@ -348,7 +357,7 @@ _EACH = [
     *_named("add sub mul div true_divide floor_divide remainder pow neg abs reciprocal square sqrt rsqrt round sign nan_to_num"),
     *_named("exp exp2 log log1p log2 sigmoid tanh erf sin cos clamp clip clamp_min clamp_max maximum minimum masked_fill lerp"),
     *_named("eq ne lt le gt ge isnan isinf isfinite logical_and logical_or logical_not bitwise_and bitwise_or bitwise_not"),
-    *_named("relu relu6 gelu silu mish leaky_relu elu selu celu softplus logsigmoid softsign hardtanh hardswish hardsigmoid dropout"),
+    *_named("relu relu6 gelu silu mish leaky_relu elu selu celu softplus logsigmoid softsign hardtanh hardswish hardsigmoid"),
     *_named(" ".join(f"__{name}__ __r{name}__" for name in _OPERATORS.split()), Tensor),
     *_named("__neg__ __abs__ __invert__ __eq__ __ne__ __lt__ __le__ __gt__ __ge__", Tensor),
     Tensor.data.__get__,  # type: ignore[attr-defined]
@@ -369,6 +378,7 @@ _RULES: dict[Any, Callable[..., Any]] = {
     **dict.fromkeys(_EACH, _each),
     **{f: partial(_along, position=i, default=dims) for (i, dims), names in _ALONG.items() for f in _named(names)},
     **dict.fromkeys(_named("where"), _chosen),
+    **dict.fromkeys(_named("dropout", torch, F), _dropped),
     torch.linalg.vector_norm: partial(_along, position=2, default=None),
     **dict.fromkeys(_named("linear matmul __matmul__"), _product),
     **dict.fromkeys(_named("layer_norm rms_norm"), _norm),

@@ -108,6 +108,11 @@ class OverlapMode:
         return ()
 
     @property
+    def forward_spans_samples(self) -> bool:
+        """Whether a forward waits for that of ranks which see other samples. All of these must run as many forwards."""
+        return False
+
+    @property
     def uncounted_products(self) -> str:
         """Why torch does not see some of the products of matrices that the mode runs; empty if it sees all."""
         return ""

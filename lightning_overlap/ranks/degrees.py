@@ -47,6 +47,11 @@ class Degrees:
         return self.stage // self.expert if self.expert > 1 else 1
 
     @property
+    def experts_span_samples(self) -> bool:
+        """Whether the experts of some layer are spread over ranks that see different samples: a batch's ranks are no whole groups."""
+        return self.context * self.tensor % self.expert > 0
+
+    @property
     def stage(self) -> int:
         """Ranks of one pipeline stage."""
         return self.data * self.context * self.tensor

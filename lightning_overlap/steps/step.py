@@ -19,6 +19,10 @@ class Step(Protocol):
     key: tuple[int, ...]
     """Identifies the step in the run: the seed, the rank in the ``samples`` group, the epoch, the number of the batch."""
 
+    @property
+    def forward_spans_samples(self) -> bool:
+        """Whether a forward waits for that of ranks which see other samples. All of these must run as many forwards."""
+
     def forward(self, part: Any, number: int) -> Tensor | None:
         """Calls ``training_step`` on one microbatch, and stores its logs under the microbatch's number.
 

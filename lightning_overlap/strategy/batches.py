@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 import os
-from collections.abc import Hashable, Mapping
+from collections.abc import Hashable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -16,8 +16,8 @@ from torch import Tensor
 
 from lightning_overlap.decision import ConfigError
 from lightning_overlap.model.trees import leaves
+from lightning_overlap.modes.base import OverlapMode
 from lightning_overlap.ranks.group import Group
-from lightning_overlap.ranks.mesh import ParallelMesh
 from lightning_overlap.ranks.world import all_gather_objects
 from lightning_overlap.steps.microbatches import shapes_of
 
@@ -125,13 +125,13 @@ def refuse_uneven(batches: Any, purpose: str = "training") -> None:
         )
 
 
-def refuse_uneven_validation(trainer: Trainer, mesh: ParallelMesh) -> None:
-    """Refuses different numbers of validation batches where ranks with other samples hold experts. Collective there.
+def refuse_uneven_validation(trainer: Trainer, modes: Iterable[OverlapMode]) -> None:
+    """Refuses different numbers of validation batches where a forward waits for ranks with other samples. Collective there.
 
     Raises:
         ConfigError: on every rank, if ranks have different numbers of batches.
     """
-    if mesh.size("experts") > mesh.size("sequence"):
+    if any(mode.forward_spans_samples for mode in modes):
         refuse_uneven(trainer.num_sanity_val_batches if trainer.sanity_checking else trainer.num_val_batches, "validation")
 
 

@@ -60,6 +60,10 @@ class DrivenStep:
         self._outputs: dict[int, Any] = {}
         self._logs: dict[int, list[LogRecord]] = {}
 
+    @property
+    def forward_spans_samples(self) -> bool:
+        return any(mode.forward_spans_samples for mode in self._modes)
+
     def forward(self, part: Any, number: int) -> Tensor | None:
         logs = self._logs[number] = []
         seed_generators(self._module, *self.key, number)  # all stages run the user's code, and must draw the same numbers

@@ -389,7 +389,7 @@ class OverlapStrategy(MeshStrategy):
     def on_validation_start(self) -> None:
         self._complete_weights()
         if self._fitting:
-            refuse_uneven_validation(self._module.trainer, self.mesh)
+            refuse_uneven_validation(self._module.trainer, self.modes)
         if self._driver is not None:
             self._driver.start_evaluation()
 

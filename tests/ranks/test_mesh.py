@@ -67,6 +67,9 @@ def test_expert_groups_of_all_worlds():
                 same_experts += [ranks[i::size] for i in range(size)]
             refuse(mesh, "experts", sorted(experts))
             refuse(mesh, "expert_gradients", sorted(same_experts))
+            if pipeline == 1:
+                together = [{mesh.index("samples", rank) for rank in ranks} for ranks in experts]
+                assert mesh.degrees.experts_span_samples == any(len(samples) > 1 for samples in together)
 
 
 def test_the_sampler_gives_each_rank_of_a_batch_the_same_share():

@@ -11,7 +11,7 @@ from lightning.pytorch import LightningModule
 from torch import Tensor
 from torch.utils.data import default_collate
 
-from lightning_overlap import ContextParallel, DataParallel, PipelineParallel, TensorParallel
+from lightning_overlap import ContextParallel, DataParallel, ExpertParallel, PipelineParallel, TensorParallel
 
 STEPS, BATCH, MICROBATCHES = 4, 8, 4
 VOCABULARY, TOKENS, WIDTH = 64, 8, 16
@@ -29,8 +29,11 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "cp": {"context_parallel": ContextParallel(size=2)},
     "cp_a2a": {"context_parallel": ContextParallel(size=2, method="a2a", boundary="blocks")},
     "tp_vocab": {"tensor_parallel": TensorParallel(size=2, vocab_parallel=True)},
+    "ep": {"data_parallel": DataParallel(bucket_size=500), "expert_parallel": ExpertParallel(size=2)},
 }
 """Layouts of two ranks, by name: the arguments of the strategy. What a name begins with is its family."""
+HAVE_OTHER_SAMPLES = ("dp", "ep")
+"""Families in which each rank sees other samples."""
 
 
 def next_tokens(seed: int = 3) -> list[Tensor]:
@@ -70,6 +73,7 @@ class Model:
         collate: makes a batch of samples.
         plan: the strategy's ``parallel_plan``.
         random: it draws random numbers in training, so that its numbers can be compared between ranks only.
+        has_experts: it has experts: the layout ``ep`` is for such models only.
     """
 
     make: Callable[[], LightningModule]
@@ -77,3 +81,4 @@ class Model:
     collate: Callable[[list[Any]], Any] = default_collate
     plan: Mapping[str, str] | None = None
     random: bool = False
+    has_experts: bool = False

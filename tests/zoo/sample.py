@@ -49,4 +49,5 @@ SAMPLE: list[tuple[str, str, str]] = [
     ("mixtral, balanced", "plain", "pp"),
     ("deepseek_v3", "plain", "pp_interleaved"),
     ("olmo2", "plain", "dp"),
+    ("deepseek_v3", "padded", "ep"),
 ]

@@ -33,7 +33,7 @@ SAID = OTHER_OBJECTIVE
 
 
 def no_mean(why: str) -> Row:
-    return {"dp*": as_ddp(why), "pp*": as_microbatches(why, SAID)}
+    return {"dp*": as_ddp(why), "ep": as_ddp(why), "pp*": as_microbatches(why, SAID)}
 
 
 BALANCED = no_mean("how much a batch uses each expert")
@@ -137,7 +137,7 @@ TABLE: dict[str, Row] = {
     "vit": {"tp_vocab": NO_VOCABULARY},
     "gpt_oss": {"tp*": NO_PLAN},
     "gpt_oss, balanced": {**BALANCED, "tp*": NO_PLAN},
-    "llama4": {"tp*": UNKNOWN_STYLE},
+    "llama4": {"tp*": UNKNOWN_STYLE, "ep": refused("has no plan for experts (base_model_ep_plan)")},
     **{f"{name}, balanced": BALANCED for name in ("mixtral", "qwen2_moe", "qwen3_moe", "olmoe")},
     "mixtral, balanced, plan": BALANCED,
 }

@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, DistributedSampler
 
 from lightning_overlap import ConfigError, OverlapStrategy
-from tests.zoo.case import BATCH, LAYOUTS, MICROBATCHES, STEPS, Model
+from tests.zoo.case import BATCH, HAVE_OTHER_SAMPLES, LAYOUTS, MICROBATCHES, STEPS, Model
 from tests.zoo.models import MODELS
 
 logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
@@ -171,7 +171,7 @@ def run(name: str, data: str, layout: str, references: Iterable[str]) -> Report:
     """Trains as one rank of two, and compares with each of the references."""
     model, report, recorder = MODELS[name], Report(), Recorder()
     settings = {"cluster_environment": TorchElasticEnvironment(), "process_group_backend": "gloo", "timeout": TIMEOUT}
-    replicas = 2 if layout.startswith("dp") else 1
+    replicas = 2 if layout.startswith(HAVE_OTHER_SAMPLES) else 1
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         expected = {kind: REFERENCES[kind](name, data) for kind in references}

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from tests.zoo.case import STEPS, Model
+from tests.zoo.case import HAVE_OTHER_SAMPLES, STEPS, Model
 from tests.zoo.training import SAME_LOSS, Report
 
 WHOLE = "one process"
@@ -109,7 +109,7 @@ def judge(model: Model, layout: str, reports: Sequence[Report]) -> Verdict:
             return Verdict("crash", f"refused after {steps} steps: {errors[0]}", words)
         return Verdict("refused", errors[0], words)
     losses = reports[0].losses
-    if layout.startswith("dp"):  # each rank has the losses of its samples; that of the validation is told to all
+    if layout.startswith(HAVE_OTHER_SAMPLES):  # each rank has the losses of its samples; that of the validation is told to all
         losses = [(a + b) / 2 for a, b in zip(reports[0].losses, reports[1].losses, strict=True)]
     elif reports[0].losses != reports[1].losses and not close(reports[0].losses, reports[1].losses):
         return Verdict("differs", f"ranks have other losses: {reports[0].losses} and {reports[1].losses}", words)

@@ -31,6 +31,7 @@ from lightning_overlap.modes.context.config import ContextChoices, ContextParall
 from lightning_overlap.modes.context.layout import TokenLayout
 from lightning_overlap.modes.context.mask import Mask
 from lightning_overlap.modes.context.mode import ContextMode
+from lightning_overlap.modes.context.options import PLAIN, AttentionOptions
 from lightning_overlap.strategy.strategy import OverlapStrategy
 
 
@@ -43,17 +44,16 @@ class PeerAttention(ABC):
 
     order: ClassVar[Literal["balanced", "contiguous"]]
 
-    def __call__(
-        self, q: Tensor, k: Tensor, v: Tensor, mask: Mask, layout: TokenLayout, *, dropout: float = 0.0, **options: Any
-    ) -> Tensor:
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, mask: Mask, layout: TokenLayout, options: AttentionOptions = PLAIN) -> Tensor:
         """See :class:`~lightning_overlap.modes.context.attention.ContextAttention`."""
-        scale, *others = (options.get(name) for name in ("scale", "softcap", "sinks"))
         lengths = {layout.count(rank) for rank in range(layout.size)}
-        if mask.has_tensors or mask.window is not None or others != [None, None] or len(lengths) > 1:
+        has_more = options.softcap is not None or options.sinks is not None
+        if mask.has_tensors or mask.window is not None or has_more or len(lengths) > 1:
             raise ConfigError(
                 "this peer is measured with causal and full masks, no soft caps or sinks, and sequences that the ranks divide"
             )
-        return self.compute(q, k, v, is_causal=mask.causal, scale=scale, dropout_p=dropout, enable_gqa=q.shape[1] != k.shape[1])
+        grouped = q.shape[1] != k.shape[1]
+        return self.compute(q, k, v, is_causal=mask.causal, scale=options.scale, dropout_p=options.dropout, enable_gqa=grouped)
 
     @abstractmethod
     def compute(self, q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:

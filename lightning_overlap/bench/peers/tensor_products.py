@@ -26,7 +26,8 @@ from torch.nn import functional as F
 from lightning_overlap.bench.rows import Row
 from lightning_overlap.bench.skip import Skipped
 from lightning_overlap.modes.tensor.gemm import Exchange
-from lightning_overlap.modes.tensor.linear import PendingInput, gather_input, prepare_input, row_product
+from lightning_overlap.modes.tensor.linear import PendingInput, gather_input, prepare_input
+from lightning_overlap.modes.tensor.row import row_product
 from lightning_overlap.ranks.group import Group
 from lightning_overlap.ranks.world import all_gather_objects, end_world, make_group
 from lightning_overlap.state.pieces import shares

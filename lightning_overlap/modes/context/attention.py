@@ -19,6 +19,7 @@ from lightning_overlap.modes.context.heads import ByHeads, HeadAttention, HeadEx
 from lightning_overlap.modes.context.kernel import Kernel, grad_of_sinks, kernel_for
 from lightning_overlap.modes.context.layout import TokenLayout
 from lightning_overlap.modes.context.mask import Mask
+from lightning_overlap.modes.context.options import PLAIN, AttentionOptions
 from lightning_overlap.modes.context.part import PartOfHeads, TileMasks
 from lightning_overlap.modes.context.pieces import PieceMethod, Plans, make_plan
 from lightning_overlap.ranks.group import Group
@@ -121,11 +122,7 @@ class ContextAttention:
         v: Tensor,
         mask: Mask,
         layout: TokenLayout,
-        *,
-        scale: float | None = None,
-        dropout: float = 0.0,
-        softcap: float | None = None,
-        sinks: Tensor | None = None,
+        options: AttentionOptions = PLAIN,
     ) -> Tensor:
         """The output for this rank's tokens. Collective over the group; differentiable once.
 
@@ -137,10 +134,7 @@ class ContextAttention:
             v: ``(B, heads, s, D)``; its D may be another one.
             mask: of the whole sequence, the same on all ranks.
             layout: which tokens each rank has, the same on all ranks.
-            scale: the logits are multiplied by it; None: 1 / sqrt(D).
-            dropout: probability with which a pair is dropped, by numbers of torch's generator.
-            softcap: the logits become ``softcap * tanh(logits / softcap)``, before the mask.
-            sinks: ``(H,)``, a logit a head that takes weight and has no value. Its gradient is that of this rank's tokens and heads.
+            options: of the attention.
 
         Returns:
             ``(B, H, s, D of v)``, in the dtype of ``q``.
@@ -152,17 +146,16 @@ class ContextAttention:
         self._check(q, k, v, mask, layout)
         device = q.device.type
         q, k, v = _autocast(q, k, v)
-        seed = int(torch.randint(1 << 62, ()).item()) if dropout else 0
-        kernel = self._kernels(q, v, 1 / math.sqrt(q.shape[-1]) if scale is None else scale, dropout, softcap, seed)
+        kernel = self._kernels(q, v, _scale(q, options), options.dropout, options.softcap, _seed(options))
         with torch.autocast(device, enabled=False):
             if self._inner.size > 1:
-                return HeadAttention.apply(q, k, v, sinks, self._by_heads(q.shape[1], k.shape[1], kernel, mask, layout))
+                return HeadAttention.apply(q, k, v, options.sinks, self._by_heads(q.shape[1], k.shape[1], kernel, mask, layout))
             part = PartOfHeads(mask, range(q.shape[1]), kernel, self._overlapped, self._masks)
             plan = self._plans.of(mask, layout, self._group.rank)
             make = partial(EXCHANGES[self._pieces], self._outer, plan)
             # Saved tensors that go elsewhere (an activation checkpoint, an offload to the host) are not kept for the chain.
             chain = self._chain() if self._chain is not None and self._overlapped and saved_tensor_hooks() is None else None
-            return _PieceAttention.apply(q, k, v, sinks, part, make, chain)
+            return _PieceAttention.apply(q, k, v, options.sinks, part, make, chain)
 
     def most_received(self, mask: Mask, layout: TokenLayout) -> int:
         """Of ``p2p``: the tokens whose keys and values travel to the rank that receives most of them."""
@@ -203,25 +196,23 @@ class UnshardedAttention:
     def __init__(self, group: Group) -> None:
         self._peers = Peers(group, [group.rank])
 
-    def __call__(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        mask: Mask,
-        *,
-        scale: float | None,
-        dropout: float,
-        softcap: float | None,
-        sinks: Tensor | None,
-    ) -> Tensor:
-        """As :class:`ContextAttention`; nothing is dropped."""
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, mask: Mask, options: AttentionOptions) -> Tensor:
+        """As :class:`ContextAttention`. Not collective."""
         q, k, v = _autocast(q, k, v)
-        kernel = kernel_for(q, v, 1 / math.sqrt(q.shape[-1]) if scale is None else scale, softcap=softcap)
+        kernel = kernel_for(q, v, _scale(q, options), options.dropout, options.softcap, _seed(options))
         plan = make_plan(mask, TokenLayout.contiguous(mask.tokens, 1), 0, 1, "p2p")
         part = PartOfHeads(mask, range(q.shape[1]), kernel, False, TileMasks())
         with torch.autocast(q.device.type, enabled=False):
-            return _PieceAttention.apply(q, k, v, sinks, part, partial(EXCHANGES["p2p"], self._peers, plan), None)
+            return _PieceAttention.apply(q, k, v, options.sinks, part, partial(EXCHANGES["p2p"], self._peers, plan), None)
+
+
+def _seed(options: AttentionOptions) -> int:
+    """The seed of what dropout drops, a number of torch's generator."""
+    return int(torch.randint(1 << 62, ()).item()) if options.dropout else 0
+
+
+def _scale(q: Tensor, options: AttentionOptions) -> float:
+    return 1 / math.sqrt(q.shape[-1]) if options.scale is None else options.scale
 
 
 def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:

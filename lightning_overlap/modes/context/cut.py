@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from torch.autograd import Function
 
 from lightning_overlap.decision import ConfigError
-from lightning_overlap.model.blocks import is_from_transformers
 from lightning_overlap.model.boundary import Boundary, Nesting, TokenCut
 from lightning_overlap.model.sharded_tokens import ShardedTokens
 from lightning_overlap.model.token_shards import TokenShards
@@ -46,7 +45,7 @@ class Sharding:
     def of(cls, layout: TokenLayout, group: Group, batch: int | None) -> Sharding:
         positions = tuple(layout.positions(rank) for rank in range(group.size))
         shards = TokenShards(group, positions, layout.tokens)
-        return cls(layout, shards, LocalTokens(layout.tokens, shards.local), batch)
+        return cls(layout, shards, LocalTokens(layout.tokens, shards.local, group.rank), batch)
 
 
 @dataclass
@@ -55,20 +54,22 @@ class ContextState:
 
     Attributes:
         sharding: of the call of the model that runs; None before the first block, and in a call that is not sharded.
+        short: all tokens of a sequence that has fewer than there are ranks, without a sharding: each rank computes them all.
         by_mask: the sharding of each call in which blocks were given a mask: a checkpoint may run a block of an earlier call again.
         by_tokens: under ``boundary: batch`` the sharding of embeddings, by number of tokens.
         gathers: tokens are gathered after the last block.
     """
 
     sharding: Sharding | None = None
-    by_mask: MutableMapping[Mask, Sharding] = field(default_factory=WeakKeyDictionary)
+    short: LocalTokens | None = None
+    by_mask: MutableMapping[Mask, Sharding | None] = field(default_factory=WeakKeyDictionary)
     by_tokens: dict[int, Sharding] = field(default_factory=dict)
     gathers: bool = False
 
     @property
     def local(self) -> LocalTokens | None:
-        """The tokens of this rank; None: all of them."""
-        return None if self.sharding is None else self.sharding.local
+        """The tokens of this rank; None: all of them, and attention is what the user wrote."""
+        return self.short if self.sharding is None else self.sharding.local
 
 
 class ContextCut(TokenCut):
@@ -81,14 +82,24 @@ class ContextCut(TokenCut):
         where: ``loss``, ``blocks`` or ``batch``: where tokens are sharded, see
             :class:`~lightning_overlap.modes.context.config.ContextParallel`.
         is_unsharded: whether the present forward runs with all tokens on every rank.
+        needs_tokens: whether the blocks cannot compute without tokens, as those of transformers.
     """
 
     nesting = Nesting.TOKENS
     remedy = "set context_parallel: 1"
 
-    def __init__(self, group: Group, boundary: Boundary, order: str, where: str, is_unsharded: Callable[[], bool]) -> None:
+    def __init__(
+        self,
+        group: Group,
+        boundary: Boundary,
+        order: str,
+        where: str,
+        *,
+        is_unsharded: Callable[[], bool],
+        needs_tokens: bool,
+    ) -> None:
         self._group, self._boundary, self._order, self._where = group, boundary, order, where
-        self._is_unsharded = is_unsharded
+        self._is_unsharded, self._needs_tokens = is_unsharded, needs_tokens
 
     @property
     def state(self) -> ContextState:
@@ -96,9 +107,12 @@ class ContextCut(TokenCut):
         return self._boundary.forwards.current.of(ContextState)
 
     def start_stack(self, x: Tensor, inputs: Any) -> None:
-        state = self.state
+        state, tokens = self.state, x.shape[-2]
         if self._is_unsharded():
-            state.sharding = None
+            state.sharding = state.short = None
+            return
+        if self._is_short(tokens):
+            state.sharding, state.short = None, LocalTokens(tokens, torch.arange(tokens))
             return
         batch = x.shape[0] if x.dim() > 2 else None
         if isinstance(x, ShardedTokens):  # of embeddings, or of a model that goes through its blocks again
@@ -114,17 +128,21 @@ class ContextCut(TokenCut):
                 "the module that makes them, token by token, the role token_wise in parallel_plan, or set context_parallel.boundary: "
                 "loss"
             )
-        layout = self._lay_out(x.shape[-2], next(_masks(inputs), None))
+        layout = self._lay_out(tokens, next(_masks(inputs), None))
         state.sharding = Sharding.of(layout, self._group, batch)
 
     def shards_of_embeddings(self, tokens: int) -> TokenShards | None:
         """Which tokens each rank has of a sequence before the blocks; None: all of them."""
-        if self._is_unsharded():
+        if self._is_unsharded() or self._is_short(tokens):
             return None
         by_tokens = self.state.by_tokens
         if tokens not in by_tokens:
             by_tokens[tokens] = Sharding.of(self._lay_out(tokens, None), self._group, None)
         return by_tokens[tokens].shards
+
+    def _is_short(self, tokens: int) -> bool:
+        """Whether a sequence has no tokens for some ranks, which could not compute without."""
+        return self._needs_tokens and tokens < self._group.size
 
     def _lay_out(self, tokens: int, mask: Mask | None) -> TokenLayout:
         """The layout of a sequence; ``mask`` is that of the first block, which all stages of a pipeline see."""
@@ -140,18 +158,12 @@ class ContextCut(TokenCut):
 
     def start_block(self, block: nn.Module, x: Tensor, inputs: Any) -> None:
         state = self.state
-        if state.sharding is None:
-            return
         if self._boundary.forwards.current.in_backward:
             state.sharding = next((state.by_mask[mask] for mask in _masks(inputs) if mask in state.by_mask), state.sharding)
             return
-        tokens, ranks = state.sharding.layout.tokens, self._group.size
-        if tokens < ranks and is_from_transformers(block):
-            raise ConfigError(
-                f"a sequence of {tokens} tokens has none for some of the context_parallel.size={ranks} ranks, and models of "
-                f"transformers cannot compute without tokens. Pad the batch to {ranks} tokens, or {self.remedy}"
-            )
         state.by_mask.update(dict.fromkeys(_masks(inputs), state.sharding))
+        if state.sharding is None:
+            return
         # A reentrant checkpoint, which alone trains without gradients, takes ordinary tensors from a block, and gives it such.
         is_reentrant = block.training and not torch.is_grad_enabled()
         if is_reentrant and self._where == "batch":

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from lightning_overlap.decision import ConfigError
 from lightning_overlap.model.patches import replace_method
 from lightning_overlap.modes.context.mask import Mask, Rule
+from lightning_overlap.modes.context.options import AttentionOptions
 from lightning_overlap.modes.context.seam import attend_locally
 from lightning_overlap.torch_seams import IndexedByTensors
 from lightning_overlap.transformers_seams import (
@@ -109,8 +110,8 @@ def attention(
         )
     causal = options.get("is_causal")
     causal = bool(getattr(module, "is_causal", True)) if causal is None else causal
-    extra: dict[str, Any] = {"softcap": options.get("softcap"), "sinks": options.get("s_aux")}
-    output = attend_locally(*(query, key, value, attention_mask), is_causal=causal, scale=scaling, dropout=dropout, **extra)
+    chosen = AttentionOptions(scale=scaling, dropout=dropout, softcap=options.get("softcap"), sinks=options.get("s_aux"))
+    output = attend_locally(query, key, value, attention_mask, chosen, is_causal=causal)
     return output.transpose(1, 2).contiguous(), None
 
 

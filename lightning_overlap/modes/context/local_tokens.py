@@ -17,10 +17,12 @@ class LocalTokens:
     Attributes:
         tokens: length S of the sequence.
         positions: of this rank's tokens, ``(s,)``, int64, ascending.
+        rank: this rank among those that have the other tokens; None: each rank has all tokens.
     """
 
     tokens: int
     positions: Tensor
+    rank: int | None = None
     _latest: tuple[Tensor, int, Mask] | None = field(default=None, init=False, repr=False)
 
     @property

@@ -11,6 +11,7 @@ from lightning_overlap.modes.context.attention import ContextAttention
 from lightning_overlap.modes.context.config import BY_MASK, METHODS, Method, sent_by_a2a, sent_by_p2p
 from lightning_overlap.modes.context.layout import TokenLayout
 from lightning_overlap.modes.context.mask import Mask
+from lightning_overlap.modes.context.options import PLAIN, AttentionOptions
 from lightning_overlap.ranks.group import Group
 
 
@@ -41,12 +42,12 @@ class AttentionByMask:
             if method in used
         }
 
-    def __call__(self, q: Tensor, k: Tensor, v: Tensor, mask: Mask, layout: TokenLayout, **options: Any) -> Tensor:
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, mask: Mask, layout: TokenLayout, options: AttentionOptions = PLAIN) -> Tensor:
         """As :class:`ContextAttention`."""
         method = self._methods["full_attention" if mask.window is None else "sliding_attention"]
         if method == BY_MASK:
             method = self._fewest_bytes(q.shape[1], k.shape[1], mask, layout)
-        return self._attentions[method](q, k, v, mask, layout, **options)
+        return self._attentions[method](q, k, v, mask, layout, options)
 
     def _fewest_bytes(self, heads: int, kv_heads: int, mask: Mask, layout: TokenLayout) -> Method:
         """The same on all ranks, which make the same plans."""

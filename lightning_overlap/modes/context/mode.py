@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,7 @@ from lightning_overlap.model.patches import replace_method
 from lightning_overlap.modes.base import Setup, Sharder
 from lightning_overlap.modes.context import seam
 from lightning_overlap.modes.context.arguments import token_table_forward
+from lightning_overlap.modes.context.attention import UnshardedAttention
 from lightning_overlap.modes.context.block_shards import ContextShards
 from lightning_overlap.modes.context.config import ContextChoices, ContextFacts, ContextParallel
 from lightning_overlap.modes.context.cut import ContextCut, ContextState
@@ -26,6 +27,7 @@ from lightning_overlap.modes.context.exchange import Chain
 from lightning_overlap.modes.context.local_tokens import LocalTokens
 from lightning_overlap.modes.context.mask import Mask
 from lightning_overlap.modes.context.methods import AttentionByMask
+from lightning_overlap.modes.context.options import AttentionOptions
 from lightning_overlap.modes.context.refusals import find_mixers
 from lightning_overlap.ranks.group import Group
 from lightning_overlap.torch_seams import is_compiled, is_guard_failure
@@ -58,6 +60,7 @@ class ContextMode(Sharder):
             hierarchical_sizes=None if sizes is None else (sizes[0], sizes[1]),
             chain=lambda: setup.boundary.forwards.current.of(Chain),
         )
+        self._unsharded_attention = UnshardedAttention(self.group)
         self._undo: list[Callable[[], None]] = []
         self._model: nn.Module | None = None
         self._in_trial = False
@@ -86,8 +89,14 @@ class ContextMode(Sharder):
         named = {f"{name}.{number}": block for number, block in enumerate(blocks)}
         attentionless = frozenset(names_by_role(model, self.setup.roles, "token_wise")) & named.keys()
         self._undo.append(seam.install(named, self._attend, local, attentionless=attentionless))
-        is_unsharded = self._switch_hugging_face(model, blocks)
-        cut = ContextCut(self.group, boundary, self.choices.order.value, self.choices.boundary.value, is_unsharded)
+        cut = ContextCut(
+            self.group,
+            boundary,
+            self.choices.order.value,
+            self.choices.boundary.value,
+            is_unsharded=self._switch_hugging_face(model, blocks),
+            needs_tokens=any(map(is_from_transformers, blocks)),
+        )
         self._undo.append(boundary.register(blocks, cut))
         if self.choices.boundary.value == "batch":
             for path in find_embeddings(model, name, self.setup.roles):
@@ -121,14 +130,15 @@ class ContextMode(Sharder):
         self._undo.clear()
         self.setup.boundary.start_forward()  # what was prepared is of the sharded model
 
-    def _attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Mask, **options: Any) -> Tensor:
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Mask, options: AttentionOptions) -> Tensor:
         """Attention of this rank's queries over the keys of all ranks; see :class:`AttentionByMask`."""
         if self._in_trial:
-            options["dropout"] = 0.0
+            options = replace(options, dropout=0.0)
         state = self.setup.boundary.forwards.current.of(ContextState)
         sharding = state.by_mask.get(mask, state.sharding)
-        assert sharding is not None, "a block that runs has entered the stack"
-        return self._attention(q, k, v, mask, sharding.layout, **options)
+        if sharding is None:  # a short sequence
+            return self._unsharded_attention(q, k, v, mask, options)
+        return self._attention(q, k, v, mask, sharding.layout, options)
 
     @contextmanager
     def unsharded(self) -> Iterator[None]:

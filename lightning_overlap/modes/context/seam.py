@@ -1,7 +1,8 @@
 """Attention inside the blocks goes to a function of ours: the place where a rank's queries meet the keys of all ranks.
 
 ``F.scaled_dot_product_attention`` and torch's multi-head attention are taken over while a block, or a module in it, runs: also when an
-activation checkpoint runs it again in backward. Attention outside the blocks (a vision tower) stays as it is.
+activation checkpoint runs it again in backward. Attention outside the blocks (a vision tower) stays as it is. Dropout draws masks of
+this rank there, since the ranks have different tokens.
 """
 
 from __future__ import annotations
@@ -21,6 +22,8 @@ from lightning_overlap.decision import ConfigError
 from lightning_overlap.model.patches import replace_method
 from lightning_overlap.modes.context.local_tokens import LocalTokens
 from lightning_overlap.modes.context.mask import Mask
+from lightning_overlap.modes.context.options import AttentionOptions
+from lightning_overlap.steps.dropout import DROPOUT_FUNCTIONS, drops, drops_samples, rank_numbers
 from lightning_overlap.torch_seams import is_compiled, saved_tensor_hooks
 
 TORCH_ATTENTION = F.scaled_dot_product_attention
@@ -30,18 +33,7 @@ TORCH_ATTENTION = F.scaled_dot_product_attention
 class Attend(Protocol):
     """Attention of this rank's queries to the keys of all ranks."""
 
-    def __call__(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        mask: Mask,
-        *,
-        scale: float | None,
-        dropout: float,
-        softcap: float | None,
-        sinks: Tensor | None,
-    ) -> Tensor:
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, mask: Mask, options: AttentionOptions) -> Tensor:
         """Gives ``(B, H, s, D)``.
 
         Args:
@@ -49,21 +41,20 @@ class Attend(Protocol):
             k: keys of this rank's tokens, ``(B, Hkv, s, D)``; H is a multiple of Hkv.
             v: values, like the keys.
             mask: which keys of the whole sequence each query sees.
-            scale: of the logits; None: ``D ** -0.5``.
-            dropout: the probability.
-            softcap: logits x become ``softcap * tanh(x / softcap)``; None: they stay.
-            sinks: a logit a head, ``(H,)``, that takes part in the softmax and has no value; None: there are none.
+            options: of the attention.
         """
 
 
-def attend_locally(q: Tensor, k: Tensor, v: Tensor, mask: Mask | Tensor | None, *, is_causal: bool, **options: Any) -> Tensor:
+def attend_locally(
+    q: Tensor, k: Tensor, v: Tensor, mask: Mask | Tensor | None, options: AttentionOptions, *, is_causal: bool
+) -> Tensor:
     """Attention of a model that calls us by name (Hugging Face's). A block's seam takes it, as it takes torch's own function.
 
     Args:
         q: as in :class:`Attend`; so are ``k`` and ``v``.
         mask: a tensor: broadcastable to ``(B, H, S, S)``.
+        options: of the attention.
         is_causal: whether attention is causal if there is no mask.
-        options: ``scale``, ``dropout``, ``softcap`` and ``sinks``, as in :class:`Attend`.
 
     Raises:
         ConfigError: it is called outside the blocks.
@@ -73,7 +64,7 @@ def attend_locally(q: Tensor, k: Tensor, v: Tensor, mask: Mask | Tensor | None, 
             "an attention outside the blocks has the same config as those inside (an encoder beside a decoder, say): context "
             "parallelism shards one stack of blocks. Give the other one a copy of the config, or set context_parallel: 1"
         )
-    result: Tensor = handle_torch_function(attend_locally, (q, k, v), q, k, v, mask, is_causal=is_causal, **options)
+    result: Tensor = handle_torch_function(attend_locally, (q, k, v), q, k, v, mask, options, is_causal=is_causal)
     return result
 
 
@@ -202,6 +193,11 @@ class _Seam(TorchFunctionMode):
             return self._named_attention(*args, **kwargs)
         if func is F.multi_head_attention_forward:
             return self._multi_head(*args, **kwargs)
+        if func in DROPOUT_FUNCTIONS and self._local.rank is not None and drops(args, kwargs):
+            x: Tensor = args[0] if args else kwargs["input"]
+            if not drops_samples(x):
+                with rank_numbers(self._local.rank, x.device):
+                    return func(*args, **kwargs)
         return func(*args, **kwargs)
 
     # -- the functions that are taken over -----------------------------------------------------------------------------------
@@ -222,12 +218,12 @@ class _Seam(TorchFunctionMode):
             q, k, v = (x.unsqueeze(1) for x in (query, key, value))
             return self._product_attention(q, k, v, bias, dropout_p, is_causal, scale).squeeze(1)
         mask = Mask(self._local.tokens, causal=is_causal) if attn_mask is None else self._mask_of(attn_mask)
-        return self._call(query, key, value, mask, scale=scale, dropout=dropout_p)
+        return self._call(query, key, value, mask, AttentionOptions(scale=scale, dropout=dropout_p))
 
-    def _named_attention(self, q: Tensor, k: Tensor, v: Tensor, mask: Any, *, is_causal: bool, **options: Any) -> Tensor:
+    def _named_attention(self, q: Tensor, k: Tensor, v: Tensor, mask: Any, options: AttentionOptions, *, is_causal: bool) -> Tensor:
         if mask is None:
             mask = Mask(self._local.tokens, causal=is_causal)
-        return self._call(q, k, v, self._mask_of(mask) if isinstance(mask, Tensor) else mask, **options)
+        return self._call(q, k, v, self._mask_of(mask) if isinstance(mask, Tensor) else mask, options)
 
     def _multi_head(self, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, None]:
         """``nn.MultiheadAttention``'s function, which does not reach ours from inside: tokens are its first dim, ``(s, B, E)``."""
@@ -250,24 +246,14 @@ class _Seam(TorchFunctionMode):
             keys=None if padding is None else self._keys(padding),
             bias=None if causal or bias is None else self._checked(_allowed(bias, options["num_heads"])),
         )
-        output = self._call(q, k, v, mask, dropout=options["dropout_p"] if options["training"] else 0.0)
+        dropout = options["dropout_p"] if options["training"] else 0.0
+        output = self._call(q, k, v, mask, AttentionOptions(dropout=dropout))
         return F.linear(output.permute(2, 0, 1, 3).flatten(-2), options["out_proj_weight"], options["out_proj_bias"]), None
 
-    def _call(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        mask: Mask,
-        *,
-        scale: float | None = None,
-        dropout: float = 0.0,
-        softcap: float | None = None,
-        sinks: Tensor | None = None,
-    ) -> Tensor:
+    def _call(self, q: Tensor, k: Tensor, v: Tensor, mask: Mask, options: AttentionOptions) -> Tensor:
         self._check(q, k, v, mask)
         self.calls += 1
-        return self._attend(q, k, v, mask, scale=scale, dropout=dropout, softcap=softcap, sinks=sinks)
+        return self._attend(q, k, v, mask, options)
 
     # -- checks --------------------------------------------------------------------------------------------------------------
 

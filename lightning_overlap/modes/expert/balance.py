@@ -96,7 +96,7 @@ class Balance:
         self._devices = [next(router.module.parameters()).device for router in routers]
         self._pending: Pending | None = None
         uncounted = [router for router in routers if not isinstance(router.module, TopKRouter) or not router.rate]
-        self._undo = [replace_method(r.module, "forward", partial(_route, r, r.module.forward)) for r in uncounted]
+        self._undo = [replace_method(r.module, "forward", partial(self._route, r, r.module.forward)) for r in uncounted]
         for router in routers:
             bias: Any = getattr(router.module, BIAS, None)
             if router.rate and bias.dtype != torch.float32:  # a step of the bias is lost in 16 bits
@@ -166,22 +166,22 @@ class Balance:
         for router in self._routers:
             router.module.tokens_per_expert = None
 
+    def _route(self, router: Router, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """The forward of a router that does not count itself. Also a forward between two steps sees biases that have moved.
 
-def _route(router: Router, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """The forward of a router that does not count itself.
-
-    It is not a hook, because shared experts under dispatch may call the forward before the block calls the module.
-    """
-    output = forward(*args, **kwargs)
-    if not isinstance(output, tuple) or len(output) < 3:
-        raise ConfigError(
-            f"{router.name} returns {type(output).__name__}, so its tokens cannot be counted: a router returns logits, the weights of "
-            "the chosen experts and the experts. Leave expert_parallel.log_expert_load and update_bias_rate out"
-        )
-    logits, weights, indices, *rest = output
-    if not router.module.training or not weights.requires_grad:
-        return output
-    return logits, count_in_backward(router.module, weights, indices, router.experts), indices, *rest
+        It is not a hook, because shared experts under dispatch may call the forward before the block calls the module.
+        """
+        self.apply()
+        output = forward(*args, **kwargs)
+        if not isinstance(output, tuple) or len(output) < 3:
+            raise ConfigError(
+                f"{router.name} returns {type(output).__name__}, so its tokens cannot be counted: a router returns logits, the "
+                "weights of the chosen experts and the experts. Leave expert_parallel.log_expert_load and update_bias_rate out"
+            )
+        logits, weights, indices, *rest = output
+        if not router.module.training or not weights.requires_grad:
+            return output
+        return logits, count_in_backward(router.module, weights, indices, router.experts), indices, *rest
 
 
 class _Summed(Function):
@@ -244,6 +244,9 @@ class RankBalance:
         setup: of the mode.
         model: the user's, whose tokens the outer modes shard already.
         routers: whose tokens are counted; empty: none are.
+
+    Attributes:
+        spans_samples: whether a forward sums over ranks that see other samples.
     """
 
     def __init__(self, setup: Setup, model: nn.Module, routers: Sequence[Router]) -> None:
@@ -253,6 +256,7 @@ class RankBalance:
         self._averaged = mesh.size("context")
         has_losses = any(layer.has_loss for layer in self._layers)
         in_batches = [layer for layer in self._layers if layer.global_batch_balance]
+        self.spans_samples = bool(in_batches) and mesh.size("samples") > 1
         self._sequence: Group | None = None
         self._stage: Group | None = None
         different: GroupName = "sequence" if sharded else "context"

@@ -113,11 +113,6 @@ class ExpertChoices(Choices):
 
 def decide(config: ExpertParallel, degrees: Degrees, facts: Facts, *, overlap: bool) -> ExpertChoices | None:
     """The home of this mode's gates; see :class:`lightning_overlap.modes.descriptor.Decide`."""
-    if degrees.gradients == 1 and degrees.expert_gradients > 1:
-        raise ConfigError(
-            f"expert_parallel.size={config.size} leaves the same experts on {degrees.expert_gradients} tensor ranks, and without data "
-            f"or context ranks nothing sums their gradients; set expert_parallel.size: {degrees.stage}, or use data ranks"
-        )
     model = facts.of(ExpertFacts)
     balance = _balance(config, model)
     if config.size == 1:

@@ -1,7 +1,12 @@
-"""Runs the experts of a layer that are spread over ranks: rows travel to the ranks of their experts, and back."""
+"""Runs the experts of a layer that are spread over ranks.
+
+Rows travel to the ranks of their experts, and back (:class:`ExpertDispatch`); or tokens travel to all ranks
+(:class:`~lightning_overlap.modes.expert.gather.GatherDispatch`).
+"""
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -19,11 +24,8 @@ COUNTS_KEY = 0
 
 
 @dataclass(frozen=True)
-class ExpertDispatch:
+class Dispatch(ABC):
     """Runs the experts of one layer.
-
-    The rows of an expert are in one order, by rank and token, and products are those of ``layout`` with and without overlap: the
-    results are the same, bit for bit.
 
     Attributes:
         group: the ranks over which the experts are spread.
@@ -37,6 +39,7 @@ class ExpertDispatch:
     overlap: bool = True
     delay_wgrad: bool = False
 
+    @abstractmethod
     def __call__(
         self, hidden: Tensor, indices: Tensor, weights: Tensor, experts: LocalExperts, shared: Callable[[], object] | None = None
     ) -> Tensor:
@@ -52,6 +55,18 @@ class ExpertDispatch:
         Returns:
             ``(T, H)``, in the dtype of ``hidden``.
         """
+
+
+class ExpertDispatch(Dispatch):
+    """Sends a token once for each of its experts.
+
+    The rows of an expert are in one order, by rank and token, and products are those of ``layout`` with and without overlap: the
+    results are the same, bit for bit.
+    """
+
+    def __call__(
+        self, hidden: Tensor, indices: Tensor, weights: Tensor, experts: LocalExperts, shared: Callable[[], object] | None = None
+    ) -> Tensor:
         routing = self._route(indices)
         parts = len(routing.parts)
         dispatches, combines = (

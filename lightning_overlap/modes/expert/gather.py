@@ -8,33 +8,24 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from lightning_overlap.modes.expert.dispatch import Dispatch
 from lightning_overlap.modes.expert.exchange import AllToAll, Passage, Post, Wait
 from lightning_overlap.modes.expert.grouped import ExpertsForward, LocalExperts
-from lightning_overlap.modes.expert.layout import Layout
-from lightning_overlap.ranks.group import Group
 
 COUNTS_KEY, INDICES_KEY, FIRST_KEY = 0, 1, 2
 """Keys of the exchanges of counts and indices, and the first one of the parts."""
 
 
-@dataclass(frozen=True)
-class GatherDispatch:
-    """Runs the experts of one layer. A part is some tokens of each rank. For the attributes see :class:`ExpertDispatch`."""
-
-    group: Group
-    layout: Layout
-    overlap: bool = True
-    delay_wgrad: bool = False
+class GatherDispatch(Dispatch):
+    """Sends each token once to every rank. A part is some tokens of each rank."""
 
     def __call__(
         self, hidden: Tensor, indices: Tensor, weights: Tensor, experts: LocalExperts, shared: Callable[[], object] | None = None
     ) -> Tensor:
-        """Sends each token to all ranks and sums what these return. Collective. For the arguments see :class:`ExpertDispatch`."""
         counts = self._to_all(torch.tensor([[len(hidden)]], device=hidden.device), COUNTS_KEY, "expert.counts")
         tokens: list[int] = counts.flatten().tolist()
         by_rank = self._to_all(indices, INDICES_KEY, "expert.indices", tokens).split(tokens)

@@ -17,7 +17,7 @@ from lightning_overlap.modes.base import Setup, Squares
 from lightning_overlap.modes.expert.balance import RankBalance, find_routers
 from lightning_overlap.modes.expert.common_tokens import gather_parts, take_part
 from lightning_overlap.modes.expert.config import ExpertChoices, ExpertFacts, ExpertParallel
-from lightning_overlap.modes.expert.dispatch import ExpertDispatch
+from lightning_overlap.modes.expert.dispatch import Dispatch, ExpertDispatch
 from lightning_overlap.modes.expert.gather import GatherDispatch
 from lightning_overlap.modes.expert.grouped import LocalExperts
 from lightning_overlap.modes.expert.layout import Layout
@@ -33,7 +33,8 @@ class ExpertMode(PieceHolder):
     """See the module's docstring.
 
     The gradient of an expert is the sum over the tokens that all ranks have sent to it. The data mode sums it over the ranks with the
-    same experts, and divides it by the number of ranks that average gradients, like all others.
+    same experts, and divides it by the number of ranks that average gradients, like all others. In a trial, and where there is no data
+    mode, since all ranks of a stage are tensor ranks, this mode does it.
     """
 
     name = "expert"
@@ -53,7 +54,6 @@ class ExpertMode(PieceHolder):
         self._tensor = self.mesh.group("tensor", self.timeout, "expert") if self.mesh.size("tensor") > 1 else None
         for group in filter(None, (self.group, self._tensor)):
             group.before_wait = setup.lanes.hand_over
-        # In a trial, the data mode does not sum gradients.
         self._same = self.mesh.group("expert_gradients", self.timeout)
         self._samples = self.mesh.group("samples", self.timeout)
         self._undo: list[Callable[[], object]] = []
@@ -65,6 +65,10 @@ class ExpertMode(PieceHolder):
     def groups(self) -> tuple[Group, ...]:
         groups = [self.group, self._same, self._samples, *(self._balance.groups if self._balance is not None else ())]
         return tuple(groups if self._tensor is None else [*groups, self._tensor])
+
+    @property
+    def forward_spans_samples(self) -> bool:
+        return self.mesh.degrees.experts_span_samples or (self._balance is not None and self._balance.spans_samples)
 
     # -- set-up ------------------------------------------------------------------------------------------------------
 
@@ -112,7 +116,7 @@ class ExpertMode(PieceHolder):
                 overlapped = self.choices.overlap_shared_experts.value
                 self._undo += SharedExperts(model, layer, order, dispatch, forwards, overlapped=overlapped).install()
 
-    def _make_dispatch(self, layer: ExpertLayer) -> ExpertDispatch | GatherDispatch:
+    def _make_dispatch(self, layer: ExpertLayer) -> Dispatch:
         split, parts = self.choices.split.value, self.choices.parts.value
         assert split != "auto", "the model is known"
         assert parts != "auto", "the model is known"
@@ -127,14 +131,14 @@ class ExpertMode(PieceHolder):
     def _dispatch(
         self,
         layer: ExpertLayer,
-        dispatch: ExpertDispatch | GatherDispatch,
+        dispatch: Dispatch,
         experts: LocalExperts,
         hidden: Tensor,
         indices: Tensor,
         weights: Tensor,
         shared: Callable[[], None] | None,
     ) -> Tensor:
-        """The forward of the experts' module: for the arguments see :class:`ExpertDispatch`. Collective."""
+        """The forward of the experts' module: for the arguments see :class:`Dispatch`. Collective."""
         if hidden.dim() != 2 or indices.shape != weights.shape or len(indices) != len(hidden):
             raise ConfigError(
                 f"{layer.name} is called with hidden states, indices and weights of the shapes {tuple(hidden.shape)}, "
@@ -185,10 +189,13 @@ class ExpertMode(PieceHolder):
         self.setup.boundary.finish_backward()
         if self._held:
             return
-        if not self._in_trial:  # the data mode sums the gradients
-            if self._balance is not None and self._balance.counts is not None:
-                self._balance.counts.post()
-            return
+        if not self._in_trial and self._balance is not None and self._balance.counts is not None:
+            self._balance.counts.post()
+        if self._in_trial or self.mesh.size("gradients") == 1:
+            self._sum_gradients()
+
+    def _sum_gradients(self) -> None:
+        """Sums the gradients of experts over the ranks with the same experts. Collective."""
         for parameter in self.partition.parameters.values():
             if parameter.grad is not None:
                 self._same.sum(parameter.grad).div_(self.mesh.size("context"))

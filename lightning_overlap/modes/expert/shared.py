@@ -25,7 +25,7 @@ from lightning_overlap.model.patches import Hook, replace_method
 from lightning_overlap.steps.forward import Forwards
 from lightning_overlap.torch_seams import is_view_of, version_of
 
-Dispatch = Callable[..., Tensor]
+RoutedExperts = Callable[..., Tensor]
 """Computes routed experts: hidden states ``(T, H)``, indices and weights ``(T, k)``, and ``shared``: what to compute while tokens
 travel, or None."""
 
@@ -183,7 +183,7 @@ class SharedExperts:
     """
 
     def __init__(
-        self, model: nn.Module, layer: ExpertLayer, order: Order, dispatch: Dispatch, forwards: Forwards, *, overlapped: bool
+        self, model: nn.Module, layer: ExpertLayer, order: Order, dispatch: RoutedExperts, forwards: Forwards, *, overlapped: bool
     ) -> None:
         assert layer.shared is not None, "without it there is an obstacle"
         assert layer.router is not None, "without it there is an obstacle"

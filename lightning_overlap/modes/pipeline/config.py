@@ -55,7 +55,8 @@ class PipelineParallel:
     virtual_stages: int = 1
     """Stages on each rank. More stages make the bubble smaller and send more."""
     microbatches: int | Literal["auto"] = "auto"
-    """Parts of a batch; ``auto``: four for each rank. A batch with fewer samples has as many parts as samples."""
+    """Parts of a batch; ``auto``: four for each rank. A batch with fewer samples has as many parts as samples. Ranks whose
+    experts get each other's tokens all take the smallest of their numbers."""
     batch_dims: dict[str, int | None] = field(default_factory=dict)
     """By the path of a tensor in the batch (``mask``, or ``1.mask`` in a tuple), its dim of samples; null: each microbatch gets all of
     it. By default each tensor whose dim 0 has as many entries as the batch has samples is split along that dim."""

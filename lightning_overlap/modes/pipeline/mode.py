@@ -59,6 +59,7 @@ class PipelineMode(Driver, Holder):
     def __init__(self, config: PipelineParallel, choices: PipelineChoices, setup: Setup) -> None:
         super().__init__(config, choices, setup)
         self.group: Group = setup.mesh.group("pipeline", setup.timeout)
+        self._samples = setup.mesh.group("samples", setup.timeout)
         self.runs = Runs(config, choices, setup.mesh, setup.timeout)
         self._tied: TiedGradients | None = None
         self._stack: BlockStack | None = None
@@ -73,7 +74,7 @@ class PipelineMode(Driver, Holder):
     @property
     def groups(self) -> tuple[Group, ...]:
         tied = self._tied.groups.values() if self._tied is not None else ()
-        return self.group, *dict.fromkeys(self.runs.channels.values()), *tied
+        return self.group, self._samples, *dict.fromkeys(self.runs.channels.values()), *tied
 
     # -- set-up ------------------------------------------------------------------------------------------------------
 
@@ -197,10 +198,12 @@ class PipelineMode(Driver, Holder):
         if self._batches <= 1:  # the last batch of an epoch may be smaller
             microbatches.refuse_other_dim(step.batch, size, step.batch_size, dims)
         count = min(self.config.count, size)
+        if step.forward_spans_samples:  # ranks with fewer samples would make fewer forwards than those that wait for them
+            count = min(self._samples.all_gather_objects(count))
         parts = microbatches.split_batch(step.batch, count, dims)
         sizes = [size // count + (number < size % count) for number in range(count)]
         weights = weigh(parts, sizes, self.config.microbatch_weight, step.weight)
-        if 0 in weights.loss and self.mesh.size("experts") > self.mesh.size("sequence"):
+        if 0 in weights.loss and self.mesh.degrees.experts_span_samples:
             raise ConfigError(
                 f"pipeline_parallel.microbatch_weight: microbatch {weights.loss.index(0)} of this batch has weight 0, so it has no "
                 "backward here, and ranks with other samples wait for its tokens in their experts. Drop samples without labels, use "

@@ -22,16 +22,12 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lightning_overlap.model.stand_in import StandIn
+from lightning_overlap.steps.dropout import DROPOUTS, SEEDS, drops_samples, rank_numbers
 from lightning_overlap.steps.forward import Forwards
 
-_BITS = 47
 _MARK = 1 << 63
-"""Seeds from ``_MARK`` to ``_MARK + (1 << _BITS)`` are marks. A user's seed is smaller; or negative, which becomes larger."""
-_FUNCTIONS = (
-    *((F, name, 1) for name in ("dropout", "alpha_dropout", "dropout1d", "dropout2d", "dropout3d", "feature_alpha_dropout")),
-    *((torch, name, 1) for name in ("dropout", "dropout_", "native_dropout")),
-    (F, "scaled_dot_product_attention", 4),
-)
+"""Seeds from ``_MARK`` to ``_MARK + SEEDS`` are marks. A user's seed is smaller; or negative, which becomes larger."""
+_FUNCTIONS = (*((owner, name, 1) for owner, name in DROPOUTS), (F, "scaled_dot_product_attention", 4))
 """Functions that draw masks: owner, name, and the position of the probability in the arguments."""
 
 
@@ -62,7 +58,7 @@ class CommonNumbers:
 
     def __init__(self, rank: int, device: torch.device, forwards: Forwards) -> None:
         self._rank = rank
-        self._cuda = device if device.type == "cuda" else None
+        self._device = device
         self._forwards = forwards
         self.without_masks = False
 
@@ -72,7 +68,7 @@ class CommonNumbers:
         if mark.seed_before is None:
             state = torch.default_generator.get_state()
             mark.seed_before = _seed_of(state)
-            torch.default_generator.set_state(_with_seed(state, _MARK + mark.seed_before % (1 << _BITS)))
+            torch.default_generator.set_state(_with_seed(state, _MARK + mark.seed_before % SEEDS))
 
     def stop(self) -> None:
         """Removes the mark, if there is one."""
@@ -109,32 +105,12 @@ class CommonNumbers:
             try:
                 if not probability or not _is_sharded(args[0] if args else kwargs.get("input")):
                     return function(*args, **kwargs)
-                seed = int(torch.randint(1 << _BITS, (), device="cpu"))
-                common = self._state()
-                self._seed(seed + self._rank)
-                try:
+                with rank_numbers(self._rank, self._device):
                     return function(*args, **kwargs)
-                finally:
-                    self._restore(common)
             finally:
                 mark.is_masking = False
 
         return masking
-
-    def _state(self) -> tuple[Tensor, Tensor | None]:
-        return torch.default_generator.get_state(), None if self._cuda is None else torch.cuda.get_rng_state(self._cuda)
-
-    def _seed(self, seed: int) -> None:
-        torch.default_generator.manual_seed(seed)
-        if self._cuda is not None:
-            with torch.cuda.device(self._cuda):
-                torch.cuda.manual_seed(seed)
-
-    def _restore(self, state: tuple[Tensor, Tensor | None]) -> None:
-        cpu, cuda = state
-        torch.default_generator.set_state(cpu)
-        if cuda is not None and self._cuda is not None:
-            torch.cuda.set_rng_state(cuda, self._cuda)
 
 
 def _seed_of(state: Tensor) -> int:
@@ -150,11 +126,10 @@ def _with_seed(state: Tensor, seed: int) -> Tensor:
 
 
 def _is_marked() -> bool:
-    return _MARK <= torch.default_generator.initial_seed() < _MARK + (1 << _BITS)
+    return _MARK <= torch.default_generator.initial_seed() < _MARK + SEEDS
 
 
 def _is_sharded(x: Any) -> bool:
     """Whether ranks have different parts of the tensor that a mask is for. They have the same complete input of an attention or mlp,
     and the same single number for each sample, which drops samples."""
-    # Judged by features: a rank may have one token or none while others have more, and all ranks must get the same answer.
-    return not isinstance(x, StandIn) and (not isinstance(x, Tensor) or any(n > 1 for n in x.shape[1:]))
+    return not isinstance(x, StandIn) and not drops_samples(x)

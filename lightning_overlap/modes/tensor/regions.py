@@ -26,10 +26,10 @@ from lightning_overlap.modes.tensor.linear import (
     gather_input,
     matrix,
     prepare_input,
-    row_product,
     scale_gradient,
 )
 from lightning_overlap.modes.tensor.random_state import CommonNumbers
+from lightning_overlap.modes.tensor.row import row_product
 from lightning_overlap.modes.tensor.sequence import gather_tokens, scatter_tokens
 from lightning_overlap.modes.tensor.userbuffers import UserbuffersLayers
 

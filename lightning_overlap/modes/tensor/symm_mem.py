@@ -148,6 +148,6 @@ class _ProductReduce(RowOutput):
 
 
 def row_product(x: Tensor, layer: nn.Module, fused: Operators) -> Tensor:
-    """Computes a row layer's output, as :func:`lightning_overlap.modes.tensor.linear.row_product`."""
+    """Computes a row layer's output, as :func:`lightning_overlap.modes.tensor.row.row_product`."""
     y: Tensor = _ProductReduce.apply(cast(x), cast(matrix(layer)), fused)
     return y if layer.bias is None else y + cast(layer.bias)  # type: ignore[arg-type]

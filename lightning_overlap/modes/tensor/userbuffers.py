@@ -158,7 +158,7 @@ class UserbuffersLayers:
         return pending
 
     def row_product(self, x: Tensor, layer: nn.Module, name: str, region: str) -> Tensor:
-        """As :func:`lightning_overlap.modes.tensor.linear.row_product`, for an input that :meth:`fits`."""
+        """As :func:`lightning_overlap.modes.tensor.row.row_product`, for an input that :meth:`fits`."""
         module = self._modules.get(name) or self._row(layer, name, region)
         return _add_bias(_last(module(_first(cast(x)))), layer)
 

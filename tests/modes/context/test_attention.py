@@ -14,6 +14,7 @@ from lightning_overlap.modes.context.attention import ContextAttention
 from lightning_overlap.modes.context.kernel import kept
 from lightning_overlap.modes.context.layout import TokenLayout
 from lightning_overlap.modes.context.mask import Mask
+from lightning_overlap.modes.context.options import AttentionOptions
 from tests.helpers.rank_threads import on_ranks
 from tests.modes.context.masks import NAMES, mask_of
 from tests.modes.context.whole import inputs, whole_attention
@@ -28,7 +29,7 @@ def sharded(
     if how.get("sinks") is not None:
         how["sinks"] = how["sinks"].clone().requires_grad_()
         variables.append(how["sinks"])
-    output = attention(*variables[:3], mask, layout, **how)
+    output = attention(*variables[:3], mask, layout, AttentionOptions(**how))
     output.backward(grad)
     return [output.detach(), *(x.grad for x in variables)]
 

@@ -20,6 +20,7 @@ from lightning_overlap.decision import ConfigError
 from lightning_overlap.modes.context import huggingface, seam
 from lightning_overlap.modes.context.local_tokens import LocalTokens
 from lightning_overlap.modes.context.mask import Mask
+from lightning_overlap.modes.context.options import AttentionOptions
 from lightning_overlap.modes.context.refusals import find_mixers
 from lightning_overlap.transformers_seams import set_attention
 from tests.helpers.hugging import EAGER, EXPERTS, GPT2, MIXED, MODELS, SIZES
@@ -85,12 +86,12 @@ def test_masks_are_those_of_transformers(name: str, batch: str, compared: list[M
     assert all(mask.rule is None and mask.bias is None for mask in compared), "described"
 
 
-def whole_attention(q: Tensor, k: Tensor, v: Tensor, mask: Mask, **options: Any) -> Tensor:
+def whole_attention(q: Tensor, k: Tensor, v: Tensor, mask: Mask, options: AttentionOptions) -> Tensor:
     """What one rank with all tokens computes."""
     positions = torch.arange(mask.tokens)
     visible = mask.visible(positions, positions, len(q), range(q.shape[1]))
-    assert options["softcap"] is None
-    return F.scaled_dot_product_attention(q, k, v, visible, options["dropout"], scale=options["scale"], enable_gqa=True)
+    assert options.softcap is None
+    return F.scaled_dot_product_attention(q, k, v, visible, options.dropout, scale=options.scale, enable_gqa=True)
 
 
 def taken_over(model: Any, attend: Any = whole_attention) -> tuple[huggingface.Switch, Callable[[], None]]:
@@ -171,7 +172,7 @@ def test_no_matrix_of_all_pairs_is_made_of_many_packed_tokens():
     model = transformers.Gemma3TextModel(transformers.Gemma3TextConfig(**{**SIZES, "hidden_size": 8}, **MIXED))
     masks = []
 
-    def attend(q: Tensor, k: Tensor, v: Tensor, mask: Mask, **options: Any) -> Tensor:
+    def attend(q: Tensor, k: Tensor, v: Tensor, mask: Mask, options: AttentionOptions) -> Tensor:
         masks.append(mask)
         return q
 
@@ -198,9 +199,9 @@ def test_masks_that_the_user_makes():
     expected = model(input_ids=IDS, attention_mask=whole).logits
     masks = []
 
-    def attend(q: Tensor, k: Tensor, v: Tensor, mask: Mask, **options: Any) -> Tensor:
+    def attend(q: Tensor, k: Tensor, v: Tensor, mask: Mask, options: AttentionOptions) -> Tensor:
         masks.append(mask)
-        return whole_attention(q, k, v, mask, **options)
+        return whole_attention(q, k, v, mask, options)
 
     taken_over(model, attend)
     torch.testing.assert_close(model(input_ids=IDS, attention_mask=whole).logits, expected)
@@ -211,7 +212,7 @@ def test_masks_that_the_user_makes():
 def test_keys_and_values_are_not_repeated_for_grouped_heads():
     shapes = []
 
-    def attend(q: Tensor, k: Tensor, v: Tensor, mask: Mask, **options: Any) -> Tensor:
+    def attend(q: Tensor, k: Tensor, v: Tensor, mask: Mask, options: AttentionOptions) -> Tensor:
         shapes.append((q.shape[1], k.shape[1], v.shape[1]))
         return q
 
@@ -223,8 +224,8 @@ def test_keys_and_values_are_not_repeated_for_grouped_heads():
 def test_soft_cap_and_sinks_are_passed_on():
     options = []
 
-    def attend(q: Tensor, k: Tensor, v: Tensor, mask: Mask, **rest: Any) -> Tensor:
-        options.append((mask.window, rest["softcap"], rest["sinks"]))
+    def attend(q: Tensor, k: Tensor, v: Tensor, mask: Mask, rest: AttentionOptions) -> Tensor:
+        options.append((mask.window, rest.softcap, rest.sinks))
         return q
 
     taken_over(gemma := transformers.Gemma2ForCausalLM(transformers.Gemma2Config(**EAGER, attn_logit_softcapping=30.0)), attend)
@@ -239,9 +240,9 @@ def test_soft_cap_and_sinks_are_passed_on():
 def test_a_checkpointed_model_reaches_the_seam_again_in_backward():
     calls = []
 
-    def attend(q: Tensor, k: Tensor, v: Tensor, mask: Mask, **options: Any) -> Tensor:
+    def attend(q: Tensor, k: Tensor, v: Tensor, mask: Mask, options: AttentionOptions) -> Tensor:
         calls.append(q.requires_grad)
-        return whole_attention(q, k, v, mask, **options)
+        return whole_attention(q, k, v, mask, options)
 
     model = model_of("llama").train()
     model(input_ids=IDS, labels=IDS).loss.backward()
@@ -382,7 +383,7 @@ def test_documents_of_flash_attention():
     model.config._attn_implementation = "flash_attention_2"  # as where it is installed
     masks = []
 
-    def attend(q: Tensor, k: Tensor, v: Tensor, mask: Mask, **options: Any) -> Tensor:
+    def attend(q: Tensor, k: Tensor, v: Tensor, mask: Mask, options: AttentionOptions) -> Tensor:
         masks.append(mask)
         return q
 

@@ -15,6 +15,7 @@ from lightning_overlap.model.trees import leaves, replaced
 from lightning_overlap.modes.context.arguments import shard_argument, token_table_forward
 from lightning_overlap.modes.context.local_tokens import LocalTokens
 from lightning_overlap.modes.context.mask import Mask
+from lightning_overlap.modes.context.options import AttentionOptions
 from lightning_overlap.modes.context.refusals import find_mixers
 from lightning_overlap.modes.context.seam import install
 
@@ -48,13 +49,13 @@ class Recorder:
     """Attends as a rank that has all tokens would, and keeps the calls."""
 
     def __init__(self) -> None:
-        self.calls: list[tuple[Tensor, Tensor, Tensor, Mask, dict[str, Any]]] = []
+        self.calls: list[tuple[Tensor, Tensor, Tensor, Mask, AttentionOptions]] = []
 
-    def __call__(self, q: Tensor, k: Tensor, v: Tensor, mask: Mask, **options: Any) -> Tensor:
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, mask: Mask, options: AttentionOptions) -> Tensor:
         self.calls.append((q, k, v, mask, options))
         if q.shape[2] < mask.tokens:
             return q * k * v
-        return F.scaled_dot_product_attention(q, k, v, mask.visible(ALL, ALL, len(q), range(q.shape[1])), scale=options["scale"])
+        return F.scaled_dot_product_attention(q, k, v, mask.visible(ALL, ALL, len(q), range(q.shape[1])), scale=options.scale)
 
 
 def installed(block: nn.Module, positions: Tensor = ALL) -> tuple[Recorder, Callable[[], None]]:
@@ -85,7 +86,7 @@ def test_torchs_attention_goes_to_ours(name: str):
     assert len(recorder.calls) == 1
     *_, mask, options = recorder.calls[0]
     assert (mask.causal, mask.bias) == (name == "causal", OPTIONS[name].get("attn_mask"))
-    assert options == {"scale": OPTIONS[name].get("scale"), "dropout": 0.0, "softcap": None, "sinks": None}
+    assert vars(options) == {"scale": OPTIONS[name].get("scale"), "dropout": 0.0, "softcap": None, "sinks": None}
     undo()
     block(x_of(TOKENS))
     assert len(recorder.calls) == 1

@@ -83,8 +83,3 @@ def test_settings_are_checked(settings: dict[str, Any], message: str) -> None:
 def test_a_setting_of_one_rank_is_an_error(settings: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match=rf"expert_parallel.{next(iter(settings))}: .* needs expert_parallel.size of at least 2"):
         decide(ExpertParallel(**settings), Degrees(), Facts(world_size=1), overlap=True)
-
-
-def test_experts_that_only_tensor_ranks_share_are_refused() -> None:
-    with pytest.raises(ConfigError, match=r"the same experts on 2 tensor ranks.*set expert_parallel.size: 4, or use data ranks"):
-        decide(ExpertParallel(size=2), Degrees(tensor=4, expert=2), Facts(world_size=4), overlap=True)

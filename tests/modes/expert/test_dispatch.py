@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lightning_overlap.modes.expert.dispatch import ExpertDispatch
+from lightning_overlap.modes.expert.dispatch import Dispatch, ExpertDispatch
 from lightning_overlap.modes.expert.gather import GatherDispatch
 from lightning_overlap.modes.expert.grouped import LocalExperts
 from lightning_overlap.modes.expert.layout import Layout, Split
@@ -46,7 +46,7 @@ def spread_pass(
     delayed: bool = False,
     overlap: bool = True,
     trains: tuple[str, ...] = ALL,
-    dispatcher: type[ExpertDispatch] | type[GatherDispatch] = ExpertDispatch,
+    dispatcher: type[Dispatch] = ExpertDispatch,
 ) -> dict[str, Any]:
     """One forward and backward of a rank: outputs, gradients and the order of transfers."""
     part = experts.part(group.rank, group.size).requires_grad_("experts" in trains)

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from lightning_overlap.modes.expert import grouped
-from lightning_overlap.modes.expert.dispatch import ExpertDispatch
+from lightning_overlap.modes.expert.dispatch import Dispatch, ExpertDispatch
 from lightning_overlap.modes.expert.gather import GatherDispatch
 from lightning_overlap.modes.expert.grouped import LocalExperts
 from lightning_overlap.modes.expert.layout import Layout
@@ -67,6 +67,32 @@ def test_autocast() -> None:
     whole_width = on_ranks(2, lambda group: (spread_pass(group, module, batches, grads, LAYOUT), group.nbytes)[1])
     of_counts = 8 // 2 * 8
     assert [2 * (nbytes - of_counts) for nbytes in sizes] == [nbytes - of_counts for nbytes in whole_width]
+
+
+class Unchanged:
+    """Experts that return their rows, in 16 bits."""
+
+    dtype = torch.bfloat16
+
+    def start(self, *, delay_wgrad: bool) -> Any:
+        return lambda rows, experts, sizes: rows
+
+
+def weighted_pass(group: ThreadGroup, dispatcher: Any, batches: list[Batch]) -> tuple[Tensor, Tensor]:
+    """The output, and what it is in fp32."""
+    hidden, indices, weights = batches[group.rank]
+    hidden = hidden.bfloat16().float()
+    with torch.autocast("cpu", torch.bfloat16):
+        output = dispatcher(group, Layout(8, 2, "tokens", 3))(hidden, indices, weights, Unchanged())
+    return output, hidden * weights.sum(1, keepdim=True)
+
+
+@pytest.mark.parametrize("dispatcher", [ExpertDispatch, GatherDispatch])
+def test_autocast_rounds_no_weights(dispatcher: Any) -> None:
+    """Routers compute in fp32, and outputs of experts are weighted in fp32."""
+    torch.manual_seed(0)
+    for output, expected in on_ranks(2, weighted_pass, dispatcher, with_dtype(batches_of(2, 8, 2), torch.float32)):
+        torch.testing.assert_close(output, expected, rtol=1e-6, atol=1e-6)
 
 
 def saved_bytes(compute: Callable[[], Tensor], parameters: list[Tensor]) -> int:
@@ -169,7 +195,7 @@ def test_on_gloo(world: Callable[[int], World], size: int) -> None:
 
 @pytest.mark.parametrize("backward", [False, True])
 @pytest.mark.parametrize("dispatcher", [ExpertDispatch, GatherDispatch])
-def test_graph_is_freed(dispatcher: type[ExpertDispatch] | type[GatherDispatch], backward: bool) -> None:
+def test_graph_is_freed(dispatcher: type[Dispatch], backward: bool) -> None:
     """Without garbage collection, which does not see cycles through autograd's nodes."""
 
     def run(group: ThreadGroup) -> Any:

@@ -15,7 +15,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_overlap.modes.tensor.config import METHODS
 from lightning_overlap.modes.tensor.gemm import Exchange, growing
-from lightning_overlap.modes.tensor.linear import gather_input, prepare_input, row_product
+from lightning_overlap.modes.tensor.linear import gather_input, prepare_input
+from lightning_overlap.modes.tensor.row import row_product
 from lightning_overlap.ranks.group import Pending
 from tests.modes.tensor.group import tensor_group
 from tests.modes.tensor.region import Region, result_pairs

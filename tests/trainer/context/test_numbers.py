@@ -167,6 +167,62 @@ def test_dropout_is_reproducible_and_the_same_where_blocks_are_recomputed(world:
         assert first["losses"] != train(None, Net, {}, {})["losses"]
 
 
+class Masked(Net):
+    """Draws masks in the first block, after the blocks and elsewhere."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.drawn: dict[str, list[float]] = {}
+        self.blocks[0].norms[0].register_forward_hook(lambda _, __, output: self.draw_in_block(output))
+
+    def draw_in_block(self, output: Tensor) -> None:
+        self.drawn["in a block"] = F.dropout(torch.ones_like(output), 0.5)[0, 0, :24].tolist()
+        self.drawn["of samples"] = F.dropout(torch.ones(24, 1, 1), 0.5).flatten().tolist()
+
+    def training_step(self, ids: Tensor, index: int) -> Any:
+        x = self.before(ids[:, :-1])
+        for block in self.blocks:
+            x = block(x)
+        self.drawn["after the blocks"] = F.dropout(x, 0.5).local[0, 0, :24].eq(0).tolist()  # type: ignore[attr-defined]
+        self.drawn["at last"] = torch.rand(4).tolist()
+        return super().training_step(ids, index)
+
+
+def masks_of(strategy: dict[str, Any]) -> dict[str, list[float]]:
+    modules: list[Masked] = []
+
+    def make() -> Masked:
+        modules.append(Masked())
+        return modules[0]
+
+    settings = {"context_parallel": 2, "verify_first_step": False, **strategy}
+    train(settings, make, {}, {"tokens": 13}, max_steps=1, val_check_interval=1)
+    return modules[0].drawn
+
+
+def numbered(values: list[Any]) -> list[int]:
+    """By value, the index of the first one that is equal."""
+    return [values.index(value) for value in values]
+
+
+MASKS: dict[str, tuple[int, dict[str, Any], list[int], list[int]]] = {
+    "context": (2, {}, [0, 1], [0, 1]),
+    "context x sequence": (4, {"tensor_parallel": TensorParallel(size=2)}, [0, 1, 2, 3], [0, 0, 2, 2]),
+    "context x tensor": (4, {"tensor_parallel": TensorParallel(size=2, sequence_parallel=False)}, [0, 0, 2, 2], [0, 0, 2, 2]),
+}
+"""By layout, its ranks, its strategy, and which ranks draw the same masks in a block and after the blocks."""
+
+
+@pytest.mark.parametrize("layout", MASKS)
+def test_ranks_drop_features_of_their_own_tokens(world: Any, layout: str) -> None:
+    """And all other numbers are common to them, though they have drawn masks of other sizes."""
+    size, strategy, in_block, after = MASKS[layout]
+    drawn = world(size).run(masks_of, strategy)
+    expected = {"in a block": in_block, "of samples": [0] * size, "after the blocks": after, "at last": [0] * size}
+    for kind, ranks in expected.items():
+        assert numbered([each[kind] for each in drawn]) == ranks, kind
+
+
 TENSOR = TensorParallel(size=2, vocab_parallel=True)
 PIPELINE = PipelineParallel(size=2, microbatches=2)
 MIXTURES: dict[str, tuple[int, dict[str, Any]]] = {

@@ -172,11 +172,34 @@ class DeepSeekAlone(DeepSeek):
             counts.zero_()
 
 
+class Writing(DeepSeek):
+    """Writes a text after each batch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.logits: list[Tensor] = []
+
+    def on_train_batch_end(self, *_: Any) -> None:
+        self.eval()
+        start = torch.arange(3, 3 + TOKENS).view(1, -1)
+        options = {"max_new_tokens": 2, "min_new_tokens": 2, "do_sample": False, "output_logits": True}
+        self.logits.append(torch.stack(self.model.generate(start, return_dict_in_generate=True, **options).logits))
+        self.train()
+
+    def on_train_end(self) -> None:
+        self.register_buffer("written", torch.stack(self.logits))
+
+
+class WritingAlone(DeepSeekAlone, Writing):
+    """The same in one process."""
+
+
 MODULES: dict[str, tuple[Callable[[], Data], Callable[[], Data]]] = {
     "own": (OwnAlone, Own),
     "tied": (TiedAlone, Tied),
     "mixtral": (Mixtral, Mixtral),
     "deepseek": (DeepSeekAlone, DeepSeek),
+    "writing": (WritingAlone, Writing),
 }
 """By kind, the module for one process and for ranks."""
 
@@ -191,7 +214,7 @@ def train(kind: str, layout: dict[str, Any] | None, accumulated: int = 2) -> Any
         strategy = OverlapStrategy(**layout, **env)
     trainer = Trainer(
         accelerator="cpu",
-        devices=1 if layout is None else 2,
+        devices=1 if layout is None else torch.distributed.get_world_size(),
         strategy=strategy,
         max_epochs=1,
         accumulate_grad_batches=accumulated,
@@ -217,7 +240,14 @@ APART = {
     "whole tokens": {"tensor_parallel": TensorParallel(size=2, vocab_parallel=False, sequence_parallel=False)},
     "context": {"context_parallel": ContextParallel(size=2)},
     "experts of context ranks": {"context_parallel": ContextParallel(size=2), "expert_parallel": ExpertParallel(size=2)},
-    "pipeline": {"pipeline_parallel": PipelineParallel(size=2, microbatches=1)},
+    "pipeline": {
+        "pipeline_parallel": PipelineParallel(size=2, microbatches=1),
+        "expert_parallel": ExpertParallel(log_expert_load=True),
+    },
+}
+CROSSED: dict[str, dict[str, Any]] = {
+    "context x pipeline": {"context_parallel": 2, "pipeline_parallel": PipelineParallel(size=2, microbatches=1)},
+    "tensor x pipeline": {**APART["tensor"], "pipeline_parallel": PipelineParallel(size=2, microbatches=1)},
 }
 MOVED = {
     "data": {"expert_parallel": ExpertParallel(update_bias_rate=RATE)},
@@ -246,9 +276,10 @@ def test_own_layers_balance_as_in_one_process(world: Any, layout: str, accumulat
         for name, value in expected.items():
             torch.testing.assert_close(state[name], value, rtol=1e-4, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
 
-    if layout == "experts":
-        loads = {name.rpartition("/")[2]: value for name, value in results[0][1].items() if "model.blocks.1.mlp.router/" in name}
-        for kind, count in (("expert", 4), ("rank", 2)):
+    ranks = {"experts": 2, "pipeline": 1}.get(layout)
+    for block in range(2 if ranks else 0):  # in the pipeline, of both stages
+        loads = {name.rpartition("/")[2]: value for name, value in results[0][1].items() if f"blocks.{block}.mlp.router/" in name}
+        for kind, count in (("expert", 4), ("rank", ranks)):
             each = [loads[f"tokens_of_{kind}_{number}"] for number in range(count)]
             assert sum(each) == accumulated * BATCH * TOKENS * 2, "two experts a token"
             assert loads[f"{kind}s_max_over_mean"] == pytest.approx(max(each) * count / sum(each))
@@ -262,11 +293,12 @@ def test_a_recompute_sends_tokens_to_the_same_ranks(world: Any) -> None:
             torch.testing.assert_close(state[name], value, rtol=1e-4, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
 
 
-@pytest.mark.parametrize("layout", ["context", "tensor", "pipeline", "experts of context ranks"])
+@pytest.mark.parametrize("layout", ["context", "tensor", "pipeline", "experts of context ranks", *CROSSED])
 def test_hugging_faces_balancing_loss_is_that_of_one_process(world: Any, layout: str) -> None:
     """Megatron-LM 5047 and 5798, AutoModel 3359: with padding, accumulation and activation checkpoints."""
     expected, metrics, _ = train("mixtral", None)
-    for state, found, _ in world(2).run(train, "mixtral", APART[layout]):
+    size, strategy = (2, APART[layout]) if layout in APART else (4, CROSSED[layout])
+    for state, found, _ in world(size).run(train, "mixtral", strategy):
         assert found["val_loss"] == pytest.approx(metrics["val_loss"], rel=1e-5)
         for name, value in expected.items():
             torch.testing.assert_close(state[name], value, rtol=1e-4, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
@@ -282,3 +314,11 @@ def test_hugging_faces_biases_move_once_a_step(world: Any, layout: str) -> None:
         assert found["val_loss"] == pytest.approx(metrics["val_loss"], rel=1e-5)
         for name, value in expected.items():
             torch.testing.assert_close(state[name], value, rtol=1e-4, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def test_a_text_is_written_with_biases_that_have_moved(world: Any) -> None:
+    """Their sums over the ranks travel until the next forward, and that of a text may be the next one."""
+    expected, _, _ = train("writing", None)
+    assert expected["written"].unique(dim=0).shape[0] == STEPS + 1, "each optimizer step changes what is written"
+    for state, _, _ in world(2).run(train, "writing", MOVED["experts"]):
+        torch.testing.assert_close(state["written"], expected["written"], rtol=1e-4, atol=1e-4)

@@ -45,6 +45,24 @@ def test_any_checkpoint_resumes_with_any_number_of_ranks(world: Any, saved: dict
         compare(world(4).run(resume, {"expert_parallel": 2, "state_dict_type": "sharded"}, saved[kind]), expected)
 
 
+class Deferred(Hugging):
+    """Made on the meta device."""
+
+    def __init__(self, **settings: Any) -> None:
+        with torch.device("meta"):
+            super().__init__(**settings)
+
+
+def resume_deferred(strategy: dict[str, Any], path: str) -> Any:
+    return train(strategy, Deferred, {"name": "mixtral", **MOMENTUM}, {}, samples=batches, resume=path, **LAST)
+
+
+def test_a_model_from_the_meta_device(world: Any, saved: dict[str, str]) -> None:
+    expected = resume(None, saved["plain"])
+    compare(world(2).run(resume_deferred, {"expert_parallel": 2}, saved["file"]), expected)
+    compare(world(4).run(resume_deferred, {"expert_parallel": 4}, saved["folder"]), expected)
+
+
 def test_all_experts_are_in_the_file(saved: dict[str, str]) -> None:
     """KempnerForge 202, UniRL 158: a file with one rank's experts under everybody's names."""
     found, expected = (torch.load(saved[kind], weights_only=False) for kind in ("file", "plain"))

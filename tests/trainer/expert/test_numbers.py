@@ -13,7 +13,7 @@ from lightning_overlap import ExpertParallel, PipelineParallel, TensorParallel
 from tests.helpers.sequences import train
 from tests.trainer.expert.fits import Hugging, batches, compare, fit
 
-WITHOUT_SP = TensorParallel(size=2, sequence_parallel=False)
+WITHOUT_SP, WITHOUT_SP_4 = (TensorParallel(size=size, sequence_parallel=False) for size in (2, 4))
 MIXTURES: dict[str, tuple[int, str, dict[str, Any], dict[str, Any]]] = {
     "ep 4": (4, "mixtral", {"expert_parallel": 4}, {}),
     "ep 2 x dp 2": (4, "qwen2", {"expert_parallel": 2}, {}),
@@ -24,6 +24,9 @@ MIXTURES: dict[str, tuple[int, str, dict[str, Any], dict[str, Any]]] = {
     "ep 2 over tp 2 without sp, dp 2": (4, "deepseek", {"expert_parallel": 2, "tensor_parallel": WITHOUT_SP}, {}),
     "ep 4 over tp 2 without sp and dp 2": (4, "qwen2", {"expert_parallel": 4, "tensor_parallel": WITHOUT_SP}, {}),
     "ep 2 over tp 4, dp 2": (8, "mixtral", {"expert_parallel": 2, "tensor_parallel": 4}, {"num_key_value_heads": 4}),
+    "ep 2 over tp 4": (4, "mixtral", {"expert_parallel": 2, "tensor_parallel": 4}, {"num_key_value_heads": 4}),
+    "ep 2 over tp 4 without sp": (4, "qwen2", {"expert_parallel": 2, "tensor_parallel": WITHOUT_SP_4}, {"num_key_value_heads": 4}),
+    "ep 3 of 4 experts over cp 3": (3, "mixtral", {"expert_parallel": 3, "context_parallel": 3}, {}),
     "ep 2 over cp 2, dp 2": (4, "mixtral", {"expert_parallel": 2, "context_parallel": 2}, {"packed": True}),
     "ep 4 over cp 2 and dp 2": (4, "qwen3", {"expert_parallel": 4, "context_parallel": 2}, {}),
 }
@@ -52,6 +55,7 @@ SETTINGS: dict[str, tuple[dict[str, Any], dict[str, Any], float]] = {
     "clipping": ({"gradient_clip_val": 0.1}, {}, 1e-5),
     "accumulation": ({"accumulate_grad_batches": 2, "max_steps": 3}, {}, 1e-5),
     "adamw": ({}, {"optimizer": "adamw"}, 1e-4),
+    "bf16": ({"precision": "bf16-mixed"}, {}, 1e-2),  # bf16 keeps 8 bits of each activation
 }
 
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
-from torch.utils.data import DataLoader, DistributedSampler
+from torch.utils.data import DataLoader
 
 from lightning_overlap import ConfigError, OverlapStrategy, PipelineParallel, TensorParallel
 from tests.helpers import sequences, transformer
@@ -102,12 +102,9 @@ class Net(LightningModule):
         return torch.optim.SGD(self.parameters(), 0.1, momentum=0.9)
 
     def loader(self) -> DataLoader:
-        data = torch.stack(sequences.token_samples(self.length, VOCABULARY))
-        sampler = DistributedSampler(data, *self.share, shuffle=False)  # type: ignore[arg-type]
-        return DataLoader(data, batch_size=4 // self.share[0], sampler=sampler)  # type: ignore[arg-type]
+        return DataLoader(sequences.token_samples(self.length, VOCABULARY), batch_size=4)  # type: ignore[arg-type]
 
     train_dataloader = val_dataloader = loader
-    share = (1, 0)
 
 
 def train(strategy: dict[str, Any] | None, model: dict[str, Any], **options: Any) -> Any:
