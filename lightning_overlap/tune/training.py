@@ -94,8 +94,8 @@ class Training:
     def _batch_owner(self) -> str | None:
         """Whose argument ``batch_size`` is: ``data``'s, ``model``'s, or nobody's."""
         for name, owner in (("data", self._datamodule), ("model", self._model)):
-            arguments = inspect.signature(type(owner).__init__).parameters
-            if isinstance(getattr(owner, "batch_size", None), int) and "batch_size" in arguments:
+            has_one = isinstance(getattr(owner, "batch_size", None), int)
+            if has_one and "batch_size" in inspect.signature(type(owner)).parameters:
                 return name
         return None
 

@@ -19,7 +19,7 @@ GB = 10**9
 
 
 class MadeUp:
-    """In place of a user's training: a step computes 1 s, then data ranks send a megabyte, shared by tensor ranks. They need more memory."""
+    """In place of a user's training: a step computes 1 s, then data ranks send a megabyte, which tensor ranks share."""
 
     def batch(self, data_ranks):
         return Batch(4, data_ranks, 1)
