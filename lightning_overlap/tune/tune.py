@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import statistics
+import textwrap
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
@@ -10,7 +11,7 @@ from lightning_overlap.config import OverlapConfig
 from lightning_overlap.decision import ConfigError
 from lightning_overlap.plan import Plan
 from lightning_overlap.ranks.world import all_gather_objects, rank, world_size
-from lightning_overlap.tables import as_text
+from lightning_overlap.tables import WIDTH, as_text
 from lightning_overlap.tune.layouts import LAYOUTS, Layout, Search, Space, Tried
 from lightning_overlap.tune.machine import Machine
 from lightning_overlap.tune.network import Network
@@ -63,13 +64,16 @@ class Tuned:
         named = {*self.notes, *self.measured}
         numbered = [(i, tried) for i, tried in enumerate(fitting, 1) if i <= SHOWN or tried.layout.name in named]
         head = ["", "ms a step", "plain", "exposed", "MB a rank", *(["measured", "error"] if self.measured else [])]
-        lines = [self._about(), as_text(head, [self._cells(number, tried) for number, tried in numbered], numbers=True)]
+        table = as_text(head, [self._cells(number, tried) for number, tried in numbered], numbers=True)
+        lines = []
         for number, tried in numbered:
-            note = self.notes.get(tried.layout.name)
-            lines.append(f"{number}: {f'({note}) ' if note else ''}{tried.figures.reason(tried.layout.config)}")
+            notes = [self.notes[tried.layout.name]] if tried.layout.name in self.notes else []
+            words = f" ({', '.join(notes + tried.layout.settings)})" if notes or tried.layout.settings else ""
+            lines.append(f"{number}{words}: {tried.figures.reason(tried.layout.config)}")
         if large := len(self.ranked) - len(fitting):
             lines.append(f"left out: {large} layouts need more than {self.ranked[0].figures.limit / 1e9:.1f} GB a rank")
-        return "\n".join([*lines, *(f"left out: {count}, since {reason}" for reason, count in self.refused.items())])
+        lines += [f"left out: {count}, since {reason}" for reason, count in self.refused.items()]
+        return "\n".join([_wrapped(self._about()), table, *map(_wrapped, lines)])
 
     def _about(self) -> str:
         known = {"between hosts": self.network.between, "inside a host": self.network.inside}
@@ -80,11 +84,15 @@ class Tuned:
     def _cells(self, number: int, tried: Tried[Prediction]) -> list[str]:
         figures, seconds = tried.figures, tried.figures.overlapped.seconds
         times = [f"{each * 1e3:.0f}" for each in (seconds, figures.plain.seconds)]
-        cells = [f"{number}: {tried.layout.name}", *times, figures.exposed_in_words(), f"{figures.memory / 1e6:.0f}"]
+        cells = [f"{number}  {tried.layout.sizes}", *times, figures.exposed_in_words(), f"{figures.memory / 1e6:.0f}"]
         if self.measured:
             measured = self.measured.get(tried.layout.name)
             cells += ["", ""] if measured is None else [f"{measured * 1e3:.0f}", f"{seconds / measured - 1:+.0%}"]
         return cells
+
+
+def _wrapped(line: str) -> str:
+    return textwrap.fill(line, WIDTH, subsequent_indent="    ")
 
 
 def tune(
@@ -128,8 +136,10 @@ def tune(
         return [shares[i % len(shares)][i // len(shares)] for i in range(len(candidates))]
 
     search = Search(space, try_all)
-    ranked = search.run([config, space.data_only()], layouts)
-    training.close()
+    try:
+        ranked = search.run([config, space.data_only()], layouts)
+    finally:
+        training.close()
     if not any(tried.layout.is_allowed for tried in ranked):
         raise ConfigError(f"no layout can run: {'; '.join(search.refused)}")
     notes = {space.layout(space.data_only()).name: "data parallelism alone", space.layout(config).name: "configured"}
