@@ -1,10 +1,12 @@
 """The command: plans of the configurations in configs/, word by word, and what is refused."""
 
+import re
 import sys
 from pathlib import Path
 
 import pytest
 
+from examples.train_gpt import GPTModule
 from lightning_overlap.cli import main
 
 HERE = Path(__file__).parent
@@ -22,6 +24,21 @@ def test_plans_of_the_configurations(monkeypatch, capsys, name):
     overlay = [] if name == "base" else ["-c", f"configs/{name}.yaml"]
     told = plan(monkeypatch, capsys, "-c", "configs/base.yaml", *overlay, "--devices", "8", "--num-nodes", "2")
     assert told == (HERE / "golden" / f"plan_{name}.txt").read_text()
+
+
+def test_a_plan_with_the_memory_of_each_stage(monkeypatch, capsys):
+    told = plan(monkeypatch, capsys, "-c", "configs/base.yaml", "-c", "configs/pp.yaml", "--devices", "8", "--memory")
+    head, *rows = told[told.index("a rank of stage") :].splitlines()
+    assert [row.split()[0] for row in rows] == ["0", "1"]
+    sizes = [[float(size) for size in re.findall(r"([\d.]+) MB", row)] for row in rows]
+    for weights, gradients, optimizer, activations, largest, buffers, together in sizes:
+        assert gradients == pytest.approx(weights, rel=0.05)
+        assert optimizer == pytest.approx(2 * weights / 4, rel=0.05)  # AdamW's two states, over 4 data ranks
+        assert together == pytest.approx(weights + gradients + optimizer + activations + buffers, abs=0.5)
+        assert 0 < largest < activations
+    parameters = sum(parameter.nbytes for parameter in GPTModule().parameters())
+    assert sum(weights for weights, *_ in sizes) == pytest.approx(parameters / 1e6, rel=0.05)
+    assert head.split()[-5:] == ["activations", "(largest", "one)", "buffers", "together"]
 
 
 @pytest.mark.parametrize(

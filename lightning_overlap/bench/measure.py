@@ -33,6 +33,7 @@ from lightning_overlap.profiling.trace import Step
 from lightning_overlap.profiling.usage import memory_in_use
 from lightning_overlap.ranks.clock import Clock, DeviceClock, Timeline
 from lightning_overlap.ranks.group import Transfer
+from lightning_overlap.ranks.world import all_gather_objects
 from lightning_overlap.strategy.strategy import OverlapStrategy
 from lightning_overlap.tables import as_text
 
@@ -172,6 +173,8 @@ class _Clock(Callback):
     def on_train_end(self, trainer: Trainer, module: LightningModule) -> None:
         if not self.seconds:
             raise ConfigError(f"the data ended before {self.warmup} + {self.steps} + 1 steps. Set fewer --steps")
+        # Without transfers no rank waits for another one, and a step takes as long as that of the rank with the most work.
+        self.seconds = max(all_gather_objects(self.seconds))
         for stand_in in chain(*self._skipped.values()):
             stand_in.stop()  # later transfers belong to no step
         if self._skipped:

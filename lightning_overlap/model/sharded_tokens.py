@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from lightning_overlap.decision import ConfigError
 from lightning_overlap.model.stand_in import AUTOGRAD, METADATA, StandIn
 from lightning_overlap.model.token_shards import TokenShards
-from lightning_overlap.steps.dropout import drops, rank_numbers
+from lightning_overlap.steps.dropout import drops, original, rank_numbers
 from lightning_overlap.torch_seams import WithoutSubclasses, tree_leaves, tree_map
 
 
@@ -86,9 +86,10 @@ class ShardedTokens(StandIn):
                 is_result_of_function = x.requires_grad
             if is_result_of_function:
                 _refuse_gradient(x)
-        if func in _RULES and x is not None:
+        rule = _RULES.get(original(func))
+        if rule is not None and x is not None:
             try:
-                return _RULES[func](func, x, args, kwargs)
+                return rule(func, x, args, kwargs)
             except _NeedsWhole:
                 pass
         return super().compute(func, args, kwargs)

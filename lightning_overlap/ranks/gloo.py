@@ -1,10 +1,9 @@
 """gloo: reduce-scatter, all-gather and all-to-all are made of point-to-point transfers.
 
 gloo's own collectives move about twice the necessary bytes. Receives are posted before sends, so that both directions of a link run at
-once. What is needed next goes first: data of background groups is sent in chunks, while the link carries no data of other groups, and
-their gathers while it carries no reductions either (see ``link.py``). Gathers have their own process group, that is, their own
-connections, so a delayed gather cannot block a reduction. A rank posts the receives of all gathers of a step before it waits for one
-of them, so a chunk always finds its receiver.
+once. What is needed next goes first: background data is sent in chunks, while the link carries no more urgent data (see ``link.py``).
+Gathers have their own process group, that is, their own connections, so a delayed gather cannot block a reduction. A rank posts the
+receives of all gathers of a step before it waits for one of them, so a chunk always finds its receiver.
 """
 
 from __future__ import annotations
@@ -114,20 +113,24 @@ class ThreadedGlooEngine(GlooEngine):
 
     Args:
         arguments: see :class:`GlooEngine`.
-        background: its data yields to that of other groups.
+        background: as in :func:`lightning_overlap.ranks.world.make_group`.
     """
 
-    def __init__(self, *arguments: Any, background: bool = False) -> None:
+    def __init__(self, *arguments: Any, background: Urgency | None = None) -> None:
         super().__init__(*arguments)
-        self.background = background
+        self._background = background
         self.threads: Threads | None = Threads(self)
 
     def keep_connections(self, ends_of_peers: Sequence[tuple[list[Any], list[Any]]]) -> None:
         super().keep_connections(ends_of_peers)
         for sockets, urgency in ((self.sockets, Urgency.REDUCTION), (self.gather_sockets, Urgency.GATHER)):
-            self.link.add(sockets, urgency if self.background else Urgency.FOREGROUND)
-            if self.background:
+            self.link.add(sockets, urgency if self.yields(urgency) else Urgency.FOREGROUND)
+            if self.yields(urgency):
                 sockets.bound_send_buffers(SEND_BUFFER)
+
+    def yields(self, urgency: Urgency) -> bool:
+        """Whether data of that urgency is sent in chunks, and waits for more urgent data."""
+        return self._background is not None and urgency >= self._background
 
     def all_reduce(self, x: Tensor, op: Any, transfer: Transfer) -> Waiter:
         if self.threads is None:
@@ -140,9 +143,9 @@ class ThreadedGlooEngine(GlooEngine):
         if self.threads is None:
             return super().exchange(receives, sends, key, transfer)
         operations = self._operations(dist.irecv, receives, key)
-        if not self.background:
+        if not self.yields(Urgency.REDUCTION):
             return self._posted(transfer, operations + self._operations(dist.isend, sends, key), reduction=True)
-        return self._posted(transfer, operations, reduction=True, chunks=self._parts(sends, key))
+        return self._posted(transfer, operations, reduction=True, chunks=self._parts(sends, key, Urgency.REDUCTION))
 
     def send(self, x: Tensor, peer: int, key: int, transfer: Transfer) -> Waiter:
         return self.exchange([], [(peer, x)], key, transfer) if self.threads is not None else super().send(x, peer, key, transfer)
@@ -162,7 +165,7 @@ class ThreadedGlooEngine(GlooEngine):
         shard = pieces[rank]
         buffer = pool.take(shard.numel(), shard.dtype, shard.device)
         copy = buffer[: shard.numel()].copy_(shard)
-        chunks = self._parts([(peer, copy) for peer in peers], key)
+        chunks = self._parts([(peer, copy) for peer in peers], key, Urgency.GATHER)
         release = partial(pool.give_back, buffer)
         return self._posted(transfer, receives, reduction=False, chunks=chunks, priority=priority, release=release)
 
@@ -183,15 +186,16 @@ class ThreadedGlooEngine(GlooEngine):
             self.threads.close(THREAD_EXIT_TIMEOUT)
         self.threads = None
 
-    def _parts(self, pieces: Sequence[Piece], key: int) -> list[Chunk]:
+    def _parts(self, pieces: Sequence[Piece], key: int, urgency: Urgency) -> list[Chunk]:
         """What is posted of some tensors: both ends of a transfer split it alike."""
-        return chunks_of(pieces, key) if self.background else [Chunk(x, peer, key) for peer, x in pieces if x.numel()]
+        return chunks_of(pieces, key) if self.yields(urgency) else [Chunk(x, peer, key) for peer, x in pieces if x.numel()]
 
     def _operations(
         self, function: Callable[..., Any], pieces: Sequence[Piece], key: int, *, gathers: bool = False
     ) -> list[_Operation]:
-        process_group = self.gathers if gathers else self.process_group
-        return [(function, part.tensor, part.peer, process_group, part.tag) for part in self._parts(pieces, key)]
+        process_group, urgency = (self.gathers, Urgency.GATHER) if gathers else (self.process_group, Urgency.REDUCTION)
+        parts = self._parts(pieces, key, urgency)
+        return [(function, part.tensor, part.peer, process_group, part.tag) for part in parts]
 
     def _posted(
         self,
@@ -314,7 +318,7 @@ class Threads:
         self._senders: dict[bool, ChunkSender[ThreadedWaiter]] = {}  # by whether it sends reductions
         if engine.gathers is not None:
             self._senders[False] = self._sender(engine.gathers, Urgency.GATHER)
-        if engine.background:
+        if engine.yields(Urgency.REDUCTION):
             self._senders[True] = self._sender(engine.process_group, Urgency.REDUCTION)
 
     def _sender(self, process_group: Any, urgency: Urgency) -> ChunkSender[ThreadedWaiter]:
@@ -325,7 +329,7 @@ class Threads:
             work = engine.post(label, dist.isend, chunk.tensor, chunk.peer, process_group, chunk.tag)
             return lambda: engine.block_for(label, [work])
 
-        limit = urgency if engine.background else Urgency.FOREGROUND
+        limit = urgency if engine.yields(urgency) else Urgency.FOREGROUND
         return ChunkSender(f"{engine.members.name}.send_{urgency.name.lower()}s", lambda: engine.link.is_free(limit), post)
 
     def post(self, waiter: ThreadedWaiter, operations: list[_Operation], *, reduction: bool) -> None:

@@ -8,6 +8,7 @@ from typing import Literal
 
 from lightning_overlap.ranks.degrees import Degrees
 from lightning_overlap.ranks.group import Group
+from lightning_overlap.ranks.link import Urgency
 from lightning_overlap.ranks.world import make_group
 
 GroupName = Literal[
@@ -77,7 +78,13 @@ class ParallelMesh:
         return list(sets.values())
 
     def group(
-        self, name: GroupName, timeout: timedelta, traffic: str | None = None, *, gathers: bool = True, background: bool = False
+        self,
+        name: GroupName,
+        timeout: timedelta,
+        traffic: str | None = None,
+        *,
+        gathers: bool = True,
+        background: Urgency | None = None,
     ) -> Group:
         """Returns this rank's group of that name. Collective over the world: all ranks make the same calls in one order.
 

@@ -24,6 +24,7 @@ from lightning_overlap.ranks.clock import Clock
 from lightning_overlap.ranks.engine import Engine, Piece
 from lightning_overlap.ranks.gloo import GlooEngine
 from lightning_overlap.ranks.group import Group
+from lightning_overlap.ranks.link import Urgency
 from lightning_overlap.ranks.members import Members
 from lightning_overlap.ranks.nccl import NcclEngine
 from lightning_overlap.ranks.pool import BufferPool
@@ -42,7 +43,7 @@ class Posted:
         index: number of earlier transfers in the log, see :meth:`EventLog.take`.
         transfer: its record.
         verb: of :class:`Group`, or a blocking one.
-        background: as in :func:`lightning_overlap.ranks.world.make_group`.
+        background: whether it yields to more urgent data, see :func:`lightning_overlap.ranks.world.make_group`.
         received: bytes that this rank receives.
     """
 
@@ -204,9 +205,9 @@ class RehearsedWorld:
         finally:
             dist.destroy_process_group()
 
-    def group(self, members: Members, *, gathers: bool, background: bool) -> Group:
+    def group(self, members: Members, *, gathers: bool, background: Urgency | None) -> Group:
         process_group = dist.new_group(members.ranks) if members.size > 1 else None
-        engine = RehearsedEngine(members, process_group, process_group if gathers else None, self, background=background)
+        engine = RehearsedEngine(members, process_group, process_group if gathers else None, self, background=background is not None)
         return RehearsedGroup(members, engine)
 
 
@@ -256,7 +257,7 @@ class RehearsedEngine(Engine):
         process_group: as in :class:`Engine`.
         gathers: as in :class:`Engine`.
         world: of this rank.
-        background: as in :func:`lightning_overlap.ranks.world.make_group`.
+        background: whether it yields to more urgent data, see :func:`lightning_overlap.ranks.world.make_group`.
     """
 
     def __init__(self, members: Members, process_group: Any, gathers: Any, world: RehearsedWorld, *, background: bool) -> None:

@@ -23,6 +23,12 @@ SEEDS = 1 << 47
 """Seeds of masks are smaller than this, before the rank is added."""
 
 
+def original(function: Any) -> Any:
+    """The one of :data:`DROPOUTS` for which a function stands for a time: torch looks itself up by its name. Else the function."""
+    wrapped = getattr(function, "__wrapped__", None)
+    return wrapped if wrapped in DROPOUT_FUNCTIONS else function
+
+
 def drops(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
     """Whether a call of one of :data:`DROPOUTS` may drop something."""
     probability = args[1] if len(args) > 1 else kwargs.get("p", 0.5)

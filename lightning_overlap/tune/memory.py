@@ -26,8 +26,9 @@ class Memory:
         weights: parameters and buffers, as tensors or in flat buckets.
         gradients: as tensors or in flat buckets.
         optimizer: the optimizer's state, and fp32 copies of weights that it updates.
-        activations: everything else at the peak of a step: what autograd keeps, results under way, buffers of transfers, the batch.
+        activations: what autograd keeps, results under way and the batch, at the peak of a step.
         largest: the largest tensor in ``activations``: the logits, where the vocabulary is large.
+        buffers: of transfers. In a rehearsal as many are under way as can be; on a fast link fewer are.
     """
 
     weights: int
@@ -35,11 +36,12 @@ class Memory:
     optimizer: int
     activations: int
     largest: int
+    buffers: int
 
     @property
     def peak(self) -> int:
         """The sum: the most that the rank holds at one time."""
-        return self.weights + self.gradients + self.optimizer + self.activations
+        return self.weights + self.gradients + self.optimizer + self.activations + self.buffers
 
 
 class Allocations(DispatchMode):
@@ -151,8 +153,9 @@ class StepMemory(Callback):
             weights=sum(weights.values()),
             gradients=sum(size for size, _ in self._gradients.values()),
             optimizer=sum(size for key, size in optimizer.items() if key not in weights),
-            activations=self._pooled + transient,
+            activations=transient,
             largest=largest,
+            buffers=self._pooled,
         )
         self._allocations = None
 

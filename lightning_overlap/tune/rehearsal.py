@@ -90,10 +90,10 @@ class Rehearsal:
 
 def memory_table(rehearsals: Sequence[Rehearsal]) -> str:
     """Formats the memory of each rehearsed rank."""
-    head = ("a rank of stage", "weights", "gradients", "optimizer", "activations", "(largest one)", "together")
+    head = ("a rank of stage", "weights", "gradients", "optimizer", "activations", "(largest one)", "buffers", "together")
     rows = []
     for each in rehearsals:
         memory = each.memory
-        sizes = (memory.weights, memory.gradients, memory.optimizer, memory.activations, memory.largest, memory.peak)
+        sizes = (memory.weights, memory.gradients, memory.optimizer, memory.activations, memory.largest, memory.buffers, memory.peak)
         rows.append((str(each.stage), *map(in_megabytes, sizes)))
     return as_text(head, rows, numbers=True)

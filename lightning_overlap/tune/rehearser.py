@@ -28,6 +28,10 @@ class RehearsalError(RuntimeError):
     """The user's step fails in a rehearsal, or the process that plays a rank has ended."""
 
 
+class _Traceback(Exception):
+    """The traceback of an error in another process, as text."""
+
+
 class Rehearser:
     """Rehearses layouts one after the other. The processes that play ranks live until :meth:`close`; use it in a ``with`` block.
 
@@ -126,10 +130,11 @@ class Rehearser:
                     answers[player] = answer
                 else:
                     failures.append(answer)
+        # An error that follows from another player's comes last.
         for failure in sorted(failures, key=lambda failure: failure.follows):
             if failure.is_config_error:
                 raise ConfigError(failure.message)
-            raise RehearsalError(f"{failure.message}\n\n{failure.trace}")
+            raise RehearsalError(failure.message) from _Traceback(f"\n{failure.trace}")
         return [answers[player] for player in range(len(ranks))]
 
     def close(self) -> None:

@@ -20,7 +20,6 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning_overlap.bench.runs import Runs, without_checks
 from lightning_overlap.config import OverlapConfig
 from lightning_overlap.decision import ConfigError
-from lightning_overlap.messages import LOGGER
 from lightning_overlap.ranks.announcements import TransferError
 from lightning_overlap.ranks.clock import Clock, DeviceClock
 from lightning_overlap.ranks.rehearsal import Event, Inbox, Players, Posted, RehearsedWorld, Turn
@@ -84,9 +83,7 @@ def serve(pipe: Connection, player: int, inboxes: Sequence[Inbox], turn: Turn, r
         threads: of torch.
     """
     torch.set_num_threads(threads)
-    LOGGER.setLevel(logging.ERROR)
-    for name in ("lightning.pytorch", "lightning.fabric"):
-        logging.getLogger(name).setLevel(logging.ERROR)
+    logging.disable(logging.WARNING)  # a fit announces itself, in each rehearsal
     warnings.simplefilter("ignore")
     model, data, trainer = pickle.loads(run)
     while True:
@@ -98,7 +95,8 @@ def serve(pipe: Connection, player: int, inboxes: Sequence[Inbox], turn: Turn, r
             pipe.send((True, play(task, player, inboxes, turn, Runs(model, data, OverlapStrategy(), trainer))))
         except Exception as error:
             kinds = isinstance(error, ConfigError), isinstance(error, TransferError)
-            pipe.send((False, Failure(str(error), traceback.format_exc(), *kinds)))
+            message = str(error) if kinds[0] else f"{type(error).__name__}: {error}"
+            pipe.send((False, Failure(message, traceback.format_exc(), *kinds)))
 
 
 def play(task: Task, player: int, inboxes: Sequence[Inbox], turn: Turn, runs: Runs) -> Rehearsal:

@@ -15,6 +15,7 @@ import torch.distributed as dist
 
 from lightning_overlap.ranks.announcements import TransferError
 from lightning_overlap.ranks.gloo import SEND_BUFFER
+from lightning_overlap.ranks.link import Urgency
 from lightning_overlap.ranks.world import WORLD, make_group
 from tests.helpers.world import World
 
@@ -109,10 +110,10 @@ def test_a_sum_is_divided_by_its_divisor(world, divisor, result):
     assert world(2).run(divided, divisor) == [([result] * 2, [result] * 2)] * 2
 
 
-def gathers_before_sums():
+def gathers_before_sums(background):
     """The thread that sends a gather's chunks sees a reduction's bytes on the link, and later that they have gone."""
     rank = dist.get_rank()
-    group = make_group([[0, 1]], "test", datetime.timedelta(seconds=10), background=True)
+    group = make_group([[0, 1]], "test", datetime.timedelta(seconds=10), background=background)
     try:
         for _ in range(20):
             looks = iter([False])
@@ -127,14 +128,15 @@ def gathers_before_sums():
         group.close()
 
 
-def test_a_gather_is_not_forgotten_behind_a_sum(world):
-    world(2).run(gathers_before_sums)
+@pytest.mark.parametrize("background", [Urgency.REDUCTION, Urgency.GATHER])
+def test_a_gather_is_not_forgotten_behind_a_sum(world, background):
+    world(2).run(gathers_before_sums, background)
 
 
-def lagging_rank():
+def lagging_rank(background):
     """Rank 1 is one step ahead: it waits for a reduction of rank 0, which waits for a gather of the earlier step."""
     rank = dist.get_rank()
-    group = make_group([[0, 1]], "test", datetime.timedelta(seconds=20), background=True)
+    group = make_group([[0, 1]], "test", datetime.timedelta(seconds=20), background=background)
     try:
         x, grads = torch.full((1 << 21,), float(rank)), torch.ones(8)
         hold = group.reduce_scatter(torch.ones(8), [0, 4, 8], key=5, label="hold") if rank else None
@@ -152,8 +154,9 @@ def lagging_rank():
         group.close()
 
 
-def test_a_rank_that_is_behind_is_not_deadlocked(world):
-    assert world(2).run(lagging_rank) == [(0.0, 1.0)] * 2
+@pytest.mark.parametrize("background", [Urgency.REDUCTION, Urgency.GATHER])
+def test_a_rank_that_is_behind_is_not_deadlocked(world, background):
+    assert world(2).run(lagging_rank, background) == [(0.0, 1.0)] * 2
 
 
 def send_buffers():
@@ -172,7 +175,7 @@ def send_buffers():
 def bounded_connections():
     """By kind of group, the number of its connections, and how many of them have small send buffers."""
     kinds = []
-    for background in (True, False):
+    for background in (Urgency.REDUCTION, Urgency.GATHER, None):
         before = send_buffers()
         group = make_group([list(range(dist.get_world_size()))], "test", datetime.timedelta(seconds=30), background=background)
         try:
@@ -186,14 +189,16 @@ def bounded_connections():
 @pytest.mark.skipif(sys.platform != "linux", reason="descriptors are listed, and send buffers bounded, on Linux only")
 def test_background_connections_alone_have_small_send_buffers(world):
     for kinds in world(4).run(bounded_connections):
-        assert kinds == [(6, 6), (6, 0)]  # to each peer one for gathers and one for the rest
+        assert kinds == [(6, 6), (6, 3), (6, 0)]  # to each peer one for gathers and one for the rest
 
 
 def background_beside_foreground():
     """Data of a background group is posted first. Which kinds of data are on the link is planted. Tells what has started when."""
     rank, bounds = dist.get_rank(), [0, 1 << 17, 1 << 18]
     limit = datetime.timedelta(seconds=20)
-    late, first = (make_group([[0, 1]], name, limit, background=name == "late") for name in ("late", "first"))
+    late, first = (
+        make_group([[0, 1]], name, limit, background=Urgency.REDUCTION if name == "late" else None) for name in ("late", "first")
+    )
     busy = {first._engine.sockets, late._engine.sockets}
     for sockets in list(busy):
         sockets.is_idle = lambda sockets=sockets: sockets not in busy
@@ -230,10 +235,10 @@ def test_background_data_waits_for_other_data_and_gathers_wait_for_reductions(wo
         assert (sums, weights) == ([3], [[0], [1]])
 
 
-def ahead_of_a_peer():
+def ahead_of_a_peer(background):
     """The first rank waits for a reduction that its peer posts only after a gather of the same step."""
     rank, bounds = dist.get_rank(), [0, 2, 4]
-    group = make_group([[0, 1]], "test", datetime.timedelta(seconds=10), background=True)
+    group = make_group([[0, 1]], "test", datetime.timedelta(seconds=10), background=background)
     try:
         group.start_step()
         x, weights = torch.full((4,), float(rank)), torch.full((4,), -1.0)
@@ -249,8 +254,9 @@ def ahead_of_a_peer():
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="whether a link is idle is known on Linux only")
-def test_gathers_are_not_held_back_for_a_reduce_that_waits_for_its_peer(world):
-    for gather, reduce in world(2).run(ahead_of_a_peer):
+@pytest.mark.parametrize("background", [Urgency.REDUCTION, Urgency.GATHER])
+def test_gathers_are_not_held_back_for_a_reduce_that_waits_for_its_peer(world, background):
+    for gather, reduce in world(2).run(ahead_of_a_peer, background):
         assert gather == [0, 0, 1, 1]
         assert reduce == [1, 1]
 

@@ -14,12 +14,12 @@ from lightning.pytorch.plugins.environments import TorchElasticEnvironment
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from lightning_overlap import OverlapStrategy, PipelineParallel
+from lightning_overlap import ConfigError, OverlapStrategy, PipelineParallel
 from lightning_overlap.bench.runs import Runs, without_checks
 from lightning_overlap.ranks.transfer import Transfer
 from lightning_overlap.tune.memory import Memory, StepMemory
 from lightning_overlap.tune.rehearsal import Compute, Post, Rehearsal, Wait
-from lightning_overlap.tune.rehearser import Rehearser
+from lightning_overlap.tune.rehearser import RehearsalError, Rehearser
 from lightning_overlap.tune.worker import WARMUP
 from tests.trainer.expert.fits import Hugging
 
@@ -149,3 +149,40 @@ def test_as_in_a_real_world(world: Any, rehearser: Rehearser, case: str) -> None
         assert (rehearsal.memory.weights, rehearsal.memory.gradients) == (memory.weights, memory.gradients)
         assert rehearsal.memory.optimizer == memory.optimizer
         assert rehearsal.memory.activations == pytest.approx(memory.activations, rel=0.1)
+        assert rehearsal.memory.buffers == pytest.approx(memory.buffers, rel=0.5)  # as many as transfers are under way at one time
+
+
+EVERYTHING = {**TENSOR, **CONTEXT, "expert_parallel": 4, "pipeline_parallel": PipelineParallel(size=2, microbatches=2)}
+
+
+def test_a_world_that_does_not_fit_on_the_machine(rehearser: Rehearser) -> None:
+    first, second = rehearser.rehearse(OverlapStrategy(**EVERYTHING).config, 16, ranks=[5, 13], steps=1)
+    assert [(each.rank, each.stage, each.world_size) for each in (first, second)] == [(5, 0, 16), (13, 1, 16)]
+    groups = {event.label.partition("[")[0]: event.ranks for event in first.events if isinstance(event, Post)}
+    assert groups["tensor.input"] == (4, 5)
+    assert groups["context.pieces"] == (5, 7)
+    assert groups["expert.dispatch"] == (4, 5, 6, 7)
+    assert groups["data.grads"] in ((1, 3, 5, 7), (1, 5))  # of weights, and of experts
+    assert (groups["pipeline.forward"], groups["pipeline.backward"]) == ((5, 13), (13, 5))
+    sent = [(each.label, each.nbytes) for each in first.events if isinstance(each, Post) and each.verb == "send"]
+    received = [(each.label, each.received) for each in second.events if isinstance(each, Post) and each.verb == "receive"]
+    assert sent == received
+
+
+class Failing(Tokens):
+    def train_dataloader(self) -> DataLoader[Tensor]:
+        raise OSError("the disk is gone")
+
+
+def test_errors_reach_the_caller_and_the_next_layout_is_rehearsed(rehearser: Rehearser) -> None:
+    impossible = {**TENSOR, "pipeline_parallel": PipelineParallel(size=2, virtual_stages=2, schedule="dualpipev", microbatches=4)}
+    with pytest.raises(ConfigError, match="the schedule dualpipev splits backward"):
+        rehearser.rehearse(OverlapStrategy(**impossible).config, 4)
+    with pytest.raises(ValueError, match=r"ranks \[0, 1\] of 2 are not one of each of 1 stages"):
+        rehearser.rehearse(OverlapStrategy().config, 2, ranks=[0, 1])
+    (rehearsal,) = rehearser.rehearse(OverlapStrategy().config, 2, steps=1)
+    assert rehearsal.seconds > 0
+    strategy = OverlapStrategy()
+    Trainer(strategy=strategy, accelerator="cpu", devices=1, logger=False, enable_checkpointing=False)
+    with Rehearser(model(), Failing(), strategy, TRAINER) as failing, pytest.raises(RehearsalError, match="the disk is gone"):
+        failing.rehearse(OverlapStrategy(**PIPELINE).config, 2)

@@ -17,7 +17,7 @@ def post(number, *, megabytes=1.0, label="data.grads[0]", ranks=(0, 1), verb="re
 
 
 def rank(*events, number=0, stage=0):
-    return Rehearsal(number, stage, 2, events, Memory(0, 0, 0, 0, 0))
+    return Rehearsal(number, stage, 2, events, Memory(0, 0, 0, 0, 0, 0))
 
 
 def simulated(*events, link=SLOW, overlapped=True) -> Simulation:

@@ -23,7 +23,7 @@ from lightning_overlap.model.patches import replace_method
 from lightning_overlap.modes.context.local_tokens import LocalTokens
 from lightning_overlap.modes.context.mask import Mask
 from lightning_overlap.modes.context.options import AttentionOptions
-from lightning_overlap.steps.dropout import DROPOUT_FUNCTIONS, drops, drops_samples, rank_numbers
+from lightning_overlap.steps.dropout import DROPOUT_FUNCTIONS, drops, drops_samples, original, rank_numbers
 from lightning_overlap.torch_seams import is_compiled, saved_tensor_hooks
 
 TORCH_ATTENTION = F.scaled_dot_product_attention
@@ -193,7 +193,7 @@ class _Seam(TorchFunctionMode):
             return self._named_attention(*args, **kwargs)
         if func is F.multi_head_attention_forward:
             return self._multi_head(*args, **kwargs)
-        if func in DROPOUT_FUNCTIONS and self._local.rank is not None and drops(args, kwargs):
+        if original(func) in DROPOUT_FUNCTIONS and self._local.rank is not None and drops(args, kwargs):
             x: Tensor = args[0] if args else kwargs["input"]
             if not drops_samples(x):
                 with rank_numbers(self._local.rank, x.device):

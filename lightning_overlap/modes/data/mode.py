@@ -39,6 +39,7 @@ from lightning_overlap.modes.data.optimizer import ShardedOptimizer
 from lightning_overlap.modes.data.reductions import Reductions
 from lightning_overlap.modes.data.trained import TrainedParameters, is_lookup
 from lightning_overlap.ranks.group import Group
+from lightning_overlap.ranks.link import Urgency
 from lightning_overlap.ranks.world import make_group
 
 
@@ -60,7 +61,9 @@ class DataMode(OptimizerHolder):
         super().__init__(config, choices, setup)
         self._sharers = self._make_groups(config.num_optimizer_instances)
         has_experts = self.mesh.size("experts") > 1
-        self._experts = self.mesh.group("expert_gradients", self.timeout, "data", background=True) if has_experts else None
+        self._experts = (
+            self.mesh.group("expert_gradients", self.timeout, "data", background=Urgency.REDUCTION) if has_experts else None
+        )
         self._stage = self.mesh.group("stage", self.timeout) if has_experts else None
         self.buckets = Buckets(config, choices)
         self._trained = TrainedParameters(choices)
@@ -83,13 +86,16 @@ class DataMode(OptimizerHolder):
     def _make_groups(self, instances: int) -> tuple[Group, ...]:
         """Makes the ranks over which the optimizer is sharded; with several optimizer instances also the ranks that have the same
         shard in all of them."""
+        # Without other groups only gathers have something to yield to: reductions.
+        has_others = self.mesh.size("batch") > 1 or self.mesh.size("experts") > 1
+        background = Urgency.REDUCTION if has_others else Urgency.GATHER
         if instances == 1:
-            return (self.mesh.group("gradients", self.timeout, "data", background=True),)
+            return (self.mesh.group("gradients", self.timeout, "data", background=background),)
         # Made here, since optimizer instances divide the ranks of a named group, and no other mode knows these parts.
         sets, size = self.mesh.sets("gradients"), self.mesh.size("gradients") // instances
         inner = [ranks[i : i + size] for ranks in sets for i in range(0, len(ranks), size)]
         outer = [ranks[i::size] for ranks in sets for i in range(size)]
-        make = partial(make_group, timeout=self.timeout, background=True)
+        make = partial(make_group, timeout=self.timeout, background=background)
         return make(inner, "data"), make(outer, "data.instances")
 
     # -- set-up ------------------------------------------------------------------------------------------------------
