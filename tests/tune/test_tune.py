@@ -34,7 +34,7 @@ class MadeUp:
         ranks = tuple(range(0, 4, degrees.tensor))
         post = Post(0, "data.grads[0]", 0, 10**6 // degrees.tensor, ranks, "reduce_scatter", True)
         events = (Compute(1.0), *((post, Wait(0)) if len(ranks) > 1 else ()))
-        return [Rehearsal(0, 0, 4, events, Memory(GB * degrees.data, 0, 0, 0, 0))]
+        return [Rehearsal(0, 0, 4, events, Memory(GB * degrees.data, 0, 0, 0, 0, 0))]
 
 
 def tuned(config=None, memory=80 * GB, **options):
