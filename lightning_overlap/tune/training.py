@@ -23,6 +23,8 @@ from lightning_overlap.tune.rehearser import Rehearser
 
 STEPS, WARMUP = 4, 2
 """Of a measured run: timed steps, and steps before them."""
+OF_DATA, OF_MODEL = "data.init_args.batch_size", "model.init_args.batch_size"
+"""Paths of settings of the command."""
 
 
 class Training:
@@ -44,7 +46,7 @@ class Training:
 
     def batch(self, data_ranks: int) -> Batch:
         """Returns the batch of a step, as configured for so many data ranks."""
-        owner = {"data": self._datamodule, "model": self._model, None: None}[self._batch_owner]
+        owner = {OF_DATA: self._datamodule, OF_MODEL: self._model, None: None}[self._batch_setting]
         accumulate = self._trainer.get("accumulate_grad_batches") or 1
         return Batch(getattr(owner, "batch_size", None), data_ranks, accumulate)
 
@@ -86,14 +88,15 @@ class Training:
         if layout.accumulate != (self._trainer.get("accumulate_grad_batches") or 1):
             trainer["accumulate_grad_batches"] = layout.accumulate
         recipe: dict[str, Any] = {"trainer": trainer}
-        if layout.batch_size is not None and self._batch_owner is not None:
-            recipe[self._batch_owner] = {"init_args": {"batch_size": layout.batch_size}}
+        if layout.batch_size is not None and self._batch_setting is not None:
+            section, arguments, name = self._batch_setting.split(".")
+            recipe[section] = {arguments: {name: layout.batch_size}}
         return f"# {layout.name}\n{yaml.safe_dump(recipe, sort_keys=False)}"
 
     @property
-    def _batch_owner(self) -> str | None:
-        """Whose argument ``batch_size`` is: ``data``'s, ``model``'s, or nobody's."""
-        for name, owner in (("data", self._datamodule), ("model", self._model)):
+    def _batch_setting(self) -> str | None:
+        """The path of ``batch_size`` in the user's configuration; None if neither the data module nor the module has it."""
+        for name, owner in ((OF_DATA, self._datamodule), (OF_MODEL, self._model)):
             has_one = isinstance(getattr(owner, "batch_size", None), int)
             if has_one and "batch_size" in inspect.signature(type(owner)).parameters:
                 return name
@@ -103,7 +106,7 @@ class Training:
         """Returns module, data and arguments of Trainer with the layout's batch."""
         model, datamodule = self._model, self._datamodule
         if layout.batch_size is not None:
-            if self._batch_owner == "data":
+            if self._batch_setting == OF_DATA:
                 datamodule = copy.copy(datamodule)
                 setattr(datamodule, "batch_size", layout.batch_size)  # noqa: B010  # an attribute of the user's class
             else:

@@ -49,9 +49,9 @@ def test_the_best_ten_and_the_references_have_a_reason():
     assert result.best.name == "tensor 2 x data 2, bucket_size 70000", "the layouts with half the transfers between hosts"
     lines = result.table().splitlines()
     assert lines[0].startswith("4 ranks on 2 hosts, on paper;")
-    assert "between hosts: 8 Mbit/s" in lines[0]
-    assert lines[1].split() == ["ms", "a", "step", "plain", "exposed", "MB", "a", "rank"]
-    assert lines[2].startswith("1  tensor 2 x data 2 ")
+    assert "between hosts: 8 Mbit/s" in " ".join(lines[:2])
+    head = next(number for number, line in enumerate(lines) if line.split() == "ms a step plain exposed MB a rank".split())  # noqa: SIM905
+    assert lines[head + 1].startswith("1  tensor 2 x data 2 ")
     text = " ".join(" ".join(lines).split())
     assert "since there are no blocks" in text
     assert "(configured, bucket_size 70000): transfers of data.grads wait 1333 ms" in text
@@ -64,7 +64,7 @@ def test_what_does_not_fit_is_left_out():
     assert small.best.plan.degrees.data == 2
     assert "need more than 3.0 GB a rank" in small.table()
     assert "data 4" not in small.table().split("left out")[0].replace("data 4,", "")
-    with pytest.raises(ConfigError, match=r"no layout fits: the smallest needs 1\.0 GB a rank, which has 0\.5 GB"):
+    with pytest.raises(ConfigError, match=r"no layout fits: the smallest needs 2\.0 GB a rank, which has 0\.5 GB"):
         _ = tuned(memory=GB // 2).best
 
 
