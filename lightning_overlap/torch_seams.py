@@ -174,10 +174,13 @@ def running_dispatch_mode(mode: DispatchMode) -> Iterator[None]:
 def flop_formulas() -> dict[Any, Callable[..., int]]:
     """Returns functions that count an operator's floating-point operations: of its arguments and, as ``out_val``, its result.
 
-    They are those of ``torch.utils.flop_counter``, which lacks attention on the CPU and products in groups (torch 2.13).
+    They are those of ``torch.utils.flop_counter``, which lacks attention on the CPU, products in groups and products that are added in
+    place (torch 2.13).
     """
     aten = torch.ops.aten
     return {
+        aten.addmm_: flop_registry[aten.addmm],
+        aten.baddbmm_: flop_registry[aten.baddbmm],
         aten._scaled_dot_product_flash_attention_for_cpu: flop_registry[aten._scaled_dot_product_flash_attention],
         aten._scaled_dot_product_flash_attention_for_cpu_backward: flop_registry[aten._scaled_dot_product_flash_attention_backward],
         aten._grouped_mm: _grouped_product_flops,

@@ -78,7 +78,7 @@ def write_figures(
     graphs = import_plotly()
     milliseconds = [seconds * 1e3 for seconds in medians.values()]
     bars = graphs.Bar(x=milliseconds, y=list(medians), orientation="h", texttemplate="%{x:.0f}", marker_color=COLOURS["compute"])
-    figure = graphs.Figure([bars]).add_vline(limit * 1e3, line_dash="dash", annotation_text="limit")
+    figure = graphs.Figure([bars]).add_vline(limit * 1e3, line_dash="dash", annotation_text="limit", annotation_position="top")
     figure.update_layout(title="Milliseconds a step", height=140 + 34 * len(medians)).update_yaxes(autorange="reversed")
     _write(path, "Gain of overlap", table, [_side_by_side(steps), figure], plan)
 
@@ -112,10 +112,10 @@ def _mean_step(summary: Summary) -> Any:
     mean = summary.mean()
     parts: dict[str, dict[str, float]] = {
         "compute": {"step": summary.compute},
+        "hidden": {},
         "exposed": {"step": mean.exposed},
         "late peers": {"step": mean.late},
         "core taken": {"step": summary.core_taken},
-        "hidden": {},
     }
     for mode in summary.names:
         of_mode = summary.mean(mode)
@@ -139,25 +139,27 @@ def _mean_step(summary: Summary) -> Any:
 
 
 def _side_by_side(steps: Mapping[str, Sequence[Step]]) -> Any:
-    """Draws a step of the first rank under each strategy: compute with waits on it, and transfers."""
+    """Draws a step of the first rank under each strategy: compute with waits on it, and below it each kind of transfers."""
     graphs = import_plotly()
     drawn: dict[str, dict[str, list[Any]]] = defaultdict(lambda: defaultdict(list))
+    rows: dict[str, None] = {}
     for name, step in steps.items():
         for rank, kind, label, (start, end), _ in spans(step):
             if rank > 0 or kind == "compute, stages":
                 continue
-            row, colour = "compute", label.split(":")[0]
-            if kind not in ("compute", "waits"):
-                row, colour = "transfers", kind
-            bars = drawn[colour]
+            on_compute = kind in ("compute", "waits")
+            row = f"{name}: {'compute' if on_compute else kind}"
+            rows[row] = None
+            bars = drawn[label.split(":")[0] if on_compute else kind]
             bars["base"].append((start - step[0].start) * 1e3)
             bars["x"].append((end - start) * 1e3)
-            bars["y"].append(f"{name}: {row}")
+            bars["y"].append(row)
     on_top = sorted(drawn.items(), key=lambda item: item[0] in ("waited", "late peer"))
-    style = _styles(drawn)
-    figure = graphs.Figure([graphs.Bar(orientation="h", name=kind, marker=style[kind], **bars) for kind, bars in on_top])
+    styles = _styles(drawn)
+    figure = graphs.Figure([graphs.Bar(orientation="h", name=kind, marker=styles[kind], **bars) for kind, bars in on_top])
     lengths = ", ".join(f"{name} {(step[0].end - step[0].start) * 1e3:.0f} ms" for name, step in steps.items())
-    return _for_a_talk(figure, f"One step of rank 0: {lengths}", rows=2 * len(steps)).update_layout(barmode="overlay", bargap=0.15)
+    figure = _for_a_talk(figure, f"One step of rank 0: {lengths}", len(rows)).update_layout(barmode="overlay", bargap=0.15)
+    return figure.update_yaxes(categoryorder="array", categoryarray=list(rows))
 
 
 def _styles(kinds: Iterable[str]) -> dict[str, Any]:
@@ -168,10 +170,10 @@ def _styles(kinds: Iterable[str]) -> dict[str, Any]:
 
 def _for_a_talk(figure: Any, title: str, rows: int) -> Any:
     """Formats a figure of horizontal bars so that it can be read on a slide: in large letters, without a background."""
-    figure.update_layout(
-        template="simple_white", title=title, font_size=16, height=170 + 46 * rows, legend={"orientation": "h", "y": -0.35}
-    )
-    return figure.update_xaxes(title="milliseconds").update_yaxes(autorange="reversed")
+    height = 46 * rows
+    legend = {"orientation": "h", "y": -80 / height, "traceorder": "normal"}  # below the title of the axis
+    figure.update_layout(template="simple_white", title=title, font_size=16, legend=legend, height=height + 230)
+    return figure.update_layout(margin={"t": 80, "b": 150}).update_xaxes(title="milliseconds").update_yaxes(autorange="reversed")
 
 
 def _bars(steps: Sequence[Sequence[Step]]) -> Any:

@@ -25,6 +25,11 @@ def test_forward_and_backward_are_counted_once():
         checkpoint(linear, x.requires_grad_(), use_reentrant=False).sum().backward()
     assert count.flops == 3 * forward, "the forward that is computed again does not count"
     assert not count.unknown
+    with FlopCount() as count:
+        torch.zeros(4, 32).addmm_(x.detach(), linear.weight.detach().t())
+        torch.zeros(1, 4, 32).baddbmm_(x.detach()[None], linear.weight.detach().t()[None])
+        torch.mm(x.detach(), linear.weight.detach().t(), out=torch.empty(4, 32))
+    assert (count.flops, count.unknown) == (3 * forward, set())
 
 
 def test_attention_on_the_cpu_and_products_in_groups_are_counted():

@@ -57,5 +57,5 @@ def test_a_benchmark_has_a_page(tmp_path):
     write_figures("the table", {"overlapped": 0.2, "plain": 0.35}, 0.15, {"plain": step, "overlapped": step}, "the plan", page)
     text = page.read_text()
     assert "One step of rank 0: plain 8000 ms, overlapped 8000 ms" in text
-    assert all(f'"{name}: {row}"' in text for name in ("plain", "overlapped") for row in ("compute", "transfers"))
+    assert all(f'"{name}: {row}"' in text for name in ("plain", "overlapped") for row in ("compute", "data.grads"))
     assert all(part in text for part in ("the table", "the plan", '"overlapped","plain"', "[200.0,350.0]", "limit"))
