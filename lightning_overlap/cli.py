@@ -1,9 +1,10 @@
-"""The command ``lightning-overlap``: LightningCLI's subcommands, ``plan``, ``verify``, ``bench`` and ``consolidate``."""
+"""The command ``lightning-overlap``: LightningCLI's subcommands, ``plan``, ``tune``, ``verify``, ``bench`` and ``consolidate``."""
 
 from __future__ import annotations
 
 import os
 import sys
+from functools import partial
 from importlib.metadata import version
 from json import dumps
 from pathlib import Path
@@ -21,8 +22,9 @@ from lightning_overlap.bench.on_paper import describe_times
 from lightning_overlap.bench.runs import Runs
 from lightning_overlap.bench.verify import verify
 from lightning_overlap.cli_errors import Parser, nearest, shorten
+from lightning_overlap.config import OverlapConfig
 from lightning_overlap.decision import ConfigError
-from lightning_overlap.plan import resolve
+from lightning_overlap.plan import Plan, resolve
 from lightning_overlap.profiling.report import import_plotly, write_figures
 from lightning_overlap.ranks.announcements import TransferError
 from lightning_overlap.state.checkpoint import CheckpointError
@@ -30,15 +32,19 @@ from lightning_overlap.state.consolidate import consolidate
 from lightning_overlap.steps.simulate import draw
 from lightning_overlap.strategy.seams import facts_of
 from lightning_overlap.strategy.strategy import OverlapStrategy
+from lightning_overlap.tune.layouts import LAYOUTS
+from lightning_overlap.tune.machine import Machine, find_network, memory_of_a_rank
 from lightning_overlap.tune.rehearsal import memory_table
 from lightning_overlap.tune.rehearser import Rehearser
+from lightning_overlap.tune.training import Training
+from lightning_overlap.tune.tune import tune
 
 FLAGS = ("--schedule", "--peers", "--memory")
 """Options of the commands that are on or off."""
 
 
 class _Trainer(Trainer):
-    """A Trainer with three more commands: plan, bench and verify."""
+    """A Trainer with four more commands: plan, tune, bench and verify."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         name = kwargs.get("strategy")
@@ -70,16 +76,8 @@ class _Trainer(Trainer):
                 time that the schedule takes.
             memory: also run some steps as one rank of each pipeline stage, and print the memory that the rank needs.
         """
-        strategy, ranks = self._overlap(), self.num_devices * self.num_nodes
-        facts = facts_of(
-            self,
-            model,
-            strategy.config,
-            world_size=ranks,
-            device=strategy.root_device.type,
-            backend=strategy.backend_name,
-        )
-        print(resolve(strategy.config, facts).explain())
+        strategy = self._overlap()
+        print(self._resolve(model, strategy.config).explain())
         for mode in strategy.config.modes:
             microbatches = mode.schedule(strategy.config.of(mode), None)
             if microbatches is not None and schedule:
@@ -88,7 +86,61 @@ class _Trainer(Trainer):
                 print(describe_times(microbatches, times))
         if memory:
             with Rehearser(model, datamodule, strategy, self._given) as rehearser:
-                print(f"\n{memory_table(rehearser.rehearse(strategy.config, ranks, steps=1))}")
+                print(f"\n{memory_table(rehearser.rehearse(strategy.config, self.num_devices * self.num_nodes, steps=1))}")
+
+    def _resolve(self, model: LightningModule, config: OverlapConfig) -> Plan:
+        """Decides a configuration for the trainer's devices and nodes."""
+        facts = facts_of(
+            self,
+            model,
+            config,
+            world_size=self.num_devices * self.num_nodes,
+            device=self.strategy.root_device.type,
+            backend=self._overlap().backend_name,
+        )
+        return resolve(config, facts)
+
+    def tune(
+        self,
+        model: LightningModule,
+        datamodule: LightningDataModule | None = None,
+        hosts: int | None = None,
+        link: str | None = None,
+        inside_link: str | None = None,
+        memory: str | None = None,
+        layouts: int = LAYOUTS,
+        measure: int = 0,
+        output: str = "best.yaml",
+    ) -> None:
+        """Finds the fastest layout: rehearses layouts on this machine, simulates their transfers, and prints the best ten.
+
+        The batch of a step, of all ranks together, is the same under each layout. What the configuration sets to another value than
+        its default stays as set.
+
+        Args:
+            model: the module.
+            datamodule: the data.
+            hosts: of ranks that are not there, whose figures are on paper; set by --devices and --num-nodes.
+            link: a host's link to others, such as 300mbit,0.5ms; by default measured.
+            inside_link: the link inside a host, of each rank; by default measured.
+            memory: of a rank, such as 80GB; by default the device's.
+            layouts: how many are rehearsed.
+            measure: how many of the best are also measured.
+            output: file for the configuration of the best, which is read after the others: fit -c base.yaml -c best.yaml.
+        """
+        strategy = self._overlap()
+        ranks = self.num_devices * self.num_nodes
+        per_host = self.num_devices if hosts is None else ranks // hosts
+        machine = Machine(ranks, per_host, hosts is None, strategy.root_device, strategy.backend_name)
+        bytes_of_rank = memory_of_a_rank(machine, memory)
+        network = find_network(machine, link, inside_link, strategy, self._given)
+        training = Training(model, datamodule, strategy, self._given)
+        tuned = tune(training, strategy.config, partial(self._resolve, model), machine, network, bytes_of_rank,
+                     layouts=layouts, measure=measure)  # fmt: skip
+        if self.is_global_zero:
+            print(tuned.table())
+            Path(output).write_text(training.recipe(tuned.best, machine))
+            print(f"the best is written to {output}: lightning-overlap fit ... -c {output}")
 
     def bench(
         self,
@@ -174,16 +226,16 @@ class _CLI(LightningCLI):
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
         arguments = {"model", "datamodule"}
-        return {**LightningCLI.subcommands(), "plan": arguments, "bench": arguments, "verify": arguments}
+        return {**LightningCLI.subcommands(), "plan": arguments, "tune": arguments, "bench": arguments, "verify": arguments}
 
 
 def main() -> None:
-    """Runs the command. ``plan`` accepts ``--devices`` and ``--num-nodes`` in place of the trainer's arguments."""
+    """Runs the command. ``plan`` and ``tune`` accept ``--devices`` and ``--num-nodes`` in place of the trainer's arguments."""
     # so that class paths such as examples.train_gpt.GPTModule are found in the current folder
     sys.path.insert(0, os.getcwd())
     sys.argv[1:] = _with_values(sys.argv[1:])
-    if sys.argv[1:2] == ["plan"]:
-        sys.argv[1:] = _ranks(sys.argv[1:])
+    if sys.argv[1:2] in (["plan"], ["tune"]):
+        sys.argv[1:] = _ranks(sys.argv[1:], name_hosts=sys.argv[1] == "tune")
     try:
         if sys.argv[1:2] == ["consolidate"]:  # it needs no trainer
             auto_cli(consolidate, args=sys.argv[2:])
@@ -201,8 +253,11 @@ def _with_values(arguments: list[str]) -> list[str]:
     return [w for word, after in pairs for w in ([word, "true"] if word in FLAGS and after.startswith("-") else [word])]
 
 
-def _ranks(arguments: list[str]) -> list[str]:
-    """Replaces ``--devices 8 --num-nodes 2`` by 16 nodes of one device, because a plan needs no machine with 8 devices."""
+def _ranks(arguments: list[str], *, name_hosts: bool) -> list[str]:
+    """Replaces ``--devices 8 --num-nodes 2`` by 16 nodes of one device, because a plan needs no machine with 8 devices.
+
+    With ``name_hosts`` it adds ``--hosts 2``.
+    """
     numbers, rest = {"--devices": 0, "--num-nodes": 0}, []
     words = iter(word for given in arguments for word in (given.split("=", 1) if given.startswith("--") else [given]))
     for word in words:
@@ -216,7 +271,10 @@ def _ranks(arguments: list[str]) -> list[str]:
     devices, nodes = numbers.values()
     if nodes and not devices:
         sys.exit("error: --num-nodes needs --devices, the processes on each node")
-    return [*rest, "--trainer.devices", "1", "--trainer.num_nodes", str(devices * (nodes or 1))] if devices else rest
+    if not devices:
+        return rest
+    hosts = ["--hosts", str(nodes or 1)] if name_hosts else []
+    return [*rest, "--trainer.devices", "1", "--trainer.num_nodes", str(devices * (nodes or 1)), *hosts]
 
 
 if __name__ == "__main__":

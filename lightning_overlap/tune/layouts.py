@@ -71,11 +71,23 @@ class Layout:
 
         Configurations with one name train alike.
         """
-        running = [mode for mode in self.plan.modes if mode.name in self.plan.choices]
-        sizes = [f"{mode.name} {self.plan.choices[mode.name].size.value}" for mode in running]
-        settings = [f"{name} {value}" for mode in running for name, value in changes(self.config, mode).items() if name != "size"]
+        return ", ".join([self.sizes, *self.settings])
+
+    @property
+    def sizes(self) -> str:
+        """The sizes of the modes that run: ``pipeline 2 x data 4``."""
+        return " x ".join(f"{mode.name} {self.plan.choices[mode.name].size.value}" for mode in self._running())
+
+    @property
+    def settings(self) -> list[str]:
+        """What else differs from the defaults."""
         off = ["overlap off"] if self.config.overlap == "off" else []
-        return ", ".join([" x ".join(sizes) or "one rank", *off, *settings])
+        return off + [
+            f"{name} {value}" for mode in self._running() for name, value in changes(self.config, mode).items() if name != "size"
+        ]
+
+    def _running(self) -> list[ModeDescriptor]:
+        return [mode for mode in self.plan.modes if mode.name in self.plan.choices]
 
 
 def changes(config: OverlapConfig, mode: ModeDescriptor) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from lightning_overlap.ranks.world import all_gather_objects, make_group, world_
 from lightning_overlap.tune.network import Link
 
 SECONDS = 0.3
-"""Duration of a measured transfer."""
+"""About the duration of a measured transfer, long enough for TCP to reach its speed."""
 REPEATS = 3
 LATENCY_REPEATS = 20
 FIRST_BYTES, MOST_BYTES = 1 << 18, 1 << 30
@@ -23,13 +23,16 @@ ROWS = 256
 """Rows of the matrices that a rank multiplies meanwhile: about a millisecond on one core."""
 
 
-def measure_links(ranks_per_host: int, device: torch.device, timeout: timedelta) -> tuple[Link | None, Link | None]:
+def measure_links(
+    ranks_per_host: int, device: torch.device, timeout: timedelta, *, seconds: float = SECONDS
+) -> tuple[Link | None, Link | None]:
     """Measures the link inside a host and that between hosts, while all ranks use it. Collective over the world; a few seconds.
 
     Args:
         ranks_per_host: ranks on each host; consecutive ranks share one.
         device: of this rank.
         timeout: how long a transfer may take.
+        seconds: about the duration of a measured transfer.
 
     Returns:
         The links inside a host and between hosts, the same on all ranks; None where there is no such link.
@@ -43,7 +46,7 @@ def measure_links(ranks_per_host: int, device: torch.device, timeout: timedelta)
             links.append(None)
             continue
         group = make_group(sets, "link", timeout)
-        links.append(_mean(_Probe(group, device).link(), sharers))
+        links.append(_mean(_Probe(group, device, seconds).link(), sharers))
         group.close()
     return links[0], links[1]
 
@@ -63,10 +66,11 @@ class _Probe:
     Args:
         group: ranks that all send to each other.
         device: of this rank.
+        seconds: as in :func:`measure_links`.
     """
 
-    def __init__(self, group: Group, device: torch.device) -> None:
-        self._group, self._device = group, device
+    def __init__(self, group: Group, device: torch.device, seconds: float) -> None:
+        self._group, self._device, self._seconds = group, device, seconds
         self._key = 0
         dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
         self._factor = torch.zeros(ROWS, ROWS, dtype=dtype, device=device)
@@ -76,8 +80,8 @@ class _Probe:
         self._transfer(FIRST_BYTES)  # connects
         latency = statistics.median(self._transfer(1) for _ in range(LATENCY_REPEATS))
         nbytes = FIRST_BYTES
-        while (seconds := self._transfer(nbytes)) < SECONDS / 2 and nbytes < MOST_BYTES:
-            nbytes = min(MOST_BYTES, int(nbytes * min(8.0, SECONDS / seconds)))
+        while (seconds := self._transfer(nbytes)) < self._seconds / 2 and nbytes < MOST_BYTES:
+            nbytes = min(MOST_BYTES, int(nbytes * min(8.0, self._seconds / seconds)))
         seconds = min(self._transfer(nbytes) for _ in range(REPEATS))
         product = statistics.median(self._compute(50) / 50 for _ in range(REPEATS))
         beside = statistics.median(self._beside(nbytes, max(1, int(0.8 * seconds / product))) for _ in range(REPEATS))

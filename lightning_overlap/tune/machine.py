@@ -60,8 +60,10 @@ def find_network(
         trainer: the user's arguments of Trainer.
 
     Raises:
-        ConfigError: a link is not given, and cannot be measured because the ranks are not there.
+        ConfigError: there is one rank; or a link is not given, and cannot be measured because the ranks are not there.
     """
+    if machine.ranks == 1:
+        raise ConfigError("one rank has no layout to choose: set more devices, or pass --devices 8 --num-nodes 2 for figures on paper")
     between = parse_link(link) if link is not None else None
     inside = parse_link(inside_link) if inside_link is not None else None
     if machine.is_there:

@@ -220,7 +220,9 @@ class _World:
             transfer = _Transfer(post.label.split("[")[0], missing, self.network.latency(post.ranks, post.verb))
             self._shared[name] = transfer
         urgency = Urgency.FOREGROUND if not post.background else Urgency.GATHER if post.verb == "all_gather" else Urgency.REDUCTION
-        for load in self.network.loads(rank.number, post.ranks, post.verb, post.nbytes):
+        # both directions at once: the fuller one counts. What a rank receives from a sender, the sender posts.
+        nbytes = post.nbytes if post.verb in ("send", "receive") else max(post.nbytes, post.received)
+        for load in self.network.loads(rank.number, post.ranks, post.verb, nbytes):
             transfer.parts.append(partial(self._send, rank, transfer, post, load, (urgency, step, priority)))
         transfer.missing -= 1
         if not transfer.missing:
@@ -272,10 +274,10 @@ class _Rank:
         self.obstacle = ""
         self._world, self._events, self._overlapped = world, rehearsal.events, overlapped
         self._order = _order_of_waits(rehearsal)
-        self._transfers: dict[int, _Transfer] = {}
-        """By number, the last one that was posted."""
-        self._postponed: dict[int, tuple[int, Post]] = {}
-        """In the plain twin, by number, the step and the post that its wait will make."""
+        self._transfers: dict[tuple[int, int], _Transfer] = {}
+        """By step and number, those that were posted and not waited for."""
+        self._postponed: dict[tuple[int, int], Post] = {}
+        """In the plain twin, by step and number, the posts that their waits will make."""
         self._position = 0
         self._work = _Work(world.clock, self.advance)
 
@@ -297,7 +299,7 @@ class _Rank:
                 return
             if isinstance(event, Post):
                 self._begin(event)
-            elif not self._wait(event.transfer):
+            elif not self._wait(len(self.ends) - event.previous, event.transfer):
                 return
 
     def _begin(self, post: Post) -> None:
@@ -307,16 +309,18 @@ class _Rank:
         if self._overlapped or post.verb == "send" or post.transfer not in self._order:
             self._post(len(self.ends), post)
         else:
-            self._postponed[post.transfer] = len(self.ends), post
+            self._postponed[len(self.ends), post.transfer] = post
 
     def _post(self, step: int, post: Post) -> None:
-        self._transfers[post.transfer] = self._world.post(self, step, post, self._order.get(post.transfer, 0))
+        transfer = self._world.post(self, step, post, self._order.get(post.transfer, 0))
+        if post.transfer in self._order:
+            self._transfers[step, post.transfer] = transfer
 
-    def _wait(self, number: int) -> bool:
-        """Waits for the last transfer with a number. Returns whether it is complete; if not, its end calls :meth:`advance`."""
-        if number in self._postponed:
-            self._post(*self._postponed.pop(number))
-        transfer = self._transfers.get(number)
+    def _wait(self, step: int, number: int) -> bool:
+        """Waits for a transfer. Returns whether it is complete; if not, its end calls :meth:`advance`."""
+        if (step, number) in self._postponed:
+            self._post(step, self._postponed.pop((step, number)))
+        transfer = self._transfers.pop((step, number), None)
         if transfer is None or transfer.complete:  # none: it is of the step before the first one
             return True
         self.obstacle = transfer.kind

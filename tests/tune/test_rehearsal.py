@@ -14,7 +14,7 @@ from lightning.pytorch.plugins.environments import TorchElasticEnvironment
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from lightning_overlap import ConfigError, OverlapStrategy, PipelineParallel
+from lightning_overlap import ConfigError, DataParallel, OverlapStrategy, PipelineParallel
 from lightning_overlap.bench.runs import Runs, without_checks
 from lightning_overlap.ranks.transfer import Transfer
 from lightning_overlap.tune.memory import Memory, StepMemory
@@ -30,7 +30,7 @@ CASES: dict[str, tuple[int, dict[str, Any]]] = {
     "pipeline, interleaved": (2, PIPELINE),
     "pipeline x tensor, lanes": (4, {**LANES, **TENSOR}),
     "data": (4, {}),
-    "tensor x data": (4, TENSOR),
+    "tensor x data": (4, {**TENSOR, "data_parallel": DataParallel(bucket_size=1_000_000)}),  # a bucket for each kind of gradients
     "context x data": (4, CONTEXT),
     "expert x data": (4, EXPERT),
 }

@@ -3,8 +3,9 @@
 import pytest
 
 from lightning_overlap import ConfigError
+from lightning_overlap.tune.memory import Memory
 from lightning_overlap.tune.network import Link, Network, parse_link
-from lightning_overlap.tune.rehearsal import Compute, Memory, Post, Rehearsal, Wait
+from lightning_overlap.tune.rehearsal import Compute, Post, Rehearsal, Wait
 from lightning_overlap.tune.simulate import Simulation, simulate
 
 MB = 1_000_000
@@ -46,13 +47,24 @@ def test_latency_is_waited_for_and_takes_no_bandwidth():
 
 def test_a_transfer_may_be_waited_for_in_the_next_step():
     gather = post(0, label="data.params[0]", verb="all_gather", megabytes=2)
-    alone = simulated(Wait(0), Compute(1), gather)
+    alone = simulated(Wait(0, previous=True), Compute(1), gather)
     assert alone.seconds == pytest.approx(3)
     assert alone.exposed == pytest.approx({"data.params": 2})
-    under_forward = simulated(Compute(1), Wait(0), Compute(1), gather)
+    under_forward = simulated(Compute(1), Wait(0, previous=True), Compute(1), gather)
     assert under_forward.seconds == pytest.approx(3)
     assert under_forward.exposed == pytest.approx({"data.params": 1})
-    assert simulated(Compute(1), Wait(0), Compute(1), gather, overlapped=False).seconds == pytest.approx(4)
+    assert simulated(Compute(1), Wait(0, previous=True), Compute(1), gather, overlapped=False).seconds == pytest.approx(4)
+
+
+def test_a_wait_may_come_after_the_next_post():
+    gather = post(0, label="data.params[0]", verb="all_gather", megabytes=3)
+    # The wait after the second computation is for the post of the step before: the link carries 3 MB a step all the time.
+    late = simulated(Compute(1), gather, Compute(1), Wait(0, previous=True))
+    assert late.seconds == pytest.approx(3)
+    assert late.exposed == pytest.approx({"data.params": 1})
+    # An all-to-all takes as long as the fuller direction.
+    uneven = post(0, label="expert.dispatch[0]", verb="all_to_all", megabytes=1, background=False)._replace(received=2 * MB)
+    assert simulated(uneven, Wait(0)).seconds == pytest.approx(2)
 
 
 def test_what_is_needed_next_goes_first():

@@ -1,0 +1,122 @@
+"""The user's training under any layout: its batch, rehearsal, measurement, and configuration as YAML."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import statistics
+from collections.abc import Mapping
+from dataclasses import fields
+from typing import Any
+
+import yaml
+from lightning.pytorch import LightningDataModule, LightningModule
+
+from lightning_overlap.bench.measure import TimedRuns
+from lightning_overlap.bench.runs import Runs
+from lightning_overlap.ranks.world import all_gather_objects
+from lightning_overlap.strategy.strategy import OverlapStrategy
+from lightning_overlap.tune.layouts import Batch, Layout, changes
+from lightning_overlap.tune.machine import Machine
+from lightning_overlap.tune.rehearsal import Rehearsal
+from lightning_overlap.tune.rehearser import Rehearser
+
+STEPS, WARMUP = 4, 2
+"""Of a measured run: timed steps, and steps before them."""
+OF_DATA, OF_MODEL = "data.init_args.batch_size", "model.init_args.batch_size"
+"""Paths of settings of the command."""
+
+
+class Training:
+    """The user's training.
+
+    Args:
+        model: the user's module.
+        datamodule: its data, where the module has none of its own.
+        strategy: has the backend.
+        trainer: the user's arguments of Trainer.
+    """
+
+    def __init__(
+        self, model: LightningModule, datamodule: LightningDataModule | None, strategy: OverlapStrategy, trainer: dict[str, Any]
+    ) -> None:
+        self._model, self._datamodule, self._strategy, self._trainer = model, datamodule, strategy, trainer
+        self._rehearsers: dict[tuple[int | None, int], Rehearser] = {}
+        """By batch size and accumulated batches: each has its module and data."""
+
+    def batch(self, data_ranks: int) -> Batch:
+        """Returns the batch of a step, as configured for so many data ranks."""
+        owner = {OF_DATA: self._datamodule, OF_MODEL: self._model, None: None}[self._batch_setting]
+        accumulate = self._trainer.get("accumulate_grad_batches") or 1
+        return Batch(getattr(owner, "batch_size", None), data_ranks, accumulate)
+
+    def rehearse(self, layout: Layout, machine: Machine) -> list[Rehearsal]:
+        """Rehearses one rank of each pipeline stage.
+
+        Raises:
+            ConfigError: the layout cannot run.
+            RehearsalError: the user's step fails.
+        """
+        batch = layout.batch_size, layout.accumulate
+        if batch not in self._rehearsers:
+            model, datamodule, trainer = self._with_batch(layout)
+            self._rehearsers[batch] = Rehearser(model, datamodule, self._strategy, trainer)
+        return self._rehearsers[batch].rehearse(layout.config, machine.ranks)
+
+    def close(self) -> None:
+        """Ends the processes in which ranks are rehearsed."""
+        for rehearser in self._rehearsers.values():
+            rehearser.close()
+        self._rehearsers.clear()
+
+    def measure(self, layout: Layout) -> float:
+        """Returns the seconds of a step, measured in one run; the mean of all ranks. Collective over the world."""
+        model, datamodule, trainer = self._with_batch(layout)
+        timed = TimedRuns(Runs(model, datamodule, self._strategy, trainer), STEPS, WARMUP)
+        config = {each.name: getattr(layout.config, each.name) for each in fields(layout.config)}
+        return statistics.mean(all_gather_objects(timed.run(timed.runs.ours(**config)).seconds))
+
+    def recipe(self, layout: Layout, machine: Machine) -> str:
+        """Returns a layout as a configuration in YAML, which is read after the user's."""
+        modes = {mode.section: changes(layout.config, mode) for mode in layout.config.modes}
+        settings: dict[str, Any] = {section: _plain(given) for section, given in modes.items() if given}
+        if layout.config.overlap == "off":
+            settings["overlap"] = "off"
+        trainer: dict[str, Any] = {"strategy": {"class_path": "lightning_overlap.OverlapStrategy", "init_args": settings}}
+        if not machine.is_there:
+            trainer |= {"devices": machine.ranks_per_host, "num_nodes": machine.hosts}
+        if layout.accumulate != (self._trainer.get("accumulate_grad_batches") or 1):
+            trainer["accumulate_grad_batches"] = layout.accumulate
+        recipe: dict[str, Any] = {"trainer": trainer}
+        if layout.batch_size is not None and self._batch_setting is not None:
+            section, arguments, name = self._batch_setting.split(".")
+            recipe[section] = {arguments: {name: layout.batch_size}}
+        return f"# {layout.name}\n{yaml.safe_dump(recipe, sort_keys=False)}"
+
+    @property
+    def _batch_setting(self) -> str | None:
+        """The path of ``batch_size`` in the user's configuration; None if neither the data module nor the module has it."""
+        for name, owner in ((OF_DATA, self._datamodule), (OF_MODEL, self._model)):
+            has_one = isinstance(getattr(owner, "batch_size", None), int)
+            if has_one and "batch_size" in inspect.signature(type(owner)).parameters:
+                return name
+        return None
+
+    def _with_batch(self, layout: Layout) -> tuple[LightningModule, LightningDataModule | None, dict[str, Any]]:
+        """Returns module, data and arguments of Trainer with the layout's batch."""
+        model, datamodule = self._model, self._datamodule
+        if layout.batch_size is not None:
+            if self._batch_setting == OF_DATA:
+                datamodule = copy.copy(datamodule)
+                setattr(datamodule, "batch_size", layout.batch_size)  # noqa: B010  # an attribute of the user's class
+            else:
+                model = copy.copy(model)
+                setattr(model, "batch_size", layout.batch_size)  # noqa: B010
+        return model, datamodule, {**self._trainer, "accumulate_grad_batches": layout.accumulate}
+
+
+def _plain(value: Any) -> Any:
+    """Returns a setting's value as YAML has it."""
+    if isinstance(value, Mapping):
+        return {name: _plain(each) for name, each in value.items()}
+    return [_plain(each) for each in value] if isinstance(value, tuple | list) else value

@@ -1,0 +1,151 @@
+"""The command ``tune``: finds the fastest layout for a module, its data and a machine."""
+
+from __future__ import annotations
+
+import statistics
+import textwrap
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+from lightning_overlap.config import OverlapConfig
+from lightning_overlap.decision import ConfigError
+from lightning_overlap.plan import Plan
+from lightning_overlap.ranks.world import all_gather_objects, rank, world_size
+from lightning_overlap.tables import WIDTH, as_text
+from lightning_overlap.tune.layouts import LAYOUTS, Layout, Search, Space, Tried
+from lightning_overlap.tune.machine import Machine
+from lightning_overlap.tune.network import Network
+from lightning_overlap.tune.predict import Prediction, predict
+from lightning_overlap.tune.rehearser import RehearsalError
+from lightning_overlap.tune.training import Training
+
+SHOWN = 10
+"""Layouts that are printed."""
+REPEATS = 3
+"""Runs of a measured layout, of which the median is printed."""
+
+
+@dataclass
+class Tuned:
+    """The layouts that were compared.
+
+    Attributes:
+        machine: the ranks.
+        network: their links.
+        ranked: all layouts, the best first.
+        notes: by name of a layout, what it is: the configured one, or data parallelism alone.
+        refused: why layouts cannot run, and how many.
+        measured: by name of a layout, the measured seconds of a step.
+    """
+
+    machine: Machine
+    network: Network
+    ranked: list[Tried[Prediction]]
+    notes: dict[str, str]
+    refused: dict[str, int]
+    measured: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def best(self) -> Layout:
+        """The fastest layout that fits the memory.
+
+        Raises:
+            ConfigError: none fits.
+        """
+        first = next(tried for tried in self.ranked if tried.layout.is_allowed)
+        if not first.figures.fits:
+            needed, limit = first.figures.memory / 1e9, first.figures.limit / 1e9
+            raise ConfigError(f"no layout fits: the smallest needs {needed:.1f} GB a rank, which has {limit:.1f} GB. Use more ranks")
+        return first.layout
+
+    def table(self) -> str:
+        """Formats the best layouts and the references, with a sentence on each; times in milliseconds."""
+        fitting = [tried for tried in self.ranked if tried.figures.fits]
+        named = {*self.notes, *self.measured}
+        numbered = [(i, tried) for i, tried in enumerate(fitting, 1) if i <= SHOWN or tried.layout.name in named]
+        head = ["", "ms a step", "plain", "exposed", "MB a rank", *(["measured", "error"] if self.measured else [])]
+        table = as_text(head, [self._cells(number, tried) for number, tried in numbered], numbers=True)
+        lines = []
+        for number, tried in numbered:
+            notes = [self.notes[tried.layout.name]] if tried.layout.name in self.notes else []
+            words = f" ({', '.join(notes + tried.layout.settings)})" if notes or tried.layout.settings else ""
+            lines.append(f"{number}{words}: {tried.figures.reason(tried.layout.config)}")
+        if large := len(self.ranked) - len(fitting):
+            lines.append(f"left out: {large} layouts need more than {self.ranked[0].figures.limit / 1e9:.1f} GB a rank")
+        lines += [f"left out: {count}, since {reason}" for reason, count in self.refused.items()]
+        return "\n".join([_wrapped(self._about()), table, *map(_wrapped, lines)])
+
+    def _about(self) -> str:
+        known = {"between hosts": self.network.between, "inside a host": self.network.inside}
+        links = [f"{name}: {link}" for name, link in known.items() if link is not None]
+        ranks = f"{self.machine.ranks} ranks on {self.machine.hosts} hosts{'' if self.machine.is_there else ', on paper'}"
+        return f"{ranks}; {len(self.ranked)} layouts rehearsed; {'; '.join(links)}"
+
+    def _cells(self, number: int, tried: Tried[Prediction]) -> list[str]:
+        figures, seconds = tried.figures, tried.figures.overlapped.seconds
+        times = [f"{each * 1e3:.0f}" for each in (seconds, figures.plain.seconds)]
+        cells = [f"{number}  {tried.layout.sizes}", *times, figures.exposed_in_words(), f"{figures.memory / 1e6:.0f}"]
+        if self.measured:
+            measured = self.measured.get(tried.layout.name)
+            cells += ["", ""] if measured is None else [f"{measured * 1e3:.0f}", f"{seconds / measured - 1:+.0%}"]
+        return cells
+
+
+def _wrapped(line: str) -> str:
+    return textwrap.fill(line, WIDTH, subsequent_indent="    ")
+
+
+def tune(
+    training: Training,
+    config: OverlapConfig,
+    resolve: Callable[[OverlapConfig], Plan],
+    machine: Machine,
+    network: Network,
+    memory: int,
+    *,
+    layouts: int = LAYOUTS,
+    measure: int = 0,
+) -> Tuned:
+    """Compares layouts. Collective over the ranks that are there, which share the rehearsals.
+
+    Args:
+        training: the user's.
+        config: the user's; what it sets stays as set.
+        resolve: decides a configuration for the ranks of the machine.
+        machine: the ranks.
+        network: their links.
+        memory: bytes that a rank has.
+        layouts: how many are rehearsed.
+        measure: how many of the best are also measured.
+
+    Raises:
+        ConfigError: no layout can run, or layouts are to be measured on ranks that are not there.
+    """
+    if measure and not machine.is_there:
+        raise ConfigError("--measure needs the ranks: without them, leave it out; or leave --devices out, and start the ranks")
+    space = Space(config, training.batch(resolve(config).degrees.data), machine.ranks_per_host, resolve)
+
+    def foresee(layout: Layout) -> Prediction | str:
+        try:
+            return predict(training.rehearse(layout, machine), network, memory)
+        except (ConfigError, RehearsalError) as error:
+            return str(error).splitlines()[0]
+
+    def try_all(candidates: Sequence[Layout]) -> list[Prediction | str]:
+        shares = all_gather_objects([foresee(layout) for layout in candidates[rank() :: world_size()]])
+        return [shares[i % len(shares)][i // len(shares)] for i in range(len(candidates))]
+
+    search = Search(space, try_all)
+    try:
+        ranked = search.run([config, space.data_only()], layouts)
+    finally:
+        training.close()
+    if not any(tried.layout.is_allowed for tried in ranked):
+        raise ConfigError(f"no layout can run: {'; '.join(search.refused)}")
+    notes = {space.layout(space.data_only()).name: "data parallelism alone", space.layout(config).name: "configured"}
+    tuned = Tuned(machine, network, ranked, notes, search.refused)
+    fastest = [tried.layout for tried in ranked if tried.figures.fits][:measure]
+    runs = [[training.measure(layout) for layout in fastest] for _ in range(REPEATS if fastest else 0)]
+    for layout, *seconds in zip(fastest, *runs, strict=True) if runs else ():
+        tuned.measured[layout.name] = statistics.median(seconds)
+    return tuned

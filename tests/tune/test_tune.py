@@ -1,0 +1,82 @@
+"""The comparison of layouts with made-up rehearsals: the table, the best, and its configuration."""
+
+import pytest
+import torch
+
+from lightning_overlap import ConfigError, DataParallel, OverlapConfig, TensorParallel
+from lightning_overlap.facts import Facts
+from lightning_overlap.plan import resolve
+from lightning_overlap.tune.layouts import Batch
+from lightning_overlap.tune.machine import Machine, memory_of_a_rank
+from lightning_overlap.tune.memory import Memory
+from lightning_overlap.tune.network import Link, Network
+from lightning_overlap.tune.rehearsal import Compute, Post, Rehearsal, Wait
+from lightning_overlap.tune.tune import tune
+
+MACHINE = Machine(4, 2, False, torch.device("cpu"), "gloo")
+NETWORK = Network(2, Link(1e12), Link(1e6))
+GB = 10**9
+
+
+class MadeUp:
+    """In place of a user's training: a step computes 1 s, then data ranks send a megabyte, which tensor ranks share."""
+
+    def batch(self, data_ranks):
+        return Batch(4, data_ranks, 1)
+
+    def close(self):
+        self.closed = True
+
+    def rehearse(self, layout, machine):
+        degrees = layout.plan.degrees
+        if degrees.context > 1 or degrees.pipeline > 1:
+            raise ConfigError("there are no blocks")
+        ranks = tuple(range(0, 4, degrees.tensor))
+        post = Post(0, "data.grads[0]", 0, 10**6 // degrees.tensor, ranks, "reduce_scatter", True)
+        events = (Compute(1.0), *((post, Wait(0)) if len(ranks) > 1 else ()))
+        return [Rehearsal(0, 0, 4, events, Memory(GB * degrees.data, 0, 0, 0, 0, 0))]
+
+
+def tuned(config=None, memory=80 * GB, **options):
+    def decide(config):
+        return resolve(config, Facts(world_size=4, parameters=10_000_000))
+
+    return tune(MadeUp(), config or OverlapConfig(), decide, MACHINE, NETWORK, memory, **options)
+
+
+def test_the_best_ten_and_the_references_have_a_reason():
+    result = tuned(OverlapConfig(data_parallel=DataParallel(bucket_size=70_000)), layouts=20)
+    assert result.best.name == "tensor 2 x data 2, bucket_size 70000", "the layouts with half the transfers between hosts"
+    lines = result.table().splitlines()
+    assert lines[0].startswith("4 ranks on 2 hosts, on paper;")
+    assert "between hosts: 8 Mbit/s" in " ".join(lines[:2])
+    head = next(number for number, line in enumerate(lines) if line.split() == "ms a step plain exposed MB a rank".split())  # noqa: SIM905
+    assert lines[head + 1].startswith("1  tensor 2 x data 2 ")
+    text = " ".join(" ".join(lines).split())
+    assert "since there are no blocks" in text
+    assert "(configured, bucket_size 70000): transfers of data.grads wait 1333 ms" in text
+    assert "(data parallelism alone): transfers of data.grads wait 1333 ms" in text
+    assert max(map(len, lines)) <= 100
+
+
+def test_what_does_not_fit_is_left_out():
+    small = tuned(memory=3 * GB)
+    assert small.best.plan.degrees.data == 2
+    assert "need more than 3.0 GB a rank" in small.table()
+    assert "data 4" not in small.table().split("left out")[0].replace("data 4,", "")
+    with pytest.raises(ConfigError, match=r"no layout fits: the smallest needs 2\.0 GB a rank, which has 0\.5 GB"):
+        _ = tuned(memory=GB // 2).best
+
+
+def test_what_the_user_has_set_is_not_left_for_a_faster_reference():
+    result = tuned(OverlapConfig(tensor_parallel=TensorParallel(size=4)), layouts=3)
+    assert result.best.plan.degrees.tensor == 4
+
+
+def test_what_cannot_be_is_refused():
+    with pytest.raises(ConfigError, match="--measure needs the ranks"):
+        tuned(measure=3)
+    with pytest.raises(ConfigError, match="--memory is a number of bytes, such as 80GB or 900MB; got 'much'"):
+        memory_of_a_rank(MACHINE, "much")
+    assert memory_of_a_rank(MACHINE, "1.5GB") == 1_500_000_000
+    assert memory_of_a_rank(MACHINE, None) > 0
