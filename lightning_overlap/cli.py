@@ -32,7 +32,7 @@ from lightning_overlap.state.consolidate import consolidate
 from lightning_overlap.steps.simulate import draw
 from lightning_overlap.strategy.seams import facts_of
 from lightning_overlap.strategy.strategy import OverlapStrategy
-from lightning_overlap.tune.layouts import LAYOUTS
+from lightning_overlap.tune.layouts import SECONDS
 from lightning_overlap.tune.machine import Machine, find_network, memory_of_a_rank
 from lightning_overlap.tune.rehearsal import memory_table
 from lightning_overlap.tune.rehearser import Rehearser
@@ -108,7 +108,7 @@ class _Trainer(Trainer):
         link: str | None = None,
         inside_link: str | None = None,
         memory: str | None = None,
-        layouts: int = LAYOUTS,
+        seconds: float = SECONDS,
         measure: int = 0,
         output: str = "best.yaml",
     ) -> None:
@@ -124,7 +124,7 @@ class _Trainer(Trainer):
             link: a host's link to others, such as 300mbit,0.5ms; by default measured.
             inside_link: the link inside a host, of each rank; by default measured.
             memory: of a rank, such as 80GB; by default the device's.
-            layouts: how many are rehearsed.
+            seconds: after which no more layouts are rehearsed.
             measure: how many of the best are also measured.
             output: file for the configuration of the best, which is read after the others: fit -c base.yaml -c best.yaml.
         """
@@ -136,7 +136,7 @@ class _Trainer(Trainer):
         network = find_network(machine, link, inside_link, strategy, self._given)
         training = Training(model, datamodule, strategy, self._given)
         tuned = tune(training, strategy.config, partial(self._resolve, model), machine, network, bytes_of_rank,
-                     layouts=layouts, measure=measure)  # fmt: skip
+                     seconds=seconds, measure=measure)  # fmt: skip
         if self.is_global_zero:
             print(tuned.table())
             Path(output).write_text(training.recipe(tuned.best, machine))

@@ -13,7 +13,9 @@ from lightning_overlap.modes.descriptor import ModeDescriptor
 from lightning_overlap.plan import Plan
 
 LAYOUTS = 28
-"""Layouts that a search tries."""
+"""The most layouts that a search tries."""
+SECONDS = 180.0
+"""Seconds after which it tries no more."""
 
 
 @dataclass(frozen=True)
@@ -173,37 +175,50 @@ class Search(Generic[F]):
     Args:
         space: the layouts.
         try_all: tries layouts; returns the figures of each, or why it cannot run.
+        at_once: how many layouts are tried together.
+        has_time: whether to try more layouts than those that the search starts with.
 
     Attributes:
         tried: the layouts that run, in the order in which they were tried.
         refused: why the others do not, with the number of layouts.
     """
 
-    def __init__(self, space: Space, try_all: Callable[[Sequence[Layout]], Sequence[F | str]]) -> None:
+    def __init__(
+        self,
+        space: Space,
+        try_all: Callable[[Sequence[Layout]], Sequence[F | str]],
+        at_once: int = 1,
+        has_time: Callable[[], bool] = lambda: True,
+    ) -> None:
         self.tried: list[Tried[F]] = []
         self.refused: dict[str, int] = {}
-        self._space, self._try_all = space, try_all
+        self._space, self._try_all, self._at_once, self._has_time = space, try_all, at_once, has_time
         self._seen: set[str] = set()
         self._left = 0
 
     def run(self, starts: Sequence[OverlapConfig], budget: int = LAYOUTS) -> list[Tried[F]]:
         """Tries up to ``budget`` layouts, first ``starts``. Returns those that run, the best first."""
         self._left = budget
-        self._try(starts)
+        self._try(self._new(starts))
         expanded: set[str] = set()
         while self._left:
             best = next((each for each in self.ranked() if each.layout.name not in expanded), None)
             if best is None:
                 break
             expanded.add(best.layout.name)
-            self._try(list(self._space.neighbours(best.layout)))
+            layouts = self._new(list(self._space.neighbours(best.layout)))
+            for i in range(0, len(layouts), self._at_once):
+                if not self._has_time():
+                    return self.ranked()
+                self._try(layouts[i : i + self._at_once])
         return self.ranked()
 
     def ranked(self) -> list[Tried[F]]:
         """Returns the layouts that run, the best first."""
         return sorted(self.tried, key=lambda each: each.figures.cost)
 
-    def _try(self, configs: Sequence[OverlapConfig]) -> None:
+    def _new(self, configs: Sequence[OverlapConfig]) -> list[Layout]:
+        """Returns the layouts of configurations that were not tried yet, as many as are left to try."""
         layouts: list[Layout] = []
         for config in configs:
             if repr(config) in self._seen:
@@ -218,6 +233,9 @@ class Search(Generic[F]):
                 self._seen.add(layout.name)
                 layouts.append(layout)
         self._left -= len(layouts)
+        return layouts
+
+    def _try(self, layouts: Sequence[Layout]) -> None:
         for layout, figures in zip(layouts, self._try_all(layouts), strict=True):
             if isinstance(figures, str):
                 self._refuse(figures)

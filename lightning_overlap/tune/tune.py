@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import statistics
 import textwrap
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from lightning_overlap.config import OverlapConfig
 from lightning_overlap.decision import ConfigError
+from lightning_overlap.messages import log_on_rank_zero
 from lightning_overlap.plan import Plan
-from lightning_overlap.ranks.world import all_gather_objects, rank, world_size
+from lightning_overlap.ranks.world import agree, all_gather_objects, rank, world_size
 from lightning_overlap.tables import WIDTH, as_text
-from lightning_overlap.tune.layouts import LAYOUTS, Layout, Search, Space, Tried
+from lightning_overlap.tune.layouts import LAYOUTS, SECONDS, Layout, Search, Space, Tried
 from lightning_overlap.tune.machine import Machine
 from lightning_overlap.tune.network import Network
 from lightning_overlap.tune.predict import Prediction, predict
@@ -104,6 +106,7 @@ def tune(
     memory: int,
     *,
     layouts: int = LAYOUTS,
+    seconds: float = SECONDS,
     measure: int = 0,
 ) -> Tuned:
     """Compares layouts. Collective over the ranks that are there, which share the rehearsals.
@@ -115,7 +118,8 @@ def tune(
         machine: the ranks.
         network: their links.
         memory: bytes that a rank has.
-        layouts: how many are rehearsed.
+        layouts: how many are rehearsed at most.
+        seconds: after which no more are rehearsed.
         measure: how many of the best are also measured.
 
     Raises:
@@ -133,9 +137,15 @@ def tune(
 
     def try_all(candidates: Sequence[Layout]) -> list[Prediction | str]:
         shares = all_gather_objects([foresee(layout) for layout in candidates[rank() :: world_size()]])
-        return [shares[i % len(shares)][i // len(shares)] for i in range(len(candidates))]
+        answers = [shares[i % len(shares)][i // len(shares)] for i in range(len(candidates))]
+        for layout, answer in zip(candidates, answers, strict=True):
+            log_on_rank_zero(
+                f"{layout.name}: {answer if isinstance(answer, str) else f'{answer.overlapped.seconds * 1e3:.0f} ms a step'}"
+            )
+        return answers
 
-    search = Search(space, try_all)
+    until = time.monotonic() + seconds
+    search = Search(space, try_all, world_size(), lambda: agree(time.monotonic() < until, by_all=True))
     try:
         ranked = search.run([config, space.data_only()], layouts)
     finally:

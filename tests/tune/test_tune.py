@@ -73,6 +73,11 @@ def test_what_the_user_has_set_is_not_left_for_a_faster_reference():
     assert result.best.plan.degrees.tensor == 4
 
 
+def test_no_time_is_left_but_for_what_the_search_starts_with():
+    result = tuned(OverlapConfig(data_parallel=DataParallel(bucket_size=70_000)), seconds=0)
+    assert [tried.layout.name for tried in result.ranked] == ["data 4, bucket_size 70000", "data 4"]
+
+
 def test_what_cannot_be_is_refused():
     with pytest.raises(ConfigError, match="--measure needs the ranks"):
         tuned(measure=3)
