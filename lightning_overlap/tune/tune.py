@@ -156,6 +156,6 @@ def tune(
     tuned = Tuned(machine, network, ranked, notes, search.refused)
     fastest = [tried.layout for tried in ranked if tried.figures.fits][:measure]
     runs = [[training.measure(layout) for layout in fastest] for _ in range(REPEATS if fastest else 0)]
-    for layout, *seconds in zip(fastest, *runs, strict=True) if runs else ():
-        tuned.measured[layout.name] = statistics.median(seconds)
+    for layout, *times in zip(fastest, *runs, strict=True) if runs else ():
+        tuned.measured[layout.name] = statistics.median(times)
     return tuned
