@@ -120,7 +120,7 @@ class _Trainer(Trainer):
         Args:
             model: the module.
             datamodule: the data.
-            hosts: of ranks that are not there, whose figures are on paper; set by --devices and --num-nodes.
+            hosts: the number of hosts of a machine on which this command does not run. --devices and --num-nodes set it.
             link: a host's link to others, such as 300mbit,0.5ms; by default measured.
             inside_link: the link inside a host, of each rank; by default measured.
             memory: of a rank, such as 80GB; by default the device's.
@@ -130,6 +130,10 @@ class _Trainer(Trainer):
         """
         strategy = self._overlap()
         ranks = self.num_devices * self.num_nodes
+        if hosts is not None and (hosts < 1 or ranks % hosts):
+            raise ConfigError(f"--hosts {hosts} cannot hold {ranks} ranks, as many on each. Change --hosts or the number of ranks")
+        if not (folder := Path(output).absolute().parent).is_dir():
+            raise ConfigError(f"--output {output}: there is no folder {folder}. Make it first")
         per_host = self.num_devices if hosts is None else ranks // hosts
         machine = Machine(ranks, per_host, hosts is None, strategy.root_device, strategy.backend_name)
         bytes_of_rank = memory_of_a_rank(machine, memory)

@@ -6,6 +6,8 @@ Warnings do not pass it. They stay Python warnings, which users filter.
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from lightning.pytorch.utilities import rank_zero_only
 
@@ -20,3 +22,17 @@ if not logging.getLogger().hasHandlers():  # the program has not configured logg
 def log_on_rank_zero(message: str) -> None:
     """Logs a message at level INFO, on rank 0 only."""
     LOGGER.info(message)
+
+
+@contextmanager
+def only_warnings() -> Iterator[None]:
+    """Inside, this package and Lightning log nothing below warnings."""
+    loggers = [LOGGER, logging.getLogger("lightning.pytorch")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.WARNING)
+    try:
+        yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)

@@ -57,6 +57,8 @@ class OverlapProfiler(Callback):
         prog_bar: also show ``overlap/exposed_ms`` on the progress bar.
         report: file for a page with plan, table, bars and the timeline of every rank; a browser opens it without a network.
         trace: file for the same steps in Chrome's trace format, which Perfetto opens.
+        count_flops: counts the floating-point operations of one step, for ``overlap/tflops`` and MFU. Functions that are compiled by
+            ``torch.compile`` run uncompiled in that step; with ``fullgraph=True``, as in ``flex_attention``, torch raises an error.
         peak_flops: FLOP/s that one rank's device can do at most, for ``overlap/mfu_percent``. By default known of some GPUs.
 
     Attributes:
@@ -74,6 +76,7 @@ class OverlapProfiler(Callback):
         prog_bar: bool = False,
         report: str | None = None,
         trace: str | None = None,
+        count_flops: bool = False,
         peak_flops: float | None = None,
     ) -> None:
         if every_n_steps < 1 or warmup < 0:
@@ -90,6 +93,7 @@ class OverlapProfiler(Callback):
         self._modes: list[OverlapMode] = []
         self._measured: dict[str, float] = {}  # on rank 0, what the modes of all ranks measured themselves
         self._current = -1  # number of the current step
+        self._count_flops = count_flops
         self._peak = peak_flops
         self._flops = StepFlops("")
         self.summary = Summary()
@@ -116,6 +120,8 @@ class OverlapProfiler(Callback):
 
     def _flops_obstacle(self, trainer: Trainer) -> str:
         """Says why the operations of no step can be counted; empty if they can."""
+        if not self._count_flops:
+            return "count_flops is off"
         if trainer.strategy.plan.facts.compiled:  # type: ignore[attr-defined]
             return "a compiled model would run uncompiled in that step"
         if uncounted := next((reason for mode in self._modes if (reason := mode.uncounted_products)), ""):
@@ -215,6 +221,7 @@ class OverlapProfiler(Callback):
     def on_train_end(self, trainer: Trainer, module: LightningModule) -> None:
         if self._recorder is None or self._world is None:
             return
+        self._flops.end_batch(ends_step=False)
         self._recorder.detach()
         self._exchange(trainer)
         self._world.close()

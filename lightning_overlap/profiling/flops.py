@@ -40,7 +40,7 @@ def peak_flops(device: torch.device, precision: str) -> float | None:
     """
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
     row = next((row for row in PEAKS if re.search(rf"\b{row[0]}\b", name)), None)
-    if row is None or "MIG" in name or precision.startswith("64"):
+    if row is None or "MIG" in name or precision.startswith(("64", "transformer-engine")):
         return None
     _, half, tf32, single = row
     if precision.startswith(("16", "bf16")):
@@ -105,6 +105,7 @@ class StepFlops:
         Args:
             may_count: whether its step begins with it, and may be counted.
         """
+        self._entered.close()  # Lightning may have left the batch before without its end
         if may_count and self.flops is None and not self.obstacle:
             self._count = FlopCount()
         if self._count is not None:

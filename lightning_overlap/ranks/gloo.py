@@ -252,8 +252,9 @@ class ThreadedWaiter:
     def __del__(self) -> None:
         # Nobody waits for the transfer any more (a backward has failed, or not all of its results were needed). gloo would cancel the
         # receives, and a later receive with this key would then get their data. So a thread waits for them.
-        if self.works and self.error is None and self.engine.threads is not None:
-            self.engine.threads.wait_for(self)
+        threads = self.engine.threads
+        if self.works and self.error is None and threads is not None:
+            threads.wait_for(self)
 
     def arrived(self) -> bool:
         """Whether a thread has waited for the transfer: gloo does not tell whether a point-to-point operation is complete."""

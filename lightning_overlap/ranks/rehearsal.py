@@ -207,7 +207,7 @@ class RehearsedWorld:
 
     def group(self, members: Members, *, gathers: bool, background: Urgency | None) -> Group:
         process_group = dist.new_group(members.ranks) if members.size > 1 else None
-        engine = RehearsedEngine(members, process_group, process_group if gathers else None, self, background=background is not None)
+        engine = RehearsedEngine(members, process_group, process_group if gathers else None, self, background=background)
         return RehearsedGroup(members, engine)
 
 
@@ -257,17 +257,20 @@ class RehearsedEngine(Engine):
         process_group: as in :class:`Engine`.
         gathers: as in :class:`Engine`.
         world: of this rank.
-        background: whether it yields to more urgent data, see :func:`lightning_overlap.ranks.world.make_group`.
+        background: as in :func:`lightning_overlap.ranks.world.make_group`.
     """
 
-    def __init__(self, members: Members, process_group: Any, gathers: Any, world: RehearsedWorld, *, background: bool) -> None:
+    def __init__(
+        self, members: Members, process_group: Any, gathers: Any, world: RehearsedWorld, *, background: Urgency | None
+    ) -> None:
         super().__init__(members, process_group, gathers)
         kind = NcclEngine if world.backend == "nccl" else GlooEngine
         self.keyed, self.in_one_order, self.averages = kind.keyed, kind.in_one_order, kind.averages
         self.scatters, self.sums_sparse, self.can_poll = kind.scatters, kind.sums_sparse, kind.can_poll
         if world.backend == "nccl":
             self.device = torch.device("cuda", torch.cuda.current_device())
-        self.background = background
+        self._background = background
+        self._has_priorities = world.backend == "gloo"
         self._log = world.log
         self._players = world.players
         self._others = [r for r, rank in enumerate(members.ranks) if r != members.rank and world.players.plays(rank)]
@@ -314,7 +317,7 @@ class RehearsedEngine(Engine):
             buffer = pool.take(shard.numel(), shard.dtype, shard.device)
             buffer[: shard.numel()].copy_(shard)
         start = self._log.clock.now()
-        if not self.background:  # else they are weights, of which this rank has values already
+        if self._background is None:  # else they are weights, of which this rank has values already
             for member, piece in enumerate(pieces):
                 if member != self.members.rank:
                     _fill(piece, shard)
@@ -336,7 +339,9 @@ class RehearsedEngine(Engine):
         return self._posted(transfer, "receive", start, x.nbytes, receive)
 
     def _posted(self, transfer: Transfer, verb: str, start: Any, received: int, receive: Callable[[], None] | None = None) -> Waiter:
-        posted = self._log.post(transfer, verb, background=self.background, received=received, start=start)
+        urgency = Urgency.GATHER if verb == "all_gather" else Urgency.REDUCTION
+        yields = self._has_priorities and self._background is not None and urgency >= self._background
+        posted = self._log.post(transfer, verb, background=yields, received=received, start=start)
         return RehearsedWaiter(self._log, posted, receive)
 
     # -- blocking ----------------------------------------------------------------------------------------------------
@@ -389,7 +394,7 @@ class RehearsedEngine(Engine):
         number = self._counts[verb]
         self._counts[verb] += 1
         transfer = Transfer(self.members.name, number, nbytes, ranks or self.members.ranks, 0.0)
-        posted = self._log.post(transfer, verb, background=self.background, received=received, start=start)
+        posted = self._log.post(transfer, verb, background=False, received=received, start=start)
         start = self._log.clock.now()
         yield verb, number
         self._log.wait(posted, start)

@@ -69,11 +69,13 @@ class Layout:
 
     @property
     def name(self) -> str:
-        """The sizes, then what differs from the defaults of the modes that run: ``pipeline 2 x data 4, virtual_stages 2``.
-
-        Configurations with one name train alike.
-        """
+        """The sizes, then what differs from the defaults of the modes that run: ``pipeline 2 x data 4, virtual_stages 2``."""
         return ", ".join([self.sizes, *self.settings])
+
+    @property
+    def decisions(self) -> str:
+        """All that was decided. Layouts with the same decisions train alike, whatever was asked for."""
+        return repr([(name, choice.value) for name, choice in self.plan.features().items()])
 
     @property
     def sizes(self) -> str:
@@ -135,7 +137,7 @@ class Space:
             for settings in mode.alternatives(config.of(mode), degrees, facts, room):
                 if self._allows(changed := replace(config, **{mode.section: settings})):
                     yield changed
-        if config.overlap == "auto":
+        if config.overlap == "auto" and self._allows(config):
             yield replace(config, overlap="off")
 
     def _allows(self, config: OverlapConfig) -> bool:
@@ -229,8 +231,8 @@ class Search(Generic[F]):
             except ConfigError as error:
                 self._refuse(str(error))
                 continue
-            if layout.name not in self._seen and len(layouts) < self._left:
-                self._seen.add(layout.name)
+            if layout.decisions not in self._seen and len(layouts) < self._left:
+                self._seen.add(layout.decisions)
                 layouts.append(layout)
         self._left -= len(layouts)
         return layouts

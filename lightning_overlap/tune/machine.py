@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader
 
 from lightning_overlap.bench.runs import Runs
 from lightning_overlap.decision import ConfigError
+from lightning_overlap.messages import log_on_rank_zero, only_warnings
 from lightning_overlap.strategy.strategy import OverlapStrategy
 from lightning_overlap.tune.link import measure_links
 from lightning_overlap.tune.network import Link, Network, parse_link
@@ -68,9 +69,14 @@ def find_network(
     inside = parse_link(inside_link) if inside_link is not None else None
     if machine.is_there:
         measurement = _Measurement(machine.ranks_per_host, strategy.time_limit)
-        runs = Runs(_OneWeight(), None, strategy, {**trainer, "callbacks": None, "accumulate_grad_batches": 1})
+        places: dict[str, Any] = {
+            name: trainer[name] for name in ("accelerator", "devices", "num_nodes", "plugins") if name in trainer
+        }
+        runs = Runs(_OneWeight(), None, strategy, places)
         plain = OverlapStrategy(process_group_backend=strategy.process_group_backend)
-        runs.fit(plain, 1, measurement, train_dataloaders=DataLoader(torch.zeros(machine.ranks, 1)))  # type: ignore[arg-type]
+        log_on_rank_zero("tune measures the links, then rehearses layouts")
+        with only_warnings():
+            runs.fit(plain, 1, measurement, train_dataloaders=DataLoader(torch.zeros(machine.ranks, 1)))  # type: ignore[arg-type]
         inside, between = inside or measurement.inside, between or measurement.between
     missing = [
         f"{option} {example} (the link {where})"

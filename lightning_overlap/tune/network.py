@@ -83,17 +83,18 @@ class Network:
     between: Link | None
     rings: bool = False
 
-    def loads(self, rank: int, ranks: tuple[int, ...], verb: str, nbytes: int) -> list[Load]:
+    def loads(self, rank: int, ranks: tuple[int, ...], verb: str, nbytes: int, stage: int) -> list[Load]:
         """Returns what a rank's part of a transfer takes of each link.
 
-        In a ring, one rank of a group's members on a host sends to the next host. Otherwise each of a host's ranks sends to the
-        members elsewhere, at the same time as the host's other ranks.
+        In a ring, one member on each host sends to the next host. Otherwise all ranks of a host send to members on other hosts at the
+        same time; between stages, all ranks of a host that have this stage.
 
         Args:
             rank: the sender.
             ranks: all members.
             verb: as in :class:`~lightning_overlap.tune.rehearsal.Post`.
             nbytes: bytes that the rank sends.
+            stage: ranks of a pipeline stage.
         """
         peers = [other for other in ranks if other != rank]
         if not peers or not nbytes:
@@ -106,7 +107,8 @@ class Network:
             sent = nbytes * len(peers) / len(ranks) if verb == "all_reduce" else nbytes
             inside, between = sent * (local > 0), sent * (elsewhere > 0) * self.ranks_per_host / (local + 1)
         else:
-            inside, between = nbytes * local / len(peers), nbytes * elsewhere / len(peers) * self.ranks_per_host
+            senders = min(stage, self.ranks_per_host) if verb == "send" else self.ranks_per_host
+            inside, between = nbytes * local / len(peers), nbytes * elsewhere / len(peers) * senders
         loads = []
         for link, is_between, sent in ((self.inside, False, inside), (self.between, True, between)):
             if sent:

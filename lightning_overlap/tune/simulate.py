@@ -67,7 +67,7 @@ def simulate(rehearsals: Sequence[Rehearsal], network: Network, *, overlapped: b
         ValueError: the ranks do not fit together: one waits for a transfer that another never posts.
     """
     clock = _Clock()
-    world = _World(clock, network, frozenset(rehearsal.rank for rehearsal in rehearsals))
+    world = _World(clock, network, frozenset(rehearsal.rank for rehearsal in rehearsals), rehearsals[0].world_size // len(rehearsals))
     ranks = [_Rank(rehearsal, world, overlapped=overlapped) for rehearsal in rehearsals]
     world.ranks = {rank.number: rank for rank in ranks}
     for rank in ranks:
@@ -198,13 +198,14 @@ class _World:
         clock: of the simulation.
         network: the links.
         simulated: numbers of the simulated ranks.
+        stage: ranks of a pipeline stage.
 
     Attributes:
         ranks: by number.
     """
 
-    def __init__(self, clock: _Clock, network: Network, simulated: frozenset[int]) -> None:
-        self.clock, self.network, self.simulated = clock, network, simulated
+    def __init__(self, clock: _Clock, network: Network, simulated: frozenset[int], stage: int) -> None:
+        self.clock, self.network, self.simulated, self.stage = clock, network, simulated, stage
         self.ranks: dict[int, _Rank] = {}
         self._shared: dict[tuple[object, ...], _Transfer] = {}
         self._number = itertools.count()
@@ -222,7 +223,7 @@ class _World:
         urgency = Urgency.FOREGROUND if not post.background else Urgency.GATHER if post.verb == "all_gather" else Urgency.REDUCTION
         # both directions at once: the fuller one counts. What a rank receives from a sender, the sender posts.
         nbytes = post.nbytes if post.verb in ("send", "receive") else max(post.nbytes, post.received)
-        for load in self.network.loads(rank.number, post.ranks, post.verb, nbytes):
+        for load in self.network.loads(rank.number, post.ranks, post.verb, nbytes, self.stage):
             transfer.parts.append(partial(self._send, rank, transfer, post, load, (urgency, step, priority)))
         transfer.missing -= 1
         if not transfer.missing:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import inspect
-import statistics
 from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any
@@ -14,7 +13,7 @@ from lightning.pytorch import LightningDataModule, LightningModule
 
 from lightning_overlap.bench.measure import TimedRuns
 from lightning_overlap.bench.runs import Runs
-from lightning_overlap.ranks.world import all_gather_objects
+from lightning_overlap.messages import only_warnings
 from lightning_overlap.strategy.strategy import OverlapStrategy
 from lightning_overlap.tune.layouts import Batch, Layout, changes
 from lightning_overlap.tune.machine import Machine
@@ -23,6 +22,8 @@ from lightning_overlap.tune.rehearser import Rehearser
 
 STEPS, WARMUP = 4, 2
 """Of a measured run: timed steps, and steps before them."""
+REHEARSERS = 2
+"""The most batches for which processes are kept: each process has a copy of the module."""
 OF_DATA, OF_MODEL = "data.init_args.batch_size", "model.init_args.batch_size"
 """Paths of settings of the command."""
 
@@ -59,6 +60,8 @@ class Training:
         """
         batch = layout.batch_size, layout.accumulate
         if batch not in self._rehearsers:
+            while len(self._rehearsers) >= REHEARSERS:
+                self._rehearsers.pop(next(iter(self._rehearsers))).close()
             model, datamodule, trainer = self._with_batch(layout)
             self._rehearsers[batch] = Rehearser(model, datamodule, self._strategy, trainer)
         return self._rehearsers[batch].rehearse(layout.config, machine.ranks)
@@ -70,11 +73,12 @@ class Training:
         self._rehearsers.clear()
 
     def measure(self, layout: Layout) -> float:
-        """Returns the seconds of a step, measured in one run; the mean of all ranks. Collective over the world."""
+        """Returns the seconds of a step, measured in one run. Collective over the world."""
         model, datamodule, trainer = self._with_batch(layout)
         timed = TimedRuns(Runs(model, datamodule, self._strategy, trainer), STEPS, WARMUP)
         config = {each.name: getattr(layout.config, each.name) for each in fields(layout.config)}
-        return statistics.mean(all_gather_objects(timed.run(timed.runs.ours(**config)).seconds))
+        with only_warnings():
+            return timed.run(timed.runs.ours(**config)).seconds
 
     def recipe(self, layout: Layout, machine: Machine) -> str:
         """Returns a layout as a configuration in YAML, which is read after the user's."""

@@ -6,6 +6,7 @@ import statistics
 import textwrap
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 
 from lightning_overlap.config import OverlapConfig
@@ -18,9 +19,9 @@ from lightning_overlap.tune.layouts import LAYOUTS, SECONDS, Layout, Search, Spa
 from lightning_overlap.tune.machine import Machine
 from lightning_overlap.tune.network import Network
 from lightning_overlap.tune.predict import Prediction, predict
-from lightning_overlap.tune.rehearser import RehearsalError
 from lightning_overlap.tune.training import Training
 
+LEGEND = "plain: without overlap. exposed: milliseconds for which a rank waits, by mode. Runs of one layout differ by some percent."
 SHOWN = 10
 """Layouts that are printed."""
 REPEATS = 3
@@ -49,11 +50,14 @@ class Tuned:
 
     @property
     def best(self) -> Layout:
-        """The fastest layout that fits the memory.
+        """The layout with the shortest measured step, or, if none was measured, predicted step, of those that fit the memory.
 
         Raises:
             ConfigError: none fits.
         """
+        measured = [tried.layout for tried in self.ranked if tried.layout.name in self.measured and tried.layout.is_allowed]
+        if measured:
+            return min(measured, key=lambda layout: self.measured[layout.name])
         first = next(tried for tried in self.ranked if tried.layout.is_allowed)
         if not first.figures.fits:
             needed, limit = first.figures.memory / 1e9, first.figures.limit / 1e9
@@ -75,18 +79,25 @@ class Tuned:
         if large := len(self.ranked) - len(fitting):
             lines.append(f"left out: {large} layouts need more than {self.ranked[0].figures.limit / 1e9:.1f} GB a rank")
         lines += [f"left out: {count}, since {reason}" for reason, count in self.refused.items()]
-        return "\n".join([_wrapped(self._about()), table, *map(_wrapped, lines)])
+        return "\n".join([_wrapped(self._about()), table, _wrapped(LEGEND), *map(_wrapped, lines)])
 
     def _about(self) -> str:
         known = {"between hosts": self.network.between, "inside a host": self.network.inside}
         links = [f"{name}: {link}" for name, link in known.items() if link is not None]
-        ranks = f"{self.machine.ranks} ranks on {self.machine.hosts} hosts{'' if self.machine.is_there else ', on paper'}"
+        hosts = "1 host" if self.machine.hosts == 1 else f"{self.machine.hosts} hosts"
+        ranks = f"{self.machine.ranks} ranks on {hosts}{'' if self.machine.is_there else ', on paper'}"
         return f"{ranks}; {len(self.ranked)} layouts rehearsed; {'; '.join(links)}"
 
     def _cells(self, number: int, tried: Tried[Prediction]) -> list[str]:
         figures, seconds = tried.figures, tried.figures.overlapped.seconds
-        times = [f"{each * 1e3:.0f}" for each in (seconds, figures.plain.seconds)]
-        cells = [f"{number}  {tried.layout.sizes}", *times, figures.exposed_in_words(), f"{figures.memory / 1e6:.0f}"]
+        plain = "" if tried.layout.config.overlap == "off" else f"{figures.plain.seconds * 1e3:.0f}"
+        cells = [
+            f"{number}  {tried.layout.sizes}",
+            f"{seconds * 1e3:.0f}",
+            plain,
+            figures.exposed_in_words(),
+            f"{figures.memory / 1e6:.0f}",
+        ]
         if self.measured:
             measured = self.measured.get(tried.layout.name)
             cells += ["", ""] if measured is None else [f"{measured * 1e3:.0f}", f"{seconds / measured - 1:+.0%}"]
@@ -95,6 +106,15 @@ class Tuned:
 
 def _wrapped(line: str) -> str:
     return textwrap.fill(line, WIDTH, subsequent_indent="    ")
+
+
+def _notes(space: Space, config: OverlapConfig) -> dict[str, str]:
+    """Returns what the layouts with which a search starts are, by name, if they can be."""
+    notes = {}
+    for start, note in ((space.data_only(), "data parallelism alone"), (config, "configured")):
+        with suppress(ConfigError):
+            notes[space.layout(start).name] = note
+    return notes
 
 
 def tune(
@@ -132,8 +152,8 @@ def tune(
     def foresee(layout: Layout) -> Prediction | str:
         try:
             return predict(training.rehearse(layout, machine), network, memory)
-        except (ConfigError, RehearsalError) as error:
-            return str(error).splitlines()[0]
+        except Exception as error:  # of any kind: the other ranks wait for this one's predictions
+            return str(error).splitlines()[0] if str(error) else repr(error)
 
     def try_all(candidates: Sequence[Layout]) -> list[Prediction | str]:
         shares = all_gather_objects([foresee(layout) for layout in candidates[rank() :: world_size()]])
@@ -152,8 +172,7 @@ def tune(
         training.close()
     if not any(tried.layout.is_allowed for tried in ranked):
         raise ConfigError(f"no layout can run: {'; '.join(search.refused)}")
-    notes = {space.layout(space.data_only()).name: "data parallelism alone", space.layout(config).name: "configured"}
-    tuned = Tuned(machine, network, ranked, notes, search.refused)
+    tuned = Tuned(machine, network, ranked, _notes(space, config), search.refused)
     fastest = [tried.layout for tried in ranked if tried.figures.fits][:measure]
     runs = [[training.measure(layout) for layout in fastest] for _ in range(REPEATS if fastest else 0)]
     for layout, *times in zip(fastest, *runs, strict=True) if runs else ():

@@ -21,7 +21,7 @@ QUIET = {"limit_val_batches": 0, "max_steps": 6}
 
 def profiled(folder):
     files = {"report": str(folder / "report.html"), "trace": str(folder / "trace.json")}
-    profiler = OverlapProfiler(every_n_steps=2, warmup=1, peak_flops=1e12, **files)
+    profiler = OverlapProfiler(every_n_steps=2, warmup=1, count_flops=True, peak_flops=1e12, **files)
     logger = CSVLogger(folder, "", "")
     log = {"logger": logger if dist.get_rank() == 0 else False, "log_every_n_steps": 2}
     done = train(callbacks=[profiler], accumulate_grad_batches=2, **QUIET, **log)
@@ -78,7 +78,7 @@ def flops_of_a_step():
 
 def of_unusual_runs():
     """A run in which every step is measured, and one that fails in the step that is counted."""
-    every = OverlapProfiler(every_n_steps=1, warmup=0)
+    every = OverlapProfiler(every_n_steps=1, warmup=0, count_flops=True)
     train(callbacks=[every], **QUIET)
 
     class Fails(Net):
@@ -113,7 +113,7 @@ def planted():
         if chosen:
             waited.append(time.perf_counter() - start)
 
-    profiler = OverlapProfiler(every_n_steps=1, warmup=0)
+    profiler = OverlapProfiler(every_n_steps=1, warmup=0, count_flops=True)
     with mock.patch.object(ThreadedGlooEngine, "block_for", late):
         train(callbacks=[profiler], overlap="off", **QUIET)
     return waited, profiler.summary

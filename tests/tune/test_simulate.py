@@ -127,8 +127,8 @@ def test_ranks_that_do_not_match_are_refused():
         simulate([lonely], Network(1, None, SLOW))
 
 
-def seconds(network, ranks, verb, megabytes=1.0):
-    return {load.between: load.seconds for load in network.loads(0, ranks, verb, int(megabytes * MB))}
+def seconds(network, ranks, verb, megabytes=1.0, stage=8):
+    return {load.between: load.seconds for load in network.loads(ranks[0], ranks, verb, int(megabytes * MB), stage)}
 
 
 def test_ranks_of_a_host_share_its_link_to_other_hosts():
@@ -141,7 +141,9 @@ def test_ranks_of_a_host_share_its_link_to_other_hosts():
     assert seconds(network, tuple(range(8)), "all_reduce") == pytest.approx({False: 0.1 * 7 / 8, True: 7 / 8})
     assert seconds(network, (0, 4), "all_reduce") == pytest.approx({True: 4 / 2}), "each of the host's four rings has one member here"
     assert seconds(Network(4, Link(10 * MB), SLOW, rings=True), tuple(range(8)), "all_gather") == pytest.approx({False: 0.1, True: 1})
-    assert network.loads(0, (0,), "all_gather", MB) == []
+    assert seconds(network, (0, 4), "send", stage=4) == pytest.approx({True: 4}), "the host's four ranks are one stage"
+    assert seconds(network, (3, 4), "send", stage=1) == pytest.approx({True: 1}), "the host's other ranks are other stages"
+    assert network.loads(0, (0,), "all_gather", MB, 8) == []
 
 
 @pytest.mark.parametrize(
