@@ -37,11 +37,11 @@ class MadeUp:
         return [Rehearsal(0, 0, 4, events, Memory(GB * degrees.data, 0, 0, 0, 0, 0))]
 
 
-def tuned(config=None, memory=80 * GB, **options):
+def tuned(config=None, memory=80 * GB, training=None, **options):
     def decide(config):
         return resolve(config, Facts(world_size=4, parameters=10_000_000))
 
-    return tune(MadeUp(), config or OverlapConfig(), decide, MACHINE, NETWORK, memory, **options)
+    return tune(training or MadeUp(), config or OverlapConfig(), decide, MACHINE, NETWORK, memory, **options)
 
 
 def test_the_best_ten_and_the_references_have_a_reason():
@@ -71,6 +71,36 @@ def test_what_does_not_fit_is_left_out():
 def test_what_the_user_has_set_is_not_left_for_a_faster_reference():
     result = tuned(OverlapConfig(tensor_parallel=TensorParallel(size=4)), layouts=3)
     assert result.best.plan.degrees.tensor == 4
+
+
+class OneSample(MadeUp):
+    """Two data ranks with a sample each: data parallelism over all four ranks has not enough."""
+
+    def batch(self, data_ranks):
+        return Batch(1, data_ranks, 1)
+
+
+class Broken(MadeUp):
+    def rehearse(self, layout, machine):
+        raise TypeError("cannot pickle a lock")
+
+
+def test_data_parallelism_alone_may_be_impossible():
+    result = tuned(OverlapConfig(tensor_parallel=TensorParallel(size=2)), training=OneSample(), seconds=0)
+    assert list(result.notes.values()) == ["configured"]
+    assert "2 samples do not divide over 4 data ranks" in " ".join(result.table().split())
+
+
+def test_any_error_of_a_rehearsal_is_told_to_all_ranks():
+    with pytest.raises(ConfigError, match="no layout can run: cannot pickle a lock"):
+        tuned(training=Broken(), seconds=0)
+
+
+def test_what_is_measured_decides():
+    result = tuned(OverlapConfig(data_parallel=DataParallel(bucket_size=70_000)), layouts=20)
+    second = next(tried.layout for tried in result.ranked[1:] if tried.layout.is_allowed)
+    result.measured = {result.best.name: 2.0, second.name: 1.0}
+    assert result.best is second
 
 
 def test_no_time_is_left_but_for_what_the_search_starts_with():
