@@ -7,16 +7,19 @@ from __future__ import annotations
 
 import mmap
 import tempfile
+import zipfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
+from stat import S_IMODE
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from lightning_overlap.decision import ConfigError
+from lightning_overlap.messages import log_on_rank_zero
 from lightning_overlap.state.checkpoint import AtomicCheckpointIO, CheckpointError, replacing
 from lightning_overlap.state.dcp import FolderReader
 from lightning_overlap.state.sharded import SavedOptimizer, ShardedCheckpoints, is_folder
@@ -26,13 +29,13 @@ ALIGNMENT = 64
 
 
 def consolidate(folder: Path, output: Path, *, prefix: str = "", weights_only: bool = True) -> None:
-    """Writes a sharded checkpoint as one file. A crash leaves the file that was there before.
+    """Writes a sharded checkpoint as one file, and says what it wrote. A crash leaves the file that was there before.
 
     Args:
         folder: written with ``state_dict_type="sharded"``.
         output: a file that ends with ``.safetensors`` gets the weights only; any other file gets Lightning's checkpoint, with the
             states of optimizers. A folder is made for a path without an ending: weights in files of up to 5 GB, as Hugging Face's
-            ``save_pretrained`` names them.
+            ``save_pretrained`` names them. ``from_pretrained`` also needs the model's ``config.json``, which no checkpoint has.
         prefix: of the names of the weights to write; it is removed from the names. ``model.`` writes a Hugging Face model that is the
             attribute ``model`` of the module. For weights only.
         weights_only: refuse objects whose loading may run code.
@@ -43,7 +46,7 @@ def consolidate(folder: Path, output: Path, *, prefix: str = "", weights_only: b
         ConfigError: a prefix is set for Lightning's checkpoint.
     """
     if not is_folder(folder):
-        raise CheckpointError(f"{folder} is not a sharded checkpoint: it is no folder")
+        raise CheckpointError(f"{folder} is not a sharded checkpoint: {_what_else(folder)}")
     if output.is_dir() and any(output.iterdir()):
         raise CheckpointError(f"{output} is a folder that is not empty, and would be replaced. Choose another name")
     output.parent.mkdir(parents=True, exist_ok=True)
@@ -55,10 +58,26 @@ def consolidate(folder: Path, output: Path, *, prefix: str = "", weights_only: b
         weights = {name.removeprefix("model."): tensor for name, tensor in tensors.items() if name.startswith("model.")}
         checkpoint = ShardedCheckpoints(timedelta(minutes=30)).load(folder, weights, weights_only=weights_only)
         if as_weights:
-            _write_weights(checkpoint["state_dict"], output, prefix)
-            return
-        checkpoint["optimizer_states"] = [_numbered(state, tensors) for state in checkpoint.get("optimizer_states", ())]
-        AtomicCheckpointIO().save_checkpoint(checkpoint, output)
+            count = _write_weights(checkpoint["state_dict"], output, prefix)
+        else:
+            checkpoint["optimizer_states"] = [_numbered(state, tensors) for state in checkpoint.get("optimizer_states", ())]
+            AtomicCheckpointIO().save_checkpoint(checkpoint, output)
+            count = len(tensors)
+    nbytes = sum(file.stat().st_size for file in (output.iterdir() if output.is_dir() else (output,)))
+    log_on_rank_zero(f"wrote {output}: {count} tensors, {nbytes / 1e6:.1f} MB, of step {checkpoint['global_step']}")
+    if not output.suffix:
+        module = f"module.{prefix}".rstrip(".")
+        log_on_rank_zero(
+            f"from_pretrained also needs {output}/config.json: {module}.config.save_pretrained({str(output)!r}) writes it"
+        )
+
+
+def _what_else(path: Path) -> str:
+    """Says what a path is that is no folder."""
+    if not path.exists():
+        return "it does not exist"
+    one_file = path.suffix == ".safetensors" or zipfile.is_zipfile(path)
+    return "it is one file already" if one_file else "it is no folder"
 
 
 @contextmanager
@@ -94,7 +113,8 @@ def _numbered(saved: SavedOptimizer, tensors: Mapping[str, Tensor]) -> dict[str,
     }
 
 
-def _write_weights(state: Mapping[str, Any], output: Path, prefix: str) -> None:
+def _write_weights(state: Mapping[str, Any], output: Path, prefix: str) -> int:
+    """Writes the weights whose names begin with a prefix, and returns their number."""
     from huggingface_hub import save_torch_state_dict  # both come with transformers
     from safetensors.torch import save_file
 
@@ -103,8 +123,14 @@ def _write_weights(state: Mapping[str, Any], output: Path, prefix: str) -> None:
         beginnings = sorted({name.partition(".")[0] + "." for name in state})
         raise CheckpointError(f"no weight's name begins with {prefix!r}; names begin with {', '.join(beginnings)}")
     with replacing(output) as new:
+        new.touch()
+        mode = S_IMODE(new.stat().st_mode)  # by the umask; safetensors' files are for their owner only
         if output.suffix:
             save_file(weights, new, metadata={"format": "pt"})
         else:
+            new.unlink()
             new.mkdir()
             save_torch_state_dict(weights, new)
+        for file in new.iterdir() if new.is_dir() else (new,):
+            file.chmod(mode)
+    return len(weights)

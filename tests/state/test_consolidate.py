@@ -1,7 +1,10 @@
 """A sharded checkpoint becomes one file, without ranks."""
 
 import json
+import logging
+import os
 import sys
+import warnings
 from unittest import mock
 
 import pytest
@@ -53,6 +56,33 @@ def test_weights_for_hugging_face(folder, tmp_path):
         assert value.equal(weights[f"{beginning}{name}"])
 
 
+@pytest.mark.parametrize("name", ["one.ckpt", "model.safetensors", "weights"])
+def test_it_says_what_it_wrote_and_others_may_read_it(folder, tmp_path, name):
+    messages = []
+    handler = mock.Mock(level=logging.INFO, handle=lambda record: messages.append(record.getMessage()))
+    before = os.umask(0o022)
+    try:
+        with mock.patch.object(logging.getLogger("lightning_overlap"), "handlers", [handler]), warnings.catch_warnings():
+            warnings.simplefilter("error", UserWarning)  # torch warns that it loads without ranks
+            consolidate(folder, tmp_path / name)
+    finally:
+        os.umask(before)
+    written = tmp_path / name
+    files = list(written.iterdir()) if written.is_dir() else [written]
+    assert {file.stat().st_mode & 0o777 for file in files} == {0o644}
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+    step = torch.load(folder / "meta.pt", weights_only=True)["global_step"]
+    size = sum(file.stat().st_size for file in files) / 1e6
+    assert messages[0].startswith(f"wrote {written}: ")
+    assert messages[0].endswith(f" tensors, {size:.1f} MB, of step {step}")
+    if name == "one.ckpt":
+        assert int(messages[0].split()[2]) > len(Plain().state_dict())  # the optimizer's are counted
+    else:
+        assert int(messages[0].split()[2]) == len(Plain().state_dict())
+    told = f"from_pretrained also needs {written}/config.json: module.config.save_pretrained('{written}') writes it"
+    assert messages[1:] == ([told] if written.is_dir() else [])
+
+
 @pytest.mark.parametrize("name", ["model.safetensors", "weights"])
 def test_a_write_that_fails_leaves_what_was_there(folder, tmp_path, name):
     if name.endswith(".safetensors"):
@@ -75,3 +105,8 @@ def test_what_cannot_be_is_told(folder, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["lightning-overlap", "consolidate", str(tmp_path / "file.json"), str(tmp_path / "one.ckpt")])
     with pytest.raises(SystemExit, match="is not a sharded checkpoint: it is no folder"):
         main()
+    with pytest.raises(CheckpointError, match=r"nothing is not a sharded checkpoint: it does not exist"):
+        consolidate(tmp_path / "nothing", tmp_path / "one.ckpt")
+    torch.save({}, tmp_path / "whole.ckpt")
+    with pytest.raises(CheckpointError, match=r"whole\.ckpt is not a sharded checkpoint: it is one file already"):
+        consolidate(tmp_path / "whole.ckpt", tmp_path / "one.ckpt")
