@@ -21,7 +21,7 @@ def profiled(folder: Any) -> tuple[bool, list[Any], Any]:
     how: Any = ({"size": 2, "schedule": "zb_h1", "microbatches": 4}, {"blocks": 4})
     done = pipelined(*how, callbacks=[profiler], max_epochs=1)
     alone = pipelined(*how, max_epochs=1)
-    return done["weights"].equal(alone["weights"]), list(profiler._drawn), profiler.summary
+    return done["weights"].equal(alone["weights"]), list(profiler.steps), profiler.summary
 
 
 def test_the_profiler_tells_a_pipelines_actions_and_its_bubble(world, tmp_path):
