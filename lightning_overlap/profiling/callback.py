@@ -35,8 +35,9 @@ class OverlapProfiler(Callback):
 
     ``overlap/exposed_ms``: milliseconds of a step in which a rank only waited for the wire.
     ``overlap/late_ms``: milliseconds in which it waited for a rank that had not posted its transfer yet.
-    ``overlap/core_taken_ms``: milliseconds in which it waited for no transfer and had no core, because transfers used it (0 on CUDA).
-    ``overlap/hidden_percent``: the part of the time with transfers on the wire in which the ranks computed.
+    ``overlap/core_taken_ms``: milliseconds in which it waited for no transfer and had no core, since transfers or other programs used
+    it (0 on CUDA).
+    ``overlap/hidden_percent``: the part of the time with transfers on the wire in which the ranks waited for none.
     ``overlap/<mode>/exposed_ms``, ``overlap/<mode>/late_ms`` and ``overlap/<mode>/hidden_percent``: the same for one mode. ``late_ms``
     is the waiting that an uneven load of the ranks causes, apart from the wire.
     ``overlap/<mode>/...``: what a mode measures itself, such as the load of experts. ``overlap/<mode>/<load>_max_over_mean`` is the
@@ -57,8 +58,9 @@ class OverlapProfiler(Callback):
         prog_bar: also show ``overlap/exposed_ms`` on the progress bar.
         report: file for a page with plan, table, bars and the timeline of every rank; a browser opens it without a network.
         trace: file for the same steps in Chrome's trace format, which Perfetto opens.
-        count_flops: counts the floating-point operations of one step, for ``overlap/tflops`` and MFU. Functions that are compiled by
-            ``torch.compile`` run uncompiled in that step; with ``fullgraph=True``, as in ``flex_attention``, torch raises an error.
+        count_flops: counts the floating-point operations of one step, for ``overlap/teraflops_per_second`` and MFU. Functions that
+            ``torch.compile`` has compiled run uncompiled in that step; with ``fullgraph=True``, as in ``flex_attention``, torch raises
+            an error.
         peak_flops: FLOP/s that one rank's device can do at most, for ``overlap/mfu_percent``. By default known of some GPUs.
 
     Attributes:

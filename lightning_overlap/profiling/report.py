@@ -107,7 +107,7 @@ def _write(path: Path, title: str, table: str, figures: Sequence[Any], plan: str
 
 
 def _mean_step(summary: Summary) -> Any:
-    """Draws the mean step as a bar, and below it a bar for each mode's time on the wire."""
+    """Draws the mean step as a bar, and below it for each mode what its transfers hide, expose and wait for late peers."""
     graphs = import_plotly()
     mean = summary.mean()
     parts: dict[str, dict[str, float]] = {
@@ -120,7 +120,8 @@ def _mean_step(summary: Summary) -> Any:
     for mode in summary.names:
         of_mode = summary.mean(mode)
         parts["hidden"][f"{mode} transfers"] = of_mode.hidden
-        parts["exposed"][f"{mode} transfers"] = of_mode.communication - of_mode.hidden
+        parts["exposed"][f"{mode} transfers"] = of_mode.exposed
+        parts["late peers"][f"{mode} transfers"] = of_mode.late
     bars = [
         graphs.Bar(
             orientation="h",

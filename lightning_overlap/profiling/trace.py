@@ -49,7 +49,7 @@ class Step:
 
     @property
     def core_taken(self) -> float:
-        """Seconds in which the main thread waited for no transfer and had no core, because other threads used it.
+        """Seconds in which the main thread waited for no transfer and had no core, because other threads or programs used it.
 
         On a CPU these are mostly the threads that carry out transfers, and the kernel's part of sending and receiving.
         """
@@ -165,7 +165,7 @@ class TransferTime:
 
     Attributes:
         communication: time with a transfer on the wire.
-        hidden: the part of it in which the rank computed.
+        hidden: the part of it in which the rank waited for no transfer.
         exposed: time in which the rank only waited for the wire.
         late: time in which the rank only waited for another rank to post.
         nbytes: bytes sent.

@@ -141,7 +141,7 @@ def print_memory(module: nn.Module, optimizers: Sequence[Optimizer], modes: Sequ
         state += sum(p.nbytes for p in stepped if not p.is_meta) * (facts.state or 0)
         unknown = unknown if facts.state is not None else f" (without the state of {facts.name}, which is not known)"
     mine = [weights, gradients, int(state)]
-    weights, gradients, updates = max(all_gather_objects(mine) if world_size() > 1 else [mine])
+    weights, gradients, updates = max(all_gather_objects(mine))
     _print_once(
         "memory",
         f"memory of a rank: weights {in_megabytes(weights)}, gradients {in_megabytes(gradients)}, optimizer {in_megabytes(updates)}"

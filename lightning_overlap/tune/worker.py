@@ -211,6 +211,8 @@ class StepEvents(Callback):
             clock.start()
         now = clock.now()
         if self._done > WARMUP:
+            if self._since is None:
+                raise ConfigError("a batch makes several optimizer steps, as with manual optimization: that cannot be rehearsed")
             starts = [*(event.start for event in events), now]
             ends = [self._since, *(event.end for event in events)]
             seconds = [clock.read(start) - clock.read(end) for end, start in zip(ends, starts, strict=True)]
