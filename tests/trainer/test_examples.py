@@ -88,6 +88,7 @@ def test_an_own_model_is_sharded_by_its_roles(world, kind, options, mode):
     loss, weights = trained(kind, options, batches)
     for ours, our_weights in world(2).run(trained, kind, options, batches, {mode: 2}):
         assert ours == pytest.approx(loss, rel=1e-5)
+        # AdamW divides by the size of a gradient: where it is nearly zero, another order of partial sums moves a weight by more.
         torch.testing.assert_close(our_weights, weights, rtol=1e-3, atol=1e-5)
 
 
