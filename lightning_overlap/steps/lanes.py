@@ -3,9 +3,10 @@
     forward     compute, post | wait ...... compute, post | wait ......
     backward                  | compute, post ...........| compute ...
 
-A transfer of one lane travels while the other lane computes, whatever mode has posted it. One lane runs at a time, and hands over at
-every wait, also where the transfer has arrived. So the order of all posts and waits is the same on all ranks, which transfers that are
-matched by their order need; and every sum is the one that is computed without lanes.
+A transfer of one lane travels while the other lane computes, whatever mode has posted it. One lane runs at a time. It hands over where
+it waits for a transfer that it has posted in this turn, also if that has arrived; what it has posted in an earlier turn had the other
+lane's turn to travel, so what is posted together costs one turn. This depends on no time: the order of all posts and waits is the same
+on all ranks, which transfers that are matched by their order need; and every sum is the one that is computed without lanes.
 
 The forward stays in the caller's thread, since it runs the user's code. Two forwards are no pair: a module may keep a tensor on itself
 until the loss is computed, and the other forward would replace it. In one process they would gain nothing either: a forward hides more
@@ -15,8 +16,10 @@ beside a backward. Two backwards are no pair, because on CUDA a device has one t
 from __future__ import annotations
 
 import contextvars
+import itertools
 import queue
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -102,6 +105,11 @@ class _Pair:
         with nullcontext() if self.timeline is None else self.timeline.during(self.lanes[lane].name):
             yield
 
+    def add_cpu_time(self, seconds: float) -> None:
+        """Counts CPU time of the thread of the backward as that of the main thread, which waits meanwhile."""
+        if self.timeline is not None:
+            self.timeline.clock.lane_seconds += seconds
+
     def give_turn(self, lane: int) -> None:
         """Lets the other lane than ``lane`` run, if it waits for its turn. After an interrupt it may run already."""
         if self.turns[1 - lane].locked():
@@ -129,6 +137,7 @@ class Lanes:
         self._local = threading.local()
         self._work: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
+        self._turns = itertools.count()
 
     def run(self, forward: Lane, backward: Lane, timeline: Timeline | None = None) -> None:
         """Runs two lanes to their ends; the forward begins, in the caller's thread.
@@ -159,8 +168,18 @@ class Lanes:
             finally:
                 del pair  # which the error's traceback would keep, and the pair the error
 
+    def on_post(self) -> Callable[[], None]:
+        """Called when a transfer is posted. Returns what is to be called before the wait for it, see the module's docstring."""
+        turn = getattr(self._local, "turn", None)
+
+        def hand_over_once() -> None:
+            if turn is not None and turn == getattr(self._local, "turn", None):
+                self.hand_over()
+
+        return hand_over_once
+
     def hand_over(self) -> None:
-        """Lets the other lane run until it hands over or ends. Outside of a pair it does nothing. Called before each wait.
+        """Lets the other lane run until it hands over or ends. Outside of a pair it does nothing.
 
         Raises:
             LaneCancelled: the other lane has failed.
@@ -176,12 +195,14 @@ class Lanes:
         self._local.spans.close()
         pair.give_turn(lane)
         pair.take_turn(lane)
+        self._local.turn = next(self._turns)
         self._local.spans.enter_context(pair.computing(lane))
         state.restore()
 
     def _run_lane(self, pair: _Pair, lane: int) -> None:
         """Runs a lane of a pair. Its error is kept in the pair."""
-        self._local.place, self._local.spans = (pair, lane), ExitStack()
+        self._local.place, self._local.turn, self._local.spans = (pair, lane), next(self._turns), ExitStack()
+        cpu_start = time.thread_time()
         try:
             if lane == BACKWARD:
                 pair.take_turn(lane)
@@ -192,7 +213,9 @@ class Lanes:
         except BaseException as error:
             pair.fail(error)
         finally:
-            del self._local.place, self._local.spans
+            del self._local.place, self._local.turn, self._local.spans
+            if lane == BACKWARD:
+                pair.add_cpu_time(time.thread_time() - cpu_start)
             pair.ended[lane] = True
             pair.give_turn(lane)
             if lane == BACKWARD:

@@ -50,7 +50,7 @@ class ContextMode(Sharder):
     def __init__(self, config: ContextParallel, choices: ContextChoices, setup: Setup) -> None:
         super().__init__(config, choices, setup)
         self.group: Group = self.mesh.group("context", self.timeout, "context")
-        self.group.before_wait = setup.lanes.hand_over
+        self.group.on_post = setup.lanes.on_post
         sizes = config.hierarchical_sizes
         self._attention = AttentionByMask(
             self.group,

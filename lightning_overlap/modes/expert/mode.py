@@ -53,7 +53,7 @@ class ExpertMode(PieceHolder):
         self.group: Group = self.mesh.group("experts", self.timeout, "expert")
         self._tensor = self.mesh.group("tensor", self.timeout, "expert") if self.mesh.size("tensor") > 1 else None
         for group in filter(None, (self.group, self._tensor)):
-            group.before_wait = setup.lanes.hand_over
+            group.on_post = setup.lanes.on_post
         self._same = self.mesh.group("expert_gradients", self.timeout)
         self._samples = self.mesh.group("samples", self.timeout)
         self._undo: list[Callable[[], object]] = []
