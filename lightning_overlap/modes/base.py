@@ -224,7 +224,7 @@ class Driver(OverlapMode, ABC):
 
     @property
     @abstractmethod
-    def mirrors_evaluation(self) -> bool:
+    def evaluates_loss_on_one_rank(self) -> bool:
         """Whether validation steps inside a fit end before the loss on ranks that do not compute it."""
 
     @abstractmethod

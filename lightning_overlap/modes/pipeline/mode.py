@@ -97,7 +97,7 @@ class PipelineMode(Driver, Holder):
             self.partition,
             self.group,
             next(iter(self.runs.channels.values()), self.group),
-            mirror=config.evaluation == "mirror",
+            on_last_stage=config.evaluation == "last_stage",
             device=self._device,
         )
         self._weight_gradients = self._make_weight_gradients(model, name, blocks)
@@ -308,8 +308,8 @@ class PipelineMode(Driver, Holder):
     # -- evaluation --------------------------------------------------------------------------------------------------
 
     @property
-    def mirrors_evaluation(self) -> bool:
-        return self._evaluation is not None and self._evaluation.is_mirrored
+    def evaluates_loss_on_one_rank(self) -> bool:
+        return self._evaluation is not None and self._evaluation.is_on_last_stage
 
     def error_without_loss(self, message: str | None) -> str | None:
         # Over a channel: ranks that have not failed may be in a transfer of the group.
