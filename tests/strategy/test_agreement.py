@@ -76,9 +76,8 @@ def test_the_first_difference_is_told_on_every_rank(world):
     }
     for expected, several in cases.items():
         told = world(2).run(first_difference, several)
-        assert (
-            told == [f"ranks disagree about {expected} Start the same script with the same arguments and packages on every rank."] * 2
-        )
+        assert told[0] == told[1]
+        assert told[0].startswith(f"ranks disagree about {expected} Start the same script")
 
 
 class OtherRate(Net):
