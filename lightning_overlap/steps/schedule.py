@@ -316,7 +316,7 @@ def _slots(ranks: int, virtual: int, microbatches: int, group: int) -> list[Slot
     microbatches become one group if it holds no more activations, else groups of equal size, at most ``group``, with empty slots.
     """
     rest = microbatches % group
-    if virtual * microbatches <= _held(ranks, virtual, group):
+    if virtual * microbatches <= _held_activations(ranks, virtual, group):
         groups: list[list[int | None]] = [list(range(microbatches))]
     elif rest == 0 or rest >= ranks:
         groups = [list(range(start, min(start + group, microbatches))) for start in range(0, microbatches, group)]
@@ -328,7 +328,7 @@ def _slots(ranks: int, virtual: int, microbatches: int, group: int) -> list[Slot
     return [(m, chunk) for members in groups for chunk in range(virtual) for m in members]
 
 
-def _held(ranks: int, virtual: int, group: int) -> int:
+def _held_activations(ranks: int, virtual: int, group: int) -> int:
     """Returns the most stage activations that rank 0 of an interleaved schedule holds."""
     return (virtual - 1) * group + 2 * ranks - 1
 
@@ -389,7 +389,7 @@ def _zb_h1(ranks: int, virtual: int, microbatches: int, group: int | None) -> Sc
 def _interleaved_zb(ranks: int, virtual: int, microbatches: int, group: int | None) -> Schedule:
     """The interleaved schedule with split backwards. Every rank may hold as much as rank 0."""
     unsplit = _interleaved(ranks, virtual, microbatches, group)
-    return _split_backward("interleaved_zb", unsplit, _held(ranks, virtual, max(group or ranks, ranks)))
+    return _split_backward("interleaved_zb", unsplit, _held_activations(ranks, virtual, max(group or ranks, ranks)))
 
 
 # -- V-shaped: stages go down the ranks and up again, so that the first rank has the first and the last stage ------------------

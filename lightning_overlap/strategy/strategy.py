@@ -294,7 +294,7 @@ class OverlapStrategy(MeshStrategy):
             except Exception as error:
                 if not isinstance(error, ConfigError | TransferError):
                     for mode in self.modes:
-                        mode.explain_failure(error)
+                        mode.raise_cause(error)
                 raise
             if comparison is not None and is_compared:
                 comparison.loss(output)

@@ -294,12 +294,12 @@ class PipelineMode(Driver, Holder):
         return result
 
     def finish_backward(self) -> None:
-        if not self._held and self._tied is not None:
+        if not self._holds_gradients and self._tied is not None:
             self._tied.finish()
 
     def _sum_tied(self) -> None:
         """Posts the sums of tied gradients that are complete after the last backward. Deferred gradients of weights are not."""
-        if not self._held and self._tied is not None:
+        if not self._holds_gradients and self._tied is not None:
             self._tied.post(self._weight_gradients)
 
     def reduce_norm(self, squares: Squares) -> Squares:
