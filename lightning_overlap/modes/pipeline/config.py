@@ -22,8 +22,9 @@ from lightning_overlap.decision import (
 from lightning_overlap.facts import Facts, Room
 from lightning_overlap.ranks.degrees import Degrees, larger_sizes
 from lightning_overlap.steps.defer import defer
+from lightning_overlap.steps.named_schedules import SCHEDULES, build
 from lightning_overlap.steps.pairs import pair
-from lightning_overlap.steps.schedule import SCHEDULES, Schedule, build, parse, validate
+from lightning_overlap.steps.schedule import Schedule, parse, validate
 from lightning_overlap.steps.simulate import simulate
 
 ADVICE = {
