@@ -37,7 +37,7 @@ CLOSED_CONNECTION_GRACE = 4.0
 THREAD_EXIT_TIMEOUT = 2.0
 """Seconds in which threads must end after their connections were closed."""
 CLOSE_TIMEOUT = 30.0
-"""Seconds in which transfers that nobody waits for must complete before a group ends: as long as another rank may be late."""
+"""Seconds that the end of a group waits for transfers that were dropped, after all others: as long as another rank may be late."""
 _Operation = tuple[Callable[..., Any], Tensor, int, Any, int]
 """The function to call, a tensor, the peer's rank in the group, the process group, a tag."""
 
@@ -179,7 +179,7 @@ class ThreadedGlooEngine(GlooEngine):
 
     def stop(self) -> None:
         if self.threads is not None:
-            if not self.threads.close(CLOSE_TIMEOUT, drop=False):
+            if not self.threads.close():
                 self._break_off(self.threads)
             self.threads = None
         super().stop()
@@ -194,14 +194,14 @@ class ThreadedGlooEngine(GlooEngine):
         )
         for sockets in (self.sockets, self.gather_sockets):
             sockets.shut_down()
-        if not threads.close(THREAD_EXIT_TIMEOUT, drop=True):  # its sockets are not known: destroying the process groups could block
+        if not threads.abandon():  # its sockets are not known: destroying the process groups could block
             Engine.abandon(self)
 
     def stop_threads(self, closed: bool) -> None:
         # A thread that returns from a wait of gloo's while the process ends would abort it: Python then ends the thread inside C++.
         # A thread that gloo does not wake waits until the timeout, without harm.
         if self.threads is not None and closed:
-            self.threads.close(THREAD_EXIT_TIMEOUT, drop=True)
+            self.threads.abandon()
         self.threads = None
 
     def _parts(self, pieces: Sequence[Piece], key: int, urgency: Urgency) -> list[Chunk]:
@@ -333,9 +333,10 @@ class Threads:
         self._dropped: queue.SimpleQueue[ThreadedWaiter | None] = queue.SimpleQueue()
         name = engine.members.name
         work = [self._post, self._wait_for_reductions, self._wait_for_requests, self._wait_for_dropped]
-        self._threads = [threading.Thread(target=target, name=f"{name}.{target.__name__}", daemon=True) for target in work]
-        for thread in self._threads:
+        threads = [threading.Thread(target=target, name=f"{name}.{target.__name__}", daemon=True) for target in work]
+        for thread in threads:
             thread.start()
+        *self._threads, self._last = threads
         # Each kind has its own, since a chunk whose receiver is late holds up the next ones.
         self._senders: dict[bool, ChunkSender[ThreadedWaiter]] = {}  # by whether it sends reductions
         if engine.gathers is not None:
@@ -377,25 +378,33 @@ class Threads:
         for sender in self._senders.values():
             sender.start_step()
 
-    def close(self, limit: float, *, drop: bool) -> bool:
-        """Ends the threads after their last work.
+    def close(self) -> bool:
+        """Ends the threads after their last work. Transfers that were dropped have CLOSE_TIMEOUT more: returns whether all have come."""
+        self._end(drop=False)
+        for thread in self._working:
+            thread.join()
+        self._last.join(CLOSE_TIMEOUT)
+        return not self._last.is_alive()
 
-        Args:
-            limit: the longest to wait for them, in seconds.
-            drop: do not send chunks that are queued.
+    def abandon(self) -> bool:
+        """Ends the threads, whose connections were shut down, without unsent chunks. Returns whether all have ended in time."""
+        self._end(drop=True)
+        until = time.monotonic() + THREAD_EXIT_TIMEOUT
+        threads = [*self._working, self._last]
+        for thread in threads:
+            thread.join(max(0.0, until - time.monotonic()))
+        return not any(thread.is_alive() for thread in threads)
 
-        Returns:
-            Whether all threads have ended.
-        """
+    def _end(self, *, drop: bool) -> None:
         for work in (self._posts, self._requests, self._dropped):
             work.put(None)
         for sender in self._senders.values():
             sender.close(drop=drop)
-        until = time.monotonic() + limit
-        threads = [*self._threads, *(sender.thread for sender in self._senders.values())]
-        for thread in threads:
-            thread.join(max(0.0, until - time.monotonic()))
-        return not any(thread.is_alive() for thread in threads)
+
+    @property
+    def _working(self) -> list[threading.Thread]:
+        """The threads of transfers in which other ranks take part too."""
+        return [*self._threads, *(sender.thread for sender in self._senders.values())]
 
     def _post(self) -> None:
         while (item := self._posts.get()) is not None:
