@@ -336,7 +336,7 @@ class Threads:
         threads = [threading.Thread(target=target, name=f"{name}.{target.__name__}", daemon=True) for target in work]
         for thread in threads:
             thread.start()
-        *self._threads, self._last = threads
+        *self._threads, self._dropped_thread = threads
         # Each kind has its own, since a chunk whose receiver is late holds up the next ones.
         self._senders: dict[bool, ChunkSender[ThreadedWaiter]] = {}  # by whether it sends reductions
         if engine.gathers is not None:
@@ -379,18 +379,18 @@ class Threads:
             sender.start_step()
 
     def close(self) -> bool:
-        """Ends the threads after their last work. Transfers that were dropped have CLOSE_TIMEOUT more: returns whether all have come."""
+        """Ends the threads after their last work. Returns whether dropped transfers have come CLOSE_TIMEOUT after all others."""
         self._end(drop=False)
         for thread in self._working:
             thread.join()
-        self._last.join(CLOSE_TIMEOUT)
-        return not self._last.is_alive()
+        self._dropped_thread.join(CLOSE_TIMEOUT)
+        return not self._dropped_thread.is_alive()
 
     def abandon(self) -> bool:
         """Ends the threads, whose connections were shut down, without unsent chunks. Returns whether all have ended in time."""
         self._end(drop=True)
         until = time.monotonic() + THREAD_EXIT_TIMEOUT
-        threads = [*self._working, self._last]
+        threads = [*self._working, self._dropped_thread]
         for thread in threads:
             thread.join(max(0.0, until - time.monotonic()))
         return not any(thread.is_alive() for thread in threads)
