@@ -37,7 +37,9 @@ CLOSED_CONNECTION_GRACE = 4.0
 THREAD_EXIT_TIMEOUT = 2.0
 """Seconds in which threads must end after their connections were closed."""
 CLOSE_TIMEOUT = 30.0
-"""Seconds that the end of a group waits for transfers that were dropped, after all others: as long as another rank may be late."""
+"""Seconds without a byte on its connections after which a group ends though transfers are incomplete. Another rank may be late."""
+CHECKS = 8
+"""How often in these times the threads are looked at."""
 _Operation = tuple[Callable[..., Any], Tensor, int, Any, int]
 """The function to call, a tensor, the peer's rank in the group, the process group, a tag."""
 
@@ -89,6 +91,11 @@ class GlooEngine(Engine):
         for i, sockets in enumerate((self.sockets, self.gather_sockets)):
             sockets.keep([(mine, other) for ends in ends_of_peers for other, mine in ends[i]])
             sockets.keep_alive()
+
+    def bytes_moved(self) -> int | None:
+        """Returns the bytes that its connections have sent and received; None where that is not known."""
+        moved = [sockets.bytes_moved() for sockets in (self.sockets, self.gather_sockets) if sockets.known]
+        return None if not moved or None in moved else sum(filter(None, moved))
 
     def stop(self) -> None:
         self.link.close(self.sockets)
@@ -188,8 +195,8 @@ class ThreadedGlooEngine(GlooEngine):
         """Ends transfers in which other ranks have not taken part in time, so that the threads that wait for them end."""
         warnings.warn(
             f"rank {self.members.ranks[self.members.rank]} ends group {self.members.name!r} without the transfers "
-            f"{self.members.incomplete()}: other ranks have not taken part in them within {CLOSE_TIMEOUT:.0f} s. Nothing on this rank "
-            "reads their data. Look for an error that only some ranks have met before",
+            f"{self.members.incomplete()}: nobody waits for them on this rank, other ranks have not taken part in them, and no data "
+            f"came or went for {CLOSE_TIMEOUT:.0f} s. Look for an error before that only some ranks have met",
             stacklevel=2,
         )
         for sockets in (self.sockets, self.gather_sockets):
@@ -333,10 +340,9 @@ class Threads:
         self._dropped: queue.SimpleQueue[ThreadedWaiter | None] = queue.SimpleQueue()
         name = engine.members.name
         work = [self._post, self._wait_for_reductions, self._wait_for_requests, self._wait_for_dropped]
-        threads = [threading.Thread(target=target, name=f"{name}.{target.__name__}", daemon=True) for target in work]
-        for thread in threads:
+        self._threads = [threading.Thread(target=target, name=f"{name}.{target.__name__}", daemon=True) for target in work]
+        for thread in self._threads:
             thread.start()
-        *self._threads, self._dropped_thread = threads
         # Each kind has its own, since a chunk whose receiver is late holds up the next ones.
         self._senders: dict[bool, ChunkSender[ThreadedWaiter]] = {}  # by whether it sends reductions
         if engine.gathers is not None:
@@ -379,32 +385,32 @@ class Threads:
             sender.start_step()
 
     def close(self) -> bool:
-        """Ends the threads after their last work. Returns whether dropped transfers have come CLOSE_TIMEOUT after all others."""
+        """Ends the threads after their last work. Returns whether they have ended before no byte moved for CLOSE_TIMEOUT."""
         self._end(drop=False)
-        for thread in self._working:
-            thread.join()
-        self._dropped_thread.join(CLOSE_TIMEOUT)
-        return not self._dropped_thread.is_alive()
+        return self._join(CLOSE_TIMEOUT, self._engine.bytes_moved)
 
     def abandon(self) -> bool:
         """Ends the threads, whose connections were shut down, without unsent chunks. Returns whether all have ended in time."""
         self._end(drop=True)
-        until = time.monotonic() + THREAD_EXIT_TIMEOUT
-        threads = [*self._working, self._dropped_thread]
-        for thread in threads:
-            thread.join(max(0.0, until - time.monotonic()))
-        return not any(thread.is_alive() for thread in threads)
+        return self._join(THREAD_EXIT_TIMEOUT, lambda: 0)
+
+    def _join(self, limit: float, progress: Callable[[], int | None]) -> bool:
+        """Returns whether all threads have ended before ``progress`` gave the same number for ``limit`` seconds; None is no number."""
+        latest, until = progress(), time.monotonic() + limit
+        for thread in [*self._threads, *(sender.thread for sender in self._senders.values())]:
+            while thread.is_alive():
+                thread.join(limit / CHECKS)
+                if (number := progress()) is None or number != latest:
+                    latest, until = number, time.monotonic() + limit
+                elif time.monotonic() > until:
+                    return False
+        return True
 
     def _end(self, *, drop: bool) -> None:
         for work in (self._posts, self._requests, self._dropped):
             work.put(None)
         for sender in self._senders.values():
             sender.close(drop=drop)
-
-    @property
-    def _working(self) -> list[threading.Thread]:
-        """The threads of transfers in which other ranks take part too."""
-        return [*self._threads, *(sender.thread for sender in self._senders.values())]
 
     def _post(self) -> None:
         while (item := self._posts.get()) is not None:

@@ -13,7 +13,7 @@ from lightning_overlap.strategy.setup import print_memory
 
 
 class Codes(torch.Tensor):
-    """Numbers of 8 bits with a scale for each 256 of them, which look like a tensor of fp32."""
+    """Numbers of 8 bits with a scale for each 20 of them, which look like a tensor of fp32."""
 
     @staticmethod
     def __new__(cls, codes, scales):
@@ -31,7 +31,7 @@ class Codes(torch.Tensor):
 
 
 class EightBit(torch.optim.SGD):
-    """Keeps a byte and a quarter for each element: as a tensor of bytes, or as a tensor that is made of two."""
+    """Keeps a byte and a fifth for each element: as a tensor of bytes, or as a tensor that is made of two."""
 
     wrapped = False
 
@@ -40,7 +40,7 @@ class EightBit(torch.optim.SGD):
         for group in self.param_groups:
             for p in group["params"]:
                 if p.grad is not None:
-                    codes, scales = torch.zeros(p.shape, dtype=torch.uint8), torch.zeros(p.numel() // 16)
+                    codes, scales = torch.zeros(p.shape, dtype=torch.uint8), torch.zeros(p.numel() // 20)
                     kept = {"codes": codes, "scales": scales.bfloat16().repeat(2)}
                     self.state[p] = {"codes": Codes(codes, scales)} if self.wrapped else kept
                     p -= group["lr"] * p.grad
