@@ -128,7 +128,7 @@ def test_ranks_that_do_not_match_are_refused():
 
 
 def seconds(network, ranks, verb, megabytes=1.0, stage=8):
-    return {load.between: load.seconds for load in network.loads(ranks[0], ranks, verb, int(megabytes * MB), stage)}
+    return {load.is_inter_host: load.seconds for load in network.loads(ranks[0], ranks, verb, int(megabytes * MB), stage)}
 
 
 def test_ranks_of_a_host_share_its_link_to_other_hosts():
