@@ -305,7 +305,8 @@ class _Rank:
 
     def _begin(self, post: Post) -> None:
         link = self._world.network.slowest(post.ranks)
-        self._work.debt += link.overhead if link is not None else 0.0
+        chunks = max(1, -(-post.nbytes // CHUNK_BYTES)) if post.background else 1  # each is a transfer of its own
+        self._work.debt += chunks * link.overhead if link is not None else 0.0
         # In the plain twin, too, no rank waits for a send: its receive, which is posted late, makes it late.
         if self._overlapped or post.verb == "send" or post.transfer not in self._order:
             self._post(len(self.ends), post)

@@ -85,10 +85,12 @@ def test_what_is_needed_next_goes_first():
 
 def test_transfers_take_compute():
     taking = Link(MB, load=0.5, overhead=0.125)
-    result = simulated(post(0), Compute(1), Wait(0), link=taking)
+    result = simulated(post(0, background=False), Compute(1), Wait(0), link=taking)
     # in the first second half of the work of 1.125 is done
     assert result.seconds == pytest.approx(1.625)
     assert result.exposed == {}
+    # background data is posted in chunks of 524,288 bytes, here two
+    assert simulated(post(0), Compute(1), Wait(0), link=taking).seconds == pytest.approx(1.75)
     # a rank that waits anyway loses nothing
     assert simulated(post(0), Wait(0), Compute(1), link=taking).seconds == pytest.approx(2)
 
