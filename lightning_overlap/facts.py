@@ -9,9 +9,25 @@ import platform
 from dataclasses import dataclass, field
 from importlib import metadata
 from importlib.util import find_spec
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 T = TypeVar("T")
+
+
+class StateSize(NamedTuple):
+    """The state that an optimizer keeps for each element of a matrix.
+
+    Attributes:
+        numbers: how many of the parameter's dtype, such as 2 of Adam.
+        nbytes: bytes of all other dtypes, such as 2.1 of an Adam of 8 bits.
+    """
+
+    numbers: float
+    nbytes: float
+
+    def of(self, itemsize: int) -> float:
+        """Bytes for each element of a parameter whose elements take ``itemsize`` bytes."""
+        return self.numbers * itemsize + self.nbytes
 
 
 @dataclass(frozen=True)
@@ -26,7 +42,7 @@ class OptimizerFacts:
         reason: the finding, as a sentence.
         known: False if it failed on test matrices; ``reason`` then has its error.
         methods: its public methods, beside the step, that read its state.
-        state: numbers that it keeps for each element of a matrix; None if that is not known.
+        state: what it keeps for each element of a matrix; None if that is not known.
     """
 
     name: str
@@ -36,7 +52,7 @@ class OptimizerFacts:
     reason: str
     known: bool = True
     methods: tuple[str, ...] = ()
-    state: float | None = None
+    state: StateSize | None = None
 
 
 def installed(package: str) -> str | None:

@@ -193,7 +193,7 @@ class ExpertMode(PieceHolder):
 
     def finish_backward(self) -> None:
         self.setup.boundary.finish_backward()
-        if self._held:
+        if self._holds_gradients:
             return
         if not self._in_trial and self._balance is not None and self._balance.counts is not None:
             self._balance.counts.post()

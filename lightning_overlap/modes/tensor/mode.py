@@ -191,8 +191,8 @@ class TensorMode(PieceHolder):
         self._regions.has_trained = True
         self.setup.boundary.start_forward()
 
-    def explain_failure(self, error: Exception) -> None:
-        self.setup.boundary.explain_failure(error)
+    def raise_cause(self, error: Exception) -> None:
+        self.setup.boundary.raise_if_between_blocks(error)
 
     def start_backward(self) -> None:
         self.setup.boundary.start_backward()
@@ -200,7 +200,7 @@ class TensorMode(PieceHolder):
 
     def finish_backward(self) -> None:
         self.setup.boundary.finish_backward()
-        self._replicated.finish_backward(held=self._held)
+        self._replicated.finish_backward(held=self._holds_gradients)
 
     def reduce_norm(self, squares: Squares) -> Squares:
         return squares._replace(dense=self.group.all_reduce(squares.dense, label="tensor.norm").wait())
