@@ -139,11 +139,11 @@ class _Trainer(Trainer):
         bytes_of_rank = memory_of_a_rank(machine, memory)
         network = find_network(machine, link, inside_link, strategy, self._given)
         training = Training(model, datamodule, strategy, self._given)
-        tuned = tune(training, strategy.config, partial(self._resolve, model), machine, network, bytes_of_rank,
+        comparison = tune(training, strategy.config, partial(self._resolve, model), machine, network, bytes_of_rank,
                      seconds=seconds, measure=measure)  # fmt: skip
         if self.is_global_zero:
-            print(tuned.table())
-            Path(output).write_text(training.recipe(tuned.best, machine))
+            print(comparison.table())
+            Path(output).write_text(training.recipe(comparison.best, machine))
             print(f"the best is written to {output}: lightning-overlap fit ... -c {output}")
 
     def bench(

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.autograd import Function, Variable, profiler
 from torch.optim import Optimizer
 
+TensorKind = TypeVar("TensorKind", bound=Tensor)
 SUPPORTED = "lightning_overlap supports the versions of torch in its requirements: install one of these."
 try:
     from torch._C import DisableTorchFunctionSubclass as WithoutSubclasses
@@ -47,8 +48,11 @@ PRIVATE_NAMES: tuple[tuple[Any, str, str], ...] = (
     (nn.Module(), "_buffers", "buffers by module, which may register others"),
     (nn.Module(), "_modules", "the blocks of a list that a stand-in replaces"),
     (nn.Module(), "_apply", "moves all but absent parameters to a device"),
+    (nn.Module(), "_backward_hooks", "functions of autograd, which the outputs of a module go through"),
+    (nn.Module(), "_backward_pre_hooks", "the same"),
     (nn.Module(), "_compiled_call_impl", "shows that a module was compiled in place"),
     (Tensor, "_version", "counts the writes to a tensor"),
+    (Tensor, "_make_wrapper_subclass", "a tensor without memory"),
     (Tensor, "_base", "the tensor of which another one is a view"),
     (getattr(Function, "_backward_cls", None), "_forward_cls", "the Function of a node of autograd's graph"),
     (Variable, "_execution_engine", "calls a function at the end of a backward"),
@@ -100,6 +104,11 @@ def apply_to(module: nn.Module, function: Callable[[Tensor], Tensor]) -> None:
     module._apply(function)
 
 
+def has_backward_hooks(module: nn.Module) -> bool:
+    """Whether the outputs of a module go through a function of autograd that calls hooks."""
+    return bool(module._backward_hooks or module._backward_pre_hooks)
+
+
 def is_guard_failure(error: Exception) -> bool:
     """Whether torch has compiled a function for a tensor that it then does not know again: a placeholder."""
     return isinstance(error, AssertionError) and str(error).startswith("Guard failed on the same frame")
@@ -119,6 +128,11 @@ def is_node_of(node: Any, kind: type[Function]) -> bool:
 def version_of(tensor: Tensor) -> int:
     """Returns the number of in-place writes to a tensor."""
     return tensor._version
+
+
+def without_memory(kind: type[TensorKind], shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> TensorKind:
+    """A tensor of a subclass that has a shape and no memory. It needs a gradient: a hook tells where one comes."""
+    return Tensor._make_wrapper_subclass(kind, shape, dtype=dtype, device=device, requires_grad=True)
 
 
 def is_in_backward() -> bool:

@@ -41,7 +41,7 @@ Piece = tuple[int, Tensor]
 """A peer's rank in the group, and the contiguous tensor that is sent to it or received from it."""
 
 
-class Posted:
+class WorkWaiter:
     """Waits for operations that the caller has posted.
 
     Args:
@@ -118,17 +118,17 @@ class Engine:
 
     def all_reduce(self, x: Tensor, op: Any, transfer: Transfer) -> Waiter:
         """Posts a reduction of ``x``, in place."""
-        return Posted(self, transfer.label, [(dist.all_reduce(x, op, self.connected, async_op=True), -1)])
+        return WorkWaiter(self, transfer.label, [(dist.all_reduce(x, op, self.connected, async_op=True), -1)])
 
     def reduce_scatter(self, x: Tensor, piece: Tensor, op: Any, transfer: Transfer) -> Waiter:
         """Posts the reduction of each rank's shard of ``x``, all of one size, if the engine :attr:`scatters`."""
-        return Posted(self, transfer.label, [(dist.reduce_scatter_tensor(piece, x, op, self.connected, async_op=True), -1)])
+        return WorkWaiter(self, transfer.label, [(dist.reduce_scatter_tensor(piece, x, op, self.connected, async_op=True), -1)])
 
     def exchange(self, receives: Sequence[Piece], sends: Sequence[Piece], key: int, transfer: Transfer) -> Waiter:
         """Posts point-to-point transfers with several peers, receives first."""
         works = [self.post(transfer.label, dist.irecv, x, peer, self.process_group, key) for peer, x in receives]
         works += [self.post(transfer.label, dist.isend, x, peer, self.process_group, key) for peer, x in sends]
-        return Posted(self, transfer.label, works)
+        return WorkWaiter(self, transfer.label, works)
 
     def all_to_all(
         self, received: Tensor, x: Tensor, receive_sizes: Sequence[int], send_sizes: Sequence[int], key: int, transfer: Transfer
@@ -146,18 +146,18 @@ class Engine:
         """Posts the transfer of this rank's shard of ``x`` to all members, and of their shards into ``x``."""
         shard = pieces[self.members.rank]
         if len({piece.numel() for piece in pieces}) == 1:
-            return Posted(self, transfer.label, [(dist.all_gather_into_tensor(x, shard, self.gathers, async_op=True), -1)])
+            return WorkWaiter(self, transfer.label, [(dist.all_gather_into_tensor(x, shard, self.gathers, async_op=True), -1)])
         ranks = self.members.ranks
         works = [(dist.broadcast(piece, ranks[r], self.gathers, async_op=True), -1) for r, piece in enumerate(pieces)]
-        return Posted(self, transfer.label, works)
+        return WorkWaiter(self, transfer.label, works)
 
     def send(self, x: Tensor, peer: int, key: int, transfer: Transfer) -> Waiter:
         """Posts the transfer of ``x`` to a member."""
-        return Posted(self, transfer.label, [self.post(transfer.label, dist.isend, x, peer, self.process_group, key)])
+        return WorkWaiter(self, transfer.label, [self.post(transfer.label, dist.isend, x, peer, self.process_group, key)])
 
     def receive(self, x: Tensor, peer: int, key: int, transfer: Transfer) -> Waiter:
         """Posts the transfer of a member's tensor into ``x``."""
-        return Posted(self, transfer.label, [self.post(transfer.label, dist.irecv, x, peer, self.process_group, key)])
+        return WorkWaiter(self, transfer.label, [self.post(transfer.label, dist.irecv, x, peer, self.process_group, key)])
 
     def post(self, label: str, operation: Callable[..., Any], x: Tensor, peer: int, process_group: Any, tag: int) -> PostedWork:
         """Posts one point-to-point operation.

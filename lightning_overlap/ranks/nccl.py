@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from lightning_overlap.ranks.clock import Clock, Marks
-from lightning_overlap.ranks.engine import Engine, Piece, Posted, PostedWork
+from lightning_overlap.ranks.engine import Engine, Piece, PostedWork, WorkWaiter
 from lightning_overlap.ranks.members import Members
 from lightning_overlap.ranks.transfer import Transfer, Waiter
 
@@ -38,21 +38,21 @@ class NcclEngine(Engine):
         # a send that comes after the peer's first receive.
         ops = [dist.P2POp(dist.irecv, x, self.members.ranks[peer], self.connected) for peer, x in receives]
         ops += [dist.P2POp(dist.isend, x, self.members.ranks[peer], self.connected) for peer, x in sends]
-        return Posted(self, transfer.label, [(work, -1) for work in dist.batch_isend_irecv(ops)] if ops else [])
+        return WorkWaiter(self, transfer.label, [(work, -1) for work in dist.batch_isend_irecv(ops)] if ops else [])
 
     def all_to_all(
         self, received: Tensor, x: Tensor, receive_sizes: Sequence[int], send_sizes: Sequence[int], key: int, transfer: Transfer
     ) -> Waiter:
         work = dist.all_to_all_single(received, x, list(receive_sizes), list(send_sizes), self.connected, async_op=True)
-        return Posted(self, transfer.label, [(work, -1)], x)  # as in send
+        return WorkWaiter(self, transfer.label, [(work, -1)], x)  # as in send
 
     def send(self, x: Tensor, peer: int, key: int, transfer: Transfer) -> Waiter:
         work = self.post(transfer.label, dist.isend, x, peer, self.process_group, key)
         # NCCL frees x as soon as a stream waits, which may be another stream than that of x.
-        return Posted(self, transfer.label, [work], x)
+        return WorkWaiter(self, transfer.label, [work], x)
 
     def mark(self, waiter: Waiter, clock: Clock) -> Marks | None:
-        return Marks(clock, waiter.works, self._observer) if isinstance(waiter, Posted) else None
+        return Marks(clock, waiter.works, self._observer) if isinstance(waiter, WorkWaiter) else None
 
     def wait_for(self, label: str, works: Sequence[PostedWork]) -> None:
         for work, peer in works:

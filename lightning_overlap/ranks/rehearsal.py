@@ -8,7 +8,7 @@ gathers are made of this rank's values. So shapes, sizes and the order of all tr
 from __future__ import annotations
 
 import pickle
-from collections import defaultdict
+from collections import defaultdict, deque
 from collections.abc import Callable, Collection, Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -36,19 +36,19 @@ T = TypeVar("T")
 
 
 @dataclass(eq=False)
-class Posted:
+class LoggedTransfer:
     """A transfer that this rank has posted.
 
     Attributes:
         index: number of earlier transfers in the log, see :meth:`EventLog.take`.
-        transfer: its record.
+        record: as a group logs it.
         verb: of :class:`Group`, or a blocking one.
         background: whether it yields to more urgent data, see :func:`lightning_overlap.ranks.world.make_group`.
         received: bytes that this rank receives.
     """
 
     index: int
-    transfer: Transfer
+    record: Transfer
     verb: str
     background: bool
     received: int
@@ -58,7 +58,7 @@ class Posted:
 class Event:
     """A post of a transfer, or a wait for it. What the engine does between ``start`` and ``end`` is no part of a real step."""
 
-    posted: Posted
+    transfer: LoggedTransfer
     is_wait: bool
     start: Any
     end: Any
@@ -76,16 +76,16 @@ class EventLog:
         self._events: list[Event] = []
         self._posts = 0
 
-    def post(self, transfer: Transfer, verb: str, *, background: bool, received: int, start: Any) -> Posted:
-        """Adds a post that began at the stamp ``start``; for the other arguments see :class:`Posted`."""
-        posted = Posted(self._posts, transfer, verb, background, received)
+    def post(self, record: Transfer, verb: str, *, background: bool, received: int, start: Any) -> LoggedTransfer:
+        """Adds a post that began at the stamp ``start``; for the other arguments see :class:`LoggedTransfer`."""
+        transfer = LoggedTransfer(self._posts, record, verb, background, received)
         self._posts += 1
-        self._events.append(Event(posted, False, start, self.clock.now()))
-        return posted
+        self._events.append(Event(transfer, False, start, self.clock.now()))
+        return transfer
 
-    def wait(self, posted: Posted, start: Any) -> None:
+    def wait(self, transfer: LoggedTransfer, start: Any) -> None:
         """Adds a wait that began at the stamp ``start``."""
-        self._events.append(Event(posted, True, start, self.clock.now()))
+        self._events.append(Event(transfer, True, start, self.clock.now()))
 
     def take(self) -> list[Event]:
         """Returns the events since the last call; the next transfer has the index 0."""
@@ -128,7 +128,8 @@ class Players:
         self._inboxes = inboxes
         self._turn = turn
         self._session = session
-        self._mail: dict[Hashable, Any] = {}
+        self._mail: dict[Hashable, deque[Any]] = defaultdict(deque)
+        """Messages that were not asked for yet, by sender and subject. A sender that is ahead may have sent several of a subject."""
 
     def of(self, rank: int) -> int:
         """Returns the player of a rank's stage."""
@@ -148,19 +149,23 @@ class Players:
         Raises:
             TransferError: a player has failed.
         """
-        key = player, subject
-        if key not in self._mail:
+        messages = self._mail[player, subject]
+        if not messages:
             self._turn.release()
             try:
-                while key not in self._mail:
+                while not messages:
                     session, sender, data = self._inboxes[self.player].get()
                     if session == self._session:
-                        self._mail[sender] = pickle.loads(data)
+                        message = pickle.loads(data)
                         if sender[1] == "failure":
-                            raise TransferError(f"the rehearsal of rank {self.ranks[sender[0]]} has failed: {self._mail[sender]}")
+                            raise TransferError(f"the rehearsal of rank {self.ranks[sender[0]]} has failed: {message}")
+                        self._mail[sender].append(message)
             finally:
                 self._turn.acquire()
-        return self._mail.pop(key)
+        message = messages.popleft()
+        if not messages:
+            del self._mail[player, subject]
+        return message
 
     def fail(self, error: BaseException) -> None:
         """Ends the rehearsals of the other players."""
@@ -226,25 +231,25 @@ class RehearsedWaiter:
 
     Args:
         log: gets the wait.
-        posted: the transfer.
+        transfer: that this rank has posted.
         receive: completes the tensors with the messages of other players.
     """
 
-    def __init__(self, log: EventLog, posted: Posted, receive: Callable[[], None] | None = None) -> None:
+    def __init__(self, log: EventLog, transfer: LoggedTransfer, receive: Callable[[], None] | None = None) -> None:
         self._log = log
-        self._posted = posted
+        self._transfer = transfer
         self._receive = receive
 
     def arrived(self) -> bool:
         # What is done as soon as a transfer has arrived is rehearsed where it is waited for: that depends on no link.
-        return self._posted.verb == "send"
+        return self._transfer.verb == "send"
 
     def wait(self) -> None:
         start = self._log.clock.now()
         if self._receive is not None:
             self._receive()
             self._receive = None
-        self._log.wait(self._posted, start)
+        self._log.wait(self._transfer, start)
 
 
 class RehearsedEngine(Engine):
@@ -341,8 +346,8 @@ class RehearsedEngine(Engine):
     def _posted(self, transfer: Transfer, verb: str, start: Any, received: int, receive: Callable[[], None] | None = None) -> Waiter:
         urgency = Urgency.GATHER if verb == "all_gather" else Urgency.REDUCTION
         yields = self._has_priorities and self._background is not None and urgency >= self._background
-        posted = self._log.post(transfer, verb, background=yields, received=received, start=start)
-        return RehearsedWaiter(self._log, posted, receive)
+        logged = self._log.post(transfer, verb, background=yields, received=received, start=start)
+        return RehearsedWaiter(self._log, logged, receive)
 
     # -- blocking ----------------------------------------------------------------------------------------------------
 
@@ -394,10 +399,10 @@ class RehearsedEngine(Engine):
         number = self._counts[verb]
         self._counts[verb] += 1
         transfer = Transfer(self.members.name, number, nbytes, ranks or self.members.ranks, 0.0)
-        posted = self._log.post(transfer, verb, background=False, received=received, start=start)
+        logged = self._log.post(transfer, verb, background=False, received=received, start=start)
         start = self._log.clock.now()
         yield verb, number
-        self._log.wait(posted, start)
+        self._log.wait(logged, start)
 
     # -- messages between players ------------------------------------------------------------------------------------
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, Generic, Protocol, TypeVar
 
@@ -12,10 +12,10 @@ from lightning_overlap.facts import Room
 from lightning_overlap.modes.descriptor import ModeDescriptor
 from lightning_overlap.plan import Plan
 
-LAYOUTS = 28
-"""The most layouts that a search tries."""
-SECONDS = 180.0
-"""Seconds after which it tries no more."""
+LAYOUTS = 200
+"""The most layouts that a search tries, however fast they are."""
+SECONDS = 50.0
+"""Seconds after which it tries no more: with the start of the processes, the command takes about a minute."""
 
 
 @dataclass(frozen=True)
@@ -129,16 +129,19 @@ class Space:
         """Returns the defaults of all modes: data parallelism only. It is a reference, also where the user has set other sizes."""
         return replace(self._user, **{mode.section: type(self._user.of(mode))() for mode in self._user.modes})
 
-    def neighbours(self, layout: Layout) -> Iterator[OverlapConfig]:
-        """Yields configurations that differ from a layout's in one setting, or in a size by one factor."""
+    def neighbours(self, layout: Layout) -> list[OverlapConfig]:
+        """Returns configurations that differ from a layout's in a size by one factor, then those that differ in one setting."""
         config, degrees, facts = layout.config, layout.plan.degrees, layout.plan.facts
         room = Room(self._ranks_per_host, layout.batch_size)
+        by_size: list[OverlapConfig] = []
+        by_setting: list[OverlapConfig] = []
         for mode in config.modes:
             for settings in mode.alternatives(config.of(mode), degrees, facts, room):
-                if self._allows(changed := replace(config, **{mode.section: settings})):
-                    yield changed
-        if config.overlap == "auto" and self._allows(config):
-            yield replace(config, overlap="off")
+                changed = replace(config, **{mode.section: settings})
+                (by_setting if settings.size == config.of(mode).size else by_size).append(changed)
+        if config.overlap == "auto":
+            by_setting.append(replace(config, overlap="off"))
+        return [changed for changed in (*by_size, *by_setting) if self._allows(changed)]
 
     def _allows(self, config: OverlapConfig) -> bool:
         return all(
@@ -157,7 +160,7 @@ F = TypeVar("F", bound=Figures)
 
 
 @dataclass
-class Tried(Generic[F]):
+class Candidate(Generic[F]):
     """A layout that was tried.
 
     Attributes:
@@ -181,8 +184,9 @@ class Search(Generic[F]):
         has_time: whether to try more layouts than those that the search starts with.
 
     Attributes:
-        tried: the layouts that run, in the order in which they were tried.
+        candidates: the layouts that run, in the order in which they were tried.
         refused: why the others do not, with the number of layouts.
+        untried: names of the next layouts, which it would have tried with more time or a larger budget.
     """
 
     def __init__(
@@ -192,35 +196,36 @@ class Search(Generic[F]):
         at_once: int = 1,
         has_time: Callable[[], bool] = lambda: True,
     ) -> None:
-        self.tried: list[Tried[F]] = []
+        self.candidates: list[Candidate[F]] = []
         self.refused: dict[str, int] = {}
+        self.untried: list[str] = []
         self._space, self._try_all, self._at_once, self._has_time = space, try_all, at_once, has_time
         self._seen: set[str] = set()
-        self._left = 0
 
-    def run(self, starts: Sequence[OverlapConfig], budget: int = LAYOUTS) -> list[Tried[F]]:
+    def run(self, starts: Sequence[OverlapConfig], budget: int = LAYOUTS) -> list[Candidate[F]]:
         """Tries up to ``budget`` layouts, first ``starts``. Returns those that run, the best first."""
-        self._left = budget
-        self._try(self._new(starts))
+        first = self._new(starts)[:budget]
+        self._try(first)
+        left = budget - len(first)
         expanded: set[str] = set()
-        while self._left:
-            best = next((each for each in self.ranked() if each.layout.name not in expanded), None)
-            if best is None:
-                break
+        while best := next((each for each in self.ranked() if each.layout.name not in expanded), None):
             expanded.add(best.layout.name)
-            layouts = self._new(list(self._space.neighbours(best.layout)))
-            for i in range(0, len(layouts), self._at_once):
-                if not self._has_time():
+            layouts = self._new(self._space.neighbours(best.layout))
+            while layouts:
+                together, layouts = layouts[: min(self._at_once, left)], layouts[min(self._at_once, left) :]
+                if not together or not self._has_time():
+                    self.untried = [layout.name for layout in (*together, *layouts)]
                     return self.ranked()
-                self._try(layouts[i : i + self._at_once])
+                self._try(together)
+                left -= len(together)
         return self.ranked()
 
-    def ranked(self) -> list[Tried[F]]:
+    def ranked(self) -> list[Candidate[F]]:
         """Returns the layouts that run, the best first."""
-        return sorted(self.tried, key=lambda each: each.figures.cost)
+        return sorted(self.candidates, key=lambda each: each.figures.cost)
 
     def _new(self, configs: Sequence[OverlapConfig]) -> list[Layout]:
-        """Returns the layouts of configurations that were not tried yet, as many as are left to try."""
+        """Returns the layouts of configurations that are new to this search."""
         layouts: list[Layout] = []
         for config in configs:
             if repr(config) in self._seen:
@@ -231,10 +236,9 @@ class Search(Generic[F]):
             except ConfigError as error:
                 self._refuse(str(error))
                 continue
-            if layout.decisions not in self._seen and len(layouts) < self._left:
+            if layout.decisions not in self._seen:
                 self._seen.add(layout.decisions)
                 layouts.append(layout)
-        self._left -= len(layouts)
         return layouts
 
     def _try(self, layouts: Sequence[Layout]) -> None:
@@ -242,7 +246,7 @@ class Search(Generic[F]):
             if isinstance(figures, str):
                 self._refuse(figures)
             else:
-                self.tried.append(Tried(layout, figures))
+                self.candidates.append(Candidate(layout, figures))
 
     def _refuse(self, reason: str) -> None:
         self.refused[reason] = self.refused.get(reason, 0) + 1

@@ -17,6 +17,9 @@ SECONDS = 0.3
 """About the duration of a measured transfer, long enough for TCP to reach its speed."""
 REPEATS = 3
 LATENCY_REPEATS = 20
+LASTING = 1.3
+"""Duration of the products beside a transfer, as a multiple of that of the transfer by itself. They must end after it: where one core
+does both, the transfer is slower beside products, and what it takes from products that end before it is only a part."""
 FIRST_BYTES, MOST_BYTES = 1 << 18, 1 << 30
 """Bytes that a rank sends in the shortest and the longest transfer."""
 ROWS = 256
@@ -84,10 +87,9 @@ class _Probe:
             nbytes = min(MOST_BYTES, int(nbytes * min(8.0, self._seconds / seconds)))
         seconds = min(self._transfer(nbytes) for _ in range(REPEATS))
         product = statistics.median(self._compute(50) / 50 for _ in range(REPEATS))
-        beside = statistics.median(self._beside(nbytes, max(1, int(0.8 * seconds / product))) for _ in range(REPEATS))
-        load = min(1.0, max(0.0, 1 - product / beside))
+        work = statistics.median(self._work(nbytes, int(LASTING * seconds / product) + 1) for _ in range(REPEATS))
         overhead = statistics.median(self._overhead(LATENCY_REPEATS, product) for _ in range(REPEATS))
-        return Link(nbytes / max(seconds - latency, 1e-9), latency, load, overhead)
+        return Link(nbytes / max(seconds - latency, 1e-9), latency, min(1.0, work / seconds), overhead)
 
     def _post(self, nbytes: int) -> Pending:
         elements = max(1, nbytes // (4 * (self._group.size - 1)))
@@ -110,26 +112,29 @@ class _Probe:
             self._multiply()
         return self._since(start)
 
-    def _beside(self, nbytes: int, products: int) -> float:
-        """Seconds of a product beside a transfer."""
+    def _work(self, nbytes: int, products: int) -> float:
+        """Seconds of compute that a transfer takes: so much longer do products take beside it, which end after it."""
+        alone = self._compute(products)
         self._meet()
+        start = time.perf_counter()
         pending = self._post(nbytes)
-        seconds = self._compute(products) / products
+        self._compute(products)
         pending.wait()
-        return seconds
+        return max(0.0, self._since(start) - alone)
 
     def _overhead(self, count: int, product: float) -> float:
-        """Seconds of compute that one of many short transfers takes."""
+        """Seconds of compute that one of many short transfers takes: its post, the work of threads, and a wait after its end."""
         self._meet()
         start = time.perf_counter()
         pending = []
         for _ in range(count):
             pending.append(self._post(1))
             self._multiply()
-        seconds = self._since(start)
+        for _ in range(count):  # meanwhile all are complete
+            self._multiply()
         for each in pending:
             each.wait()
-        return max(0.0, seconds / count - product)
+        return max(0.0, self._since(start) / count - 2 * product)
 
     def _multiply(self) -> Tensor:
         return self._factor @ self._factor

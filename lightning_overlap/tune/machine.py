@@ -65,8 +65,8 @@ def find_network(
     """
     if machine.ranks == 1:
         raise ConfigError("one rank has no layout to choose: set more devices, or pass --devices 8 --num-nodes 2 for figures on paper")
-    between = parse_link(link) if link is not None else None
-    inside = parse_link(inside_link) if inside_link is not None else None
+    inter_host = parse_link(link) if link is not None else None
+    intra_host = parse_link(inside_link) if inside_link is not None else None
     if machine.is_there:
         measurement = _Measurement(machine.ranks_per_host, strategy.time_limit)
         places: dict[str, Any] = {
@@ -77,12 +77,12 @@ def find_network(
         log_on_rank_zero("tune measures the links, then rehearses layouts")
         with only_warnings():
             runs.fit(plain, 1, measurement, train_dataloaders=DataLoader(torch.zeros(machine.ranks, 1)))  # type: ignore[arg-type]
-        inside, between = inside or measurement.inside, between or measurement.between
+        intra_host, inter_host = intra_host or measurement.intra_host, inter_host or measurement.inter_host
     missing = [
         f"{option} {example} (the link {where})"
         for option, example, where, given, needed in (
-            ("--link", "300mbit,0.5ms", "between hosts", between, machine.hosts > 1),
-            ("--inside_link", "100GB,10us", "inside a host", inside, machine.ranks_per_host > 1),
+            ("--link", "300mbit,0.5ms", "between hosts", inter_host, machine.hosts > 1),
+            ("--inside_link", "100GB,10us", "inside a host", intra_host, machine.ranks_per_host > 1),
         )
         if needed and given is None
     ]
@@ -90,8 +90,8 @@ def find_network(
         raise ConfigError(f"the ranks are not there, so links cannot be measured: pass {' and '.join(missing)}")
     return Network(
         machine.ranks_per_host,
-        inside if machine.ranks_per_host > 1 else None,
-        between if machine.hosts > 1 else None,
+        intra_host if machine.ranks_per_host > 1 else None,
+        inter_host if machine.hosts > 1 else None,
         rings=machine.backend == "nccl",
     )
 
@@ -100,12 +100,12 @@ class _Measurement(Callback):
     """Measures the links at the start of a fit, in which all ranks are connected."""
 
     def __init__(self, ranks_per_host: int, timeout: timedelta) -> None:
-        self.inside: Link | None = None
-        self.between: Link | None = None
+        self.intra_host: Link | None = None
+        self.inter_host: Link | None = None
         self._ranks_per_host, self._timeout = ranks_per_host, timeout
 
     def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
-        self.inside, self.between = measure_links(self._ranks_per_host, trainer.strategy.root_device, self._timeout)
+        self.intra_host, self.inter_host = measure_links(self._ranks_per_host, trainer.strategy.root_device, self._timeout)
 
 
 class _OneWeight(LightningModule):

@@ -58,12 +58,12 @@ class Load(NamedTuple):
 
     Attributes:
         link: the link.
-        between: whether it is the link between hosts.
+        is_inter_host: whether it is the link between hosts.
         seconds: for which the rank's share of it is in use.
     """
 
     link: Link
-    between: bool
+    is_inter_host: bool
     seconds: float
 
 
@@ -73,14 +73,14 @@ class Network:
 
     Attributes:
         ranks_per_host: ranks on each host.
-        inside: the link between ranks of a host; None if no host has several.
-        between: the link between hosts; None if there is one host.
+        intra_host: the link between ranks of a host; None if no host has several.
+        inter_host: the link between hosts; None if there is one host.
         rings: whether gathers and reduce-scatters go around a ring, as on NCCL. Otherwise each rank sends to each other one.
     """
 
     ranks_per_host: int
-    inside: Link | None
-    between: Link | None
+    intra_host: Link | None
+    inter_host: Link | None
     rings: bool = False
 
     def loads(self, rank: int, ranks: tuple[int, ...], verb: str, nbytes: int, stage: int) -> list[Load]:
@@ -99,21 +99,23 @@ class Network:
         peers = [other for other in ranks if other != rank]
         if not peers or not nbytes:
             return []
-        elsewhere = sum(not self.is_local(rank, other) for other in peers)
-        local = len(peers) - elsewhere
+        remote_peers = sum(not self.is_local(rank, other) for other in peers)
+        local_peers = len(peers) - remote_peers
         ring = verb == "all_reduce" or (self.rings and verb in ("all_gather", "reduce_scatter"))
         if ring:
             # the recorded bytes of an all-reduce are twice the tensor's, of which a ring of n sends (n - 1) / n
             sent = nbytes * len(peers) / len(ranks) if verb == "all_reduce" else nbytes
-            inside, between = sent * (local > 0), sent * (elsewhere > 0) * self.ranks_per_host / (local + 1)
+            inside = sent * (local_peers > 0)
+            between = sent * (remote_peers > 0) * self.ranks_per_host / (local_peers + 1)
         else:
             senders = min(stage, self.ranks_per_host) if verb == "send" else self.ranks_per_host
-            inside, between = nbytes * local / len(peers), nbytes * elsewhere / len(peers) * senders
+            inside = nbytes * local_peers / len(peers)
+            between = nbytes * remote_peers / len(peers) * senders
         loads = []
-        for link, is_between, sent in ((self.inside, False, inside), (self.between, True, between)):
+        for link, is_inter_host, sent in ((self.intra_host, False, inside), (self.inter_host, True, between)):
             if sent:
                 assert link is not None, f"ranks {ranks} need a link that the network does not have"
-                loads.append(Load(link, is_between, sent / link.bandwidth))
+                loads.append(Load(link, is_inter_host, sent / link.bandwidth))
         return loads
 
     def latency(self, ranks: tuple[int, ...], verb: str) -> float:
@@ -126,7 +128,7 @@ class Network:
         """Returns the link between hosts if the ranks are on several, otherwise that inside a host; None for one rank."""
         if len(ranks) == 1:
             return None
-        return self.inside if all(self.is_local(ranks[0], other) for other in ranks) else self.between
+        return self.intra_host if all(self.is_local(ranks[0], other) for other in ranks) else self.inter_host
 
     def is_local(self, rank: int, other: int) -> bool:
         """Whether two ranks are on one host."""

@@ -16,6 +16,7 @@ from lightning.pytorch import LightningDataModule, LightningModule
 from lightning_overlap.bench.runs import training_arguments
 from lightning_overlap.config import OverlapConfig
 from lightning_overlap.decision import ConfigError
+from lightning_overlap.ranks.world import world_size as running_ranks
 from lightning_overlap.strategy.strategy import OverlapStrategy
 from lightning_overlap.tune.rehearsal import Rehearsal
 from lightning_overlap.tune.worker import Failure, Task, serve
@@ -26,6 +27,20 @@ EXIT_TIMEOUT = 5.0
 
 class RehearsalError(RuntimeError):
     """The user's step fails in a rehearsal, or the process that plays a rank has ended."""
+
+
+def devices_of_players(device: torch.device, players: int, count: int, *, alone: bool) -> tuple[torch.device, ...]:
+    """Returns the device of each process that plays a rank.
+
+    Args:
+        device: of this process.
+        players: number of processes.
+        count: number of CUDA devices that this process sees.
+        alone: whether no other rank rehearses on this host. If one may, each rank keeps to its own device.
+    """
+    if device.type != "cuda" or not alone:
+        return (device,) * players
+    return tuple(torch.device("cuda", ((device.index or 0) + player) % count) for player in range(players))
 
 
 class _Traceback(Exception):
@@ -53,7 +68,7 @@ class Rehearser:
         plugins = plugins if isinstance(plugins, list) else [plugins]
         arguments["plugins"] = [each for each in plugins if not isinstance(each, ClusterEnvironment)]
         self._run = pickle.dumps((model, datamodule, arguments))
-        self._device = strategy.root_device.type
+        self._device = strategy.root_device
         self._backend = strategy.backend_name
         self._context: Any = multiprocessing.get_context("forkserver")
         self._context.set_forkserver_preload(["lightning_overlap.tune.worker"])  # so that a process starts at once
@@ -91,7 +106,8 @@ class Rehearser:
             )
         self._start(len(played))
         self._sessions += 1
-        task = Task(config, world_size, played, self._device, self._backend, steps, self._sessions)
+        devices = devices_of_players(self._device, len(played), torch.cuda.device_count(), alone=running_ranks() == 1)
+        task = Task(config, world_size, played, devices, self._backend, steps, self._sessions)
         for _, pipe in self._players[: len(played)]:
             pipe.send(task)
         return self._answers(played)

@@ -240,7 +240,7 @@ class _World:
         chunks = max(1, min(MOST_CHUNKS, post.nbytes // CHUNK_BYTES)) if post.background else 1
         taking = (rank,) if post.verb != "send" else tuple(self.ranks[number] for number in post.ranks)
         part = _Part(transfer, chunks, load.seconds / chunks, [(each, load.link.load / len(taking)) for each in taking])
-        rank.directions[load.between].send((*order, next(self._number)), part)
+        rank.directions[load.is_inter_host].send((*order, next(self._number)), part)
 
     def end_part(self, transfer: _Transfer) -> None:
         """Notes that a part of a transfer is sent."""
@@ -268,7 +268,7 @@ class _Rank:
 
     def __init__(self, rehearsal: Rehearsal, world: _World, *, overlapped: bool) -> None:
         self.number = rehearsal.rank
-        self.directions = {between: _Direction(world) for between in (False, True)}
+        self.directions = {is_inter_host: _Direction(world) for is_inter_host in (False, True)}
         self.ends: list[float] = []
         self.exposed: defaultdict[str, float] = defaultdict(float)
         self.late = 0.0
@@ -305,7 +305,8 @@ class _Rank:
 
     def _begin(self, post: Post) -> None:
         link = self._world.network.slowest(post.ranks)
-        self._work.debt += link.overhead if link is not None else 0.0
+        chunks = max(1, -(-post.nbytes // CHUNK_BYTES)) if post.background else 1  # each is a transfer of its own
+        self._work.debt += chunks * link.overhead if link is not None else 0.0
         # In the plain twin, too, no rank waits for a send: its receive, which is posted late, makes it late.
         if self._overlapped or post.verb == "send" or post.transfer not in self._order:
             self._post(len(self.ends), post)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import inspect
 from collections.abc import Mapping
-from dataclasses import fields
 from typing import Any
 
 import yaml
@@ -72,13 +71,18 @@ class Training:
             rehearser.close()
         self._rehearsers.clear()
 
+    def runs(self, layout: Layout) -> Runs:
+        """Returns runs of the training under a layout."""
+        model, datamodule, trainer = self._with_batch(layout)
+        strategy = OverlapStrategy(process_group_backend=self._strategy.process_group_backend)
+        strategy.config = layout.config
+        return Runs(model, datamodule, strategy, trainer)
+
     def measure(self, layout: Layout) -> float:
         """Returns the seconds of a step, measured in one run. Collective over the world."""
-        model, datamodule, trainer = self._with_batch(layout)
-        timed = TimedRuns(Runs(model, datamodule, self._strategy, trainer), STEPS, WARMUP)
-        config = {each.name: getattr(layout.config, each.name) for each in fields(layout.config)}
+        timed = TimedRuns(self.runs(layout), STEPS, WARMUP)
         with only_warnings():
-            return timed.run(timed.runs.ours(**config)).seconds
+            return timed.run(timed.runs.ours()).seconds
 
     def recipe(self, layout: Layout, machine: Machine) -> str:
         """Returns a layout as a configuration in YAML, which is read after the user's."""

@@ -15,7 +15,7 @@ from lightning_overlap.messages import log_on_rank_zero
 from lightning_overlap.plan import Plan
 from lightning_overlap.ranks.world import agree, all_gather_objects, rank, world_size
 from lightning_overlap.tables import WIDTH, as_text
-from lightning_overlap.tune.layouts import LAYOUTS, SECONDS, Layout, Search, Space, Tried
+from lightning_overlap.tune.layouts import LAYOUTS, SECONDS, Candidate, Layout, Search, Space
 from lightning_overlap.tune.machine import Machine
 from lightning_overlap.tune.network import Network
 from lightning_overlap.tune.predict import Prediction, predict
@@ -29,7 +29,7 @@ REPEATS = 3
 
 
 @dataclass
-class Tuned:
+class Comparison:
     """The layouts that were compared.
 
     Attributes:
@@ -38,14 +38,16 @@ class Tuned:
         ranked: all layouts, the best first.
         notes: by name of a layout, what it is: the configured one, or data parallelism alone.
         refused: why layouts cannot run, and how many.
+        untried: names of the next layouts that the search would have tried.
         measured: by name of a layout, the measured seconds of a step.
     """
 
     machine: Machine
     network: Network
-    ranked: list[Tried[Prediction]]
+    ranked: list[Candidate[Prediction]]
     notes: dict[str, str]
     refused: dict[str, int]
+    untried: list[str]
     measured: dict[str, float] = field(default_factory=dict)
 
     @property
@@ -55,10 +57,12 @@ class Tuned:
         Raises:
             ConfigError: none fits.
         """
-        measured = [tried.layout for tried in self.ranked if tried.layout.name in self.measured and tried.layout.is_allowed]
+        measured = [
+            candidate.layout for candidate in self.ranked if candidate.layout.name in self.measured and candidate.layout.is_allowed
+        ]
         if measured:
             return min(measured, key=lambda layout: self.measured[layout.name])
-        first = next(tried for tried in self.ranked if tried.layout.is_allowed)
+        first = next(candidate for candidate in self.ranked if candidate.layout.is_allowed)
         if not first.figures.fits:
             needed, limit = first.figures.memory / 1e9, first.figures.limit / 1e9
             raise ConfigError(f"no layout fits: the smallest needs {needed:.1f} GB a rank, which has {limit:.1f} GB. Use more ranks")
@@ -66,40 +70,43 @@ class Tuned:
 
     def table(self) -> str:
         """Formats the best layouts and the references, with a sentence on each; times in milliseconds."""
-        fitting = [tried for tried in self.ranked if tried.figures.fits]
+        fitting = [candidate for candidate in self.ranked if candidate.figures.fits]
         named = {*self.notes, *self.measured}
-        numbered = [(i, tried) for i, tried in enumerate(fitting, 1) if i <= SHOWN or tried.layout.name in named]
+        numbered = [(i, candidate) for i, candidate in enumerate(fitting, 1) if i <= SHOWN or candidate.layout.name in named]
         head = ["", "ms a step", "plain", "exposed", "MB a rank", *(["measured", "error"] if self.measured else [])]
-        table = as_text(head, [self._cells(number, tried) for number, tried in numbered], numbers=True)
+        table = as_text(head, [self._cells(number, candidate) for number, candidate in numbered], numbers=True)
         lines = []
-        for number, tried in numbered:
-            notes = [self.notes[tried.layout.name]] if tried.layout.name in self.notes else []
-            words = f" ({', '.join(notes + tried.layout.settings)})" if notes or tried.layout.settings else ""
-            lines.append(f"{number}{words}: {tried.figures.reason(tried.layout.config)}")
+        for number, candidate in numbered:
+            notes = [self.notes[candidate.layout.name]] if candidate.layout.name in self.notes else []
+            words = f" ({', '.join(notes + candidate.layout.settings)})" if notes or candidate.layout.settings else ""
+            lines.append(f"{number}{words}: {candidate.figures.reason(candidate.layout.config)}")
         if large := len(self.ranked) - len(fitting):
             lines.append(f"left out: {large} layouts need more than {self.ranked[0].figures.limit / 1e9:.1f} GB a rank")
         lines += [f"left out: {count}, since {reason}" for reason, count in self.refused.items()]
+        if self.untried:
+            names = "; ".join(self.untried)
+            lines.append(f"not tried before the search ended (--seconds 300 tries more): {names}; and what differs from these")
         return "\n".join([_wrapped(self._about()), table, _wrapped(LEGEND), *map(_wrapped, lines)])
 
     def _about(self) -> str:
-        known = {"between hosts": self.network.between, "inside a host": self.network.inside}
+        known = {"between hosts": self.network.inter_host, "inside a host": self.network.intra_host}
         links = [f"{name}: {link}" for name, link in known.items() if link is not None]
         hosts = "1 host" if self.machine.hosts == 1 else f"{self.machine.hosts} hosts"
         ranks = f"{self.machine.ranks} ranks on {hosts}{'' if self.machine.is_there else ', on paper'}"
         return f"{ranks}; {len(self.ranked)} layouts rehearsed; {'; '.join(links)}"
 
-    def _cells(self, number: int, tried: Tried[Prediction]) -> list[str]:
-        figures, seconds = tried.figures, tried.figures.overlapped.seconds
-        plain = "" if tried.layout.config.overlap == "off" else f"{figures.plain.seconds * 1e3:.0f}"
+    def _cells(self, number: int, candidate: Candidate[Prediction]) -> list[str]:
+        figures, seconds = candidate.figures, candidate.figures.overlapped.seconds
+        plain = "" if candidate.layout.config.overlap == "off" else f"{figures.plain.seconds * 1e3:.0f}"
         cells = [
-            f"{number}  {tried.layout.sizes}",
+            f"{number}  {candidate.layout.sizes}",
             f"{seconds * 1e3:.0f}",
             plain,
             figures.exposed_in_words(),
             f"{figures.memory / 1e6:.0f}",
         ]
         if self.measured:
-            measured = self.measured.get(tried.layout.name)
+            measured = self.measured.get(candidate.layout.name)
             cells += ["", ""] if measured is None else [f"{measured * 1e3:.0f}", f"{seconds / measured - 1:+.0%}"]
         return cells
 
@@ -128,7 +135,7 @@ def tune(
     layouts: int = LAYOUTS,
     seconds: float = SECONDS,
     measure: int = 0,
-) -> Tuned:
+) -> Comparison:
     """Compares layouts. Collective over the ranks that are there, which share the rehearsals.
 
     Args:
@@ -155,10 +162,10 @@ def tune(
         except Exception as error:  # of any kind: the other ranks wait for this one's predictions
             return str(error).splitlines()[0] if str(error) else repr(error)
 
-    def try_all(candidates: Sequence[Layout]) -> list[Prediction | str]:
-        shares = all_gather_objects([foresee(layout) for layout in candidates[rank() :: world_size()]])
-        answers = [shares[i % len(shares)][i // len(shares)] for i in range(len(candidates))]
-        for layout, answer in zip(candidates, answers, strict=True):
+    def try_all(untried: Sequence[Layout]) -> list[Prediction | str]:
+        shares = all_gather_objects([foresee(layout) for layout in untried[rank() :: world_size()]])
+        answers = [shares[i % len(shares)][i // len(shares)] for i in range(len(untried))]
+        for layout, answer in zip(untried, answers, strict=True):
             log_on_rank_zero(
                 f"{layout.name}: {answer if isinstance(answer, str) else f'{answer.overlapped.seconds * 1e3:.0f} ms a step'}"
             )
@@ -170,11 +177,11 @@ def tune(
         ranked = search.run([config, space.data_only()], layouts)
     finally:
         training.close()
-    if not any(tried.layout.is_allowed for tried in ranked):
+    if not any(candidate.layout.is_allowed for candidate in ranked):
         raise ConfigError(f"no layout can run: {'; '.join(search.refused)}")
-    tuned = Tuned(machine, network, ranked, _notes(space, config), search.refused)
-    fastest = [tried.layout for tried in ranked if tried.figures.fits][:measure]
+    comparison = Comparison(machine, network, ranked, _notes(space, config), search.refused, search.untried)
+    fastest = [candidate.layout for candidate in ranked if candidate.figures.fits][:measure]
     runs = [[training.measure(layout) for layout in fastest] for _ in range(REPEATS if fastest else 0)]
     for layout, *times in zip(fastest, *runs, strict=True) if runs else ():
-        tuned.measured[layout.name] = statistics.median(times)
-    return tuned
+        comparison.measured[layout.name] = statistics.median(times)
+    return comparison

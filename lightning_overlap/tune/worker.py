@@ -22,7 +22,7 @@ from lightning_overlap.config import OverlapConfig
 from lightning_overlap.decision import ConfigError
 from lightning_overlap.ranks.announcements import TransferError
 from lightning_overlap.ranks.clock import Clock, DeviceClock
-from lightning_overlap.ranks.rehearsal import Event, Inbox, Players, Posted, RehearsedWorld, Turn
+from lightning_overlap.ranks.rehearsal import Event, Inbox, LoggedTransfer, Players, RehearsedWorld, Turn
 from lightning_overlap.strategy.strategy import OverlapStrategy
 from lightning_overlap.tune.memory import StepMemory
 from lightning_overlap.tune.rehearsal import Compute, Post, Rehearsal, Verb, Wait
@@ -39,7 +39,7 @@ class Task:
         config: of the run.
         world_size: number of ranks.
         ranks: by player, the rank that it plays.
-        device: type of the device.
+        devices: by player.
         backend: that the ranks would use.
         steps: number of timed steps.
         session: number of the rehearsal.
@@ -48,7 +48,7 @@ class Task:
     config: OverlapConfig
     world_size: int
     ranks: tuple[int, ...]
-    device: str
+    devices: tuple[torch.device, ...]
     backend: str
     steps: int
     session: int
@@ -112,15 +112,24 @@ def play(task: Task, player: int, inboxes: Sequence[Inbox], turn: Turn, runs: Ru
     turn.acquire()
     try:
         players = Players(task.ranks, task.world_size, player, inboxes, turn, task.session)
-        clock = DeviceClock() if task.device == "cuda" else Clock()
+        device = task.devices[player]
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+        clock = DeviceClock() if device.type == "cuda" else Clock()
         world = RehearsedWorld(players, task.world_size, task.backend, clock)
         rank, size = task.ranks[player], task.world_size
-        strategy = OverlapStrategy(cluster_environment=RehearsedEnvironment(rank, size), process_group_backend=task.backend)
+        strategy = OverlapStrategy(cluster_environment=_RehearsedEnvironment(rank, size), process_group_backend=task.backend)
         strategy.config = replace(task.config, **without_checks(task.config))
         recorder, memory = StepEvents(world, task.steps), StepMemory(WARMUP - 1)
         try:
             with world.running():
-                runs.fit(strategy, WARMUP + task.steps, [memory, recorder], devices=1, num_nodes=size)
+                runs.fit(
+                    strategy,
+                    WARMUP + task.steps,
+                    [memory, recorder],
+                    devices=[device.index] if device.type == "cuda" else 1,
+                    num_nodes=size,
+                )
         except BaseException as error:
             players.fail(error)
             raise
@@ -130,7 +139,7 @@ def play(task: Task, player: int, inboxes: Sequence[Inbox], turn: Turn, runs: Ru
     return Rehearsal(rank, player, size, recorder.events(), memory.memory)
 
 
-class RehearsedEnvironment(ClusterEnvironment):
+class _RehearsedEnvironment(ClusterEnvironment):
     """Nodes of one device each, of which this process is one.
 
     Args:
@@ -179,7 +188,7 @@ class Window(NamedTuple):
     @property
     def order(self) -> tuple[Any, ...]:
         """Identifies the order of events: equal for steps that do the same."""
-        return tuple((e.is_wait, e.posted.index, e.posted.transfer.label, e.posted.transfer.ranks) for e in self.events)
+        return tuple((e.is_wait, e.transfer.index, e.transfer.record.label, e.transfer.record.ranks) for e in self.events)
 
 
 class StepEvents(Callback):
@@ -225,19 +234,19 @@ class StepEvents(Callback):
         alike = [window for window in self._windows if window.order == order]
         result: list[Compute | Post | Wait] = []
         numbers: Counter[tuple[str, tuple[int, ...]]] = Counter()
-        posted: set[Posted] = set()
+        posted: set[LoggedTransfer] = set()
         for i, event in enumerate(alike[0].events):
             result.append(Compute(statistics.median(window.seconds[i] for window in alike)))
-            transfer, index = event.posted.transfer, event.posted.index
+            record, index = event.transfer.record, event.transfer.index
             if event.is_wait:
-                result.append(Wait(index, previous=event.posted not in posted))
+                result.append(Wait(index, previous=event.transfer not in posted))
                 continue
-            posted.add(event.posted)
-            postings = [window.events[i].posted for window in alike]
-            nbytes = statistics.median_low(each.transfer.nbytes for each in postings)
+            posted.add(event.transfer)
+            postings = [window.events[i].transfer for window in alike]
+            nbytes = statistics.median_low(each.record.nbytes for each in postings)
             received = statistics.median_low(each.received for each in postings)
-            number, verb = numbers[transfer.label, transfer.ranks], cast(Verb, event.posted.verb)
-            numbers[transfer.label, transfer.ranks] += 1
-            result.append(Post(index, transfer.label, number, nbytes, transfer.ranks, verb, event.posted.background, received))
+            number, verb = numbers[record.label, record.ranks], cast(Verb, event.transfer.verb)
+            numbers[record.label, record.ranks] += 1
+            result.append(Post(index, record.label, number, nbytes, record.ranks, verb, event.transfer.background, received))
         result.append(Compute(statistics.median(window.seconds[-1] for window in alike)))
         return tuple(result)

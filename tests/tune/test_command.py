@@ -42,3 +42,12 @@ def test_without_ranks_links_must_be_given(monkeypatch):
         command(monkeypatch, "tune", "-c", "configs/base.yaml", "--devices", "1", "--num-nodes", "2")
     with pytest.raises(SystemExit, match="one rank has no layout to choose"):
         command(monkeypatch, "tune", "-c", "configs/base.yaml", "--trainer.devices", "1")
+
+
+def test_the_help_lists_no_class_of_the_rehearsals(monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "200")  # class paths in one piece
+    with pytest.raises(SystemExit):
+        command(monkeypatch, "fit", "--trainer.strategy.help", "lightning_overlap.OverlapStrategy")
+    text = capsys.readouterr().out
+    assert "TorchElasticEnvironment" in text, "it lists the environments that a user can choose"
+    assert "RehearsedEnvironment" not in text

@@ -78,6 +78,19 @@ def test_the_search_follows_what_helps_and_keeps_to_its_budget():
     assert len(tried) == 7 == len(few) + sum(refused.values())
 
 
+def test_sizes_come_first_and_what_is_not_tried_is_named():
+    answers = iter([True, True, False])
+    made = Search(space(), lambda layouts: [Made((1.0,)) for _ in layouts], has_time=lambda: next(answers))
+    made.run([OverlapConfig()])
+    assert [each.layout.name for each in made.candidates] == ["data 8", "pipeline 2 x data 4", "tensor 2 x data 4"]
+    next_sizes = [name for name in made.untried if "," not in name]
+    assert made.untried[: len(next_sizes)] == next_sizes != []
+    assert "data 8, overlap off" in made.untried
+    finished = Search(space(), lambda layouts: ["there is no room" for _ in layouts])
+    finished.run([OverlapConfig()])
+    assert finished.untried == []
+
+
 def test_what_the_user_has_set_stays():
     user = OverlapConfig(pipeline_parallel=PipelineParallel(size=2, schedule="1f1b"), data_parallel=DataParallel(bucket_size=1000))
     ranked, _, _ = search(space(user), lambda config, degrees: 1 / degrees.tensor, user=user)

@@ -19,7 +19,7 @@ from lightning_overlap.bench.runs import Runs, without_checks
 from lightning_overlap.ranks.transfer import Transfer
 from lightning_overlap.tune.memory import Memory, StepMemory
 from lightning_overlap.tune.rehearsal import Compute, Post, Rehearsal, Wait
-from lightning_overlap.tune.rehearser import RehearsalError, Rehearser
+from lightning_overlap.tune.rehearser import RehearsalError, Rehearser, devices_of_players
 from lightning_overlap.tune.worker import WARMUP
 from tests.trainer.expert.fits import Hugging
 
@@ -167,6 +167,14 @@ def test_a_world_that_does_not_fit_on_the_machine(rehearser: Rehearser) -> None:
     sent = [(each.label, each.nbytes) for each in first.events if isinstance(each, Post) and each.verb == "send"]
     received = [(each.label, each.received) for each in second.events if isinstance(each, Post) and each.verb == "receive"]
     assert sent == received
+
+
+def test_players_have_devices():
+    cpu, third = torch.device("cpu"), torch.device("cuda", 3)
+    assert devices_of_players(cpu, 2, 0, alone=True) == (cpu, cpu)
+    assert devices_of_players(third, 2, 4, alone=False) == (third, third), "the other devices are the other ranks'"
+    on_paper = devices_of_players(torch.device("cuda", 0), 3, 2, alone=True)
+    assert on_paper == (torch.device("cuda", 0), torch.device("cuda", 1), torch.device("cuda", 0))
 
 
 class Failing(Tokens):

@@ -85,10 +85,12 @@ def test_what_is_needed_next_goes_first():
 
 def test_transfers_take_compute():
     taking = Link(MB, load=0.5, overhead=0.125)
-    result = simulated(post(0), Compute(1), Wait(0), link=taking)
+    result = simulated(post(0, background=False), Compute(1), Wait(0), link=taking)
     # in the first second half of the work of 1.125 is done
     assert result.seconds == pytest.approx(1.625)
     assert result.exposed == {}
+    # background data is posted in chunks of 524,288 bytes, here two
+    assert simulated(post(0), Compute(1), Wait(0), link=taking).seconds == pytest.approx(1.75)
     # a rank that waits anyway loses nothing
     assert simulated(post(0), Wait(0), Compute(1), link=taking).seconds == pytest.approx(2)
 
@@ -128,7 +130,7 @@ def test_ranks_that_do_not_match_are_refused():
 
 
 def seconds(network, ranks, verb, megabytes=1.0, stage=8):
-    return {load.between: load.seconds for load in network.loads(ranks[0], ranks, verb, int(megabytes * MB), stage)}
+    return {load.is_inter_host: load.seconds for load in network.loads(ranks[0], ranks, verb, int(megabytes * MB), stage)}
 
 
 def test_ranks_of_a_host_share_its_link_to_other_hosts():

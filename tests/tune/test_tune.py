@@ -98,14 +98,14 @@ def test_any_error_of_a_rehearsal_is_told_to_all_ranks():
 
 def test_what_is_measured_decides():
     result = tuned(OverlapConfig(data_parallel=DataParallel(bucket_size=70_000)), layouts=20)
-    second = next(tried.layout for tried in result.ranked[1:] if tried.layout.is_allowed)
+    second = next(candidate.layout for candidate in result.ranked[1:] if candidate.layout.is_allowed)
     result.measured = {result.best.name: 2.0, second.name: 1.0}
     assert result.best is second
 
 
 def test_no_time_is_left_but_for_what_the_search_starts_with():
     result = tuned(OverlapConfig(data_parallel=DataParallel(bucket_size=70_000)), seconds=0)
-    assert [tried.layout.name for tried in result.ranked] == ["data 4, bucket_size 70000", "data 4"]
+    assert [candidate.layout.name for candidate in result.ranked] == ["data 4, bucket_size 70000", "data 4"]
 
 
 def test_what_cannot_be_is_refused():

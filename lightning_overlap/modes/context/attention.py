@@ -14,8 +14,9 @@ from torch.autograd.function import once_differentiable
 
 from lightning_overlap.decision import ConfigError
 from lightning_overlap.modes.context.config import Method
+from lightning_overlap.modes.context.deferred import completed
 from lightning_overlap.modes.context.exchange import EXCHANGES, Chain, Peers, PieceExchange
-from lightning_overlap.modes.context.heads import ByHeads, HeadAttention, HeadExchange, HeadShares
+from lightning_overlap.modes.context.heads import ByHeads, FirstHeads, HeadAttention, HeadExchange, HeadShares, PostFirstHeads
 from lightning_overlap.modes.context.kernel import Kernel, grad_of_sinks, kernel_for
 from lightning_overlap.modes.context.layout import TokenLayout
 from lightning_overlap.modes.context.mask import Mask
@@ -143,13 +144,19 @@ class ContextAttention:
             ConfigError: the ranks do not divide the heads that they exchange; the mask's bias needs a gradient.
             ValueError: the tensors do not fit each other, the mask or the layout.
         """
-        self._check(q, k, v, mask, layout)
         device = q.device.type
-        q, k, v = _autocast(q, k, v)
+        q, k = _autocast(completed(q), completed(k))
+        self._check(q, k, v, mask, layout)
+        if self._inner.size > 1:
+            shares = HeadShares.of(q.shape[1], k.shape[1], self._inner.size, kv_heads_apart=self._outer.size > 1)
+            exchange = HeadExchange(self._inner, [layout.ranges[rank] for rank in self._inner.members])
+            first = FirstHeads(shares, exchange, self._overlapped)
+            q, k = PostFirstHeads.apply(q, k, first)
+        (v,) = _autocast(completed(v))
         kernel = self._kernels(q, v, _scale(q, options), options.dropout, options.softcap, _seed(options))
         with torch.autocast(device, enabled=False):
             if self._inner.size > 1:
-                return HeadAttention.apply(q, k, v, options.sinks, self._by_heads(q.shape[1], k.shape[1], kernel, mask, layout))
+                return HeadAttention.apply(q, k, v, options.sinks, self._by_heads(first, kernel, mask, layout), first)
             part = PartOfHeads(mask, range(q.shape[1]), kernel, self._overlapped, self._masks)
             plan = self._plans.of(mask, layout, self._group.rank)
             make = partial(EXCHANGES[self._pieces], self._outer, plan)
@@ -161,13 +168,12 @@ class ContextAttention:
         """Of ``p2p``: the tokens whose keys and values travel to the rank that receives most of them."""
         return self._plans.of(mask, layout, self._group.rank).most_received
 
-    def _by_heads(self, heads: int, kv_heads: int, kernel: Kernel, mask: Mask, layout: TokenLayout) -> ByHeads:
-        shares = HeadShares.of(heads, kv_heads, self._inner.size, kv_heads_apart=self._outer.size > 1)
-        exchange = HeadExchange(self._inner, [layout.ranges[rank] for rank in self._inner.members])
+    def _by_heads(self, first: FirstHeads, kernel: Kernel, mask: Mask, layout: TokenLayout) -> ByHeads:
         plan = self._plans.of(mask, layout.merged(self._sets), self._outer.rank)
         stages = self._plans.stages(mask, layout, self._inner.members, self._group.rank)
-        parts = tuple(PartOfHeads(mask, mine, kernel, self._overlapped, self._masks) for mine in shares.queries[self._inner.rank])
-        return ByHeads(shares, exchange, stages, self._outer, plan, parts)
+        queries = first.shares.queries[self._inner.rank]
+        parts = tuple(PartOfHeads(mask, mine, kernel, self._overlapped, self._masks) for mine in queries)
+        return ByHeads(first.shares, first.exchange, stages, self._outer, plan, parts)
 
     def _check(self, q: Tensor, k: Tensor, v: Tensor, mask: Mask, layout: TokenLayout) -> None:
         if mask.bias is not None and mask.bias.requires_grad:
@@ -178,7 +184,9 @@ class ContextAttention:
         tokens = layout.count(self._group.rank)
         alike = q.shape[0] == k.shape[0] == v.shape[0] and k.shape[1] == v.shape[1] and q.shape[3] == k.shape[3]
         fits = mask.tokens == layout.tokens and layout.size == self._group.size and {x.shape[2] for x in (q, k, v)} == {tokens}
-        if not (alike and fits) or q.shape[1] % k.shape[1] or len({x.dtype for x in (q, k, v)}) > 1:
+        # Under autocast models give queries in fp32 and values in bf16, as torch's attention lets them.
+        one_dtype = q.dtype == k.dtype == _autocast_dtype(v)
+        if not (alike and fits) or q.shape[1] % k.shape[1] or not one_dtype:
             raise ValueError(
                 f"queries {tuple(q.shape)} {q.dtype}, keys {tuple(k.shape)} {k.dtype}, values {tuple(v.shape)} {v.dtype}, a mask of "
                 f"{mask.tokens} tokens, a layout of {layout.tokens} over {layout.size} ranks of {self._group.size}: give tensors "
@@ -198,7 +206,7 @@ class UnshardedAttention:
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, mask: Mask, options: AttentionOptions) -> Tensor:
         """As :class:`ContextAttention`. Not collective."""
-        q, k, v = _autocast(q, k, v)
+        q, k, v = _autocast(*map(completed, (q, k, v)))
         kernel = kernel_for(q, v, _scale(q, options), options.dropout, options.softcap, _seed(options))
         plan = make_plan(mask, TokenLayout.contiguous(mask.tokens, 1), 0, 1, "p2p")
         part = PartOfHeads(mask, range(q.shape[1]), kernel, False, TileMasks())
@@ -217,7 +225,9 @@ def _scale(q: Tensor, options: AttentionOptions) -> float:
 
 def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     """Tensors in autocast's dtype, if it is on."""
-    device = tensors[0].device.type
-    if not torch.is_autocast_enabled(device) or tensors[0].dtype == torch.float64:
-        return tensors
-    return tuple(x.to(torch.get_autocast_dtype(device)) for x in tensors)
+    return tuple(x.to(_autocast_dtype(x)) for x in tensors)
+
+
+def _autocast_dtype(x: Tensor) -> torch.dtype:
+    is_on = torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64
+    return torch.get_autocast_dtype(x.device.type) if is_on else x.dtype

@@ -269,18 +269,89 @@ class ByHeads:
         return like.new_empty(like.shape[0], len(self.all_heads(keys=keys)), self.exchange.tokens, features or like.shape[3])
 
 
+@dataclass
+class FirstHeads:
+    """The queries and keys of an attention's first group of heads, which leave before its values are made.
+
+    In backward, the gradients of the last group's values leave first, and those of its queries and keys travel under the backward of
+    what has made the values.
+
+    Args:
+        shares: which heads each rank computes.
+        exchange: moves them.
+        overlapped: False: each transfer is waited for where it is posted.
+
+    Attributes:
+        pending: the transfer of queries and keys, or of their gradients.
+        gradients: of queries and keys, each with the heads that come from each rank; complete but for what is pending.
+    """
+
+    shares: HeadShares
+    exchange: HeadExchange
+    overlapped: bool
+    pending: Pending | None = None
+    gradients: Sequence[tuple[Tensor, Sequence[range]]] = ()
+
+    def post(self, q: Tensor, k: Tensor) -> None:
+        """Posts queries and keys."""
+        ranks = range(self.exchange.peers.size)
+        tensors = [(q, [self.shares.queries[rank][0] for rank in ranks]), (k, [self.shares.first(rank, 0) for rank in ranks])]
+        pending = self.exchange.to_heads(tensors, key=FIRST_HEAD_KEY + 2 * self.shares.groups, label="context.first_heads")
+        self.pending = posted(pending, self.overlapped)
+
+    def post_gradients(self, sent: Sequence[Tensor], into: Sequence[tuple[Tensor, Sequence[range]]]) -> None:
+        """Posts the gradients of queries and keys; see :meth:`HeadExchange.to_tokens`."""
+        key = FIRST_HEAD_KEY + 2 * self.shares.groups
+        pending = self.exchange.to_tokens(sent, into, key=key, label="context.last_head_grads")
+        self.pending, self.gradients = posted(pending, self.overlapped), into
+
+    def wait(self) -> Tensor:
+        """What was posted."""
+        assert self.pending is not None, "a post comes first"
+        pending, self.pending = self.pending, None
+        return pending.wait()
+
+    def wait_for_gradients(self) -> None:
+        """Completes the gradients of queries and keys."""
+        self.exchange.place_tokens(self.wait(), self.gradients)
+
+
+class PostFirstHeads(Function):
+    """Posts the queries and keys of an attention's first group, which goes on with the same queries and keys.
+
+    Forward: ``q`` ``(B, H, s, D)``, ``k`` ``(B, heads, s, D)`` -> the same. Backward: waits for their gradients, which
+    :class:`HeadAttention` has posted. It runs after the backward of what was computed between the two.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, first: FirstHeads) -> tuple[Tensor, Tensor]:
+        first.post(q, k)
+        ctx.first, ctx.dtype = first, q.dtype
+        return q.view_as(q), k.view_as(k)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *_: Tensor) -> Any:
+        ctx.first.wait_for_gradients()
+        of_q, of_k = (x.to(ctx.dtype) for x, _ in ctx.first.gradients)
+        ctx.first.gradients = ()
+        return of_q, of_k, None
+
+
 class HeadAttention(Function):
     """Attention by heads. The exchange of a group of heads travels while another group is computed.
 
     The first exchange and the last one travel under a part of their own group: in forward, queries of this rank meet its own keys
-    before the others' tokens come, and the others' keys after the others' outputs have left; in backward, the other way round.
+    before the others' tokens come, and the others' keys after the others' outputs have left; in backward, the other way round. Those
+    of queries and keys travel under what makes the values, too; see :class:`FirstHeads`.
 
     Forward: ``q`` ``(B, H, s, D)``, ``k``, ``v`` ``(B, heads, s, D)``, ``sinks`` ``(H)`` or None -> ``(B, H, s, D)`` in the dtype of
-    ``q``. Backward: gradients of the inputs' shapes and dtypes. What is kept for it are the tensors of this rank's heads.
+    ``q``. ``q`` and ``k`` are those of :class:`PostFirstHeads`. Backward: gradients of the inputs' shapes and dtypes, but zeros in
+    place of those of ``q`` and ``k``, which :class:`FirstHeads` has. What is kept for it are the tensors of this rank's heads.
     """
 
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, by_heads: ByHeads) -> Tensor:
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, by_heads: ByHeads, first: FirstHeads) -> Tensor:
         shares, exchange, stages, overlapped = by_heads.shares, by_heads.exchange, by_heads.stages, by_heads.parts[0].overlapped
         by_rank, mine, rank = by_heads.by_rank, by_heads.mine, by_heads.rank
 
@@ -289,7 +360,8 @@ class HeadAttention(Function):
             return [(q, by_rank(group, by_heads.queries)), (k, keys), (v, keys)]
 
         def post(group: int) -> Pending:
-            return exchange.to_heads(inputs(group), key=FIRST_HEAD_KEY + group, label=f"context.heads[{group}]")
+            tensors = inputs(group) if group else inputs(group)[2:]
+            return exchange.to_heads(tensors, key=FIRST_HEAD_KEY + group, label=f"context.heads[{group}]")
 
         arrivals = iter(PostedAhead(post, shares.groups, 1, overlapped))
         queries, keys, values = by_heads.new(q), by_heads.new(k, keys=True), by_heads.new(v, keys=True)
@@ -304,7 +376,9 @@ class HeadAttention(Function):
             of_group = None if sinks is None else sinks[heads.start : heads.stop]
             made = Outputs(part, mine(queries, heads), v.shape[3], of_group)
             made.add(stages.own, by_heads.keys_of(keys, group), by_heads.keys_of(values, group))
-            exchange.place_heads(next(arrivals), into)
+            if group == 0:
+                exchange.place_heads(first.wait(), into[:2])
+            exchange.place_heads(next(arrivals), into if group else into[2:])
             pieces = by_heads.pieces(keys, values, group)
             pieces.post_first(overlapped=overlapped)
             made.add(stages.queries, pieces.k, pieces.v)
@@ -320,7 +394,7 @@ class HeadAttention(Function):
         for pending, returned in leaving:
             exchange.place_tokens(pending.wait(), returned)
         ctx.save_for_backward(queries, keys, values, sinks, outputs, lse)
-        ctx.by_heads, ctx.shapes = by_heads, (q.shape, k.shape, v.shape)
+        ctx.by_heads, ctx.first, ctx.shapes = by_heads, first, (q.shape, k.shape, v.shape)
         return result
 
     @staticmethod
@@ -356,8 +430,12 @@ class HeadAttention(Function):
             sent = [mine(of_queries, heads), *(mine(x, done, keys=True).to(queries.dtype) for x in (of_keys, of_values))]
             heads_by_rank = [by_rank(group, by_heads.queries), *[by_rank(group, shares.last)] * 2]
             into = list(zip(results, heads_by_rank, strict=True))
+            is_last = group == shares.groups - 1
+            now = slice(2, None) if is_last else slice(None)
             key, label = FIRST_HEAD_KEY + shares.groups + group, f"context.head_grads[{group}]"
-            leaving.append((posted(exchange.to_tokens(sent, into, key=key, label=label), overlapped), into))
+            leaving.append((posted(exchange.to_tokens(sent[now], into[now], key=key, label=label), overlapped), into[now]))
+            if is_last:
+                ctx.first.post_gradients(sent[:2], into[:2])
             made.add(stages.own)
             by_heads.keep_gradients(group, made, of_queries, of_keys, of_values)
         all_heads, all_keys = by_heads.all_heads(), by_heads.all_heads(keys=True)
@@ -365,4 +443,7 @@ class HeadAttention(Function):
         exchange.keep_tokens([of_queries, of_keys, of_values], list(kept))
         for pending, into in leaving:
             exchange.place_tokens(pending.wait(), into)
-        return *(x.to(queries.dtype) for x in results), by_heads.of_sinks(sinks, grads, outputs, lse), None
+        if not any(ctx.needs_input_grad[:2]):
+            ctx.first.wait_for_gradients()  # nobody else does
+        instead = [x.new_zeros(1, dtype=queries.dtype).expand(x.shape) for x in results[:2]]
+        return *instead, results[2].to(queries.dtype), by_heads.of_sinks(sinks, grads, outputs, lse), None, None

@@ -22,6 +22,7 @@ from lightning_overlap.modes.context.attention import UnshardedAttention
 from lightning_overlap.modes.context.block_shards import ContextShards
 from lightning_overlap.modes.context.config import ContextChoices, ContextFacts, ContextParallel
 from lightning_overlap.modes.context.cut import ContextCut, ContextState
+from lightning_overlap.modes.context.deferred import value_layers
 from lightning_overlap.modes.context.embeddings import embedding_forward, find_embeddings
 from lightning_overlap.modes.context.exchange import Chain
 from lightning_overlap.modes.context.local_tokens import LocalTokens
@@ -88,7 +89,10 @@ class ContextMode(Sharder):
             self._undo.append(replace_method(module, "forward", token_table_forward(module.forward, local)))
         named = {f"{name}.{number}": block for number, block in enumerate(blocks)}
         attentionless = frozenset(names_by_role(model, self.setup.roles, "token_wise")) & named.keys()
-        self._undo.append(seam.install(named, self._attend, local, attentionless=attentionless))
+        # Only an exchange of heads has something that travels before the values are there.
+        by_heads = self.choices.overlap.value and any(method not in ("p2p", "all_gather") for method in self.choices.methods.values())
+        deferred = [layer for block in blocks for layer in value_layers(block)] if by_heads else []
+        self._undo.append(seam.install(named, self._attend, local, attentionless=attentionless, deferred=deferred))
         cut = ContextCut(
             self.group,
             boundary,
@@ -161,13 +165,13 @@ class ContextMode(Sharder):
     def start_forward(self) -> None:
         self.setup.boundary.start_forward()
 
-    def explain_failure(self, error: Exception) -> None:
+    def raise_cause(self, error: Exception) -> None:
         if is_guard_failure(error):
             raise ConfigError(
                 "a compiled function was called with a tensor whose tokens are sharded over the ranks, for which torch cannot compile "
                 "it: call it without torch.compile, or set context_parallel.boundary: blocks"
             ) from error
-        self.setup.boundary.explain_failure(error)
+        self.setup.boundary.raise_if_between_blocks(error)
 
     def start_backward(self) -> None:
         self.setup.boundary.start_backward()

@@ -8,10 +8,11 @@ this rank there, since the ranks have different tokens.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from inspect import signature
 from typing import Any, Protocol
+from weakref import ref
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +21,7 @@ from torch.overrides import TorchFunctionMode, handle_torch_function, has_torch_
 
 from lightning_overlap.decision import ConfigError
 from lightning_overlap.model.patches import replace_method
+from lightning_overlap.modes.context.deferred import DeferredValues, Deferring, Projection
 from lightning_overlap.modes.context.local_tokens import LocalTokens
 from lightning_overlap.modes.context.mask import Mask
 from lightning_overlap.modes.context.options import AttentionOptions
@@ -74,6 +76,7 @@ def install(
     local: Callable[[], LocalTokens | None],
     *,
     attentionless: frozenset[str] = frozenset(),
+    deferred: Iterable[nn.Linear] = (),
 ) -> Callable[[], None]:
     """Takes over the attention inside blocks.
 
@@ -83,12 +86,13 @@ def install(
         local: this rank's tokens in the present forward, or in the one whose backward runs; None: all of them, and attention is what
             the user wrote.
         attentionless: names of blocks that need no attention (with the role ``token_wise``).
+        deferred: layers whose output is computed when it is read, if it can be.
 
     Returns:
         A function that gives the blocks their attention back.
     """
     undo: list[Callable[[], None]] = []
-    inside = _Inside()
+    inside = _Inside(Deferring(deferred))
     for name, block in blocks.items():
         for path, module in [(name, block), *_parts(block, name)]:
             must_attend = module is block and name not in attentionless
@@ -143,10 +147,17 @@ def _forward(
 
 
 class _Inside(threading.local):
-    """The seam that is active in a thread, and what was active in autograd when the innermost module was entered."""
+    """The seam that is active in a thread, and what was active in autograd when the innermost module was entered.
+
+    Args:
+        deferring: says which layers are computed later.
+    """
 
     seam: _Seam | None = None
     autograd: Any = None
+
+    def __init__(self, deferring: Deferring) -> None:
+        self.deferring = deferring
 
     @contextmanager
     def enter(self, name: str, attend: Attend, local: LocalTokens) -> Iterator[_Seam]:
@@ -159,6 +170,7 @@ class _Inside(threading.local):
             self.seam = _Seam(name, attend, local, self)
             with self.seam:
                 yield self.seam
+            self.seam.complete_deferred()
         finally:
             self.seam, self.autograd = outer, autograd
 
@@ -183,6 +195,7 @@ class _Seam(TorchFunctionMode):
     def __init__(self, name: str, attend: Attend, local: LocalTokens, inside: _Inside) -> None:
         super().__init__()
         self.calls = 0
+        self._deferred: list[ref[Projection]] = []
         self._name, self._attend, self._local, self._inside = name, attend, local, inside
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -193,12 +206,22 @@ class _Seam(TorchFunctionMode):
             return self._named_attention(*args, **kwargs)
         if func is F.multi_head_attention_forward:
             return self._multi_head(*args, **kwargs)
+        if func is F.linear and self._inside.deferring.takes(*args, **kwargs) and self._inside.autograd == _autograd():
+            values = DeferredValues.of(*args, **kwargs)
+            self._deferred.append(ref(values.projection))
+            return values
         if original(func) in DROPOUT_FUNCTIONS and self._local.rank is not None and drops(args, kwargs):
             x: Tensor = args[0] if args else kwargs["input"]
             if not drops_samples(x):
                 with rank_numbers(self._local.rank, x.device):
                     return func(*args, **kwargs)
         return func(*args, **kwargs)
+
+    def complete_deferred(self) -> None:
+        """Computes what nothing has read, before the module ends."""
+        for projection in self._deferred:
+            if (unread := projection()) is not None:
+                unread.output()
 
     # -- the functions that are taken over -----------------------------------------------------------------------------------
 

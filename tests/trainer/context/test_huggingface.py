@@ -1,10 +1,12 @@
 """Models of transformers, unchanged, under context parallelism: the numbers of one process."""
 
 from typing import Any, NamedTuple
+from unittest import mock
 
 import pytest
 
 from lightning_overlap import ContextParallel, PipelineParallel
+from lightning_overlap.modes.context.deferred import Projection
 from tests.helpers.hugging import Module, samples_of
 from tests.helpers.sequences import compare, train
 
@@ -44,8 +46,26 @@ def test_close_to_one_process(world: Any, name: str) -> None:
         compare(rank, expected)
 
 
-def test_bf16(world: Any) -> None:
-    case = Case({"name": "llama"}, {"kind": "padded right"}, 2, {"precision": "bf16-mixed"})
+@pytest.mark.parametrize(
+    ("recompute", "trainer", "tolerance"), [(False, {}, 1e-5), (True, {}, 1e-5), (True, {"precision": "bf16-mixed"}, 1e-2)]
+)
+def test_values_are_made_while_queries_travel(world: Any, recompute: bool, trainer: dict[str, Any], tolerance: float) -> None:
+    case = Case({"name": "llama", "recompute": recompute}, {"kind": "padded left"}, 2, trainer)
+    expected = train(None, Module, case.model, case.data, samples=samples_of, **trainer)
+    for rank, deferred in world(2).run(count_deferred, {"context_parallel": ContextParallel(size=2, method="a2a")}, case):
+        compare(rank, expected, tolerance=tolerance)
+        assert deferred, "values are computed when they are read"
+
+
+def count_deferred(strategy: dict[str, Any], case: Case) -> Any:
+    """The results of training, and the number of projections that were computed later."""
+    with mock.patch.object(Projection, "output", autospec=True, side_effect=Projection.output) as output:
+        return train_with(strategy, case), output.call_count
+
+
+@pytest.mark.parametrize("recompute", [False, True])  # which also leaves out the cache, whose values have the keys' dtype
+def test_bf16(world: Any, recompute: bool) -> None:
+    case = Case({"name": "llama", "recompute": recompute}, {"kind": "padded right"}, 2, {"precision": "bf16-mixed"})
     expected = train(None, Module, case.model, case.data, samples=samples_of, **case.trainer)
     for rank in world(2).run(train_with, {"context_parallel": 2}, case):
         compare(rank, expected, tolerance=1e-2)  # bf16 keeps 8 bits of each activation
