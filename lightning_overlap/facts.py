@@ -8,9 +8,26 @@ from __future__ import annotations
 import platform
 from dataclasses import dataclass, field
 from importlib import metadata
-from typing import TypeVar
+from importlib.util import find_spec
+from typing import NamedTuple, TypeVar
 
 T = TypeVar("T")
+
+
+class StateSize(NamedTuple):
+    """The state that an optimizer keeps for each element of a matrix.
+
+    Attributes:
+        numbers: how many of the parameter's dtype, such as 2 of Adam.
+        nbytes: bytes of all other dtypes, such as 2.1 of an Adam of 8 bits.
+    """
+
+    numbers: float
+    nbytes: float
+
+    def of(self, itemsize: int) -> float:
+        """Bytes for each element of a parameter whose elements take ``itemsize`` bytes."""
+        return self.numbers * itemsize + self.nbytes
 
 
 @dataclass(frozen=True)
@@ -25,7 +42,7 @@ class OptimizerFacts:
         reason: the finding, as a sentence.
         known: False if it failed on test matrices; ``reason`` then has its error.
         methods: its public methods, beside the step, that read its state.
-        state: numbers that it keeps for each element of a matrix; None if that is not known.
+        state: what it keeps for each element of a matrix; None if that is not known.
     """
 
     name: str
@@ -35,7 +52,7 @@ class OptimizerFacts:
     reason: str
     known: bool = True
     methods: tuple[str, ...] = ()
-    state: float | None = None
+    state: StateSize | None = None
 
 
 def installed(package: str) -> str | None:
@@ -72,6 +89,7 @@ class Facts:
         optimizers: None until the model is known.
         parameters: trainable elements of the unsharded model; None until it is known.
         transformer_engine: its version; None if it is not installed.
+        deep_ep: whether the package of that name is installed.
         of_modes: for each mode, an object of its class with its facts about the model; empty until the model is known.
     """
 
@@ -91,6 +109,7 @@ class Facts:
     optimizers: tuple[OptimizerFacts, ...] | None = None
     parameters: int | None = None
     transformer_engine: str | None = field(default_factory=lambda: installed("transformer-engine"))
+    deep_ep: bool = field(default_factory=lambda: find_spec("deep_ep") is not None)
     of_modes: tuple[object, ...] = ()
 
     def of(self, kind: type[T]) -> T | None:

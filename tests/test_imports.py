@@ -25,7 +25,7 @@ FLOORS = (
 """From the lowest to the highest: a module imports from its own floor and from those below it. The longest prefix counts."""
 PURE = {
     *("config", "decision", "environment", "plan", "model.roles", "modes.data.layout", "modes.pipeline.layout"),
-    *("steps.schedule", "steps.simulate", "steps.defer", "tune.network"),
+    *("steps.schedule", "steps.named_schedules", "steps.simulate", "steps.defer", "tune.network"),
 }
 """Without torch and Lightning: decisions and plans are tested, and read, by themselves. So are the modes' ``config`` files."""
 DISTRIBUTED = re.compile(r"torch_seams$|ranks\.|state\.|modes\.tensor\.symm_mem$|modes\.tensor\.userbuffers$|bench\.peers")

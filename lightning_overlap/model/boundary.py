@@ -264,7 +264,7 @@ class Boundary:
         if self._cuts and self._position.is_inside and not self.has_remote_blocks:
             raise self._not_called("last", "the ranks gather all tokens after it")
 
-    def explain_failure(self, error: Exception) -> None:
+    def raise_if_between_blocks(self, error: Exception) -> None:
         """Call it when a forward has failed.
 
         Raises:

@@ -77,6 +77,14 @@ def bytes_by_storage(values: Iterable[Any]) -> dict[int, int]:
 
 def storages(values: Iterable[Any]) -> Iterator[Any]:
     """Yields the storages of the tensors among some values. Sparse tensors and those on the meta device have none."""
+    for tensor in plain_tensors(values):
+        if tensor.layout == torch.strided and not tensor.is_meta:
+            yield tensor.untyped_storage()
+
+
+def plain_tensors(values: Iterable[Any]) -> Iterator[Tensor]:
+    """Yields the tensors among some values; of a tensor that is made of others, such as quantized ones and their scales, these."""
     for value in values:
-        if isinstance(value, Tensor) and value.layout == torch.strided and not value.is_meta:
-            yield value.untyped_storage()
+        if isinstance(value, Tensor):
+            parts = getattr(value, "__tensor_flatten__", None)
+            yield from [value] if parts is None else plain_tensors(getattr(value, name) for name in parts()[0])

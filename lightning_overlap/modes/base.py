@@ -100,7 +100,7 @@ class OverlapMode:
         self.mesh = setup.mesh
         self.timeout = setup.timeout
         self.timeline: Timeline | None = None
-        self._held = False
+        self._holds_gradients = False
 
     @property
     def groups(self) -> tuple[Group, ...]:
@@ -133,20 +133,20 @@ class OverlapMode:
     @contextmanager
     def hold_gradient_sync(self) -> Iterator[None]:
         """Inside, backwards accumulate gradients without communication, as before the last microbatch of an accumulation window."""
-        before, self._held = self._held, True
+        before, self._holds_gradients = self._holds_gradients, True
         try:
             yield
         finally:
-            self._held = before
+            self._holds_gradients = before
 
     @contextmanager
     def complete_gradients(self) -> Iterator[None]:
         """Inside, backwards complete their gradients, even within :meth:`hold_gradient_sync`."""
-        before, self._held = self._held, False
+        before, self._holds_gradients = self._holds_gradients, False
         try:
             yield
         finally:
-            self._held = before
+            self._holds_gradients = before
 
     def trial(self) -> AbstractContextManager[None]:
         """Inside, steps compute loss and gradients only: the mode updates nothing, and keeps no state of them."""
@@ -155,7 +155,7 @@ class OverlapMode:
     def start_forward(self) -> None:
         """Called before each training step."""
 
-    def explain_failure(self, error: Exception) -> None:
+    def raise_cause(self, error: Exception) -> None:
         """Called when a training step has failed by ``error``.
 
         Raises:
@@ -224,7 +224,7 @@ class Driver(OverlapMode, ABC):
 
     @property
     @abstractmethod
-    def mirrors_evaluation(self) -> bool:
+    def evaluates_loss_on_one_rank(self) -> bool:
         """Whether validation steps inside a fit end before the loss on ranks that do not compute it."""
 
     @abstractmethod

@@ -11,7 +11,9 @@ from __future__ import annotations
 import queue
 import threading
 import time
+import warnings
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -34,6 +36,10 @@ CLOSED_CONNECTION_GRACE = 4.0
 """Seconds of waiting after which a closed connection counts as a failure: the peer may have sent everything before it ended."""
 THREAD_EXIT_TIMEOUT = 2.0
 """Seconds in which threads must end after their connections were closed."""
+CLOSE_TIMEOUT = 30.0
+"""Seconds without a byte on its connections after which a group ends though transfers are incomplete. Another rank may be late."""
+CHECKS = 8
+"""How often in these times the threads are looked at."""
 _Operation = tuple[Callable[..., Any], Tensor, int, Any, int]
 """The function to call, a tensor, the peer's rank in the group, the process group, a tag."""
 
@@ -85,6 +91,11 @@ class GlooEngine(Engine):
         for i, sockets in enumerate((self.sockets, self.gather_sockets)):
             sockets.keep([(mine, other) for ends in ends_of_peers for other, mine in ends[i]])
             sockets.keep_alive()
+
+    def bytes_moved(self) -> int | None:
+        """Returns the bytes that its connections have sent and received; None where that is not known."""
+        moved = [sockets.bytes_moved() for sockets in (self.sockets, self.gather_sockets) if sockets.known]
+        return None if not moved or None in moved else sum(filter(None, moved))
 
     def stop(self) -> None:
         self.link.close(self.sockets)
@@ -175,15 +186,29 @@ class ThreadedGlooEngine(GlooEngine):
 
     def stop(self) -> None:
         if self.threads is not None:
-            self.threads.close()
+            if not self.threads.close():
+                self._break_off(self.threads)
             self.threads = None
         super().stop()
+
+    def _break_off(self, threads: Threads) -> None:
+        """Ends transfers in which other ranks have not taken part in time, so that the threads that wait for them end."""
+        warnings.warn(
+            f"rank {self.members.ranks[self.members.rank]} ends group {self.members.name!r} without the transfers "
+            f"{self.members.incomplete()}: nobody waits for them on this rank, other ranks have not taken part in them, and no data "
+            f"came or went for {CLOSE_TIMEOUT:.0f} s. Look for an error before that only some ranks have met",
+            stacklevel=2,
+        )
+        for sockets in (self.sockets, self.gather_sockets):
+            sockets.shut_down()
+        if not threads.abandon():  # its sockets are not known: destroying the process groups could block
+            Engine.abandon(self)
 
     def stop_threads(self, closed: bool) -> None:
         # A thread that returns from a wait of gloo's while the process ends would abort it: Python then ends the thread inside C++.
         # A thread that gloo does not wake waits until the timeout, without harm.
         if self.threads is not None and closed:
-            self.threads.close(THREAD_EXIT_TIMEOUT)
+            self.threads.abandon()
         self.threads = None
 
     def _parts(self, pieces: Sequence[Piece], key: int, urgency: Urgency) -> list[Chunk]:
@@ -254,7 +279,7 @@ class ThreadedWaiter:
         # receives, and a later receive with this key would then get their data. So a thread waits for them.
         threads = self.engine.threads
         if self.works and self.error is None and threads is not None:
-            threads.wait_for(self)
+            threads.take_over(self)
 
     def arrived(self) -> bool:
         """Whether a thread has waited for the transfer: gloo does not tell whether a point-to-point operation is complete."""
@@ -298,7 +323,8 @@ class ThreadedWaiter:
 class Threads:
     """Threads for work that would block the main thread.
 
-    One posts, one waits for reductions, one waits in the place of the main thread, and one or two send chunks.
+    One posts, one waits for reductions, one waits in the place of the main thread, one waits for transfers that were dropped, and one
+    or two send chunks.
 
     To post copies the data to the socket, and waits while gloo's own thread reads from the same connection: about a millisecond a
     bucket, which the main thread should spend on compute. gloo does not tell whether a point-to-point operation is complete, so a
@@ -311,7 +337,9 @@ class Threads:
         self._posts: queue.SimpleQueue[tuple[ThreadedWaiter, list[_Operation], bool] | None] = queue.SimpleQueue()
         self._reductions: queue.SimpleQueue[ThreadedWaiter | None] = queue.SimpleQueue()
         self._requests: queue.SimpleQueue[ThreadedWaiter | None] = queue.SimpleQueue()
-        name, work = engine.members.name, [self._post, self._wait_for_reductions, self._wait_for_requests]
+        self._dropped: queue.SimpleQueue[ThreadedWaiter | None] = queue.SimpleQueue()
+        name = engine.members.name
+        work = [self._post, self._wait_for_reductions, self._wait_for_requests, self._wait_for_dropped]
         self._threads = [threading.Thread(target=target, name=f"{name}.{target.__name__}", daemon=True) for target in work]
         for thread in self._threads:
             thread.start()
@@ -347,20 +375,42 @@ class Threads:
         waiter.settled.clear()
         self._requests.put(waiter)
 
+    def take_over(self, waiter: ThreadedWaiter) -> None:
+        """Lets a thread wait for operations that nobody else waits for. Their peers may never come, so no other work waits behind."""
+        self._dropped.put(waiter)
+
     def start_step(self) -> None:
         """Starts a step: chunks of earlier steps are then sent before the new ones."""
         for sender in self._senders.values():
             sender.start_step()
 
-    def close(self, limit: float | None = None) -> None:
-        """Ends the threads after their last work; with a ``limit``, drops unsent chunks and waits at most so many seconds."""
-        self._posts.put(None)
-        self._requests.put(None)
-        for sender in self._senders.values():
-            sender.close(drop=limit is not None)
-        until = None if limit is None else time.monotonic() + limit
+    def close(self) -> bool:
+        """Ends the threads after their last work. Returns whether they have ended before no byte moved for CLOSE_TIMEOUT."""
+        self._end(drop=False)
+        return self._join(CLOSE_TIMEOUT, self._engine.bytes_moved)
+
+    def abandon(self) -> bool:
+        """Ends the threads, whose connections were shut down, without unsent chunks. Returns whether all have ended in time."""
+        self._end(drop=True)
+        return self._join(THREAD_EXIT_TIMEOUT, lambda: 0)
+
+    def _join(self, limit: float, progress: Callable[[], int | None]) -> bool:
+        """Returns whether all threads have ended before ``progress`` gave the same number for ``limit`` seconds; None is no number."""
+        latest, until = progress(), time.monotonic() + limit
         for thread in [*self._threads, *(sender.thread for sender in self._senders.values())]:
-            thread.join(None if until is None else max(0.0, until - time.monotonic()))
+            while thread.is_alive():
+                thread.join(limit / CHECKS)
+                if (number := progress()) is None or number != latest:
+                    latest, until = number, time.monotonic() + limit
+                elif time.monotonic() > until:
+                    return False
+        return True
+
+    def _end(self, *, drop: bool) -> None:
+        for work in (self._posts, self._requests, self._dropped):
+            work.put(None)
+        for sender in self._senders.values():
+            sender.close(drop=drop)
 
     def _post(self) -> None:
         while (item := self._posts.get()) is not None:
@@ -394,6 +444,14 @@ class Threads:
             transfer.done = last = time.perf_counter()
             waiter.settle()
             del waiter, transfer
+
+    def _wait_for_dropped(self) -> None:
+        while (waiter := self._dropped.get()) is not None:
+            with suppress(Exception):  # nobody reads the data, and a later transfer with this peer fails too
+                self._engine.block_for(waiter.transfer.label, waiter.works)
+                waiter.transfer.complete = True
+            waiter.works.clear()
+            del waiter
 
     def _wait_for_requests(self) -> None:
         while (waiter := self._requests.get()) is not None:

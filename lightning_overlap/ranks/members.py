@@ -55,12 +55,17 @@ class Members:
             return announced
         others = [r for r in self.ranks if r != self.ranks[self.rank]]
         who = f"rank {self.ranks[peer] if 0 <= peer < self.size else others[0] if len(others) == 1 else others}"
-        now = time.perf_counter()
-        incomplete = [f"{t.label} ({now - t.posted:.1f} s ago)" for t in list(self.recent) if not t.complete]
-        more = f" and {len(incomplete) - LISTED_TRANSFERS} more" if incomplete[LISTED_TRANSFERS:] else ""
-        posted = f" Incomplete transfers of this rank: {', '.join(incomplete[:LISTED_TRANSFERS])}{more}." if incomplete else ""
+        incomplete = self.incomplete()
+        posted = f" Incomplete transfers of this rank: {incomplete}." if incomplete else ""
         return TransferError(
             f"transfer {label!r} of group {self.name!r} between rank {self.ranks[self.rank]} and {who} failed: {error}. "
             "The peer has ended or cannot be reached. Look for its error, and resume from the last checkpoint."
             f"{posted}{flight_record}"
         )
+
+    def incomplete(self) -> str:
+        """Lists the last transfers of this rank that are not known to be complete; an empty string without any."""
+        now = time.perf_counter()
+        listed = [f"{t.label} ({now - t.posted:.1f} s ago)" for t in list(self.recent) if not t.complete]
+        more = f" and {len(listed) - LISTED_TRANSFERS} more" if listed[LISTED_TRANSFERS:] else ""
+        return ", ".join(listed[:LISTED_TRANSFERS]) + more

@@ -8,7 +8,7 @@ gathers are made of this rank's values. So shapes, sizes and the order of all tr
 from __future__ import annotations
 
 import pickle
-from collections import defaultdict
+from collections import defaultdict, deque
 from collections.abc import Callable, Collection, Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -128,7 +128,8 @@ class Players:
         self._inboxes = inboxes
         self._turn = turn
         self._session = session
-        self._mail: dict[Hashable, Any] = {}
+        self._mail: dict[Hashable, deque[Any]] = defaultdict(deque)
+        """Messages that were not asked for yet, by sender and subject. A sender that is ahead may have sent several of a subject."""
 
     def of(self, rank: int) -> int:
         """Returns the player of a rank's stage."""
@@ -148,19 +149,23 @@ class Players:
         Raises:
             TransferError: a player has failed.
         """
-        key = player, subject
-        if key not in self._mail:
+        messages = self._mail[player, subject]
+        if not messages:
             self._turn.release()
             try:
-                while key not in self._mail:
+                while not messages:
                     session, sender, data = self._inboxes[self.player].get()
                     if session == self._session:
-                        self._mail[sender] = pickle.loads(data)
+                        message = pickle.loads(data)
                         if sender[1] == "failure":
-                            raise TransferError(f"the rehearsal of rank {self.ranks[sender[0]]} has failed: {self._mail[sender]}")
+                            raise TransferError(f"the rehearsal of rank {self.ranks[sender[0]]} has failed: {message}")
+                        self._mail[sender].append(message)
             finally:
                 self._turn.acquire()
-        return self._mail.pop(key)
+        message = messages.popleft()
+        if not messages:
+            del self._mail[player, subject]
+        return message
 
     def fail(self, error: BaseException) -> None:
         """Ends the rehearsals of the other players."""

@@ -21,6 +21,8 @@ KEEPALIVE_INTERVAL = 5
 KEEPALIVE_PROBES = 4
 """Probes without an answer after which a connection fails: 25 seconds after the peer's last packet."""
 _DESCRIPTORS = "/proc/self/fd"
+_BYTES_AT = 120
+"""Where the kernel's ``tcp_info`` has the numbers of bytes that were acknowledged and received."""
 ENDED = (("", 0), ("", 0))
 """The addresses of a connection that has ended. All such connections have them, so they identify no connection."""
 
@@ -100,6 +102,15 @@ class Sockets:
         if sys.platform != "linux" or not self._held:
             return False
         return not any(struct.unpack("i", fcntl.ioctl(s, termios.TIOCOUTQ, bytes(4)))[0] for s in self._held)
+
+    def bytes_moved(self) -> int | None:
+        """Returns the bytes that were acknowledged and received; None where that is not known."""
+        if sys.platform != "linux":
+            return None
+        states = [s.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _BYTES_AT + 16) for s in self._held]
+        if any(len(state) < _BYTES_AT + 16 for state in states):  # before Linux 4.1
+            return None
+        return sum(sum(struct.unpack_from("QQ", state, _BYTES_AT)) for state in states)
 
     def is_closed(self) -> bool:
         """Whether the other end of any connection is closed."""

@@ -64,12 +64,18 @@ class World:
         self._process_group: Any = None  # torch's world when `_everyone` was made
 
     def everyone(self) -> Group:
-        """Returns the group of all ranks, on the CPU. Before :meth:`assemble`, and in another world, it uses torch's connections."""
+        """Returns the group of all ranks, on the CPU. Before :meth:`assemble`, and in another world, it uses torch's connections.
+
+        A connector's group is made at the first call.
+        """
         if self._everyone is not None and self._process_group is dist.group.WORLD:
             return self._everyone
         members = Members(range(world_size()), "world", self.announcements)
         if self.connector is not None:
-            return self.connector.group(members, gathers=False, background=None)
+            group = self.connector.group(members, gathers=False, background=None)
+            self.groups.add(group)
+            self._everyone, self._process_group = group, dist.group.WORLD
+            return group
         engine = (NcclEngine if backend() == "nccl" else GlooEngine)(members, dist.group.WORLD)
         engine.borrow()
         return Group(members, engine)

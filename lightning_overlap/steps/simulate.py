@@ -122,7 +122,7 @@ class _Clock:
         self.peak = [0] * schedule.ranks
         self.spans: list[tuple[int, Action, float, float]] = []
         self._schedule, self._costs, self._transfer, self._waits, self._overlapped = schedule, costs, transfer, waits, overlapped
-        self._held = [0] * schedule.ranks
+        self._activations = [0] * schedule.ranks
         self._computed = [0.0] * schedule.ranks
         """The end of each rank's latest action, before its transfers."""
         self._link_free = [0.0] * schedule.ranks
@@ -147,8 +147,8 @@ class _Clock:
     def _run(self, action: Action, start: float, end: float, cost: float) -> None:
         rank = self._schedule.placement[action.stage]
         self.busy[rank] += cost
-        self._held[rank] += {"F": 1, "I": 0, "B": -1, "W": -1}[action.kind]
-        self.peak[rank] = max(self.peak[rank], self._held[rank])
+        self._activations[rank] += {"F": 1, "I": 0, "B": -1, "W": -1}[action.kind]
+        self.peak[rank] = max(self.peak[rank], self._activations[rank])
         self.free[rank] = self._computed[rank] = self._local[action.result] = self._arrived[action.result] = end
         self.spans.append((rank, action, start, end))
         if self._overlapped and (target := self._schedule.receiver(action)) is not None:

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_overlap.decision import ConfigError
+from lightning_overlap.model.trees import is_container, items
 from lightning_overlap.ranks.world import all_gather_objects, world_size
 
 ARGUMENTS = (
@@ -42,9 +43,23 @@ RANK_ZERO_ARGUMENTS = ("dirpath", "filename", "verbose")
 """Arguments of these callbacks that only rank 0 uses."""
 
 
-def describe_trainer(trainer: Trainer) -> dict[str, str]:
+Description = str | tuple[str, ...]
+"""What one phrase names: a value, or names in their order."""
+
+
+def describe_settings(settings: Any, name: str = "") -> dict[str, Description]:
+    """Describes each value in nested dataclasses, mappings and tuples, by its path: ``pipeline_parallel.microbatches``."""
+    if not is_container(settings) or not items(settings):
+        return {name: repr(settings)}
+    words: dict[str, Description] = {}
+    for key, value in items(settings):
+        words |= describe_settings(value, f"{name}.{key}" if name else key)
+    return words
+
+
+def describe_trainer(trainer: Trainer) -> dict[str, Description]:
     """Describes the Trainer's :data:`ARGUMENTS` and :data:`COLLECTIVE_CALLBACKS`, by a phrase for each."""
-    words = {f"the Trainer's {name}": repr(getattr(trainer, name)) for name in ARGUMENTS}
+    words: dict[str, Description] = {f"the Trainer's {name}": repr(getattr(trainer, name)) for name in ARGUMENTS}
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
         if isinstance(callback, COLLECTIVE_CALLBACKS):
             name = type(callback).__name__
@@ -61,35 +76,35 @@ def _arguments(callback: Callback) -> str:
     return ", ".join(f"{name}={value!r}" for name, value in plain.items())
 
 
-def describe_model(module: nn.Module) -> dict[str, str]:
+def describe_model(module: nn.Module) -> dict[str, Description]:
     """Describes shapes and dtypes of parameters and buffers, and the order of registration, by a phrase for each."""
     words = {f"parameter {n}": f"{tuple(p.shape)} {p.dtype} requires_grad={p.requires_grad}" for n, p in module.named_parameters()}
     words |= {f"buffer {name}": f"{tuple(buffer.shape)} {buffer.dtype}" for name, buffer in module.named_buffers()}
-    return {**words, "the order of parameters and buffers": _digest(words)}
+    return {**words, "the order of parameters and buffers": tuple(words)}
 
 
-def describe_optimizers(optimizers: Sequence[Optimizer], module: nn.Module) -> dict[str, str]:
+def describe_optimizers(optimizers: Sequence[Optimizer], module: nn.Module) -> dict[str, Description]:
     """Describes optimizers' classes, the settings of their groups, and the parameters of each group in order, by a phrase for each."""
     names = {id(parameter): name for name, parameter in module.named_parameters()}
-    words = {"the number of optimizers": str(len(optimizers))}
+    words: dict[str, Description] = {"the number of optimizers": str(len(optimizers))}
     for number, optimizer in enumerate(optimizers):
         words[f"the class of optimizer {number}"] = type(optimizer).__name__
         for index, group in enumerate(optimizer.param_groups):
             where = f"group {index} of optimizer {number}"
             words |= {f"{key} in {where}": _value(value) for key, value in group.items() if key not in ("params", "param_names")}
-            held = [names.get(id(parameter), "outside the module") for parameter in group["params"]]
-            words[f"the parameters in {where}"] = f"{len(held)} ({', '.join(held[:3])}, ...; digest {_digest(held)})"
+            held = tuple(names.get(id(parameter), "a parameter outside the module") for parameter in group["params"])
+            words[f"the parameters in {where}"] = held
     return words
 
 
-def refuse_differences(mine: Mapping[str, str]) -> None:
+def refuse_differences(mine: Mapping[str, Description]) -> None:
     """Compares descriptions between ranks. Collective.
 
     Args:
         mine: this rank's descriptions, by the phrase that names each in the error.
 
     Raises:
-        ConfigError: on every rank, with the first description that differs.
+        ConfigError: on every rank, with the first difference.
     """
     # Digests first, because descriptions grow with the model, and every rank would send them to every other.
     if world_size() == 1 or len(set(all_gather_objects(_digest(f"{key}: {value}" for key, value in mine.items())))) == 1:
@@ -100,9 +115,18 @@ def refuse_differences(mine: Mapping[str, str]) -> None:
             first, second = everyone[0].get(subject, "absent"), other.get(subject, "absent")
             if first != second:
                 raise ConfigError(
-                    f"ranks disagree about {subject}: rank 0 has {first}, rank {rank} has {second}. "
+                    f"ranks disagree about {subject}: {_difference(first, second, rank)}. "
                     "Start the same script with the same arguments and packages on every rank."
                 )
+
+
+def _difference(first: Description, second: Description, rank: int) -> str:
+    """Tells how a rank's description differs from that of rank 0; of names, only where they begin to differ."""
+    if isinstance(first, str) or isinstance(second, str):
+        return f"rank 0 has {first}, rank {rank} has {second}"
+    index = next((i for i, (a, b) in enumerate(zip(first, second, strict=False)) if a != b), min(len(first), len(second)))
+    name, other = (names[index] if index < len(names) else "no more" for names in (first, second))
+    return f"rank 0 has {name} at {index} (of {len(first)}), rank {rank} has {other} (of {len(second)})"
 
 
 def _value(value: Any) -> str:

@@ -37,7 +37,7 @@ class Mirror:
         self._metrics = MirroredMetrics(module, driver, lambda: self._in_step)
         self._replacements = ExitStack()
         self._replacements.enter_context(explaining(module, driver))
-        if driver.mirrors_evaluation:
+        if driver.evaluates_loss_on_one_rank:
             self._replacements.enter_context(failing_together(module, driver))
 
     def add_metrics(self) -> None:
@@ -109,8 +109,8 @@ class _FailsTogether:
         if message is not None:
             raise ConfigError(
                 f"on_validation_epoch_end failed on a rank without the last stage ({message}). With "
-                "pipeline_parallel.evaluation='mirror', validation_step stops inside the model call on such a rank, so what it stores "
-                "on self later does not exist there. Set evaluation='replicate', or collect values in a torchmetrics.Metric"
+                "pipeline_parallel.evaluation='last_stage', validation_step stops inside the model call on such a rank, so what it "
+                "stores on self later does not exist there. Set evaluation='replicate', or collect values in a torchmetrics.Metric"
             ) from failure
         if failure is not None:
             raise failure

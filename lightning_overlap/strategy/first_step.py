@@ -297,7 +297,7 @@ class FirstStep:
             raise
         except Exception as error:
             for mode in self._modes:
-                mode.explain_failure(error)
+                mode.raise_cause(error)
             raise ConfigError(
                 "verify_first_step: the unsharded model ran the first batch, but the sharded model failed: "
                 f"{type(error).__name__}: {error}. {_CAUSES}"

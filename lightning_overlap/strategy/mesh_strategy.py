@@ -15,14 +15,14 @@ from torch import Tensor
 
 from lightning_overlap.config import OverlapConfig
 from lightning_overlap.decision import ConfigError
-from lightning_overlap.facts import Facts
+from lightning_overlap.facts import versions
 from lightning_overlap.messages import log_on_rank_zero
 from lightning_overlap.ranks.degrees import Degrees
 from lightning_overlap.ranks.group import Group
 from lightning_overlap.ranks.meeting import keep_store_alive, start_world
 from lightning_overlap.ranks.mesh import ParallelMesh
 from lightning_overlap.ranks.world import WORLD, agree, backend, broadcast_object, end_world, everyone, is_everyone, world_size
-from lightning_overlap.strategy.agreement import describe_model, describe_trainer, refuse_differences
+from lightning_overlap.strategy.agreement import describe_model, describe_settings, describe_trainer, refuse_differences
 from lightning_overlap.strategy.batches import refuse_empty, seed_workers
 from lightning_overlap.strategy.launching import (
     ProcessLauncher,
@@ -135,13 +135,13 @@ class MeshStrategy(DDPStrategy):
         seed_workers(dataloader, self.mesh.index("samples"))
         return dataloader
 
-    def _agree(self, trainer: Trainer, *arguments: Any) -> None:
+    def _agree(self, trainer: Trainer, **arguments: Any) -> None:
         """Checks that all ranks have the same request, Trainer, versions and parameters, and gives samplers the seed of rank 0."""
         if world_size() == 1:
             return
         assert self.model is not None, "Lightning connects the module"
         self._seed = broadcast_object(int(os.environ.get("PL_GLOBAL_SEED", 0)))
-        mine = {"strategy arguments": repr((self.config, *arguments)), "versions": repr(Facts(world_size=1).versions)}
+        mine = {**describe_settings(self.config), **describe_settings(arguments), **describe_settings(versions(), "versions")}
         refuse_differences({**mine, **describe_trainer(trainer), **describe_model(self.model)})
 
     def note_failure(self, trainer: Trainer | None) -> None:

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lightning_overlap.facts import OptimizerFacts
+from lightning_overlap.facts import OptimizerFacts, StateSize
+from lightning_overlap.model.trees import plain_tensors
 from lightning_overlap.torch_seams import forget_step_hooks, has_step_hooks, tree_leaves
 
 SHAPES = ((80, 64), (4, 6)), ((80, 64), (64, 48))
@@ -37,7 +38,7 @@ def examine(optimizer: Optimizer) -> OptimizerFacts:
     methods = methods_that_read_state(type(optimizer))
 
     def facts(reason: str, *, independent: bool = True, elementwise: bool = False, separable: bool = False) -> OptimizerFacts:
-        state = max(trial.state for trial in trials) if trials else None
+        state = max((trial.state for trial in trials), key=lambda size: size.of(4)) if trials else None
         return OptimizerFacts(name, independent, elementwise, separable, f"{name} {reason}", methods=methods, state=state)
 
     trials: list[_Trial] = []
@@ -71,7 +72,7 @@ class _Trial:
         shapes: of the matrices.
         device: of the matrices.
         result: the two matrices, flattened, after some steps.
-        state: numbers that the optimizer then keeps for each of their elements.
+        state: what the optimizer then keeps for each of their elements.
     """
 
     optimizer: Optimizer
@@ -79,7 +80,7 @@ class _Trial:
     shapes: tuple[tuple[int, int], tuple[int, int]]
     device: torch.device
     result: Tensor
-    state: float
+    state: StateSize
 
     @property
     def matrices(self) -> list[slice]:
@@ -160,8 +161,8 @@ def _steps(
     device: torch.device,
     *,
     apart: bool = False,
-) -> tuple[Tensor, float] | None:
-    """Returns parts of two flattened matrices after some steps, concatenated, and the numbers of state for each element.
+) -> tuple[Tensor, StateSize] | None:
+    """Returns parts of two flattened matrices after some steps, concatenated, and the state for each element.
 
     None if the optimizer changes nothing.
 
@@ -201,8 +202,12 @@ def _steps(
                 probe.param_groups[0]["params"] = together
                 step(probe)
     result = torch.cat([parameter.detach().flatten() for parameter in parameters])
-    kept = sum(value.numel() for of_one in probe.state.values() for value in tree_leaves(of_one) if isinstance(value, Tensor))
-    return None if result.equal(start[: len(result)]) else (result, round(kept / len(result), 1))
+    if result.equal(start[: len(result)]):
+        return None
+    kept = list(plain_tensors(tree_leaves(list(probe.state.values()))))
+    numbers = sum(x.numel() for x in kept if x.dtype == start.dtype)
+    others = sum(x.nbytes for x in kept if x.dtype != start.dtype)
+    return result, StateSize(round(numbers / len(result), 2), round(others / len(result), 2))
 
 
 def methods_that_read_state(kind: type[Optimizer]) -> tuple[str, ...]:

@@ -30,6 +30,7 @@ from lightning_overlap.ranks.world import WORLD, all_gather_objects, has_nccl, m
 from lightning_overlap.strategy.batches import BatchComparison
 from lightning_overlap.strategy.seams import Preemption
 from lightning_overlap.tables import in_megabytes
+from lightning_overlap.torch_seams import tree_leaves
 
 
 def prepare_launch(config: OverlapConfig, ranks: int, device: torch.device, precision: str, backend: str | None) -> None:
@@ -132,20 +133,25 @@ def print_memory(module: nn.Module, optimizers: Sequence[Optimizer], modes: Sequ
     held = bytes_by_storage([*module.parameters(), *module.buffers()])
     weights = sum(held.values())
     gradients = sum(p.numel() * (p.grad_dtype or p.dtype).itemsize for p in module.parameters() if p.requires_grad and not p.is_meta)
-    state, unknown = 0.0, ""
+    state, unknown, about = 0.0, "", ""
     for optimizer, facts in zip(optimizers, plan.facts.optimizers or (), strict=True):
         shards = [mode.stepped_parameters(optimizer) for mode in modes if isinstance(mode, OptimizerHolder)]
         stepped = next(filter(None, shards), None) or [p for group in optimizer.param_groups for p in group["params"]]
         copies = bytes_by_storage(stepped)
         state += sum(size for storage, size in copies.items() if storage not in held)  # fp32 copies of weights
-        state += sum(p.nbytes for p in stepped if not p.is_meta) * (facts.state or 0)
-        unknown = unknown if facts.state is not None else f" (without the state of {facts.name}, which is not known)"
+        state += sum(bytes_by_storage(tree_leaves(list(optimizer.state.values()))).values())
+        stateless = [p for p in stepped if p.requires_grad and not p.is_meta and not optimizer.state.get(p)]
+        if stateless and facts.state is None:
+            unknown = f" (without the state of {facts.name}, which is not known)"
+        elif stateless and facts.state is not None and any(facts.state):
+            about = "about "  # if it keeps as much of them as of small matrices
+            state += sum(p.numel() * facts.state.of(p.element_size()) for p in stateless)
     mine = [weights, gradients, int(state)]
     weights, gradients, updates = max(all_gather_objects(mine))
     _print_once(
         "memory",
-        f"memory of a rank: weights {in_megabytes(weights)}, gradients {in_megabytes(gradients)}, optimizer {in_megabytes(updates)}"
-        f"{unknown}, and activations (lightning-overlap plan --memory)",
+        f"memory of a rank: weights {in_megabytes(weights)}, gradients {in_megabytes(gradients)}, optimizer "
+        f"{about}{in_megabytes(updates)}{unknown}, and activations (lightning-overlap plan --memory)",
     )
 
 

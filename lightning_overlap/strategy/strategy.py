@@ -185,7 +185,7 @@ class OverlapStrategy(MeshStrategy):
             self.model = self._layer_sync.apply(self.model)
         move_absent_to_meta(self.model)
         self._mesh = ParallelMesh(self.mesh.degrees, self.global_rank)  # an earlier run's modes keep its groups
-        self._agree(trainer, self.checkpoints.layout, self.checkpoints.in_background)
+        self._agree(trainer, state_dict_type=self.checkpoints.layout, async_save=self.checkpoints.in_background)
         self.checkpoints.use(self.modes, self.mesh)
         self._was_deferred = is_deferred(self.model)
         if self._was_deferred:
@@ -294,7 +294,7 @@ class OverlapStrategy(MeshStrategy):
             except Exception as error:
                 if not isinstance(error, ConfigError | TransferError):
                     for mode in self.modes:
-                        mode.explain_failure(error)
+                        mode.raise_cause(error)
                 raise
             if comparison is not None and is_compared:
                 comparison.loss(output)
@@ -340,7 +340,7 @@ class OverlapStrategy(MeshStrategy):
         if self._mirror is not None:
             self._mirror.add_metrics()
         driver, module = self._driver, self._module
-        if driver is not None and driver.mirrors_evaluation:
+        if driver is not None and driver.evaluates_loss_on_one_rank:
             with self._user_step():
                 return mirrored_step(self, module, driver, partial(super().validation_step, *args, **kwargs))
         with driver.evaluating() if driver is not None else contextlib.nullcontext():

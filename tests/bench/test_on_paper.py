@@ -5,7 +5,7 @@ from lightning_overlap import ConfigError, PipelineParallel
 from lightning_overlap.bench.measure import Measured
 from lightning_overlap.bench.on_paper import busiest, describe_times, on_paper
 from lightning_overlap.bench.rows import Row
-from lightning_overlap.steps.schedule import build
+from lightning_overlap.steps.named_schedules import build
 
 
 def told(config, forward, backward):

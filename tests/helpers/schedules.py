@@ -2,7 +2,7 @@
 
 from hypothesis import strategies as st
 
-from lightning_overlap.steps.schedule import SCHEDULES, STAGES_OF_A_RANK, build
+from lightning_overlap.steps.named_schedules import SCHEDULES, STAGES_OF_A_RANK, build
 
 
 def virtual_of(name, asked):

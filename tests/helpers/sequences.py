@@ -20,6 +20,9 @@ from lightning_overlap.ranks.mesh import ParallelMesh
 
 QUIET = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
 BATCH = 4
+REFERENCES: dict[Any, tuple[Any, Any]] = {}
+"""By the arguments of :func:`train`, what fits in one process have told, which nobody changes; and the arguments, whose addresses then
+belong to nothing else."""
 
 
 class Losses(Callback):
@@ -50,7 +53,7 @@ def train(
     save: str | None = None,
     **trainer: Any,
 ) -> Any:
-    """Trains as one rank of the world, or alone.
+    """Trains as one rank of the world, or alone, once for the same arguments: many tests compare with the same fit.
 
     Args:
         strategy: arguments of OverlapStrategy; None: one process.
@@ -64,6 +67,10 @@ def train(
         save: where to write one.
         trainer: arguments of the Trainer.
     """
+    once = strategy is None and not (callbacks or resume or save)
+    key = (make, samples, collate, repr((model, data, trainer)))
+    if once and key in REFERENCES:
+        return REFERENCES[key][0]
     warnings.simplefilter("ignore")
     seed_everything(5, verbose=False)
     chosen: Any = SingleDeviceStrategy(torch.device("cpu"))
@@ -85,12 +92,15 @@ def train(
     run.fit(module, loader, loader, ckpt_path=resume)
     if save is not None:
         run.save_checkpoint(save)
-    return {
+    told = {
         "losses": losses.values,
         "weights": {name: p.detach().clone() for name, p in module.named_parameters()},
         "val_loss": float(run.callback_metrics["val_loss"]),
         "plan": " ".join(chosen.plan.explain().split()) if strategy is not None else "",
     }
+    if once:
+        REFERENCES[key] = told, (model, data, trainer)
+    return told
 
 
 def compare(found: Any, expected: Any, tolerance: float = 1e-5) -> None:

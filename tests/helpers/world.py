@@ -4,15 +4,16 @@ import gc
 import multiprocessing
 import os
 import socket
-import tempfile
 import time
 import traceback
 from collections.abc import Callable
 from multiprocessing.connection import wait
 from typing import Any
 
+from torch.distributed import TCPStore
 
-def _serve(rank: int, size: int, store: str, environment: dict[str, str], pipe: Any) -> None:
+
+def _serve(rank: int, size: int, store_port: int, environment: dict[str, str], pipe: Any) -> None:
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(size), MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
     os.environ.update(environment)
     import torch
@@ -20,7 +21,8 @@ def _serve(rank: int, size: int, store: str, environment: dict[str, str], pipe: 
 
     torch.set_num_threads(1)
     if not environment:
-        dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=size)
+        store = TCPStore("127.0.0.1", store_port, is_master=False)
+        dist.init_process_group("gloo", store=store, rank=rank, world_size=size)
     while (call := pipe.recv()) is not None:
         function, arguments = call
         try:
@@ -54,7 +56,8 @@ class World:
 
     def __init__(self, size: int, *, one_device: bool = False) -> None:
         context = self.context
-        store = os.path.join(tempfile.mkdtemp(), "store")
+        # As in a run of users'. A FileStore looks for a key every 10 ms, and a fit makes a dozen groups, each with several keys.
+        self.store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
         port = str(_free_port()) if one_device else ""
         self.pipes, self.workers = [], []
         for rank in range(size):
@@ -62,7 +65,7 @@ class World:
             # NCCL refuses two ranks on one device of a host, and takes hosts with other names for others.
             node = {"LOCAL_RANK": "0", "GROUP_RANK": str(rank), "LOCAL_WORLD_SIZE": "1", "NCCL_HOSTID": f"host{rank}"}
             environment = {**node, "MASTER_PORT": port} if one_device else {}
-            worker = context.Process(target=_serve, args=(rank, size, store, environment, there), daemon=True)
+            worker = context.Process(target=_serve, args=(rank, size, self.store.port, environment, there), daemon=True)
             worker.start()
             there.close()
             self.pipes.append(here)

@@ -1,5 +1,4 @@
 import datetime
-import gc
 import os
 import signal
 import socket
@@ -311,32 +310,6 @@ def let_go(last):
 @pytest.mark.parametrize("last", ["sum", "send"])
 def test_tensors_that_have_gone_or_come_are_let_go_of(world, last):
     assert world(2).run(let_go, last) == [True] * 2
-
-
-def dropped_gather():
-    """Rank 0 drops a gather before rank 1 posts it. What does the next gather with its key bring?"""
-    rank = dist.get_rank()
-    group = make_group([[0, 1]], "test", datetime.timedelta(seconds=20))
-    try:
-        for value in (1.0, 2.0):
-            if rank == 1 and value == 1.0:
-                dist.barrier()
-            x = torch.full((2,), -1.0)
-            x[rank] = value
-            pending = group.all_gather(x, [0, 1, 2], key=0, label="gather")
-            if value == 1.0:
-                pending._waiter.settled.wait()  # a thread has posted the receive
-                del pending, x
-                gc.collect()
-                if rank == 0:
-                    dist.barrier()
-        return pending.wait().tolist()
-    finally:
-        group.close()
-
-
-def test_a_gather_that_nobody_waits_for_takes_no_data_of_the_next_one(world):
-    assert world(2).run(dropped_gather) == [[2.0, 2.0], [2.0, 2.0]]
 
 
 def halfway(folder):

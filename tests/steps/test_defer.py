@@ -5,7 +5,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lightning_overlap.steps.defer import defer
-from lightning_overlap.steps.schedule import build, validate
+from lightning_overlap.steps.named_schedules import build
+from lightning_overlap.steps.schedule import validate
 from lightning_overlap.steps.simulate import simulate
 from tests.helpers.schedules import schedules
 

@@ -15,9 +15,10 @@ from lightning_overlap.profiling.flops import FlopCount
 from lightning_overlap.ranks.clock import Clock, Timeline
 from lightning_overlap.ranks.transfer import Arrived, Pending, Transfer
 from lightning_overlap.steps.lanes import Lane, LaneCancelled, Lanes
+from lightning_overlap.steps.named_schedules import build
 from lightning_overlap.steps.pairs import pair
 from lightning_overlap.steps.runner import Runner
-from lightning_overlap.steps.schedule import build, parse
+from lightning_overlap.steps.schedule import parse
 
 
 @pytest.fixture

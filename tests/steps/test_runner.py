@@ -5,8 +5,9 @@ import torch
 from torch import nn
 
 from lightning_overlap.steps.microbatches import split_batch
+from lightning_overlap.steps.named_schedules import build
 from lightning_overlap.steps.runner import Runner
-from lightning_overlap.steps.schedule import Action, Schedule, build, parse
+from lightning_overlap.steps.schedule import Action, Schedule, parse
 
 TWO_STAGES = "F0.0 F1.0 B1.0 F0.1 F1.1 B1.1 B0.0 B0.1 F0.2 F1.2 B1.2 F0.3 F1.3 B1.3 B0.2 B0.3"
 

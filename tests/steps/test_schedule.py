@@ -9,7 +9,8 @@ from hypothesis import given, settings
 from torch.distributed.pipelining import schedules as torch_schedules
 
 from lightning_overlap.decision import ConfigError
-from lightning_overlap.steps.schedule import Action, Schedule, build, parse, validate
+from lightning_overlap.steps.named_schedules import build
+from lightning_overlap.steps.schedule import Action, Schedule, parse, validate
 from tests.helpers.schedules import schedules
 
 SPLIT = {"zb_h1", "interleaved_zb", "zb_v", "dualpipev"}

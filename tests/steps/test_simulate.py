@@ -9,8 +9,9 @@ from hypothesis import strategies as st
 
 from lightning_overlap.decision import ConfigError
 from lightning_overlap.modes.pipeline.transfers import between, sent_after
+from lightning_overlap.steps.named_schedules import build
 from lightning_overlap.steps.pairs import pair
-from lightning_overlap.steps.schedule import Action, build, parse, validate
+from lightning_overlap.steps.schedule import Action, parse, validate
 from lightning_overlap.steps.simulate import draw, simulate
 from tests.helpers.schedules import schedules
 

@@ -2,10 +2,13 @@
 
 from collections import namedtuple
 
+import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
 
-from lightning_overlap.strategy.agreement import describe_model, describe_optimizers
+from lightning_overlap import ConfigError, OverlapConfig, PipelineParallel
+from lightning_overlap.strategy.agreement import describe_model, describe_optimizers, describe_settings, refuse_differences
 from lightning_overlap.strategy.batches import digest
 from tests.helpers.training import Net, train
 
@@ -49,6 +52,32 @@ def test_optimizers_in_words_know_settings_groups_and_order():
     assert differ(plain, torch.optim.SGD([module.bias, module.weight], 0.1)) == {"the parameters in group 0 of optimizer 0"}
     assert "the class of optimizer 0" in differ(plain, torch.optim.AdamW(module.parameters(), 0.1))
     assert "lr in group 1 of optimizer 0" in differ(plain, torch.optim.SGD([{"params": [p]} for p in module.parameters()], 0.1))
+
+
+def first_difference(several):
+    """The error of a comparison of descriptions, of which each rank has one."""
+    with pytest.raises(ConfigError) as caught:
+        refuse_differences(several[dist.get_rank()])
+    return str(caught.value)
+
+
+def test_the_first_difference_is_told_on_every_rank(world):
+    pipeline = [PipelineParallel(size=2, layers_per_stage=(2, count), microbatches=4) for count in (2, 3)]
+    settings = [describe_settings(OverlapConfig(pipeline_parallel=each), "") for each in pipeline]
+    names = tuple(f"blocks.{i}.weight" for i in range(1000))
+    cases = {
+        "pipeline_parallel.layers_per_stage.1: rank 0 has 2, rank 1 has 3.": settings,
+        "order: rank 0 has blocks.700.weight at 700 (of 1000), rank 1 has blocks.701.weight (of 999).": [
+            {"order": names},
+            {"order": names[:700] + names[701:]},
+        ],
+        "order: rank 0 has no more at 5 (of 5), rank 1 has blocks.5.weight (of 1000).": [{"order": names[:5]}, {"order": names}],
+        "bias: rank 0 has absent, rank 1 has (4,).": [{}, {"bias": "(4,)"}],
+    }
+    for expected, several in cases.items():
+        told = world(2).run(first_difference, several)
+        assert told[0] == told[1]
+        assert told[0].startswith(f"ranks disagree about {expected} Start the same script")
 
 
 class OtherRate(Net):

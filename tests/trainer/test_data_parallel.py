@@ -230,7 +230,7 @@ def save_half(setting, path):
 def test_ranks_that_disagree_are_told(world):
     messages = world(2).run(disagree)
     assert messages[0] == messages[1]
-    assert "ranks disagree about strategy arguments" in messages[0]
+    assert "ranks disagree about data_parallel.bucket_size: rank 0 has 500, rank 1 has 501." in messages[0]
 
 
 def disagree():

@@ -5,6 +5,7 @@ import json
 import os
 import tempfile
 import warnings
+from array import array
 from collections import Counter
 from pathlib import Path
 from unittest import mock
@@ -113,6 +114,18 @@ def counted():
     return json.dumps(found)
 
 
+def identities():
+    """The ids of all objects, as bytes, which are no object that is counted."""
+    return array("Q", map(id, gc.get_objects())).tobytes()
+
+
+def holders(kind, before):
+    """Of objects of a kind that are new: what refers to them."""
+    known = set(array("Q", before))
+    new = [x for x in gc.get_objects() if f"{type(x).__module__}.{type(x).__qualname__}" == kind and id(x) not in known]
+    return [f"{x!r:.150} in {[f'{type(y).__qualname__} {y!r:.300}' for y in gc.get_referrers(x) if y is not new]}" for x in new[-5:]]
+
+
 def grown(before, after, times):
     """What there is more of after so many steps or fits."""
     first, last = json.loads(before), json.loads(after)
@@ -150,15 +163,21 @@ def fit(strategy, settings, steps, folder):
 
 
 def growth(layout, steps, fits):
-    """What has grown over the steps of a fit, and over fits, on this rank."""
+    """What has grown over the steps of a fit, and over fits, on this rank; of the latter also what holds it."""
     warnings.simplefilter("ignore")
     _, strategy, settings = LAYOUTS[layout]
     folder = tempfile.mkdtemp()
     with mock.patch("lightning_overlap.ranks.members.REMEMBERED_TRANSFERS", 4):  # transfers, for errors: as many as that are kept
         fit(strategy, settings, (2, 4), folder)  # of what is made once
-        after = [counted() for _ in range(fits) if fit(strategy, settings, (2, 4), folder)]
+        after = []
+        for number in range(fits):
+            fit(strategy, settings, (2, 4), folder)
+            after.append(counted())
+            if number == 0:
+                known = identities()
+        over_fits = {kind: (more, holders(kind, known)) for kind, more in grown(after[0], after[-1], fits - 1).items()}
         few, many = fit(strategy, settings, steps, folder)
-    return grown(few, many, steps[1] - steps[0]), grown(after[0], after[-1], fits - 1)
+    return grown(few, many, steps[1] - steps[0]), over_fits
 
 
 SEQUENCE = TensorParallel(size=2)

@@ -178,11 +178,8 @@ class ContextCut(TokenCut):
         sharding = self.state.sharding
         if sharding is None:
             return x
-        if isinstance(x, ShardedTokens):
-            if x.shards.equal(sharding.shards):
-                return x.local
-            x = x.complete("the first block")
-        return _Enter.apply(x, sharding.shards)
+        x, is_local = _tokens_of(x, sharding, "the first block")
+        return x if is_local else _Enter.apply(x, sharding.shards)
 
     def leave(self, x: Tensor) -> Tensor:
         state = self.state
@@ -195,11 +192,15 @@ class ContextCut(TokenCut):
         sharding = self.state.sharding
         if sharding is None:
             return x
-        if isinstance(x, ShardedTokens):
-            if x.shards.equal(sharding.shards):
-                return x.local
-            x = x.complete("a block")
-        return shard_argument(x, sharding.local.tokens, sharding.local.positions, sharding.batch)
+        x, is_local = _tokens_of(x, sharding, "a block")
+        return x if is_local else shard_argument(x, sharding.local.tokens, sharding.local.positions, sharding.batch)
+
+
+def _tokens_of(x: Tensor, sharding: Sharding, reader: str) -> tuple[Tensor, bool]:
+    """Returns this rank's tokens of a tensor that is sharded in the same way, and True; of any other tensor all tokens, and False."""
+    if not isinstance(x, ShardedTokens):
+        return x, False
+    return (x.local, True) if x.shards.equal(sharding.shards) else (x.complete(reader), False)
 
 
 def _masks(inputs: Any) -> Iterator[Mask]:

@@ -70,7 +70,11 @@ class Mask(Leaf):
         """Positions of the first tokens of documents, but for position 0, where one sample alone has documents; else None."""
         if self.documents is None or len(self.documents) > 1:
             return None
-        return tuple((self.documents[0].diff().nonzero().flatten() + 1).tolist())
+        return tuple((self._documents_on_host[0].diff().nonzero().flatten() + 1).tolist())
+
+    def document_at(self, position: int) -> int:
+        """Returns the number of a token's document, of a mask with documents of one sample."""
+        return int(self._documents_on_host[0, position])
 
     @property
     def has_tensors(self) -> bool:
@@ -177,13 +181,20 @@ class Mask(Leaf):
             self._extents[part] = list(zip(first.tolist(), last.tolist(), strict=True))
         return self._extents[part]
 
+    # Copied once: each number that is read on a device would wait for all work that is queued there.
+
     @cached_property
     def _documents_on_host(self) -> Tensor:
         assert self.documents is not None
         return self.documents.cpu()
 
+    @cached_property
+    def _keys_on_host(self) -> Tensor:
+        assert self.keys is not None
+        return self.keys.bool().cpu()
+
     def _by_keys(self, queries: range, keys: range) -> Relation:
-        return Relation.FULL if self.keys is None else _of_pairs(self.keys[:, keys.start : keys.stop].bool())
+        return Relation.FULL if self.keys is None else _of_pairs(self._keys_on_host[:, keys.start : keys.stop])
 
     def _by_bias(self, queries: range, keys: range) -> Relation:
         if self.bias is None:

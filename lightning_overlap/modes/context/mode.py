@@ -165,13 +165,13 @@ class ContextMode(Sharder):
     def start_forward(self) -> None:
         self.setup.boundary.start_forward()
 
-    def explain_failure(self, error: Exception) -> None:
+    def raise_cause(self, error: Exception) -> None:
         if is_guard_failure(error):
             raise ConfigError(
                 "a compiled function was called with a tensor whose tokens are sharded over the ranks, for which torch cannot compile "
                 "it: call it without torch.compile, or set context_parallel.boundary: blocks"
             ) from error
-        self.setup.boundary.explain_failure(error)
+        self.setup.boundary.raise_if_between_blocks(error)
 
     def start_backward(self) -> None:
         self.setup.boundary.start_backward()

@@ -285,12 +285,11 @@ def _pairs_of_documents(mask: Mask, borders: tuple[int, ...], queries: Piece, pi
 
     Queries are also split at the edges of the piece, so that those in it are on the diagonal.
     """
-    assert mask.documents is not None, "a mask with borders has documents"
     documents: dict[int, list[Piece]] = {}
     for keys in piece.split(borders):
-        documents.setdefault(int(mask.documents[0, keys.positions.start]), []).append(keys)
+        documents.setdefault(mask.document_at(keys.positions.start), []).append(keys)
     for part in queries.split([*borders, piece.positions.start, piece.positions.stop]):
-        for keys in documents.get(int(mask.documents[0, part.positions.start]), ()):
+        for keys in documents.get(mask.document_at(part.positions.start), ()):
             relation = mask.relation(part.positions, keys.positions)
             first = keys.rows.start - piece.rows.start
             if relation is Relation.PARTIAL:

@@ -159,7 +159,7 @@ class DataMode(OptimizerHolder):
             self._on_trial = False
 
     def start_forward(self) -> None:
-        if self._backward.order is not None and self._backward.has_run and not self._held:
+        if self._backward.order is not None and self._backward.has_run and not self._holds_gradients:
             order, self._backward.order = list(self._backward.order), None
             self._follow_gradient_order(order)
         if self.choices.overlap_param_gather.value != "under next forward":
@@ -168,7 +168,7 @@ class DataMode(OptimizerHolder):
     def start_backward(self) -> None:
         if not self._on_trial:
             self._gathers.post_all()  # forward may have skipped modules, whose gathers are then not posted
-            self._backward.start(held=self._held)
+            self._backward.start(held=self._holds_gradients)
 
     def _before_backward(self) -> None:
         self._trained.refuse_changes()
@@ -179,7 +179,7 @@ class DataMode(OptimizerHolder):
 
     def _on_gradient(self, parameter: nn.Parameter) -> None:
         if not self._on_trial:
-            self._backward.collect(parameter, held=self._held)
+            self._backward.collect(parameter, held=self._holds_gradients)
 
     def _on_reduced(self, bucket: LiveBucket) -> None:
         bucket.phase = Phase.REDUCED if self.choices.is_sharded else Phase.IDLE
@@ -188,7 +188,7 @@ class DataMode(OptimizerHolder):
 
     def finish_backward(self) -> None:
         if not self._on_trial:
-            self._backward.finish(held=self._held)
+            self._backward.finish(held=self._holds_gradients)
 
     def _complete(self, parameter: nn.Parameter) -> None:
         """Waits for the gather of a parameter that is read."""

@@ -22,8 +22,9 @@ from lightning_overlap.decision import (
 from lightning_overlap.facts import Facts, Room
 from lightning_overlap.ranks.degrees import Degrees, larger_sizes
 from lightning_overlap.steps.defer import defer
+from lightning_overlap.steps.named_schedules import SCHEDULES, build
 from lightning_overlap.steps.pairs import pair
-from lightning_overlap.steps.schedule import SCHEDULES, Schedule, build, parse, validate
+from lightning_overlap.steps.schedule import Schedule, parse, validate
 from lightning_overlap.steps.simulate import simulate
 
 ADVICE = {
@@ -41,7 +42,7 @@ LEAST_GAIN = 0.01
 
 EVALUATION = {
     "replicate": "the last hidden states are sent to all ranks, and each computes the loss",
-    "mirror": "the last stage computes the loss, and sends the others what it logs and returns",
+    "last_stage": "the last stage computes the loss, and sends the others what it logs and returns",
 }
 """By setting, what it does in a validation inside fit."""
 
@@ -91,9 +92,9 @@ class PipelineParallel:
     on with ``size: 1``, if ranks wait inside a stage."""
     wgrad_deferral_limit: int = 0
     """The most microbatches whose head gradients are deferred at the same time. 0: no limit; ``size`` if ``auto`` has turned it on."""
-    evaluation: Literal["replicate", "mirror"] = "replicate"
+    evaluation: Literal["replicate", "last_stage"] = "replicate"
     """A validation inside fit. ``replicate`` sends the last hidden states to all ranks, each of which computes the loss. With
-    ``mirror`` only the last stage computes the loss, and sends the others its logs, its metrics and the numbers that it returns.
+    ``last_stage`` only the last stage computes the loss, and sends the others its logs, its metrics and the numbers that it returns.
     That sends less, and no rank needs another's weights; but what ``validation_step`` collects on ``self`` exists on the last stage
     only."""
 

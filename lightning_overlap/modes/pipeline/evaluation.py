@@ -42,21 +42,21 @@ class Evaluation:
         partition: the parameters, and the ranks that hold them.
         group: the pipeline's ranks, for parameters.
         channel: the same ranks, for tensors between stages. Its threads report an error of another rank to a rank that waits.
-        mirror: only the last stage computes the loss.
+        on_last_stage: only the last stage computes the loss.
         device: this rank's.
     """
 
     def __init__(
-        self, stack: BlockStack, partition: Partition, group: Group, channel: Group, *, mirror: bool, device: torch.device
+        self, stack: BlockStack, partition: Partition, group: Group, channel: Group, *, on_last_stage: bool, device: torch.device
     ) -> None:
-        self.is_mirrored = mirror and group.size > 1
+        self.is_on_last_stage = on_last_stage and group.size > 1
         self._stack, self._partition, self._group, self._channel, self._device = stack, partition, group, channel, device
         self._borrowed: list[str] = []
         """Parameters after the blocks that this rank holds during the validation only."""
 
     def start(self) -> None:
         """Sends the modules after the blocks to every rank, if every rank computes the loss. Collective."""
-        if self.is_mirrored:
+        if self.is_on_last_stage:
             return
         names = self._partition.after_blocks
         self._borrowed = self._partition.restore(names)
@@ -79,8 +79,8 @@ class Evaluation:
             yield
             return
         exchange = StageExchange(self._partition.stages, self._partition.placement, flow, self._channel, self._device)
-        loss_rank = self._partition.placement[-1] if self.is_mirrored else None
-        current_pass = exchange.make_pass(self._stack.size, loss_rank, self._refuse_second_call if self.is_mirrored else None)
+        loss_rank = self._partition.placement[-1] if self.is_on_last_stage else None
+        current_pass = exchange.make_pass(self._stack.size, loss_rank, self._refuse_second_call if self.is_on_last_stage else None)
         try:
             with self._stack.running(current_pass):
                 yield
@@ -90,8 +90,8 @@ class Evaluation:
     @staticmethod
     def _refuse_second_call() -> None:
         raise ConfigError(
-            "validation_step calls the model a second time. With pipeline_parallel.evaluation='mirror' the other stages have ended "
-            "their step by then: set evaluation='replicate'"
+            "validation_step calls the model a second time. With pipeline_parallel.evaluation='last_stage' the other stages have "
+            "ended their step by then: set evaluation='replicate'"
         )
 
 

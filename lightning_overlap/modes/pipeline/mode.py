@@ -97,7 +97,7 @@ class PipelineMode(Driver, Holder):
             self.partition,
             self.group,
             next(iter(self.runs.channels.values()), self.group),
-            mirror=config.evaluation == "mirror",
+            on_last_stage=config.evaluation == "last_stage",
             device=self._device,
         )
         self._weight_gradients = self._make_weight_gradients(model, name, blocks)
@@ -294,12 +294,12 @@ class PipelineMode(Driver, Holder):
         return result
 
     def finish_backward(self) -> None:
-        if not self._held and self._tied is not None:
+        if not self._holds_gradients and self._tied is not None:
             self._tied.finish()
 
     def _sum_tied(self) -> None:
         """Posts the sums of tied gradients that are complete after the last backward. Deferred gradients of weights are not."""
-        if not self._held and self._tied is not None:
+        if not self._holds_gradients and self._tied is not None:
             self._tied.post(self._weight_gradients)
 
     def reduce_norm(self, squares: Squares) -> Squares:
@@ -308,8 +308,8 @@ class PipelineMode(Driver, Holder):
     # -- evaluation --------------------------------------------------------------------------------------------------
 
     @property
-    def mirrors_evaluation(self) -> bool:
-        return self._evaluation is not None and self._evaluation.is_mirrored
+    def evaluates_loss_on_one_rank(self) -> bool:
+        return self._evaluation is not None and self._evaluation.is_on_last_stage
 
     def error_without_loss(self, message: str | None) -> str | None:
         # Over a channel: ranks that have not failed may be in a transfer of the group.

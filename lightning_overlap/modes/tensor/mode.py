@@ -92,7 +92,7 @@ class TensorMode(PieceHolder):
         self._numbers = CommonNumbers(self.group.rank, next(model.parameters()).device, self.setup.boundary.forwards)
         fused = symm_mem.operators(self.group) if self.choices.backend.value == "symm_mem" else None
         self._regions = Regions(self._exchange, self.setup.boundary, self._numbers, fused, self._engine)
-        self.partition = Partition(model, pieces_of(layers), self.group, "tensor.whole")
+        self.partition = Partition(model, pieces_of(layers, plan.per_head.values()), self.group, "tensor.whole")
         spread = find_experts(model, self.setup.roles, experts)[1] if (experts := self.mesh.size("experts")) > 1 else ()
         self._experts = {id(parameter) for layer in spread for parameter in layer.spread_parameters}
         self._replicated = ReplicatedGradients(
@@ -191,8 +191,8 @@ class TensorMode(PieceHolder):
         self._regions.has_trained = True
         self.setup.boundary.start_forward()
 
-    def explain_failure(self, error: Exception) -> None:
-        self.setup.boundary.explain_failure(error)
+    def raise_cause(self, error: Exception) -> None:
+        self.setup.boundary.raise_if_between_blocks(error)
 
     def start_backward(self) -> None:
         self.setup.boundary.start_backward()
@@ -200,7 +200,7 @@ class TensorMode(PieceHolder):
 
     def finish_backward(self) -> None:
         self.setup.boundary.finish_backward()
-        self._replicated.finish_backward(held=self._held)
+        self._replicated.finish_backward(held=self._holds_gradients)
 
     def reduce_norm(self, squares: Squares) -> Squares:
         return squares._replace(dense=self.group.all_reduce(squares.dense, label="tensor.norm").wait())

@@ -1,12 +1,15 @@
 """Relations and pairs of pieces against the matrix of all pairs."""
 
 import itertools
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+from lightning_overlap.modes.context.layout import TokenLayout
 from lightning_overlap.modes.context.mask import Mask, Relation
+from lightning_overlap.modes.context.pieces import PieceMethod, make_plan
 from tests.modes.context.masks import NAMES, mask_of
 
 
@@ -82,6 +85,36 @@ def test_no_matrix_is_made_for_a_relation() -> None:
     mask = Mask(1 << 20, causal=True, documents=documents)
     assert mask.relation(range(1 << 19), range(1 << 19, 1 << 20)) is Relation.NONE
     assert mask.relation(range(1 << 20), range(1 << 20)) is Relation.PARTIAL
+
+
+class OnDevice(Tensor):
+    """A tensor whose numbers cannot be read, except by copying all of it to the host."""
+
+    @classmethod
+    def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = function.__name__
+        assert name not in ("__bool__", "__int__", "__index__", "item", "tolist", "nonzero", "__iter__", "equal"), f"{name} waits"
+        result = super().__torch_function__(function, types, args, kwargs or {})
+        if name == "cpu":
+            copies.append(tuple(result.shape))
+            return result.as_subclass(Tensor)
+        return result
+
+
+copies: list[tuple[int, ...]] = []
+
+
+@pytest.mark.parametrize("method", ["p2p", "all_gather"])
+def test_a_plan_copies_the_tensors_of_a_mask_to_the_host_once(method: PieceMethod) -> None:
+    documents, keys = torch.arange(40).view(1, -1) // 7, torch.arange(40).view(1, -1) < 33
+    for tensors in ({"documents": documents}, {"documents": documents, "keys": keys}, {"keys": keys}):
+        copies.clear()
+        mask = Mask(40, causal=True, **{name: x.as_subclass(OnDevice) for name, x in tensors.items()})  # type: ignore[arg-type]
+        layout = TokenLayout.for_documents(mask, 2) if mask.documents is not None else TokenLayout.balanced(40, 2)
+        for rank in range(2):
+            plan = make_plan(mask, layout, rank, 4, method, tile=4)
+            assert plan == make_plan(Mask(40, causal=True, **tensors), layout, rank, 4, method, tile=4)  # type: ignore[arg-type]
+        assert copies == [(1, 40)] * len(tensors)
 
 
 def test_what_is_no_mask_is_an_error() -> None:

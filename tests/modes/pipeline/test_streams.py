@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from lightning_overlap.modes.pipeline.transfers import Form, KnownForms, PipelineTransfers, channel_kinds, channel_name, hops
+from lightning_overlap.steps.named_schedules import SCHEDULES, build
 from lightning_overlap.steps.runner import Runner
-from lightning_overlap.steps.schedule import SCHEDULES, Schedule, build
+from lightning_overlap.steps.schedule import Schedule
 
 FORMS = (Form((0,), torch.float32, True),)
 Event = tuple[Any, ...]

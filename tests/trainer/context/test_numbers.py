@@ -10,6 +10,7 @@ from torch.utils.checkpoint import checkpoint
 
 from lightning_overlap import ContextParallel, PipelineParallel, TensorParallel
 from tests.helpers.models import Attention, Block, Transformer
+from tests.helpers.pairwise import pairwise
 from tests.helpers.sequences import compare, train
 
 
@@ -52,9 +53,7 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = {
 }
 
 
-@pytest.mark.parametrize("boundary", ["loss", "blocks"])
-@pytest.mark.parametrize("size", [2, 4])
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(("case", "size", "boundary"), pairwise(CASES, (2, 4), ("loss", "blocks")))
 def test_close_to_one_process(world: Any, case: str, size: int, boundary: str) -> None:
     model, data, trainer = CASES[case]
     expected = train(None, Net, model, data, **trainer)

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from lightning_overlap import ConfigError
 from tests.helpers.experts import MODELS
+from tests.helpers.hugging import Adapter
 from tests.helpers.sequences import train
 from tests.trainer.expert.fits import Hugging, batches, compare, fit
 
@@ -18,6 +19,29 @@ def test_the_numbers_of_one_process(world: Any, name: str) -> None:
     expected = fit(None, name)
     ranks = world(2).run(fit, {"expert_parallel": 2}, name)
     compare(ranks, expected)
+
+
+class Changed(Hugging):
+    """A model of which users have changed a part: adapters of a frozen model, or compiled blocks."""
+
+    def __init__(self, change: str) -> None:
+        super().__init__("mixtral")
+        self.model.requires_grad_(change == "compiled")
+        for block in self.model.model.layers:
+            if change == "compiled":
+                block.compile(backend="eager")
+            else:
+                block.self_attn.q_proj, block.self_attn.v_proj = map(Adapter, (block.self_attn.q_proj, block.self_attn.v_proj))
+
+
+def fit_changed(strategy: dict[str, Any] | None, change: str) -> Any:
+    return train(strategy, Changed, {"change": change}, {}, samples=batches)
+
+
+@pytest.mark.parametrize("change", ["adapters", "compiled"])
+def test_adapters_and_compiled_blocks(world: Any, change: str) -> None:
+    expected = fit_changed(None, change)
+    compare(world(2).run(fit_changed, {"expert_parallel": 2}, change), expected)
 
 
 SMALL = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}

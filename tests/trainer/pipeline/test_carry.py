@@ -225,7 +225,9 @@ def test_what_goes_from_block_to_block_goes_from_stage_to_stage(world, kind, ran
         assert metrics["val_loss"] == pytest.approx(validation, rel=1e-5)
 
 
-@pytest.mark.parametrize("pipeline", [{"overlap_p2p": False}, {"evaluation": "mirror"}, {"layout": "E|t*4L"}, {"layout": "Et*4|L"}])
+@pytest.mark.parametrize(
+    "pipeline", [{"overlap_p2p": False}, {"evaluation": "last_stage"}, {"layout": "E|t*4L"}, {"layout": "Et*4|L"}]
+)
 def test_however_it_is_sent(world, pipeline):
     weights, _, validation = by_hand(AuxiliaryLoss)
     for found, metrics in world(2).run(pipelined, AuxiliaryLoss, pipeline):

@@ -148,7 +148,7 @@ def validated(kind, pipeline):
 def test_mirrored_and_replicated_validation_tell_the_same(world, ranks, pipeline):
     pipeline = {"microbatches": 2, **pipeline}
     replicated = world(ranks).run(validated, OneForward, pipeline)
-    mirrored = world(ranks).run(validated, OneForward, {**pipeline, "evaluation": "mirror"})
+    mirrored = world(ranks).run(validated, OneForward, {**pipeline, "evaluation": "last_stage"})
     for one, other in zip(replicated, mirrored, strict=True):
         assert {"val_loss", "val_seen", "val_again"} <= one["metrics"].keys()
         assert one["metrics"] == other["metrics"]
@@ -158,14 +158,14 @@ def test_mirrored_and_replicated_validation_tell_the_same(world, ranks, pipeline
 
 
 def test_mirrored_validation_holds_its_own_weights_only(world):
-    for rank in world(4).run(validated, OneForward, {"size": 4, "microbatches": 2, "evaluation": "mirror"}):
+    for rank in world(4).run(validated, OneForward, {"size": 4, "microbatches": 2, "evaluation": "last_stage"}):
         assert rank["held"] < 1 / 4 * 1.2
 
 
 @pytest.mark.parametrize("size", [2, 4])
 @pytest.mark.parametrize("kind", [Collects, TwiceInValidation])
 def test_what_mirrored_validation_cannot_do_names_the_other_way(world, kind, size):
-    said = [rank["said"] for rank in world(size).run(validated, kind, {"size": size, "microbatches": 2, "evaluation": "mirror"})]
+    said = [rank["said"] for rank in world(size).run(validated, kind, {"size": size, "microbatches": 2, "evaluation": "last_stage"})]
     assert said == [said[0]] * size
     assert said[0].startswith("ConfigError")
     assert "evaluation='replicate'" in said[0]

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from tests.helpers.pairwise import pairwise
 from tests.helpers.pipelined import by_hand, close, pipelined, single, with_trainer
 
 SCHEDULES = [
@@ -19,10 +20,13 @@ SCHEDULES = [
 ]
 
 
-@pytest.mark.parametrize("microbatches", [1, 3, 8])
-@pytest.mark.parametrize(("schedule", "virtual"), SCHEDULES)
-@pytest.mark.parametrize("size", [2, 4])
-def test_equal_bits_to_one_process(world, size, schedule, virtual, microbatches):
+COUNTS = [*pairwise(SCHEDULES, (1, 3), (2, 4)), *((schedule, 8, size) for schedule in SCHEDULES for size in (2, 4))]
+"""Every schedule on two and on four ranks; with fewer microbatches than it needs to fill the ranks, each count on one of them."""
+
+
+@pytest.mark.parametrize(("named", "microbatches", "size"), COUNTS, ids=str)
+def test_equal_bits_to_one_process(world, named, microbatches, size):
+    schedule, virtual = named
     pipeline = {"size": size, "virtual_stages": virtual, "schedule": schedule, "microbatches": microbatches}
     # The proof of the first step takes as long as two more steps: with one of the three.
     expected = by_hand(microbatches, {})

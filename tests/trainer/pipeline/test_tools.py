@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader
 from lightning_overlap import DataParallel, OverlapProfiler, OverlapStrategy, PipelineParallel, verify
 from lightning_overlap.bench.measure import measure
 from lightning_overlap.ranks.group import Group
-from lightning_overlap.steps.schedule import build
+from lightning_overlap.steps.named_schedules import build
 from tests.helpers.pipelined import Net, loader, pipelined
 
 
