@@ -51,8 +51,8 @@ class Setup:
         roles: by name of a part of the model, its role, from the user's ``parallel_plan``.
         first_step_is_verified: the whole first step is compared with that of the unsharded model, so a mode need not check its part.
         boundary: of the model's block stack, where modes register their :class:`~lightning_overlap.model.boundary.TokenCut`.
-        lanes: where the forward of one microbatch and the backward of another run beside each other. A mode whose ranks all post and
-            wait at the same points hands over at its waits: it sets :attr:`~lightning_overlap.ranks.group.Group.on_post`.
+        lanes: where the forward of one microbatch and the backward of another run beside each other. A mode whose ranks all wait at
+            the same points hands over at each wait: it sets :attr:`~lightning_overlap.ranks.group.Group.before_wait`.
         first_blocks: compares blocks that modes shard with unsharded copies, unless the whole first step is compared.
     """
 

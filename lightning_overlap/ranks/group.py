@@ -40,8 +40,8 @@ class Group(BlockingVerbs):
         sums_sparse: as in :class:`Engine`.
         log: gets every transfer when it is posted; None: no log.
         clock: on CUDA, gives time stamps to logged transfers.
-        on_post: called when a transfer is posted; what it returns is called before the wait for it. None: nothing is. A mode sets it
-            if all ranks post and wait at the same points, whatever has arrived.
+        before_wait: called before each wait for a transfer; None: nothing is. A mode sets it if all ranks wait at the same points,
+            whatever has arrived.
         users: number of users, each of which closes the group once; 0: it has ended.
     """
 
@@ -52,7 +52,7 @@ class Group(BlockingVerbs):
         self.sums_sparse = engine.sums_sparse
         self.log: list[Transfer] | None = None
         self.clock: Clock | None = None
-        self.on_post: Callable[[], Callable[[], None]] | None = None
+        self.before_wait: Callable[[], None] | None = None
         self.users = 1
         self._numbers: dict[tuple[str, tuple[int, ...]], int] = defaultdict(int)
         self._pool = BufferPool()
@@ -266,7 +266,7 @@ class Group(BlockingVerbs):
             waiter = post(transfer)
         if self.log is not None and self.clock is not None:
             transfer.marks = self._engine.mark(waiter, self.clock)
-        return Pending(transfer, waiter, finish, None if self.on_post is None else self.on_post())
+        return Pending(transfer, waiter, finish, self.before_wait)
 
     def _operation(self, divisor: float | None) -> tuple[Any, float | None]:
         """Returns torch's reduction, and the divisor to apply afterwards."""

@@ -107,17 +107,14 @@ class Pending:
         """Whether :meth:`wait` would return at once. On gloo known only for reductions and sends; False otherwise."""
         return self._waiter.arrived()
 
-    def wait(self, *, brief: bool = False) -> Tensor:
+    def wait(self) -> Tensor:
         """Blocks until the result is complete (on CUDA: makes the current stream wait) and returns it. Idempotent.
-
-        Args:
-            brief: the transfer is so short that nothing should run meanwhile: ``before_wait`` is not called.
 
         Raises:
             TransferError: naming the transfer and the peers.
         """
         if self._finish is not None:
-            if self._before_wait is not None and not brief:
+            if self._before_wait is not None:
                 self._before_wait()
             with span(f"wait for {self.transfer.label}"):
                 self._wait()

@@ -3,10 +3,9 @@
     forward     compute, post | wait ...... compute, post | wait ......
     backward                  | compute, post ...........| compute ...
 
-A transfer of one lane travels while the other lane computes, whatever mode has posted it. One lane runs at a time. It hands over where
-it waits for a transfer that it has posted in this turn, also if that has arrived; what it has posted in an earlier turn had the other
-lane's turn to travel, so what is posted together costs one turn. This depends on no time: the order of all posts and waits is the same
-on all ranks, which transfers that are matched by their order need; and every sum is the one that is computed without lanes.
+A transfer of one lane travels while the other lane computes, whatever mode has posted it. One lane runs at a time, and hands over at
+every wait, also where the transfer has arrived. So the order of all posts and waits is the same on all ranks, which transfers that are
+matched by their order need; and every sum is the one that is computed without lanes.
 
 The forward stays in the caller's thread, since it runs the user's code. Two forwards are no pair: a module may keep a tensor on itself
 until the loss is computed, and the other forward would replace it. In one process they would gain nothing either: a forward hides more
@@ -16,7 +15,6 @@ beside a backward. Two backwards are no pair, because on CUDA a device has one t
 from __future__ import annotations
 
 import contextvars
-import itertools
 import queue
 import threading
 import time
@@ -137,7 +135,6 @@ class Lanes:
         self._local = threading.local()
         self._work: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
-        self._turns = itertools.count()
 
     def run(self, forward: Lane, backward: Lane, timeline: Timeline | None = None) -> None:
         """Runs two lanes to their ends; the forward begins, in the caller's thread.
@@ -168,18 +165,8 @@ class Lanes:
             finally:
                 del pair  # which the error's traceback would keep, and the pair the error
 
-    def on_post(self) -> Callable[[], None]:
-        """Called when a transfer is posted. Returns what is to be called before the wait for it, see the module's docstring."""
-        turn = getattr(self._local, "turn", None)
-
-        def hand_over_once() -> None:
-            if turn is not None and turn == getattr(self._local, "turn", None):
-                self.hand_over()
-
-        return hand_over_once
-
     def hand_over(self) -> None:
-        """Lets the other lane run until it hands over or ends. Outside of a pair it does nothing.
+        """Lets the other lane run until it hands over or ends. Outside of a pair it does nothing. Called before each wait.
 
         Raises:
             LaneCancelled: the other lane has failed.
@@ -195,13 +182,12 @@ class Lanes:
         self._local.spans.close()
         pair.give_turn(lane)
         pair.take_turn(lane)
-        self._local.turn = next(self._turns)
         self._local.spans.enter_context(pair.computing(lane))
         state.restore()
 
     def _run_lane(self, pair: _Pair, lane: int) -> None:
         """Runs a lane of a pair. Its error is kept in the pair."""
-        self._local.place, self._local.turn, self._local.spans = (pair, lane), next(self._turns), ExitStack()
+        self._local.place, self._local.spans = (pair, lane), ExitStack()
         cpu_start = time.thread_time()
         try:
             if lane == BACKWARD:
@@ -213,7 +199,7 @@ class Lanes:
         except BaseException as error:
             pair.fail(error)
         finally:
-            del self._local.place, self._local.turn, self._local.spans
+            del self._local.place, self._local.spans
             if lane == BACKWARD:
                 pair.add_cpu_time(time.thread_time() - cpu_start)
             pair.ended[lane] = True

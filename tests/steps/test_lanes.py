@@ -215,7 +215,7 @@ class Recorder:
     def exchange(self, x, name):
         self.events.append(f"post {name}")
         transfer = Transfer(name, 0, 0, (0,), 0.0)
-        pending = Pending(transfer, Arrived(), x.clone, self.lanes.on_post())
+        pending = Pending(transfer, Arrived(), x.clone, self.lanes.hand_over)
         result = pending.wait()
         self.events.append(f"waited {name}")
         assert pending.wait() is result  # a second wait hands over no more
@@ -268,41 +268,4 @@ def test_what_the_forward_posts_travels_while_the_backward_computes(lanes):
     assert events[4:] == [
         *("post 1.0", "post 0.1'", "waited 1.0", "post 1.1", "waited 0.1'", "post 0.0'", "waited 1.1", "waited 0.0'"),
         *("post 1.1'", "waited 1.1'", "post 1.0'", "waited 1.0'"),
-    ]
-
-
-def test_what_is_posted_in_one_turn_costs_one_turn_of_the_other_lane(lanes):
-    events = []
-
-    def post(name):
-        events.append(f"post {name}")
-        return Pending(Transfer(name, 0, 0, (0,), 0.0), Arrived(), lambda: torch.empty(0), lanes.on_post())
-
-    def wait(pending, **options):
-        pending.wait(**options)
-        events.append(f"waited {pending.transfer.label}")
-
-    outside = post("outside")
-
-    def forward():
-        first, second = post("first"), post("second")
-        wait(first)
-        third = post("third")
-        wait(second)  # posted before the backward's turn
-        wait(outside)
-        wait(post("brief"), brief=True)
-        wait(third)
-
-    def backward():
-        for name in ("a", "b"):
-            wait(post(name))
-
-    run(lanes, forward, backward)
-    assert events == [
-        *("post outside", "post first", "post second"),
-        "post a",
-        *("waited first", "post third", "waited second", "waited outside", "post brief", "waited brief"),
-        *("waited a", "post b"),
-        "waited third",
-        "waited b",
     ]

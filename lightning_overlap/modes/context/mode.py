@@ -51,7 +51,7 @@ class ContextMode(Sharder):
     def __init__(self, config: ContextParallel, choices: ContextChoices, setup: Setup) -> None:
         super().__init__(config, choices, setup)
         self.group: Group = self.mesh.group("context", self.timeout, "context")
-        self.group.on_post = setup.lanes.on_post
+        self.group.before_wait = setup.lanes.hand_over
         sizes = config.hierarchical_sizes
         self._attention = AttentionByMask(
             self.group,

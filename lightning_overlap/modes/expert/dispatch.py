@@ -93,8 +93,7 @@ class ExpertDispatch(Dispatch):
         counts = count_rows(indices, layout.experts)
         sizes = [len(layout.experts_of(rank)) for rank in range(group.size)]
         pending = group.all_to_all(counts, sizes, [mine] * group.size, key=COUNTS_KEY, label="expert.counts")
-        # Brief: in a lane, what follows is short until the dispatch is posted, and would hide nothing that the other lane has posted.
-        received = pending.wait(brief=True).view(group.size, mine).tolist()
+        received = pending.wait().view(group.size, mine).tolist()
         return Routing.of(indices, counts.tolist(), received, layout, group.rank)
 
     def _transfer(self, name: str, number: int, part: PartRouting) -> AllToAll:

@@ -39,8 +39,7 @@ class GatherDispatch(Dispatch):
 
     def _to_all(self, x: Tensor, key: int, label: str, sizes: list[int] | None = None) -> Tensor:
         size = self.group.size
-        pending = self.group.all_to_all(x.repeat(size, 1), [len(x)] * size, sizes or [len(x)] * size, key=key, label=label)
-        return pending.wait(brief=True)  # for the reason in ExpertDispatch
+        return self.group.all_to_all(x.repeat(size, 1), [len(x)] * size, sizes or [len(x)] * size, key=key, label=label).wait()
 
 
 class _Part:

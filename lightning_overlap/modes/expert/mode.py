@@ -56,7 +56,7 @@ class ExpertMode(PieceHolder):
         self.group: Group = self.mesh.group("experts", self.timeout, "expert")
         self._tensor = self.mesh.group("tensor", self.timeout, "expert") if self.mesh.size("tensor") > 1 else None
         for group in filter(None, (self.group, self._tensor)):
-            group.on_post = setup.lanes.on_post
+            group.before_wait = setup.lanes.hand_over
         self._same = self.mesh.group("expert_gradients", self.timeout)
         self._samples = self.mesh.group("samples", self.timeout)
         self._buffers = Buffers(deep_ep.library(), self.group) if choices.dispatcher.value == "flex" else None

@@ -51,7 +51,7 @@ class TensorMode(PieceHolder):
     def __init__(self, config: TensorParallel, choices: TensorChoices, setup: Setup) -> None:
         super().__init__(config, choices, setup)
         self.group: Group = self.mesh.group("tensor", self.timeout, "tensor")
-        self.group.on_post = setup.lanes.on_post
+        self.group.before_wait = setup.lanes.hand_over
         self._sharded = choices.sequence_parallel.value
         self._exchange = Exchange(
             self.group,
