@@ -8,6 +8,7 @@ from __future__ import annotations
 import platform
 from dataclasses import dataclass, field
 from importlib import metadata
+from importlib.util import find_spec
 from typing import NamedTuple, TypeVar
 
 T = TypeVar("T")
@@ -88,6 +89,7 @@ class Facts:
         optimizers: None until the model is known.
         parameters: trainable elements of the unsharded model; None until it is known.
         transformer_engine: its version; None if it is not installed.
+        deep_ep: whether the package of that name is installed.
         of_modes: for each mode, an object of its class with its facts about the model; empty until the model is known.
     """
 
@@ -107,6 +109,7 @@ class Facts:
     optimizers: tuple[OptimizerFacts, ...] | None = None
     parameters: int | None = None
     transformer_engine: str | None = field(default_factory=lambda: installed("transformer-engine"))
+    deep_ep: bool = field(default_factory=lambda: find_spec("deep_ep") is not None)
     of_modes: tuple[object, ...] = ()
 
     def of(self, kind: type[T]) -> T | None:

@@ -70,7 +70,16 @@ def blocks_by_role(model: nn.Module, given: Mapping[str, str], stages: int) -> t
 def names_matching(model: nn.Module, pattern: str) -> list[str]:
     """Names of modules that end in a pattern of a ``parallel_plan``, in which ``*`` stands for one part of a name. A name that is the
     pattern itself is the only one."""
-    names = [name for name, _ in model.named_modules()]
+    return _matching([name for name, _ in model.named_modules()], pattern)
+
+
+def parameters_matching(model: nn.Module, pattern: str) -> dict[str, nn.Parameter]:
+    """Parameters by name, of those whose names end in a pattern of a ``parallel_plan``, as in :func:`names_matching`."""
+    parameters = dict(model.named_parameters())
+    return {name: parameters[name] for name in _matching(list(parameters), pattern)}
+
+
+def _matching(names: list[str], pattern: str) -> list[str]:
     if pattern in names:
         return [pattern]
     expression = re.compile(r"(?:.*\.)?" + re.escape(pattern).replace(r"\*", "[^.]+"))

@@ -10,13 +10,14 @@ EXPERT_ROLES = ("experts", "router", "shared_experts")
 """Roles in a layer of experts: the module of all experts, the one that chooses experts for each token, and the one of the experts that
 every token takes."""
 ROLES = (
-    *("blocks", "column", "row", "column_gathered", "row_split", "vocab_embedding", "vocab_head", "token_wise", "token_table"),
-    *EXPERT_ROLES,
+    *("blocks", "column", "row", "column_gathered", "row_split", "per_head", "vocab_embedding", "vocab_head", "token_wise"),
+    *("token_table", *EXPERT_ROLES),
 )
 """``blocks`` is the list of alike layers. ``token_wise`` is a module that works on each token by itself, in the blocks or (for
 ``context_parallel.boundary: batch``) before them. ``token_table`` is a module that makes a table with an entry a token, from the
 number of tokens that it gets. The other roles say how a layer is sharded over the tensor axis. Modules between a ``column_gathered``
-and a ``row_split`` layer get all features (for a norm over all heads, a split at fixed indices), and each rank computes them."""
+and a ``row_split`` layer get all features (for a norm over all heads, a split at fixed indices), and each rank computes them.
+``per_head`` is a parameter with an entry a head along its first dim (attention sinks), of which a rank has those of its heads."""
 
 
 def parse_role(role: str) -> tuple[str, tuple[int, ...] | None]:

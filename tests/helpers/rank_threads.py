@@ -29,12 +29,32 @@ class Mail:
     """What ranks send each other. Two threads that ask for a box first get the same one, which a defaultdict does not promise."""
 
     def __init__(self) -> None:
-        self.boxes: dict[Any, queue.SimpleQueue[Tensor]] = {}
+        self.boxes: dict[Any, queue.SimpleQueue[Any]] = {}
         self._lock = threading.Lock()
 
-    def __getitem__(self, key: Any) -> queue.SimpleQueue[Tensor]:
+    def __getitem__(self, key: Any) -> queue.SimpleQueue[Any]:
         with self._lock:
             return self.boxes.setdefault(key, queue.SimpleQueue())
+
+
+class ThreadProcessGroup:
+    """What a library that communicates itself gets in place of torch's process group."""
+
+    def __init__(self, group: "ThreadGroup") -> None:
+        self._group = group
+
+    def rank(self) -> int:
+        return self._group.rank
+
+    def size(self) -> int:
+        return self._group.size
+
+    def gather_values(self, value: Any) -> list[Any]:
+        """The values of all ranks."""
+        rank, mail = self._group.rank, self._group.mail
+        for peer in range(self.size()):
+            mail[rank, peer, "gather"].put(value)
+        return [mail[peer, rank, "gather"].get(timeout=30) for peer in range(self.size())]
 
 
 class ThreadGroup:
@@ -49,6 +69,8 @@ class ThreadGroup:
         self.rank, self.size, self.mail = rank, size, mail
         self.events: list[tuple[str, str]] = []
         self.nbytes = 0
+        self.process_group = ThreadProcessGroup(self)
+        self.before_wait: Callable[[], None] | None = None
 
     def all_to_all(self, x: Tensor, send_sizes: Sequence[int], receive_sizes: Sequence[int], *, key: int, label: str) -> Pending:
         return self._exchange(x.split(list(send_sizes)), receive_sizes, key, label, torch.cat)
@@ -67,12 +89,16 @@ class ThreadGroup:
 
         return self._exchange(sent, [len(pieces[self.rank])] * self.size, key, label, total)
 
+    def note(self, label: str, nbytes: int) -> Transfer:
+        self.events.append(("post", label))
+        return Transfer(label, 0, nbytes, tuple(range(self.size)), 0.0)
+
     def _exchange(
         self, sent: Sequence[Tensor], sizes: Sequence[int], key: int, label: str, finish: Callable[[list[Tensor]], Tensor]
     ) -> Pending:
-        self.events.append(("post", label))
         nbytes = sum(part.nbytes for rank, part in enumerate(sent) if rank != self.rank)
         self.nbytes += nbytes
+        transfer = self.note(label, nbytes)
         for rank, part in enumerate(sent):
             self.mail[self.rank, rank, key].put(part.clone())
 
@@ -81,7 +107,7 @@ class ThreadGroup:
             assert [len(part) for part in parts] == list(sizes)
             return finish(parts)
 
-        return Pending(Transfer(label, 0, nbytes, tuple(range(self.size)), 0.0), Wait(self, label), receive)
+        return Pending(transfer, Wait(self, label), receive)
 
 
 def on_ranks(size: int, function: Callable[..., Any], *arguments: Any) -> list[Any]:

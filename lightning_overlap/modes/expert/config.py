@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from lightning_overlap.decision import Choice, Choices, ConfigError, check_count, check_switch, check_word, settle
+from lightning_overlap.decision import Choice, Choices, ConfigError, check_count, check_switch, check_word, refuse, settle
 from lightning_overlap.facts import Facts, Room
 from lightning_overlap.modes.expert.layout import SPLITS, Split, choose
 from lightning_overlap.ranks.degrees import Degrees, larger_sizes
@@ -16,8 +16,8 @@ ADVICE = {
     "": "more parts, or overlap_shared_experts",
 }
 """By kind of transfer, what may help where it is exposed."""
-Dispatcher = Literal["alltoall", "allgather"]
-DISPATCHERS: tuple[Dispatcher, ...] = ("alltoall", "allgather")
+Dispatcher = Literal["alltoall", "allgather", "flex"]
+DISPATCHERS: tuple[Dispatcher, ...] = ("alltoall", "allgather", "flex")
 Auto = Literal["auto"]
 OVERLAPS = ("overlap_dispatch", "overlap_shared_experts", "delay_wgrad")
 
@@ -30,7 +30,8 @@ class ExpertParallel:
     """Ranks over which the experts of a layer are sharded. They are ranks of the other axes: it takes none of its own."""
     dispatcher: Dispatcher = "alltoall"
     """How tokens reach their experts. ``alltoall``: once for each of their experts. ``allgather``: once to each rank, which is less
-    where tokens have more experts than there are ranks; parts are then some of the tokens."""
+    where tokens have more experts than there are ranks; parts are then some of the tokens. ``flex``: once to each rank that has an
+    expert of them, by the kernels of DeepEP (CUDA, bf16; parts are some of the tokens), never run by the authors of this package."""
     overlap_dispatch: bool | Literal["auto"] = "auto"
     """Tokens travel in parts: the next part is sent to its experts, and the last one back, while the experts compute this one."""
     split: Split | Literal["auto"] = "auto"
@@ -62,10 +63,10 @@ class ExpertParallel:
             raise ConfigError(f"expert_parallel.update_bias_rate={self.update_bias_rate!r} must be a number, at least 0")
         if not isinstance(self.log_expert_load, bool):
             raise ConfigError(f"expert_parallel.log_expert_load={self.log_expert_load!r} must be true or false")
-        if self.dispatcher == "allgather" and self.split not in ("auto", "tokens"):
+        if self.dispatcher != "alltoall" and self.split not in ("auto", "tokens"):
             raise ConfigError(
-                f"expert_parallel.split: {self.split} cannot be used with dispatcher: allgather, which sends each token once for "
-                "all of its experts; set split: tokens or auto"
+                f"expert_parallel.split: {self.split} cannot be used with dispatcher: {self.dispatcher}, which sends a token once for "
+                "several of its experts; set split: tokens or auto"
             )
 
 
@@ -79,6 +80,7 @@ class ExpertFacts:
         unshared: why shared experts cannot compute while tokens travel; empty if they can.
         has_biases: whether routers have biases that move.
         has_losses: whether layers return a balancing loss, which is of the tokens of all ranks that share a batch.
+        counts: the numbers of experts that layers have.
     """
 
     summary: str
@@ -86,6 +88,7 @@ class ExpertFacts:
     unshared: str
     has_biases: bool = False
     has_losses: bool = False
+    counts: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,6 +122,8 @@ def decide(config: ExpertParallel, degrees: Degrees, facts: Facts, *, overlap: b
         _refuse_settings_of_one_rank(config)
         sums_losses = model is not None and model.has_losses and degrees.stage > 1
         return _unspread(config, balance) if balance.value or sums_losses else None
+    if config.dispatcher == "flex":
+        refuse("expert_parallel.dispatcher: flex", _against_flex(config, model, facts), advice=". Or use dispatcher: alltoall")
     dispatch = settle(
         "expert_parallel.overlap_dispatch",
         config.overlap_dispatch,
@@ -149,6 +154,23 @@ def decide(config: ExpertParallel, degrees: Degrees, facts: Facts, *, overlap: b
         delay_wgrad=_delay_wgrad(config, split.value, overlap=overlap),
         balance=balance,
     )
+
+
+def _against_flex(config: ExpertParallel, model: ExpertFacts | None, facts: Facts) -> list[tuple[bool, str]]:
+    uneven = next((count for count in model.counts if count % config.size), 0) if model is not None else 0
+    return [
+        (facts.device != "cuda", f"it needs CUDA, and the device is {facts.device}"),
+        (
+            not facts.deep_ep,
+            "DeepEP is not installed (deep_ep 2.1 or newer, from github.com/deepseek-ai/DeepEP); HybridEP and NCCL-EP, which "
+            "Megatron-Core's flex takes as well, are not supported",
+        ),
+        (
+            facts.precision not in ("bf16-mixed", "bf16-true"),
+            f"DeepEP sums in bf16, and precision is {facts.precision}: set precision: bf16-mixed or bf16-true",
+        ),
+        (uneven > 0, f"DeepEP needs the same number of experts on each rank, and {uneven} are not divisible by {config.size}"),
+    ]
 
 
 def _delay_wgrad(config: ExpertParallel, split: Split | Auto, *, overlap: bool) -> Choice[bool]:
@@ -195,6 +217,7 @@ def _unspread(config: ExpertParallel, balance: Choice[bool]) -> ExpertChoices:
 _DISPATCHERS: dict[Dispatcher, str] = {
     "alltoall": "a token travels once for each of its experts",
     "allgather": "a token travels once to each rank",
+    "flex": "a token travels once to each rank that has an expert of it, by DeepEP's kernels (never run by the authors)",
 }
 
 
@@ -210,7 +233,7 @@ def _refuse_settings_of_one_rank(config: ExpertParallel) -> None:
 def _layout(config: ExpertParallel, model: ExpertFacts | None, *, in_parts: bool) -> tuple[Choice[Split | Auto], Choice[int | Auto]]:
     """Decides what a part is, and how many there are."""
     split: Split | None = None if config.split == "auto" else config.split
-    split = "tokens" if config.dispatcher == "allgather" else split
+    split = "tokens" if config.dispatcher != "alltoall" else split
     if config.parts == "auto" and not in_parts:
         return Choice(split or "experts", config.split, "there is one part"), Choice(1, "auto", "without overlap_dispatch")
     if model is None:

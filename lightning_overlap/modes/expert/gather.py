@@ -35,7 +35,7 @@ class GatherDispatch(Dispatch):
             shared()
         forward = experts.start(delay_wgrad=self.delay_wgrad)
         leaving = [part.compute(forward, *arrival) for part, arrival in zip(parts, arrivals, strict=True)]
-        return torch.cat([part.sum(token) for part, token in zip(parts, leaving, strict=True)]).to(hidden.dtype)
+        return torch.cat([part.sum(token, hidden.dtype) for part, token in zip(parts, leaving, strict=True)])
 
     def _to_all(self, x: Tensor, key: int, label: str, sizes: list[int] | None = None) -> Tensor:
         size = self.group.size
@@ -80,7 +80,10 @@ class _Part:
         return Post.apply(copies[0], self.hidden), Post.apply(copies[1], self.weights)
 
     def compute(self, forward: ExpertsForward, hidden: Tensor, weights: Tensor) -> Tensor:
-        """Computes this rank's experts of all ranks' tokens, and posts the sums of their outputs."""
+        """Computes this rank's experts of all ranks' tokens, and posts the sums of their outputs, in the dtype of the products.
+
+        Sums are in the common dtype of outputs and weights, which under autocast is fp32, and are rounded once.
+        """
         arrived: Tensor = Wait.apply(hidden, self.hidden)
         factors = Wait.apply(weights, self.weights).flatten()[self.pairs].unsqueeze(1)
         tokens = self.pairs // self.choices
@@ -89,10 +92,10 @@ class _Part:
         for choice in range(self.choices):  # a token is there once for each, so the order of a sum is fixed on CUDA, too
             rows = (self.pairs % self.choices == choice).nonzero().squeeze(1)
             sums = sums.index_add(0, tokens[rows], outputs.index_select(0, rows))
-        token: Tensor = Post.apply(sums, self.outputs)
+        token: Tensor = Post.apply(sums.to(arrived.dtype), self.outputs)
         return token
 
-    def sum(self, token: Tensor) -> Tensor:
-        """Sums what has come back for this rank's tokens, by rank."""
+    def sum(self, token: Tensor, dtype: torch.dtype) -> Tensor:
+        """Sums in ``dtype`` what has come back for this rank's tokens, by rank."""
         returned: Tensor = Wait.apply(token, self.outputs)
-        return returned.view(self.ranks, -1, returned.shape[1]).sum(0)
+        return returned.view(self.ranks, -1, returned.shape[1]).sum(0, dtype=dtype)

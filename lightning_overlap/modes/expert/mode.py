@@ -14,10 +14,13 @@ from lightning_overlap.model.expert_layers import ExpertLayer, find_experts
 from lightning_overlap.model.markers import EXPERT
 from lightning_overlap.model.patches import replace_method
 from lightning_overlap.modes.base import Setup, Squares
+from lightning_overlap.modes.expert import deep_ep
 from lightning_overlap.modes.expert.balance import RankBalance, find_routers
 from lightning_overlap.modes.expert.common_tokens import gather_parts, take_part
 from lightning_overlap.modes.expert.config import ExpertChoices, ExpertFacts, ExpertParallel
+from lightning_overlap.modes.expert.deep_ep import Buffers
 from lightning_overlap.modes.expert.dispatch import Dispatch, ExpertDispatch
+from lightning_overlap.modes.expert.flex import FlexDispatch
 from lightning_overlap.modes.expert.gather import GatherDispatch
 from lightning_overlap.modes.expert.grouped import LocalExperts
 from lightning_overlap.modes.expert.layout import Layout
@@ -56,6 +59,7 @@ class ExpertMode(PieceHolder):
             group.before_wait = setup.lanes.hand_over
         self._same = self.mesh.group("expert_gradients", self.timeout)
         self._samples = self.mesh.group("samples", self.timeout)
+        self._buffers = Buffers(deep_ep.library(), self.group) if choices.dispatcher.value == "flex" else None
         self._undo: list[Callable[[], object]] = []
         self._in_trial = False
         self._balance: RankBalance | None = None
@@ -120,8 +124,10 @@ class ExpertMode(PieceHolder):
         split, parts = self.choices.split.value, self.choices.parts.value
         assert split != "auto", "the model is known"
         assert parts != "auto", "the model is known"
-        kind = ExpertDispatch if self.choices.dispatcher.value == "alltoall" else GatherDispatch
-        return kind(
+        make: Callable[..., Dispatch] = ExpertDispatch if self.choices.dispatcher.value == "alltoall" else GatherDispatch
+        if self._buffers is not None:
+            make = partial(FlexDispatch, buffers=self._buffers)
+        return make(
             self.group,
             Layout(layer.count, self.group.size, split, parts),
             overlap=self.choices.overlap_dispatch.value,
@@ -220,6 +226,8 @@ class ExpertMode(PieceHolder):
         if self._balance is not None:
             self._balance.release(complete=complete)
         self.partition.restore(complete=complete)
+        if complete and self._buffers is not None:
+            self._buffers.close()
         if complete:
             for group in self.groups:
                 group.stop()
@@ -253,4 +261,5 @@ def look(model: nn.Module, config: ExpertParallel, roles: Mapping[str, str]) -> 
         obstacle,
         has_biases=any(layer.router.update_bias_rate for layer in own),
         has_losses=any(layer.has_loss for layer in own),
+        counts=tuple(counts),
     )

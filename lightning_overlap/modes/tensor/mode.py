@@ -92,7 +92,7 @@ class TensorMode(PieceHolder):
         self._numbers = CommonNumbers(self.group.rank, next(model.parameters()).device, self.setup.boundary.forwards)
         fused = symm_mem.operators(self.group) if self.choices.backend.value == "symm_mem" else None
         self._regions = Regions(self._exchange, self.setup.boundary, self._numbers, fused, self._engine)
-        self.partition = Partition(model, pieces_of(layers), self.group, "tensor.whole")
+        self.partition = Partition(model, pieces_of(layers, plan.per_head.values()), self.group, "tensor.whole")
         spread = find_experts(model, self.setup.roles, experts)[1] if (experts := self.mesh.size("experts")) > 1 else ()
         self._experts = {id(parameter) for layer in spread for parameter in layer.spread_parameters}
         self._replicated = ReplicatedGradients(

@@ -1,8 +1,8 @@
 """Finds which layers of a model are sharded over the tensor axis, and how.
 
 Roles come from the strategy's ``parallel_plan``, else from the module's attribute of that name, else from layers of
-:mod:`lightning_overlap.nn`, else from a Hugging Face model's own plan. Keys are names of modules, or ends of names; ``*``
-stands for one component: ``blocks.*.attention.qkv``.
+:mod:`lightning_overlap.nn`, else from a Hugging Face model's own plan. Keys are names of modules (for ``per_head`` of parameters), or
+ends of names; ``*`` stands for one component: ``blocks.*.attention.qkv``.
 """
 
 from __future__ import annotations
@@ -15,56 +15,20 @@ from typing import Any
 from torch import nn
 
 from lightning_overlap.decision import ConfigError
-from lightning_overlap.model.blocks import Blocks, blocks_by_role, names_matching
+from lightning_overlap.model.blocks import Blocks, blocks_by_role, names_matching, parameters_matching
 from lightning_overlap.model.expert_layers import routed_modules
 from lightning_overlap.model.roles import EXPERT_ROLES, parse_role
+from lightning_overlap.modes.tensor.huggingface import roles_of_model
 from lightning_overlap.state.pieces import Piece
 from lightning_overlap.torch_seams import parameters_of
 
-STYLES = {
-    "colwise": "column",
-    "rowwise": "row",
-    "colwise_gather_output": "column_gathered",
-    "colwise_rep": "column_gathered",
-    "rowwise_split_input": "row_split",
-    "rowwise_rep": "row_split",
-    "packed_colwise": "column[2]",
-    "embedding_rowwise": "vocab_embedding",
-    "replicated_with_grad_allreduce": "",
-    "moe_tp_experts": "",
-    "moe_identity_expert": "",
-}
-"""Hugging Face's style -> our role. Empty: the layer is not sharded. (Nor are experts, whose weights belong to no layer.)"""
-_BERT = {
-    **{f"attention.self.{name}": "column" for name in ("query", "key", "value")},
-    "attention.output.dense": "row",
-    "attention.output": "token_wise",
-    "intermediate.dense": "column",
-    "layer.*.output.dense": "row",
-    "layer.*.output": "token_wise",
-}
-_PROJECTIONS = {f"{name}_proj": "column" for name in ("q", "k", "v")}
-PLANS: dict[str, dict[str, str]] = {
-    "gpt2": {
-        "h.*.attn.c_attn": "column[3]",
-        "h.*.attn.c_proj": "row",
-        "h.*.mlp.c_fc": "column",
-        "h.*.mlp.c_proj": "row",
-    },
-    "gptj": {**_PROJECTIONS, "attn.out_proj": "row", "mlp.fc_in": "column", "mlp.fc_out": "row"},
-    "opt": {**_PROJECTIONS, "self_attn.out_proj": "row", "fc1": "column", "fc2": "row"},
-    "bert": _BERT,
-    "roberta": _BERT,
-    "vit": {**_PROJECTIONS, "attention.o_proj": "row", "mlp.fc1": "column", "mlp.fc2": "row"},
-}
-"""By ``model_type``, plans for Hugging Face models that have none of their own."""
 FUSED = ("qkv", "qkv_proj", "c_attn", "Wqkv", "in_proj")
 """Names of layers that compute q, k and v one after the other, if they have three times as many outputs as inputs."""
 QUERY_HEADS = ("num_heads", "n_head", "n_heads", "heads", "num_attention_heads")
 KEY_HEADS = ("num_key_value_heads", "n_kv_heads", "n_kv_head", "num_kv_heads")
 COUNTS = (*QUERY_HEADS, *KEY_HEADS, "split_size")
 """Attributes of an attention module that are divided by the number of ranks: numbers of heads, features of a fused part."""
-NO_LAYERS = ("blocks", "token_table", *EXPERT_ROLES)
+NO_LAYERS = ("blocks", "token_table", "per_head", *EXPERT_ROLES)
 """Roles that say nothing of layers to shard."""
 TOKEN_WISE = (nn.Linear, nn.Embedding, nn.Identity, nn.Dropout, nn.ReLU, nn.GELU, nn.SiLU, nn.Tanh, nn.Sigmoid)
 
@@ -101,9 +65,12 @@ class ShardedLayer:
         return [*after, bias] if isinstance(bias, nn.Parameter) else after
 
 
-def pieces_of(layers: Iterable[ShardedLayer]) -> dict[nn.Parameter, Piece]:
-    """How the layers' parameters are sharded. A parameter that several layers share is sharded once, as in the first of them."""
-    pieces: dict[nn.Parameter, Piece] = {}
+def pieces_of(layers: Iterable[ShardedLayer], per_head: Iterable[nn.Parameter]) -> dict[nn.Parameter, Piece]:
+    """How parameters are sharded: those of layers, and those with an entry a head.
+
+    A parameter that several layers share is sharded once, as in the first of them.
+    """
+    pieces = {parameter: Piece(parameter.shape, 0, (len(parameter),)) for parameter in per_head}
     for layer in layers:
         weight, bias = layer.module.weight, getattr(layer.module, "bias", None)
         assert isinstance(weight, nn.Parameter), "roles are given to layers with weights"
@@ -135,6 +102,7 @@ class TensorPlan:
         blocks: the name of the list of blocks.
         source: where the roles come from, for texts.
         counts: by the names of a module and its attribute, a number that is divided by the number of ranks.
+        per_head: parameters with an entry a head, by name.
         loose: names of modules that may mix tokens, so that tokens cannot be sharded.
         shared_by_blocks: names of unsharded parameters that the blocks share with other modules.
         shared_by_regions: names of unsharded parameters that the regions share with other modules.
@@ -145,6 +113,7 @@ class TensorPlan:
     blocks: str
     source: str
     counts: dict[tuple[str, str], int]
+    per_head: dict[str, nn.Parameter]
     loose: tuple[str, ...]
     shared_by_blocks: tuple[str, ...]
     shared_by_regions: tuple[str, ...]
@@ -170,6 +139,7 @@ def find_plan(model: nn.Module, parallel_plan: Mapping[str, str], size: int) -> 
     problems += _shared_columns(regions)
     counts = _counts(model, regions, layers, size, problems)
     problems += _indivisible(layers.values(), size)
+    per_head = _per_head(model, roles, size, problems)
     if problems:
         reasons = "; ".join(dict.fromkeys(problems))
         raise ConfigError(f"tensor_parallel.size={size} with the {source} cannot shard the model: {reasons}")
@@ -185,6 +155,7 @@ def find_plan(model: nn.Module, parallel_plan: Mapping[str, str], size: int) -> 
         blocks,
         source,
         counts,
+        per_head,
         tuple(loose),
         _shared(model, {blocks: model.get_submodule(blocks)}, sharded),
         _shared(model, {region.name: region.module for region in regions}, sharded | unsummed),
@@ -200,8 +171,7 @@ def _layers(model: nn.Module, roles: Mapping[str, str], problems: list[str]) -> 
             continue
         names = names_matching(model, pattern)
         if not names:
-            near = difflib.get_close_matches(pattern, [name for name, _ in model.named_modules()], 3, 0.4)
-            problems.append(f"{pattern!r} matches no module; near names are: {', '.join(near) or 'none'}")
+            problems.append(_matches_nothing(pattern, "module", [name for name, _ in model.named_modules()]))
         if role == "token_wise":
             token_wise.update(names)
             continue
@@ -211,6 +181,23 @@ def _layers(model: nn.Module, roles: Mapping[str, str], problems: list[str]) -> 
             except ConfigError as error:
                 problems.append(str(error))
     return layers, token_wise
+
+
+def _per_head(model: nn.Module, roles: Mapping[str, str], size: int, problems: list[str]) -> dict[str, nn.Parameter]:
+    """The parameters with an entry a head, by name."""
+    per_head: dict[str, nn.Parameter] = {}
+    for pattern in (pattern for pattern, role in roles.items() if role == "per_head"):
+        matching = parameters_matching(model, pattern)
+        if not matching:
+            problems.append(_matches_nothing(pattern, "parameter", [name for name, _ in model.named_parameters()]))
+        per_head |= matching
+    problems += [f"{name} has {len(p)} heads, which are not divisible by {size}" for name, p in per_head.items() if len(p) % size]
+    return per_head
+
+
+def _matches_nothing(pattern: str, what: str, names: Iterable[str]) -> str:
+    near = difflib.get_close_matches(pattern, list(names), 3, 0.4)
+    return f"{pattern!r} matches no {what}; near names are: {', '.join(near) or 'none'}"
 
 
 def _shared_columns(regions: Iterable[Region]) -> Iterator[str]:
@@ -242,39 +229,12 @@ def _roles(model: nn.Module, parallel_plan: Mapping[str, str]) -> tuple[str, dic
         return "layers of lightning_overlap.nn", roles
     for name, module in model.named_modules():
         if hasattr(module, "tp_plan") and hasattr(module, "get_input_embeddings"):
-            return f"plan of {type(module).__name__}", dict(_of_hugging_face(name, module))
+            return f"plan of {type(module).__name__}", dict(roles_of_model(name, module))
     raise ConfigError(
         "tensor_parallel needs roles for the layers to shard, and the model has no plan. Give the strategy a parallel_plan such as "
         "{'attention.qkv': 'column[3]', 'attention.proj': 'row', 'mlp.up': 'column', 'mlp.down': 'row'}, give the module an "
         "attribute of that name, or use layers of lightning_overlap.nn"
     )
-
-
-def _of_hugging_face(prefix: str, model: Any) -> Iterator[tuple[str, str]]:
-    styles: dict[str, str] = {name: style for name, style in (model.tp_plan or {}).items() if "*" in name}
-    kind = model.config.model_type
-    if not styles and kind not in PLANS:
-        raise ConfigError(
-            f"{type(model).__name__} ({kind}) has no plan for tensor_parallel: give OverlapStrategy(parallel_plan=...) the roles of "
-            "its layers: 'column' for the first layers of attention (q, k, v) and mlp, 'row' for their last ones"
-        )
-    for name, style in styles.items():
-        if style not in STYLES:
-            raise ConfigError(
-                f"{type(model).__name__}'s plan has the style {style!r} for {name}, which this version does not support. It supports "
-                f"{', '.join(STYLES)}. Give OverlapStrategy(parallel_plan=...) roles for all layers"
-            )
-        pattern = f"{prefix}.{name}".lstrip(".")
-        if STYLES[style] and names_matching(model, name):  # a model with experts only may have no dense layers
-            yield pattern, STYLES[style]
-    if not styles:
-        yield from PLANS[kind].items()
-    for role, kinds, module in (
-        ("vocab_embedding", nn.Embedding, model.get_input_embeddings()),
-        ("vocab_head", nn.Linear, model.get_output_embeddings()),
-    ):
-        if isinstance(module, kinds):
-            yield from ((f"{prefix}.{name}".lstrip("."), role) for name, other in model.named_modules() if other is module)
 
 
 def _is_linear(module: nn.Module) -> bool:

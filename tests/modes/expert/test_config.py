@@ -67,8 +67,9 @@ def test_shared_experts_tell_why_they_wait() -> None:
     [
         ({"size": 0}, "expert_parallel.size must be an integer of at least 1"),
         ({"size": True}, "expert_parallel.size must be an integer"),
-        ({"dispatcher": "ring"}, "expert_parallel.dispatcher must be alltoall or allgather, got 'ring'"),
+        ({"dispatcher": "ring"}, "expert_parallel.dispatcher must be alltoall, allgather or flex, got 'ring'"),
         ({"dispatcher": "allgather", "split": "experts"}, "split: experts cannot be used with dispatcher: allgather"),
+        ({"dispatcher": "flex", "split": "experts+local"}, r"split: experts\+local cannot be used with dispatcher: flex"),
         ({"split": "layers"}, "expert_parallel.split must be auto, experts, experts\\+local or tokens"),
         ({"parts": 1.5}, "expert_parallel.parts must be an integer"),
         ({"delay_wgrad": 1}, "expert_parallel.delay_wgrad must be true, false or auto"),

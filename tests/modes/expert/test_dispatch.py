@@ -121,6 +121,38 @@ def test_overlap_changes_no_bit(dtype: torch.dtype) -> None:
         torch.use_deterministic_algorithms(False)
 
 
+def autocast_pass(group: ThreadGroup, dispatcher: type[Dispatch], split: Split) -> tuple[Tensor, list[tuple[str, torch.dtype]]]:
+    """The output of fp32 tokens under autocast, and what was posted in which dtype."""
+    posted, all_to_all = [], group.all_to_all
+
+    def note(x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        posted.append((kwargs["label"], x.dtype))
+        return all_to_all(x, *args, **kwargs)
+
+    group.all_to_all = note  # type: ignore[method-assign]
+    torch.manual_seed(1)
+    hidden, indices, weights = batches_of(2, 4, 2, dtype=torch.float32)[group.rank]
+    experts = Experts(4, dtype=torch.float32).part(group.rank, 2)
+    with torch.autocast("cpu", torch.bfloat16):
+        out = dispatcher(group, Layout(4, 2, split, 2))(hidden.requires_grad_(), indices, weights, LocalExperts(experts))
+    out.sum().backward()
+    return out.detach(), posted
+
+
+@pytest.mark.parametrize(("dispatcher", "split"), [(ExpertDispatch, "experts"), (GatherDispatch, "tokens")])
+def test_rows_travel_in_the_dtype_of_the_products(dispatcher: type[Dispatch], split: Split) -> None:
+    """Under autocast in 16 bits, there and back, in backward too; outputs are fp32 sums, as without ranks."""
+    for out, posted in on_ranks(2, autocast_pass, dispatcher, split):
+        rows = {dtype for label, dtype in posted if label.partition("[")[0] in ROWS}
+        assert {label.partition("[")[0] for label, _ in posted} >= ROWS
+        assert rows == {torch.bfloat16}
+        assert out.dtype == torch.float32
+        assert not torch.equal(out, out.bfloat16().float()), "not rounded after the sum over ranks"
+
+
+ROWS = {"expert.dispatch", "expert.combine", "expert.dispatch_grads", "expert.combine_grads"}
+
+
 def test_part_of_the_layer_is_frozen() -> None:
     torch.manual_seed(0)
     batches, module, layout = batches_of(2, 4, 2), Experts(4, "normed"), Layout(4, 2, "experts+local", 2)

@@ -11,7 +11,7 @@ from torch import nn
 
 from lightning_overlap import ConfigError, OverlapConfig
 from lightning_overlap.model.roles import parse_role
-from lightning_overlap.modes.tensor.plan import find_plan
+from lightning_overlap.modes.tensor.plan import find_plan, pieces_of
 from lightning_overlap.nn import ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding, VocabParallelHead
 
 
@@ -131,6 +131,20 @@ def test_every_reason_is_told_at_once() -> None:
 )
 def test_plans_that_do_not_fit(plan: dict[str, str], words: str) -> None:
     assert words in refused(plan)
+
+
+def test_parameters_with_an_entry_a_head() -> None:
+    model = Model()
+    for block in model.blocks:
+        block.attention.sinks = nn.Parameter(torch.zeros(6))
+    plan = find_plan(model, {**PLAN, "attention.sinks": "per_head"}, 2)
+    assert list(plan.per_head) == ["blocks.0.attention.sinks", "blocks.1.attention.sinks"]
+    piece = pieces_of(plan.layers, plan.per_head.values())[model.blocks[0].attention.sinks]
+    assert piece.of(torch.arange(6), 1, 2).tolist() == [3, 4, 5]
+    assert "blocks.0.attention.sinks has 6 heads, which are not divisible by 4" in refused(
+        {**PLAN, "attention.sinks": "per_head"}, 4, model
+    )
+    assert "'attention.sink' matches no parameter; near names are: blocks" in refused({**PLAN, "attention.sink": "per_head"}, 2, model)
 
 
 def test_half_a_head_is_refused() -> None:

@@ -23,6 +23,8 @@ MIXTURES: dict[str, tuple[int, str, dict[str, Any], dict[str, Any]]] = {
     "ep 4 over tp 2 and dp 2": (4, "qwen3", {"expert_parallel": 4, "tensor_parallel": 2}, {}),
     "ep 2 over tp 2 without sp, dp 2": (4, "deepseek", {"expert_parallel": 2, "tensor_parallel": WITHOUT_SP}, {}),
     "ep 4 over tp 2 without sp and dp 2": (4, "qwen2", {"expert_parallel": 4, "tensor_parallel": WITHOUT_SP}, {}),
+    "ep 2 over tp 2": (2, "gpt_oss", {"expert_parallel": 2, "tensor_parallel": 2}, {}),
+    "ep 2 over tp 2 without sp": (2, "gpt_oss", {"expert_parallel": 2, "tensor_parallel": WITHOUT_SP}, {}),
     "ep 2 over tp 4, dp 2": (8, "mixtral", {"expert_parallel": 2, "tensor_parallel": 4}, {"num_key_value_heads": 4}),
     "ep 2 over tp 4": (4, "mixtral", {"expert_parallel": 2, "tensor_parallel": 4}, {"num_key_value_heads": 4}),
     "ep 2 over tp 4 without sp": (4, "qwen2", {"expert_parallel": 2, "tensor_parallel": WITHOUT_SP_4}, {"num_key_value_heads": 4}),

@@ -34,6 +34,7 @@ CONFIGS = {
     "olmo2": transformers.Olmo2Config(**LLAMA_LIKE),
     "phi3": transformers.Phi3Config(**LLAMA_LIKE, pad_token_id=0),
     "mixtral": transformers.MixtralConfig(**LLAMA_LIKE, num_local_experts=4, output_router_logits=True, router_aux_loss_coef=0.02),
+    "gpt_oss": transformers.GptOssConfig(**LLAMA_LIKE, num_local_experts=4, num_experts_per_tok=2, sliding_window=4),
     "gptj": transformers.GPTJConfig(**GPT2, **STILL, rotary_dim=4, n_inner=64),
     "opt": transformers.OPTConfig(**SIZES, ffn_dim=64, word_embed_proj_dim=32, dropout=0.0, pad_token_id=0),
     "bert": transformers.BertConfig(**SIZES, **STILL_BERT, intermediate_size=64, is_decoder=True),
