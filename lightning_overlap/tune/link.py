@@ -20,6 +20,9 @@ LATENCY_REPEATS = 20
 LASTING = 1.3
 """Duration of the products beside a transfer, as a multiple of that of the transfer by itself. They must end after it: where one core
 does both, the transfer is slower beside products, and what it takes from products that end before it is only a part."""
+PIECE = 1 << 21
+"""Most bytes that a rank sends in one of the gathers of a transfer: about as many as modes send at once. All gathers use one buffer:
+on a fast link the first use of memory takes about as long as its transfer."""
 FIRST_BYTES, MOST_BYTES = 1 << 18, 1 << 30
 """Bytes that a rank sends in the shortest and the longest transfer."""
 ROWS = 256
@@ -75,6 +78,7 @@ class _Probe:
     def __init__(self, group: Group, device: torch.device, seconds: float) -> None:
         self._group, self._device, self._seconds = group, device, seconds
         self._key = 0
+        self._buffer = torch.zeros(group.size * (PIECE // (4 * (group.size - 1))), device=device)
         dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
         self._factor = torch.zeros(ROWS, ROWS, dtype=dtype, device=device)
 
@@ -91,18 +95,22 @@ class _Probe:
         overhead = statistics.median(self._overhead(LATENCY_REPEATS, product) for _ in range(REPEATS))
         return Link(nbytes / max(seconds - latency, 1e-9), latency, min(1.0, work / seconds), overhead)
 
-    def _post(self, nbytes: int) -> Pending:
-        elements = max(1, nbytes // (4 * (self._group.size - 1)))
-        x = torch.zeros(self._group.size, elements, device=self._device)
-        self._key += 1
-        sizes = [1] * self._group.size
-        return self._group.all_to_all(x, sizes, sizes, key=self._key, label="link.probe")
+    def _post(self, nbytes: int) -> list[Pending]:
+        """Posts gathers in which each member sends so many bytes to the others."""
+        pending = []
+        for start in range(0, nbytes, PIECE):
+            elements = max(1, min(PIECE, nbytes - start) // (4 * (self._group.size - 1)))
+            bounds = [elements * member for member in range(self._group.size + 1)]
+            self._key += 1
+            pending.append(self._group.all_gather(self._buffer[: bounds[-1]], bounds, key=self._key, label="link.probe"))
+        return pending
 
     def _transfer(self, nbytes: int) -> float:
         """Seconds of a transfer, of the slowest member."""
         self._meet()
         start = time.perf_counter()
-        self._post(nbytes).wait()
+        for each in self._post(nbytes):
+            each.wait()
         return self._slowest(self._since(start))
 
     def _compute(self, products: int) -> float:
@@ -119,16 +127,17 @@ class _Probe:
         start = time.perf_counter()
         pending = self._post(nbytes)
         self._compute(products)
-        pending.wait()
+        for each in pending:
+            each.wait()
         return max(0.0, self._since(start) - alone)
 
     def _overhead(self, count: int, product: float) -> float:
         """Seconds of compute that one of many short transfers takes: its post, the work of threads, and a wait after its end."""
         self._meet()
         start = time.perf_counter()
-        pending = []
+        pending: list[Pending] = []
         for _ in range(count):
-            pending.append(self._post(1))
+            pending += self._post(1)
             self._multiply()
         for _ in range(count):  # meanwhile all are complete
             self._multiply()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +15,7 @@ from lightning_overlap.model.trees import bytes_by_storage, storages
 from lightning_overlap.modes.base import OptimizerHolder
 from lightning_overlap.ranks.group import Group
 from lightning_overlap.strategy.strategy import OverlapStrategy
-from lightning_overlap.torch_seams import DispatchMode, tree_leaves
+from lightning_overlap.torch_seams import DispatchMode, WithoutSubclasses, parameters_of, tree_leaves
 
 
 @dataclass(frozen=True)
@@ -98,7 +98,7 @@ class Allocations(DispatchMode):
 
 
 class StepMemory(Callback):
-    """Counts the memory of one step. A step in which it counts takes longer.
+    """Counts the memory of one step, which takes longer. It waits for no weights, so other steps are as without it.
 
     It has no hook of Lightning's between backward and the optimizer's step: a plan depends on whether somebody reads gradients.
 
@@ -127,7 +127,7 @@ class StepMemory(Callback):
 
     def _start(self, trainer: Trainer, module: LightningModule) -> None:
         self._allocations = Allocations()
-        trained = [parameter for parameter in module.parameters() if parameter.requires_grad and not parameter.is_meta]
+        trained = [parameter for parameter in _parameters(module) if parameter.requires_grad and not parameter.is_meta]
         self._hooks = [parameter.register_post_accumulate_grad_hook(self._see_gradient) for parameter in trained]
         self._pooled = sum(group.pooled_bytes for group in _groups(trainer))
         self._allocations.__enter__()
@@ -140,15 +140,18 @@ class StepMemory(Callback):
 
     def _stop(self, trainer: Trainer, module: LightningModule) -> None:
         assert self._allocations is not None, "started one step before"
-        for parameter in module.parameters():  # the gradients whose accumulation has no hook
-            self._see_gradient(parameter)
         self._allocations.__exit__(None, None, None)
         for hook in self._hooks:
             hook.remove()
-        numbers = {number for _, number in self._gradients.values() if number is not None}
-        weights = bytes_by_storage([*module.parameters(), *module.buffers()])
-        optimizer = bytes_by_storage(_optimizer_tensors(trainer))
-        transient, largest = self._allocations.peak(numbers)
+        with WithoutSubclasses():  # the values of weights are not needed
+            for parameter in _parameters(module):  # the gradients whose accumulation has no hook
+                self._see_gradient(parameter)
+            held = [*_parameters(module), *module.buffers()], list(_optimizer_tensors(trainer))
+            weights, optimizer = map(bytes_by_storage, held)
+            # Modes may make buckets anew in this step. Such weights and states are no activations.
+            numbers = {self._allocations.number_of(storage) for tensors in held for storage in storages(tensors)}
+        numbers |= {number for _, number in self._gradients.values()}
+        transient, largest = self._allocations.peak({number for number in numbers if number is not None})
         self.memory = Memory(
             weights=sum(weights.values()),
             gradients=sum(size for size, _ in self._gradients.values()),
@@ -158,6 +161,12 @@ class StepMemory(Callback):
             buffers=self._pooled,
         )
         self._allocations = None
+
+
+def _parameters(module: LightningModule) -> Collection[Tensor]:
+    """Returns the parameters of all modules. A module's own dictionary may wait for the weights that are read from it."""
+    held = [parameter for part in module.modules() for parameter in dict.values(parameters_of(part)) if parameter is not None]
+    return {id(parameter): parameter for parameter in held}.values()
 
 
 def _optimizer_tensors(trainer: Trainer) -> Iterator[Tensor]:

@@ -81,7 +81,7 @@ class Rehearser:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self.close()
 
-    def rehearse(self, config: OverlapConfig, world_size: int, ranks: Sequence[int] | None = None, steps: int = 3) -> list[Rehearsal]:
+    def rehearse(self, config: OverlapConfig, world_size: int, ranks: Sequence[int] | None = None, steps: int = 2) -> list[Rehearsal]:
         """Rehearses one rank of each pipeline stage.
 
         Args:

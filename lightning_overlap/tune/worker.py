@@ -27,8 +27,8 @@ from lightning_overlap.strategy.strategy import OverlapStrategy
 from lightning_overlap.tune.memory import StepMemory
 from lightning_overlap.tune.rehearsal import Compute, Post, Rehearsal, Verb, Wait
 
-WARMUP = 3
-"""Steps before the timed ones. In the first ones modes sort their buckets and turn lanes on; in the last one memory is counted."""
+WARMUP = 2
+"""Steps before the timed ones. After the first one modes sort their buckets and turn lanes on; in the second one memory is counted."""
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,7 @@ import statistics
 import sys
 import time
 from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -35,7 +36,6 @@ from lightning_overlap.bench.runs import Runs
 from lightning_overlap.cli import _CLI, Parser, _Trainer
 from lightning_overlap.messages import only_warnings
 from lightning_overlap.ranks.world import all_gather_objects, rank
-from lightning_overlap.tables import as_text
 from lightning_overlap.tune.layouts import Layout, Space
 from lightning_overlap.tune.machine import Machine, find_network
 from lightning_overlap.tune.network import Network
@@ -143,13 +143,13 @@ def memory(comparison: Comparison) -> str:
 
 
 def table(folder: Path) -> str:
-    """Formats the predictions, by the present simulation, beside the medians of the measured runs."""
+    """Formats the predictions, by the present simulation, beside the medians of the measured runs, in Markdown."""
     rehearsals: dict[str, list[Rehearsal]] = pickle.loads((folder / "rehearsals").read_bytes())
     runs: dict[str, list[tuple[Network, dict[str, tuple[float, Waits]]]]] = defaultdict(list)
     for file in sorted(folder.glob("run-*")):
         runs[file.name.split("-")[1]].append(pickle.loads(file.read_bytes()))
     head = ("link", "layout", "predicted", "measured", "error", "spread", "order", "busy", "waits predicted", "waits measured")
-    rows = []
+    rows: list[Sequence[str]] = []
     for name_of_link, of_link in runs.items():
         network = of_link[0][0]
         measured = {name: [run[name] for _, run in of_link if name in run] for name in of_link[0][1]}
@@ -173,7 +173,8 @@ def table(folder: Path) -> str:
                 )
             )  # fmt: skip
         rows.append((str(network.inter_host or network.intra_host), *[""] * 9))
-    return as_text(head, rows)
+    ruled = [head, ["---"] * len(head), *rows]
+    return "\n".join(f"| {' | '.join(row)} |" for row in ruled)
 
 
 def _words(waits: Waits) -> str:

@@ -82,7 +82,7 @@ def test_sizes_come_first_and_what_is_not_tried_is_named():
     answers = iter([True, True, False])
     made = Search(space(), lambda layouts: [Made((1.0,)) for _ in layouts], has_time=lambda: next(answers))
     made.run([OverlapConfig()])
-    assert [each.layout.name for each in made.candidates] == ["data 8", "pipeline 2 x data 4", "tensor 2 x data 4"]
+    assert [each.layout.name for each in made.candidates] == ["data 8", "pipeline 2 x data 4", "context 2 x data 4"]
     next_sizes = [name for name in made.untried if "," not in name]
     assert made.untried[: len(next_sizes)] == next_sizes != []
     assert "data 8, overlap off" in made.untried

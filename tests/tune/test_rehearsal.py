@@ -30,7 +30,7 @@ CASES: dict[str, tuple[int, dict[str, Any]]] = {
     "pipeline, interleaved": (2, PIPELINE),
     "pipeline x tensor, lanes": (4, {**LANES, **TENSOR}),
     "data": (4, {}),
-    "tensor x data": (4, {**TENSOR, "data_parallel": DataParallel(bucket_size=1_000_000)}),  # a bucket for each kind of gradients
+    "tensor x data": (4, {**TENSOR, "data_parallel": DataParallel(bucket_size=65_536)}),
     "context x data": (4, CONTEXT),
     "expert x data": (4, EXPERT),
 }

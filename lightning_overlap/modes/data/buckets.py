@@ -72,6 +72,7 @@ class Buckets:
         self._lay_out = partial(
             lay_out,
             bucket_size=choices.bucket_size.value,
+            largest=choices.largest_bucket,
             sharded=choices.is_sharded,
             high_busbw=config.pad_buckets_for_high_nccl_busbw,
         )

@@ -25,8 +25,9 @@ UNKNOWN_OPTIMIZER = "default for elementwise optimizers such as AdamW; checked w
 """Why the optimizer is sharded before it is known."""
 MIN_BUCKET = 65_536
 """Elements of the smallest bucket that ``auto`` chooses."""
+GROWTH = "; buckets grow towards the middle of backward"
 FEW_AND_MANY = (8, 64)
-"""Numbers of buckets that are worth a try beside the 32 of ``auto``."""
+"""Numbers of buckets of one size that are worth a try beside those of ``auto``."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,7 +48,8 @@ class DataParallel:
     """Start the gathers of all pipeline stages after the step, in the order of forward, instead of in each stage's last backward. On
     NCCL ``auto`` turns it on, with or without a pipeline."""
     bucket_size: int | Literal["auto"] = "auto"
-    """Elements at which a bucket closes. Smaller buckets hide more, larger ones are transferred faster."""
+    """Elements at which a bucket closes. Smaller buckets hide more, larger ones take less of the processor. ``auto``: a 32nd of the
+    elements for the first and the last bucket of a backward, and more for those between."""
     param_gather_prefetch: int | Literal["all"] = "all"
     """Buckets that are gathered ahead of the one that forward waits for."""
     grad_reduce_dtype: Literal["fp32", "param"] = "fp32"
@@ -92,6 +94,7 @@ class DataChoices(Choices):
         overlap_optimizer_step: when buckets are updated; ``off``: all at once in the user's ``step()``.
         align_param_gather: whether gathers start after the step, on all ranks in the order of forward.
         bucket_size: elements at which a bucket closes.
+        largest_bucket: elements at which the largest one closes; 0: all are alike.
         grad_reduce_dtype: in which gradients are kept and reduced.
         num_optimizer_instances: groups of ranks inside each of which the optimizer is sharded.
         later_parameters: whether parameters that are frozen at setup may be trained later.
@@ -104,6 +107,7 @@ class DataChoices(Choices):
     overlap_optimizer_step: Choice[Literal["off", "in backward", "after backward"]]
     align_param_gather: Choice[bool]
     bucket_size: Choice[int]
+    largest_bucket: int
     grad_reduce_dtype: Choice[str]
     num_optimizer_instances: Choice[int]
     later_parameters: bool
@@ -145,6 +149,7 @@ def decide(config: DataParallel, degrees: Degrees, facts: Facts, *, overlap: boo
         overlap_optimizer_step=step,
         align_param_gather=_alignment(config, degrees, facts, sharded=sharded, gather=gather, step=step, overlap=overlap),
         bucket_size=_bucket_size(config, degrees, facts),
+        largest_bucket=_largest_bucket(degrees) if config.bucket_size == "auto" else 0,
         grad_reduce_dtype=Choice(config.grad_reduce_dtype, config.grad_reduce_dtype, wire),
         num_optimizer_instances=Choice(instances, instances, f"the optimizer is sharded over {degrees.gradients // instances} ranks"),
         later_parameters=bool(facts.unfreezers),
@@ -285,12 +290,17 @@ def _gradients(sharded: bool, facts: Facts) -> Choice[Literal["all-reduce", "red
     return Choice("reduce-scatter", None, "each rank needs the gradients of its shard only")
 
 
+def _largest_bucket(degrees: Degrees) -> int:
+    """Elements of the largest bucket that ``auto`` chooses."""
+    return max(40_000_000, 1_000_000 * degrees.gradients)
+
+
 def _bucket_size(config: DataParallel, degrees: Degrees, facts: Facts) -> Choice[int]:
     if config.bucket_size != "auto":
         return Choice(config.bucket_size, config.bucket_size, "elements")
-    large = max(40_000_000, 1_000_000 * degrees.gradients)
+    large = _largest_bucket(degrees)
     if facts.parameters is None:
-        return Choice(large, "auto", "elements, the maximum; a smaller model gets 32 buckets")
+        return Choice(large, "auto", "elements, the maximum; a smaller model gets smaller ones")
     per_rank = facts.parameters // (degrees.pipeline * degrees.tensor)
     share = per_rank // 32
     limit = ""
@@ -298,7 +308,7 @@ def _bucket_size(config: DataParallel, degrees: Degrees, facts: Facts) -> Choice
         limit = f" = {share:,}, raised to the minimum {MIN_BUCKET:,}"
     elif share > large:
         limit = f" = {share:,}, lowered to the maximum {large:,}"
-    return Choice(min(large, max(share, MIN_BUCKET)), "auto", f"elements: {per_rank:,} parameters per rank / 32{limit}")
+    return Choice(min(large, max(share, MIN_BUCKET)), "auto", f"elements: {per_rank:,} parameters per rank / 32{limit}{GROWTH}")
 
 
 def _refuse_settings(config: DataParallel, degrees: Degrees, *, sharded: bool, scattered: bool) -> None:

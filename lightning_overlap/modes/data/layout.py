@@ -2,8 +2,8 @@
 
 The rules are Megatron-Core's, since they decide the bytes of sharded states: parameters in reverse order of registration
 (close to the order of their gradients); a bucket closes once it holds at least ``bucket_size`` elements, and never splits
-a parameter. With sharding, each parameter starts at a multiple of 64 elements and each bucket ends at a multiple of
-``lcm(shards, 128)``, or ``lcm(shards, 128, 2**16)`` for NCCL's bus bandwidth.
+a parameter. Ours is that buckets may grow towards the middle. With sharding, each parameter starts at a multiple of 64 elements
+and each bucket ends at a multiple of ``lcm(shards, 128)``, or ``lcm(shards, 128, 2**16)`` for NCCL's bus bandwidth.
 """
 
 from __future__ import annotations
@@ -64,15 +64,22 @@ def lay_out(
     sizes: Sequence[int],
     *,
     bucket_size: int | None,
+    largest: int = 0,
     shards: int = 1,
     sharded: bool,
     high_busbw: bool = False,
 ) -> tuple[Bucket, ...]:
     """Divides parameters into buckets, from the last parameter to the first.
 
+    Each transfer takes time of the processor, whatever its size, so few are better. But nothing hides the last reduction of a backward
+    and the first gather of a forward, and a link waits for the first bucket of a backward. So only the buckets at both ends must be
+    small: with ``largest``, a bucket may have half as many elements as there are before it, or after it if these are fewer. A link
+    that is no faster than two thirds of the pace of gradients still finds one bucket complete when it has sent the one before.
+
     Args:
         sizes: elements of each parameter, in the order of registration (or in reverse of the order of their gradients).
         bucket_size: a bucket closes at this number of elements; None: one bucket.
+        largest: elements at which the largest bucket closes; without it, or if it is not larger than ``bucket_size``, all are alike.
         shards: ranks over which a bucket is sharded.
         sharded: whether the optimizer is distributed. If not, buckets are not padded.
         high_busbw: pad buckets to multiples of 2**16 elements.
@@ -80,6 +87,7 @@ def lay_out(
     buckets: list[Bucket] = []
     slots: list[Slot] = []
     start = offset = 0
+    total = sum(sizes)
 
     def close() -> None:
         nonlocal start, offset, slots
@@ -93,7 +101,7 @@ def lay_out(
             offset = pad(offset, PARAMETER_ALIGNMENT)
         slots.append(Slot(parameter, offset, offset + sizes[parameter]))
         offset += sizes[parameter]
-        if bucket_size is not None and offset - start >= bucket_size:
+        if bucket_size is not None and offset - start >= max(bucket_size, min(largest, start // 2, (total - offset) // 2)):
             close()
     close()
     return tuple(buckets)

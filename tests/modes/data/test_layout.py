@@ -38,6 +38,13 @@ def test_sharded_starts_and_ends(busbw, starts):
     assert [(b.start, b.end) for b in buckets] == ([(0, 65536), (65536, 131072)] if busbw else [(0, 10112), (10112, 15232)])
 
 
+def test_buckets_grow_towards_the_middle():
+    grown = sizes(lay_out([100] * 96, bucket_size=300, largest=10_000, sharded=False))
+    assert grown == [300, 300, 300, 500, 700, 1100, 1600, 1600, 1100, 700, 500, 300, 300, 300], "a 32nd of all at both ends"
+    assert max(sizes(lay_out([100] * 96, bucket_size=300, largest=700, sharded=False))) == 700
+    assert set(sizes(lay_out([100] * 96, bucket_size=300, largest=200, sharded=False))) == {300}
+
+
 LINEAR, BIAS = [9025] * 10, [9025, 95] * 10
 
 
