@@ -70,7 +70,7 @@ class StandIn:
 
     Attributes:
         library: what the adapter sees of it.
-        calls: names of what was called, and ``wait``.
+        calls: names of what was called, with ``after`` if it does not wait for what was queued before it; and ``wait``.
         buffers: that were made and not destroyed.
     """
 
@@ -156,7 +156,7 @@ class ElasticBuffer:
     def _start(self, name: str, args: Any, kwargs: Any) -> dict[str, Any]:
         assert self in self._stand_in.buffers, "not destroyed"
         given = self._stand_in.bind(name, args, kwargs)
-        self._stand_in.calls.append(name)
+        self._stand_in.calls.append(name if given["previous_event"] is None else f"{name} after")
         assert given["async_with_compute_stream"]
         assert given["previous_event"] is None or given["allocate_on_comm_stream"], "as DeepEP asserts"
         assert given["x"].is_contiguous()

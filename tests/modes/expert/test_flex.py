@@ -105,7 +105,7 @@ def recorded_pass(group: ThreadGroup) -> list[str]:
     out = dispatch(hidden, indices, torch.ones(12, 1), LocalExperts(experts), lambda: calls.append("shared"))
     calls.append("|")
     out.sum().backward()
-    short = {"dispatch": ">D", "combine": ">C", "wait": "<"}
+    short = {"dispatch after": ">D", "dispatch": ">d", "combine": ">C", "wait": "<"}
     return [short.get(call, call) for call in calls]
 
 
@@ -114,7 +114,7 @@ def test_order() -> None:
     for calls in on_ranks(2, recorded_pass):
         assert " ".join(calls) == (
             "capture >D shared < product >D >C < product >D >C < product >C < < < | "
-            ">D >D >D < product >C < product >C < product >C < < <"
+            ">d >d >d < product >C < product >C < product >C < < <"
         )
 
 
