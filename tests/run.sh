@@ -4,6 +4,7 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 . examples/environment.sh
 export OMP_NUM_THREADS=1
+unset PYTHONDONTWRITEBYTECODE  # else each of the processes that tests start would compile the package again
 .venv/bin/ruff check .
 .venv/bin/ruff format --check .
 .venv/bin/mypy

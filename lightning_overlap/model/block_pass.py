@@ -122,8 +122,8 @@ class Pass:
     """What one forward runs, receives and keeps to send. See the module's docstring.
 
     Attributes:
-        run: the numbers of the blocks that the pass runs. All others are remote.
-        stop: the number of the block before which the forward ends; the number of blocks for a pass that goes on to the loss.
+        local_blocks: the numbers of the blocks that the pass runs. All others are remote.
+        end_block: the number of the block before which the forward ends; the number of blocks for a pass that goes on to the loss.
         received: tensors of remote blocks, and arguments of block 0, that came from other stages.
         structures: by block, the structure of its output: its containers and constants, with a :class:`Slot` for each tensor. Beside
             its result, a block's output has what its model has recorded in it, see :mod:`lightning_overlap.model.recorded`.
@@ -141,8 +141,8 @@ class Pass:
         progress: how far the forward has come.
     """
 
-    run: frozenset[int]
-    stop: int
+    local_blocks: frozenset[int]
+    end_block: int
     received: dict[Leaf, Tensor] = field(default_factory=dict)
     structures: dict[int, Any] = field(default_factory=dict)
     is_first: bool = False

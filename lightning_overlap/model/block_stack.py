@@ -165,9 +165,9 @@ class BlockStack:
         called = current_pass.progress.next_block
         if current_pass.restart is not None and called == 0:
             return  # an evaluation step need not call the model
-        if current_pass.stop < self.size:
+        if current_pass.end_block < self.size:
             raise ConfigError(
-                f"this stage ends the forward before block {current_pass.stop} of {self.name}, but the forward returned after "
+                f"this stage ends the forward before block {current_pass.end_block} of {self.name}, but the forward returned after "
                 f"{called} blocks. If its code catches every exception (a bare `except:`), catch `Exception` instead. If its loop "
                 "ends early, call all blocks in every step"
             )
@@ -181,7 +181,7 @@ class BlockStack:
     def _stand_in(self, number: int) -> Any:
         current_pass = self.active
         assert current_pass is not None, "only a pass has stand-ins"
-        if current_pass.stop == number == current_pass.progress.next_block and number > 0:
+        if current_pass.end_block == number == current_pass.progress.next_block and number > 0:
             raise StopForward
         return _StandIn(self, current_pass, number, list(children_of(self.blocks).values())[number])
 
@@ -251,9 +251,9 @@ class _StandIn:
                 self._enter(tensors_of((args, kwargs)))
         # Usually the lookup of block `stop` has ended the forward already. It cannot if the stage sends the arguments of block 0 and
         # has no blocks (stop is 0), nor if the loop looked all blocks up before it called the first one.
-        if number == current_pass.stop:
+        if number == current_pass.end_block:
             raise StopForward
-        if number not in current_pass.run:
+        if number not in current_pass.local_blocks:
             if current_pass.restart is not None and not in_backward:
                 fill_cache(self._block, number, hidden, (*args, *kwargs.values()))
             return self._return_received(hidden)

@@ -129,19 +129,19 @@ class Space:
         """Returns the defaults of all modes: data parallelism only. It is a reference, also where the user has set other sizes."""
         return replace(self._user, **{mode.section: type(self._user.of(mode))() for mode in self._user.modes})
 
-    def neighbours(self, layout: Layout) -> list[OverlapConfig]:
-        """Returns configurations that differ from a layout's in a size by one factor, then those that differ in one setting."""
+    def neighbours(self, layout: Layout, *, in_size: bool) -> list[OverlapConfig]:
+        """Returns configurations that differ from a layout's in a size by one factor (``in_size``), or in one other setting."""
         config, degrees, facts = layout.config, layout.plan.degrees, layout.plan.facts
         room = Room(self._ranks_per_host, layout.batch_size)
-        by_size: list[OverlapConfig] = []
-        by_setting: list[OverlapConfig] = []
-        for mode in config.modes:
-            for settings in mode.alternatives(config.of(mode), degrees, facts, room):
-                changed = replace(config, **{mode.section: settings})
-                (by_setting if settings.size == config.of(mode).size else by_size).append(changed)
-        if config.overlap == "auto":
-            by_setting.append(replace(config, overlap="off"))
-        return [changed for changed in (*by_size, *by_setting) if self._allows(changed)]
+        changed = [
+            replace(config, **{mode.section: settings})
+            for mode in config.modes
+            for settings in mode.alternatives(config.of(mode), degrees, facts, room)
+            if (settings.size != config.of(mode).size) == in_size
+        ]
+        if config.overlap == "auto" and not in_size:
+            changed.append(replace(config, overlap="off"))
+        return [each for each in changed if self._allows(each)]
 
     def _allows(self, config: OverlapConfig) -> bool:
         return all(
@@ -173,7 +173,7 @@ class Candidate(Generic[F]):
 
 
 class Search(Generic[F]):
-    """A best-first search: the neighbours of the best layout are tried next.
+    """A best-first search: the neighbours of the best layout are tried next, those with other sizes before those with other settings.
 
     So sizes and settings grow where they help, and no formula has to foresee which do.
 
@@ -207,10 +207,11 @@ class Search(Generic[F]):
         first = self._new(starts)[:budget]
         self._try(first)
         left = budget - len(first)
-        expanded: set[str] = set()
-        while best := next((each for each in self.ranked() if each.layout.name not in expanded), None):
-            expanded.add(best.layout.name)
-            layouts = self._new(self._space.neighbours(best.layout))
+        expanded: set[tuple[str, bool]] = set()
+        while best := next(((c.layout, s) for c in self.ranked() for s in (True, False) if (c.layout.name, s) not in expanded), None):
+            layout, in_size = best
+            expanded.add((layout.name, in_size))
+            layouts = self._new(self._space.neighbours(layout, in_size=in_size))
             while layouts:
                 together, layouts = layouts[: min(self._at_once, left)], layouts[min(self._at_once, left) :]
                 if not together or not self._has_time():

@@ -2,7 +2,6 @@ import datetime
 import os
 import signal
 import socket
-import subprocess
 import sys
 import threading
 import weakref
@@ -12,6 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from lightning_overlap.ranks import gloo
 from lightning_overlap.ranks.announcements import TransferError
 from lightning_overlap.ranks.gloo import SEND_BUFFER
 from lightning_overlap.ranks.link import Urgency
@@ -312,28 +312,33 @@ def test_tensors_that_have_gone_or_come_are_let_go_of(world, last):
     assert world(2).run(let_go, last) == [True] * 2
 
 
-def halfway(folder):
+@pytest.fixture
+def own_world():
+    """Two ranks for a test after which they serve no other one. A rank that hears nothing waits until the timeout of its
+    group, which is longer than the world's: the test then fails at the world's."""
+    own = World(2)
+    own.timeout = 30.0
+    yield own
+    own.close()
+
+
+def halfway():
     """The second rank is killed during a transfer for which the first rank waits."""
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=int(os.environ["RANK"]), world_size=2)
     group = make_group([[0, 1]], "test", datetime.timedelta(minutes=5))
     x = torch.zeros(1 << 28)
     if dist.get_rank() == 1:
         threading.Timer(0.15, os.kill, (os.getpid(), signal.SIGKILL)).start()
-    try:
+    with mock.patch.object(gloo, "CLOSED_CONNECTION_GRACE", 0.5), pytest.raises(TransferError) as caught:
         group.reduce_scatter(x, [0, 1 << 27, 1 << 28], key=0, label="large").wait()
-    except TransferError as error:
-        print(f"told: {error}", flush=True)
-        os._exit(0)
+    group.abandon()
+    return str(caught.value)
 
 
-def test_a_peer_that_dies_in_the_middle_of_a_transfer_is_noticed(tmp_path):
-    command = [sys.executable, "-c", f"from tests.ranks.test_group import halfway; halfway({str(tmp_path)!r})"]
-    first, second = (
-        subprocess.Popen(command, env={**os.environ, "RANK": str(rank)}, stdout=subprocess.PIPE, text=True) for rank in range(2)
-    )
-    assert second.wait(60) == -signal.SIGKILL
-    said, _ = first.communicate(timeout=30)
-    assert "told: transfer 'large' of group 'test' between rank 0 and rank 1 failed" in said
+def test_a_peer_that_dies_in_the_middle_of_a_transfer_is_noticed(own_world):
+    told = own_world.first(halfway)
+    assert told.startswith("transfer 'large' of group 'test' between rank 0 and rank 1 failed")
+    own_world.workers[1].join(10)
+    assert own_world.workers[1].exitcode == -signal.SIGKILL
 
 
 def connections_of_others():
@@ -416,16 +421,6 @@ def never_comes():
     finally:
         WORLD.abandon()
         WORLD.announcements.end()
-
-
-@pytest.fixture
-def own_world():
-    """Two ranks for a test that leaves them at different numbers of groups. A rank that hears nothing waits until the timeout of its
-    group, which is longer than the world's: the test then fails at the world's."""
-    own = World(2)
-    own.timeout = 30.0
-    yield own
-    own.close()
 
 
 def test_who_waits_for_a_group_hears_why_nobody_comes(own_world):

@@ -369,8 +369,17 @@ def test_leaving_it_out(world: Any) -> None:
         assert re.search(r"verify_first_step +off +off +as configured", plan)
 
 
-@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed", "bf16-true"])
-@pytest.mark.parametrize(("ranks", "strategy"), [(2, PIPELINE), (2, TENSOR), (2, SUMMED), (4, BOTH), (4, TENSOR)])
+RIGHT = {"pipeline": (2, PIPELINE), "tensor": (2, TENSOR), "summed": (2, SUMMED), "both": (4, BOTH), "tensor x data": (4, TENSOR)}
+
+
+@pytest.mark.parametrize(
+    ("ranks", "strategy", "precision"),
+    [
+        *((*RIGHT[layout], "32-true") for layout in RIGHT),
+        *((*RIGHT[layout], "bf16-mixed") for layout in ("tensor", "both", "tensor x data")),
+        *((*RIGHT[layout], "bf16-true") for layout in ("pipeline", "summed", "both")),
+    ],
+)
 def test_a_right_model_passes_and_nothing_is_left_behind(world: Any, ranks: int, strategy: dict[str, Any], precision: str) -> None:
     looked = world(ranks).run(fit, Net, strategy, 3, precision)
     blind = world(ranks).run(fit, Net, {**strategy, "verify_first_step": False}, 3, precision)

@@ -117,10 +117,8 @@ def both(in_turns: bool, recompute: bool | None, sequence: bool) -> tuple[list[A
 @pytest.mark.parametrize("sequence", [True, False])
 @pytest.mark.parametrize("recompute", [False, True])
 def test_a_forward_under_the_backward_of_another_has_the_same_bits(world: Any, recompute: bool, sequence: bool) -> None:
-    expected, _ = world(2).run(both, False, recompute, sequence)[0]
-    for found, order in world(2).run(both, True, recompute, sequence):
+    plain = world(2).run(both, False, recompute, sequence)
+    for (found, order), (reference, _) in zip(world(2).run(both, True, recompute, sequence), plain, strict=True):
         assert order[:6] == [0, 1] * 3, "the threads have taken turns"
-        assert found[:2] == expected[:2]
-    for rank, (found, _) in enumerate(world(2).run(both, True, recompute, sequence)):
-        reference, _ = world(2).run(both, False, recompute, sequence)[rank]
+        assert found[:2] == plain[0][0][:2]
         assert all(map(torch.equal, found[2:], reference[2:]))

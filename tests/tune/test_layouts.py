@@ -83,9 +83,16 @@ def test_sizes_come_first_and_what_is_not_tried_is_named():
     made = Search(space(), lambda layouts: [Made((1.0,)) for _ in layouts], has_time=lambda: next(answers))
     made.run([OverlapConfig()])
     assert [each.layout.name for each in made.candidates] == ["data 8", "pipeline 2 x data 4", "context 2 x data 4"]
-    next_sizes = [name for name in made.untried if "," not in name]
-    assert made.untried[: len(next_sizes)] == next_sizes != []
-    assert "data 8, overlap off" in made.untried
+    assert made.untried == ["tensor 2 x data 4"]
+
+    def slower_with_tensor(layouts):
+        return [Made((1.0 + layout.plan.degrees.tensor - layout.plan.degrees.pipeline,)) for layout in layouts]
+
+    followed = Search(space(), slower_with_tensor)
+    followed.run([OverlapConfig()], budget=6)
+    names = [each.layout.name for each in followed.candidates]
+    assert names[1:4] == ["pipeline 2 x data 4", "context 2 x data 4", "tensor 2 x data 4"]
+    assert all(name.startswith("pipeline") for name in names[4:]), "the best one's neighbours, before the settings of the first one"
     finished = Search(space(), lambda layouts: ["there is no room" for _ in layouts])
     finished.run([OverlapConfig()])
     assert finished.untried == []

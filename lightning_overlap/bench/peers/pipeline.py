@@ -47,8 +47,8 @@ class _Stage(nn.Module):
         number, self.number = self.number % len(self.parts), self.number + 1
         before, end = (self._blocks.start - 1, 0), (self._blocks.stop - 1, 0)
         current_pass = Pass(
-            run=frozenset(self._blocks),
-            stop=self._stack.size if self._last else self._blocks.stop,
+            local_blocks=frozenset(self._blocks),
+            end_block=self._stack.size if self._last else self._blocks.stop,
             received={} if self._first else {before: x},
             structures={block: (Slot(0), {}) for block in range(self._stack.size)},
             is_kept=lambda leaf: leaf == end,

@@ -139,14 +139,14 @@ class StageExchange:
             restart: called when the user's code calls the model a second time; None: the blocks are run a second time.
         """
         rank = self._group.rank
-        current_pass = Pass(run=frozenset(), stop=size, is_first=self._placement[0] == rank)
+        current_pass = Pass(local_blocks=frozenset(), end_block=size, is_first=self._placement[0] == rank)
         if self._flow is None:
             current_pass.kept = WeakValueDictionary()
         sources: dict[int, int] = {}  # by stage whose tensors this rank receives, its rank; in the order of the stages
         for before, stage in pairwise(self._senders):
             source, target = self._placement[max(before, 0)], self._placement[stage]
             if target == rank:
-                current_pass.run |= frozenset(self._stages[stage])
+                current_pass.local_blocks |= frozenset(self._stages[stage])
             if source != target == rank:
                 sources[before] = source
             if target != source == rank:
@@ -158,7 +158,7 @@ class StageExchange:
         elif rank in loss_ranks:
             sources[self._last] = self._placement[self._last]
         if rank not in loss_ranks:
-            current_pass.stop = max(current_pass.run, default=-1) + 1
+            current_pass.end_block = max(current_pass.local_blocks, default=-1) + 1
         received: set[int] = set()
 
         def receive(block: int) -> None:

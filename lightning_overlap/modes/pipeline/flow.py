@@ -120,8 +120,8 @@ def _run_stage(
 ) -> tuple[_Result, Exception | None]:
     blocks = stages[stage]
     current_pass = Pass(
-        run=frozenset(blocks),
-        stop=size if stage == len(stages) - 1 else blocks.stop,
+        local_blocks=frozenset(blocks),
+        end_block=size if stage == len(stages) - 1 else blocks.stop,
         structures=dict(outputs),
         is_first=stage == 0,
         is_kept=lambda leaf: True,

@@ -109,8 +109,8 @@ class Stages:
         if not blocks and 0 < stage < self._last_stage:
             return self._detach_outputs(stage, microbatch, leaves, [received[leaf] for leaf in sent])
         current_pass = Pass(
-            run=frozenset(blocks),
-            stop=self._model.stack.size if is_last else blocks.stop,
+            local_blocks=frozenset(blocks),
+            end_block=self._model.stack.size if is_last else blocks.stop,
             received=received,
             structures=dict(flow.outputs),
             is_first=stage == 0,
