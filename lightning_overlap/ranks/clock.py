@@ -11,7 +11,14 @@ import torch
 
 
 class Clock:
-    """The clock of the main thread. A stamp is taken at an event and read later."""
+    """The clock of the main thread. A stamp is taken at an event and read later.
+
+    Attributes:
+        lane_seconds: CPU time of the threads that compute in the place of the main thread, see :mod:`lightning_overlap.steps.lanes`.
+    """
+
+    def __init__(self) -> None:
+        self.lane_seconds = 0.0
 
     def start(self) -> None:
         """Called at the start of a measurement."""
@@ -25,8 +32,8 @@ class Clock:
         return float(stamp)
 
     def ran(self) -> float | None:
-        """Returns the CPU time of the main thread in seconds; None where it does not compute."""
-        return time.thread_time()
+        """Returns the CPU time of the main thread, and of those in its place, in seconds; None where it does not compute."""
+        return time.thread_time() + self.lane_seconds
 
 
 class DeviceClock(Clock):

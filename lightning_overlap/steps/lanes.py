@@ -17,6 +17,7 @@ from __future__ import annotations
 import contextvars
 import queue
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -102,6 +103,11 @@ class _Pair:
         with nullcontext() if self.timeline is None else self.timeline.during(self.lanes[lane].name):
             yield
 
+    def add_cpu_time(self, seconds: float) -> None:
+        """Counts CPU time of the thread of the backward as that of the main thread, which waits meanwhile."""
+        if self.timeline is not None:
+            self.timeline.clock.lane_seconds += seconds
+
     def give_turn(self, lane: int) -> None:
         """Lets the other lane than ``lane`` run, if it waits for its turn. After an interrupt it may run already."""
         if self.turns[1 - lane].locked():
@@ -182,6 +188,7 @@ class Lanes:
     def _run_lane(self, pair: _Pair, lane: int) -> None:
         """Runs a lane of a pair. Its error is kept in the pair."""
         self._local.place, self._local.spans = (pair, lane), ExitStack()
+        cpu_start = time.thread_time()
         try:
             if lane == BACKWARD:
                 pair.take_turn(lane)
@@ -193,6 +200,8 @@ class Lanes:
             pair.fail(error)
         finally:
             del self._local.place, self._local.spans
+            if lane == BACKWARD:
+                pair.add_cpu_time(time.thread_time() - cpu_start)
             pair.ended[lane] = True
             pair.give_turn(lane)
             if lane == BACKWARD:

@@ -2,6 +2,7 @@
 
 import contextvars
 import threading
+import time
 from itertools import pairwise
 from typing import Any
 
@@ -176,6 +177,20 @@ def test_spans_are_the_turns(lanes):
     spans = timeline.take()
     assert [name for name, *_ in spans] == ["F0.1", "B0.0", "F0.1", "B0.0"]
     assert all(end <= start for (_, _, end), (_, start, _) in pairwise(spans))
+
+
+def test_cpu_time_of_the_backward_counts_as_that_of_the_main_thread(lanes):
+    clock = Clock()
+    before, seconds = clock.ran(), []
+
+    def backward():
+        start = time.thread_time()
+        torch.rand(300, 300) @ torch.rand(300, 300)
+        seconds.append(time.thread_time() - start)
+
+    run(lanes, lambda: None, backward, Timeline(clock))
+    assert clock.ran() - before > seconds[0] > 0
+    assert clock.ran() - time.thread_time() >= seconds[0]
 
 
 class Exchange(torch.autograd.Function):
