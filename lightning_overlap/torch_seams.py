@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.autograd import Function, Variable, profiler
+from torch.nn.modules import module as modules
 from torch.optim import Optimizer
 
 TensorKind = TypeVar("TensorKind", bound=Tensor)
@@ -48,8 +49,12 @@ PRIVATE_NAMES: tuple[tuple[Any, str, str], ...] = (
     (nn.Module(), "_buffers", "buffers by module, which may register others"),
     (nn.Module(), "_modules", "the blocks of a list that a stand-in replaces"),
     (nn.Module(), "_apply", "moves all but absent parameters to a device"),
-    (nn.Module(), "_backward_hooks", "functions of autograd, which the outputs of a module go through"),
+    (nn.Module(), "_forward_hooks", "called with the output of a module"),
+    (nn.Module(), "_backward_hooks", "a function of autograd is called with the output of a module"),
     (nn.Module(), "_backward_pre_hooks", "the same"),
+    (modules, "_global_forward_hooks", "the same for all modules"),
+    (modules, "_global_backward_hooks", "the same"),
+    (modules, "_global_backward_pre_hooks", "the same"),
     (nn.Module(), "_compiled_call_impl", "shows that a module was compiled in place"),
     (Tensor, "_version", "counts the writes to a tensor"),
     (Tensor, "_make_wrapper_subclass", "a tensor without memory"),
@@ -104,9 +109,16 @@ def apply_to(module: nn.Module, function: Callable[[Tensor], Tensor]) -> None:
     module._apply(function)
 
 
-def has_backward_hooks(module: nn.Module) -> bool:
-    """Whether the outputs of a module go through a function of autograd that calls hooks."""
-    return bool(module._backward_hooks or module._backward_pre_hooks)
+def reads_output(module: nn.Module) -> bool:
+    """Whether hooks read the output of a module, or a function of autograd is called with it, which calls hooks in backward."""
+    return bool(
+        module._forward_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or modules._global_forward_hooks
+        or modules._global_backward_hooks
+        or modules._global_backward_pre_hooks
+    )
 
 
 def is_guard_failure(error: Exception) -> bool:

@@ -5,29 +5,24 @@ Run it on each host, with torchrun's environment variables, first to rehearse, t
     python -m tests.tune.compare rehearse FOLDER LAYOUTS -c configs/base.yaml -c configs/gpt15m.yaml --trainer.num_nodes 2 ...
     python -m tests.tune.compare measure FOLDER LAYOUTS LINK -c configs/base.yaml -c configs/gpt15m.yaml --trainer.num_nodes 2 ...
     python -m tests.tune.compare table FOLDER
-    python -m tests.tune.compare memory FOLDER LAYOUTS -c configs/base.yaml -c configs/gpt54m.yaml --trainer.num_nodes 2 ...
-
-The last one compares the memory of ``plan --memory`` with the growth of the process's resident size (Linux), of the first layout only.
 
 LAYOUTS is a YAML list of arguments of ``OverlapStrategy``, each a layout; the word ``ddp`` is Lightning's DDP. LINK names the link.
 """
 
 from __future__ import annotations
 
-import gc
 import pickle
 import statistics
 import sys
 import time
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import yaml
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import LightningModule
 from lightning.pytorch.strategies import DDPStrategy
 
 from lightning_overlap import OverlapConfig, OverlapStrategy
@@ -35,7 +30,7 @@ from lightning_overlap.bench.measure import TimedRuns
 from lightning_overlap.bench.runs import Runs
 from lightning_overlap.cli import _CLI, Parser, _Trainer
 from lightning_overlap.messages import only_warnings
-from lightning_overlap.ranks.world import all_gather_objects, rank
+from lightning_overlap.ranks.world import rank
 from lightning_overlap.tune.layouts import Layout, Space
 from lightning_overlap.tune.machine import Machine, find_network
 from lightning_overlap.tune.network import Network
@@ -106,42 +101,6 @@ def _config(arguments: dict[str, Any]) -> OverlapConfig:
     return OverlapStrategy(**{**arguments, **tables}).config
 
 
-class ResidentPeak(Callback):
-    """Finds the largest resident size of the process in the steps after ``warmup``, with what has grown since this object was made."""
-
-    def __init__(self, warmup: int) -> None:
-        gc.collect()
-        self.before, self.after = _resident("VmRSS"), 0
-        self._warmup = warmup
-
-    def on_train_batch_end(self, trainer: Trainer, module: LightningModule, *_: Any) -> None:
-        if trainer.global_step == self._warmup:
-            Path("/proc/self/clear_refs").write_text("5")  # VmHWM begins again
-        self.after = _resident("VmHWM")
-
-
-def _resident(field: str) -> int:
-    """Bytes, from the process's status."""
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field))
-    return int(line.split()[1]) * 1024
-
-
-def memory(comparison: Comparison) -> str:
-    """Returns the memory of this rank's part of the first layout, rehearsed and measured. Collective over the world."""
-    name, layout = next(iter(comparison.layouts.items()))
-    assert layout is not None, "DDP is not rehearsed"
-    stage = layout.plan.degrees.stage
-    foreseen = comparison.training.rehearse(layout, comparison.machine)[rank() // stage].memory
-    comparison.training.close()
-    peak = ResidentPeak(WARMUP)
-    runs = comparison.training.runs(layout)
-    runs.fit(runs.ours(), WARMUP + STEPS, peak)
-    grown = peak.after - peak.before
-    parts = ", ".join(f"{field} {size / 1e6:.0f}" for field, size in asdict(foreseen).items())
-    error = f"{foreseen.peak / grown - 1:+.0%}"
-    return f"rank {rank()}, {name}: {foreseen.peak / 1e6:.0f} MB ({parts}), resident {grown / 1e6:.0f} MB, {error}"
-
-
 def table(folder: Path) -> str:
     """Formats the predictions, by the present simulation, beside the medians of the measured runs, in Markdown."""
     rehearsals: dict[str, list[Rehearsal]] = pickle.loads((folder / "rehearsals").read_bytes())
@@ -188,11 +147,6 @@ def main() -> None:
         return
     comparison = Comparison(rest[2 if verb == "measure" else 1 :], Path(rest[0]))
     network = comparison.network()
-    if verb == "memory":
-        for line in all_gather_objects(memory(comparison)):
-            if rank() == 0:
-                print(line)
-        return
     if verb == "rehearse":
         content: Any = comparison.rehearse()
         if rank() == 0 and (folder / "rehearsals").exists():

@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from inspect import signature
 from typing import Any, Protocol
-from weakref import ref
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +20,7 @@ from torch.overrides import TorchFunctionMode, handle_torch_function, has_torch_
 
 from lightning_overlap.decision import ConfigError
 from lightning_overlap.model.patches import replace_method
-from lightning_overlap.modes.context.deferred import DeferredValues, Deferring, Projection
+from lightning_overlap.modes.context.deferred import DeferredValues, Deferring
 from lightning_overlap.modes.context.local_tokens import LocalTokens
 from lightning_overlap.modes.context.mask import Mask
 from lightning_overlap.modes.context.options import AttentionOptions
@@ -170,7 +169,6 @@ class _Inside(threading.local):
             self.seam = _Seam(name, attend, local, self)
             with self.seam:
                 yield self.seam
-            self.seam.complete_deferred()
         finally:
             self.seam, self.autograd = outer, autograd
 
@@ -195,7 +193,6 @@ class _Seam(TorchFunctionMode):
     def __init__(self, name: str, attend: Attend, local: LocalTokens, inside: _Inside) -> None:
         super().__init__()
         self.calls = 0
-        self._deferred: list[ref[Projection]] = []
         self._name, self._attend, self._local, self._inside = name, attend, local, inside
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -207,21 +204,13 @@ class _Seam(TorchFunctionMode):
         if func is F.multi_head_attention_forward:
             return self._multi_head(*args, **kwargs)
         if func is F.linear and self._inside.deferring.takes(*args, **kwargs) and self._inside.autograd == _autograd():
-            values = DeferredValues.of(*args, **kwargs)
-            self._deferred.append(ref(values.projection))
-            return values
+            return DeferredValues.of(*args, **kwargs)
         if original(func) in DROPOUT_FUNCTIONS and self._local.rank is not None and drops(args, kwargs):
             x: Tensor = args[0] if args else kwargs["input"]
             if not drops_samples(x):
                 with rank_numbers(self._local.rank, x.device):
                     return func(*args, **kwargs)
         return func(*args, **kwargs)
-
-    def complete_deferred(self) -> None:
-        """Computes what nothing has read, before the module ends."""
-        for projection in self._deferred:
-            if (unread := projection()) is not None:
-                unread.output()
 
     # -- the functions that are taken over -----------------------------------------------------------------------------------
 

@@ -47,10 +47,13 @@ def test_close_to_one_process(world: Any, name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("recompute", "trainer", "tolerance"), [(False, {}, 1e-5), (True, {}, 1e-5), (True, {"precision": "bf16-mixed"}, 1e-2)]
+    ("kind", "recompute", "trainer", "tolerance"),
+    [("packed", False, {}, 1e-5), ("padded left", True, {}, 1e-5), ("padded left", True, {"precision": "bf16-mixed"}, 1e-2)],
 )
-def test_values_are_made_while_queries_travel(world: Any, recompute: bool, trainer: dict[str, Any], tolerance: float) -> None:
-    case = Case({"name": "llama", "recompute": recompute}, {"kind": "padded left"}, 2, trainer)
+def test_values_are_made_while_queries_travel(
+    world: Any, kind: str, recompute: bool, trainer: dict[str, Any], tolerance: float
+) -> None:
+    case = Case({"name": "llama", "recompute": recompute}, {"kind": kind}, 2, trainer)
     expected = train(None, Module, case.model, case.data, samples=samples_of, **trainer)
     for rank, deferred in world(2).run(count_deferred, {"context_parallel": ContextParallel(size=2, method="a2a")}, case):
         compare(rank, expected, tolerance=tolerance)
