@@ -36,8 +36,9 @@ CLOSED_CONNECTION_GRACE = 4.0
 """Seconds of waiting after which a closed connection counts as a failure: the peer may have sent everything before it ended."""
 THREAD_EXIT_TIMEOUT = 2.0
 """Seconds in which threads must end after their connections were closed."""
-CLOSE_TIMEOUT = 30.0
-"""Seconds without a byte on its connections after which a group ends though transfers are incomplete. Another rank may be late."""
+CLOSE_TIMEOUT = 300.0
+"""Seconds without a byte on its connections after which a group ends though transfers are incomplete. Another rank may be late: in a
+long step, or in code of the user."""
 CHECKS = 8
 """How often in these times the threads are looked at."""
 _Operation = tuple[Callable[..., Any], Tensor, int, Any, int]
@@ -392,9 +393,9 @@ class Threads:
     def abandon(self) -> bool:
         """Ends the threads, whose connections were shut down, without unsent chunks. Returns whether all have ended in time."""
         self._end(drop=True)
-        return self._join(THREAD_EXIT_TIMEOUT, lambda: 0)
+        return self._join(THREAD_EXIT_TIMEOUT)
 
-    def _join(self, limit: float, progress: Callable[[], int | None]) -> bool:
+    def _join(self, limit: float, progress: Callable[[], int | None] = lambda: 0) -> bool:
         """Returns whether all threads have ended before ``progress`` gave the same number for ``limit`` seconds; None is no number."""
         latest, until = progress(), time.monotonic() + limit
         for thread in [*self._threads, *(sender.thread for sender in self._senders.values())]:
@@ -407,7 +408,7 @@ class Threads:
         return True
 
     def _end(self, *, drop: bool) -> None:
-        for work in (self._posts, self._requests, self._dropped):
+        for work in (self._posts, self._requests):
             work.put(None)
         for sender in self._senders.values():
             sender.close(drop=drop)
@@ -417,6 +418,7 @@ class Threads:
             self._start(*item)
             del item  # an idle thread must not keep tensors alive
         self._reductions.put(None)
+        self._dropped.put(None)  # not before, since this thread may have dropped one
 
     def _start(self, waiter: ThreadedWaiter, operations: list[_Operation], reduction: bool) -> None:
         try:

@@ -43,6 +43,7 @@ RANK_ZERO_ARGUMENTS = ("dirpath", "filename", "verbose")
 """Arguments of these callbacks that only rank 0 uses."""
 
 
+_ORDER = "the order of all this"
 Description = str | tuple[str, ...]
 """What one phrase names: a value, or names in their order."""
 
@@ -106,12 +107,13 @@ def refuse_differences(mine: Mapping[str, Description]) -> None:
     Raises:
         ConfigError: on every rank, with the first difference.
     """
+    mine = {**mine, _ORDER: tuple(mine)}  # of a mapping, say, whose last fitting pattern decides
     # Digests first, because descriptions grow with the model, and every rank would send them to every other.
     if world_size() == 1 or len(set(all_gather_objects(_digest(f"{key}: {value}" for key, value in mine.items())))) == 1:
         return
-    everyone = all_gather_objects(dict(mine))
+    everyone = all_gather_objects(mine)
     for rank, other in enumerate(everyone):
-        for subject in {**everyone[0], **other}:
+        for subject in sorted({**everyone[0], **other}, key=lambda subject: subject == _ORDER):
             first, second = everyone[0].get(subject, "absent"), other.get(subject, "absent")
             if first != second:
                 raise ConfigError(

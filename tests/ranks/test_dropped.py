@@ -95,7 +95,7 @@ def test_a_transfer_that_never_comes_holds_nothing_up_and_its_group_ends_with_a_
 
 
 def slow_data():
-    """Rank 1 receives when rank 0 has waited for longer than the limit. Returns what the end of the group says."""
+    """Rank 0 drops a receive, for which rank 1 sends when rank 0 has waited longer than the limit. What does the group's end say?"""
     group, rank, calls = make_group([[0, 1]], "slow", datetime.timedelta(minutes=10)), dist.get_rank(), itertools.count(1)
 
     def moved(engine):
@@ -106,10 +106,12 @@ def slow_data():
 
     with mock.patch.object(gloo.GlooEngine, "bytes_moved", moved):
         if rank == 0:
-            group.send(torch.ones(2), 1, key=0, label="late")
+            dropped = group.receive(torch.zeros(2), 1, key=0, label="late")
+            dropped._waiter.settled.wait()
+            del dropped
         else:
             dist.barrier()
-            group.receive(torch.zeros(2), 0, key=0, label="late").wait()
+            group.send(torch.ones(2), 0, key=0, label="late").wait()
         return ended(group)
 
 

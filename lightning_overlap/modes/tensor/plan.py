@@ -8,7 +8,7 @@ ends of names; ``*`` stands for one component: ``blocks.*.attention.qkv``.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -139,7 +139,7 @@ def find_plan(model: nn.Module, parallel_plan: Mapping[str, str], size: int) -> 
     problems += _shared_columns(regions)
     counts = _counts(model, regions, layers, size, problems)
     problems += _indivisible(layers.values(), size)
-    per_head = _per_head(model, roles, size, problems)
+    per_head = _per_head(model, roles, regions, size, problems)
     if problems:
         reasons = "; ".join(dict.fromkeys(problems))
         raise ConfigError(f"tensor_parallel.size={size} with the {source} cannot shard the model: {reasons}")
@@ -183,15 +183,25 @@ def _layers(model: nn.Module, roles: Mapping[str, str], problems: list[str]) -> 
     return layers, token_wise
 
 
-def _per_head(model: nn.Module, roles: Mapping[str, str], size: int, problems: list[str]) -> dict[str, nn.Parameter]:
+def _per_head(
+    model: nn.Module, roles: Mapping[str, str], regions: Sequence[Region], size: int, problems: list[str]
+) -> dict[str, nn.Parameter]:
     """The parameters with an entry a head, by name."""
     per_head: dict[str, nn.Parameter] = {}
+    sharded = [f"{region.name}." for region in regions if region.columns and not any(c.has_all_features for c in region.columns)]
     for pattern in (pattern for pattern, role in roles.items() if role == "per_head"):
         matching = parameters_matching(model, pattern)
         if not matching:
             problems.append(_matches_nothing(pattern, "parameter", [name for name, _ in model.named_parameters()]))
         per_head |= matching
-    problems += [f"{name} has {len(p)} heads, which are not divisible by {size}" for name, p in per_head.items() if len(p) % size]
+    for name, parameter in per_head.items():
+        if not name.startswith(tuple(sharded)):
+            problems.append(
+                f"{name} has the role 'per_head', and no layer of its attention has the role 'column', which shards the heads"
+            )
+        elif not parameter.dim() or len(parameter) % size:
+            heads = len(parameter) if parameter.dim() else "no"
+            problems.append(f"{name} has {heads} heads, which are not divisible by {size}")
     return per_head
 
 

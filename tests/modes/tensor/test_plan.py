@@ -144,6 +144,10 @@ def test_parameters_with_an_entry_a_head() -> None:
     assert "blocks.0.attention.sinks has 6 heads, which are not divisible by 4" in refused(
         {**PLAN, "attention.sinks": "per_head"}, 4, model
     )
+    roles = {"mlp.up": "column", "mlp.down": "row", "attention.sinks": "per_head"}
+    assert "blocks.0.attention.sinks has the role 'per_head', and no layer of its attention has the role 'column'" in refused(
+        roles, 2, model
+    )
     assert "'attention.sink' matches no parameter; near names are: blocks" in refused({**PLAN, "attention.sink": "per_head"}, 2, model)
 
 
