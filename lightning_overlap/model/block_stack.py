@@ -249,8 +249,8 @@ class _StandIn:
                 if self._stack.start is not None:
                     self._stack.start(hidden, (args, kwargs))
                 self._enter(tensors_of((args, kwargs)))
-        # Usually the lookup of block `stop` has ended the forward already. It cannot if the stage sends the arguments of block 0 and
-        # has no blocks (stop is 0), nor if the loop looked all blocks up before it called the first one.
+        # Usually the lookup of block `end_block` has ended the forward already. It cannot if the stage sends the arguments of block 0
+        # and has no blocks (end_block is 0), nor if the loop looked all blocks up before it called the first one.
         if number == current_pass.end_block:
             raise StopForward
         if number not in current_pass.local_blocks:

@@ -103,11 +103,6 @@ class _Pair:
         with nullcontext() if self.timeline is None else self.timeline.during(self.lanes[lane].name):
             yield
 
-    def add_cpu_time(self, seconds: float) -> None:
-        """Counts CPU time of the thread of the backward as that of the main thread, which waits meanwhile."""
-        if self.timeline is not None:
-            self.timeline.clock.lane_seconds += seconds
-
     def give_turn(self, lane: int) -> None:
         """Lets the other lane than ``lane`` run, if it waits for its turn. After an interrupt it may run already."""
         if self.turns[1 - lane].locked():
@@ -200,8 +195,8 @@ class Lanes:
             pair.fail(error)
         finally:
             del self._local.place, self._local.spans
-            if lane == BACKWARD:
-                pair.add_cpu_time(time.thread_time() - cpu_start)
+            if lane == BACKWARD and pair.timeline is not None:  # the main thread waits meanwhile: it counts as its own
+                pair.timeline.clock.lane_seconds += time.thread_time() - cpu_start
             pair.ended[lane] = True
             pair.give_turn(lane)
             if lane == BACKWARD:

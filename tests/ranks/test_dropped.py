@@ -14,7 +14,6 @@ import torch.distributed as dist
 
 from lightning_overlap.ranks import gloo
 from lightning_overlap.ranks.world import make_group
-from tests.helpers.world import World
 
 
 def dropped_gather():
@@ -41,15 +40,6 @@ def dropped_gather():
 
 def test_a_gather_that_nobody_waits_for_takes_no_data_of_the_next_one(world):
     assert world(2).run(dropped_gather) == [[2.0, 2.0], [2.0, 2.0]]
-
-
-@pytest.fixture
-def own_world():
-    """Two ranks, for a test that would otherwise wait for ten minutes."""
-    own = World(2)
-    own.timeout = 30.0
-    yield own
-    own.close()
 
 
 def ended(group, before=None):

@@ -16,7 +16,6 @@ from lightning_overlap.ranks.announcements import TransferError
 from lightning_overlap.ranks.gloo import SEND_BUFFER
 from lightning_overlap.ranks.link import Urgency
 from lightning_overlap.ranks.world import WORLD, make_group
-from tests.helpers.world import World
 
 
 def transfers(bounds, wire):
@@ -310,16 +309,6 @@ def let_go(last):
 @pytest.mark.parametrize("last", ["sum", "send"])
 def test_tensors_that_have_gone_or_come_are_let_go_of(world, last):
     assert world(2).run(let_go, last) == [True] * 2
-
-
-@pytest.fixture
-def own_world():
-    """Two ranks for a test after which they serve no other one. A rank that hears nothing waits until the timeout of its
-    group, which is longer than the world's: the test then fails at the world's."""
-    own = World(2)
-    own.timeout = 30.0
-    yield own
-    own.close()
 
 
 def halfway():
