@@ -72,9 +72,9 @@ def lay_out(
     """Divides parameters into buckets, from the last parameter to the first.
 
     Each transfer takes CPU time, whatever its size, so few are better. But nothing hides the last reduction of a backward and the
-    first gather of a forward, and a link waits for the first bucket of a backward. So only the buckets at both ends must be small: with
-    ``largest``, a bucket may have half as many elements as there are before it, or after it if these are fewer. The link is then still
-    busy with those before it when its gradients are complete.
+    first gather of a forward, and a link waits for the first bucket of a backward. So only the buckets at both ends must be small:
+    with ``largest``, a bucket may have half as many elements as there are before it, or after it if these are fewer. The link is
+    then still busy with those before it when its gradients are complete.
 
     Args:
         sizes: elements of each parameter, in the order of registration (or in reverse of the order of their gradients).
