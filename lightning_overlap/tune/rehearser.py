@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import multiprocessing
-import pickle
 from collections.abc import Sequence
 from multiprocessing.connection import Connection, wait
 from types import TracebackType
@@ -18,6 +17,7 @@ from lightning_overlap.config import OverlapConfig
 from lightning_overlap.decision import ConfigError
 from lightning_overlap.ranks.world import world_size as running_ranks
 from lightning_overlap.strategy.strategy import OverlapStrategy
+from lightning_overlap.tune.pickles import dumps
 from lightning_overlap.tune.rehearsal import Rehearsal
 from lightning_overlap.tune.worker import Failure, Task, serve
 
@@ -51,7 +51,7 @@ class Rehearser:
     """Rehearses layouts one after the other. The processes that play ranks live until :meth:`close`; use it in a ``with`` block.
 
     They run one at a time, so times are those of a rank that has all of torch's threads for itself. The module and the data must be
-    picklable, and importable from the current folder.
+    importable from the current folder, and picklable but for local functions.
 
     Args:
         model: the module; copies of it are trained.
@@ -67,7 +67,7 @@ class Rehearser:
         plugins = arguments.get("plugins") or []
         plugins = plugins if isinstance(plugins, list) else [plugins]
         arguments["plugins"] = [each for each in plugins if not isinstance(each, ClusterEnvironment)]
-        self._run = pickle.dumps((model, datamodule, arguments))
+        self._run = dumps((model, datamodule, arguments))
         self._device = strategy.root_device
         self._backend = strategy.backend_name
         self._context: Any = multiprocessing.get_context("forkserver")

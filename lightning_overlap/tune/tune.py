@@ -24,6 +24,8 @@ from lightning_overlap.tune.training import Training
 LEGEND = "plain: without overlap. exposed: milliseconds for which a rank waits, by mode. Runs of one layout differ by some percent."
 SHOWN = 10
 """Layouts that are printed."""
+FAR_OFF = 0.3
+"""Error of a prediction about which the table says a word."""
 REPEATS = 3
 """Runs of a measured layout, of which the median is printed."""
 
@@ -76,6 +78,12 @@ class Comparison:
         head = ["", "ms a step", "plain", "exposed", "MB a rank", *(["measured", "error"] if self.measured else [])]
         table = as_text(head, [self._cells(number, candidate) for number, candidate in numbered], numbers=True)
         lines = []
+        if len(self.ranked) == 1:
+            lines.append("nothing was compared: one layout was rehearsed")
+        if any(abs(error) > FAR_OFF for error in self._errors()):
+            lines.append(
+                "predictions are far off: other programs use the machine, or its links changed meanwhile; take what was measured"
+            )
         for number, candidate in numbered:
             notes = [self.notes[candidate.layout.name]] if candidate.layout.name in self.notes else []
             words = f" ({', '.join(notes + candidate.layout.settings)})" if notes or candidate.layout.settings else ""
@@ -93,7 +101,13 @@ class Comparison:
         links = [f"{name}: {link}" for name, link in known.items() if link is not None]
         hosts = "1 host" if self.machine.hosts == 1 else f"{self.machine.hosts} hosts"
         ranks = f"{self.machine.ranks} ranks on {hosts}{'' if self.machine.is_there else ', on paper'}"
-        return f"{ranks}; {len(self.ranked)} layouts rehearsed; {'; '.join(links)}"
+        rehearsed = f"{len(self.ranked)} {'layout' if len(self.ranked) == 1 else 'layouts'} rehearsed"
+        return f"{ranks}; {rehearsed}; {'; '.join(links)}"
+
+    def _errors(self) -> list[float]:
+        """How far the predictions are off, of the layouts that were measured."""
+        figures = {candidate.layout.name: candidate.figures for candidate in self.ranked}
+        return [figures[name].overlapped.seconds / seconds - 1 for name, seconds in self.measured.items()]
 
     def _cells(self, number: int, candidate: Candidate[Prediction]) -> list[str]:
         figures, seconds = candidate.figures, candidate.figures.overlapped.seconds

@@ -59,6 +59,19 @@ def test_the_best_ten_and_the_references_have_a_reason():
     assert max(map(len, lines)) <= 100
 
 
+def test_a_comparison_says_when_it_is_none():
+    one = tuned(layouts=1)
+    assert "nothing was compared: one layout was rehearsed" in one.table()
+    assert "1 layout rehearsed" in " ".join(one.table().split())
+    several = tuned(layouts=20)
+    assert "nothing was compared" not in several.table()
+    seconds = several.ranked[0].figures.overlapped.seconds
+    several.measured[several.ranked[0].layout.name] = 1.2 * seconds
+    assert "far off" not in several.table()
+    several.measured[several.ranked[0].layout.name] = 2 * seconds
+    assert "predictions are far off: other programs use the machine" in several.table()
+
+
 def test_what_does_not_fit_is_left_out():
     small = tuned(memory=3 * GB)
     assert small.best.plan.degrees.data == 2
