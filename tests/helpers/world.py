@@ -23,14 +23,15 @@ def _serve(rank: int, size: int, store_port: int, environment: dict[str, str], p
     if not environment:
         store = TCPStore("127.0.0.1", store_port, is_master=False)
         dist.init_process_group("gloo", store=store, rank=rank, world_size=size)
+    gc.freeze()  # torch, which is not looked at again each time
     while (call := pipe.recv()) is not None:
         function, arguments = call
         try:
             pipe.send((True, function(*arguments)))
         except BaseException:
             pipe.send((False, traceback.format_exc()))
+        del call, function, arguments
         gc.collect()  # trainers, with their connections and the threads behind them
-        gc.freeze()  # not torch again each time
 
 
 def _free_port() -> int:
