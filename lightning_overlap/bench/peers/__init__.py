@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from importlib import import_module
 from importlib.util import find_spec
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from lightning.pytorch import LightningModule
 from lightning.pytorch.strategies import Strategy
@@ -41,6 +42,23 @@ def find_peers(plan: Plan, config: OverlapConfig, backend: str) -> dict[str, Pee
         if find_spec(name) is not None:
             peers |= import_module(name).peers(config, ranks, backend)
     return peers
+
+
+def sharded_when_configured(module: LightningModule, shard: Callable[[Any], None]) -> LightningModule:
+    """Returns a copy of a module that is sharded at the end of its ``configure_model``, where strategies have connected the ranks.
+
+    Args:
+        module: the user's.
+        shard: shards the copy.
+    """
+
+    def configure_model(self: Any) -> None:
+        type(module).configure_model(self)
+        shard(self)
+
+    copied = copy.copy(module)
+    copied.__class__ = type(type(module).__name__, (type(module),), {"configure_model": configure_model})
+    return copied
 
 
 def made_by_all(make: Callable[[], T]) -> T:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from typing import Any
 
 from lightning.pytorch import LightningModule
@@ -10,7 +9,7 @@ from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 
-from lightning_overlap.bench.peers import Peer
+from lightning_overlap.bench.peers import Peer, sharded_when_configured
 from lightning_overlap.config import OverlapConfig
 from lightning_overlap.decision import ConfigError
 
@@ -40,15 +39,12 @@ def _shard_blocks(module: LightningModule) -> LightningModule:
     if any(True for _ in module.parameters(recurse=False)):
         raise ConfigError("a parameter of the LightningModule itself belongs to none of the sharded children")
 
-    def configure_model(self: Any) -> None:
-        type(module).configure_model(self)
-        mesh = self.device_mesh["data_parallel"]
-        lists = [m for m in self.modules() if isinstance(m, nn.ModuleList)]
+    def shard(copied: Any) -> None:
+        mesh = copied.device_mesh["data_parallel"]
+        lists = [m for m in copied.modules() if isinstance(m, nn.ModuleList)]
         for block in max(lists, key=len, default=()):
             fully_shard(block, mesh=mesh, reshard_after_forward=False)
-        for child in self.children():
+        for child in copied.children():
             fully_shard(child, mesh=mesh, reshard_after_forward=False)
 
-    sharded = copy.copy(module)
-    sharded.__class__ = type(type(module).__name__, (type(module),), {"configure_model": configure_model})
-    return sharded
+    return sharded_when_configured(module, shard)

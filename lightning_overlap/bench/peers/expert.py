@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import copy
 from functools import partial
 from typing import Any
 
 from lightning.pytorch import LightningModule
 from lightning.pytorch.strategies import ModelParallelStrategy
 
-from lightning_overlap.bench.peers import Peer
+from lightning_overlap.bench.peers import Peer, sharded_when_configured
 from lightning_overlap.config import OverlapConfig
 from lightning_overlap.decision import ConfigError
 
@@ -34,13 +33,10 @@ def _spread_experts(ranks: int, module: LightningModule) -> LightningModule:
         raise ConfigError("the module has no model of transformers with a plan for experts (base_model_ep_plan)")
     from transformers.distributed.configuration_utils import DistributedConfig
 
-    def configure_model(self: Any) -> None:
-        type(module).configure_model(self)
+    def shard(copied: Any) -> None:
         for name in outermost:
-            model = self.get_submodule(name)
+            model = copied.get_submodule(name)
             config, _, mesh = model.prepare_distribute_model(DistributedConfig(fsdp_size=ranks, ep_size=ranks))
             model.maybe_distribute_model(model, config, mesh)
 
-    spread = copy.copy(module)
-    spread.__class__ = type(type(module).__name__, (type(module),), {"configure_model": configure_model})
-    return spread
+    return sharded_when_configured(module, shard)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping
 from functools import partial
 from typing import Any
@@ -20,7 +19,7 @@ from torch.distributed.tensor.parallel import (
     parallelize_module,
 )
 
-from lightning_overlap.bench.peers import Peer
+from lightning_overlap.bench.peers import Peer, sharded_when_configured
 from lightning_overlap.config import OverlapConfig
 from lightning_overlap.modes.tensor.plan import find_plan
 from lightning_overlap.state.pieces import Piece
@@ -38,10 +37,9 @@ def peers(config: OverlapConfig, ranks: int, backend: str) -> dict[str, Peer]:
 def _shard_layers(plan: Mapping[str, str], size: int, module: LightningModule) -> LightningModule:
     """Returns a module whose ``configure_model`` lets torch shard the same layers, and the tokens; the vocabulary stays unsharded."""
 
-    def configure_model(self: Any) -> None:
-        type(module).configure_model(self)
-        found = find_plan(self, plan, size)
-        blocks = self.get_submodule(found.blocks)
+    def shard(copied: Any) -> None:
+        found = find_plan(copied, plan, size)
+        blocks = copied.get_submodule(found.blocks)
         styles: dict[str, Any] = {}
         for name, block in blocks.named_modules(prefix=found.blocks):
             if "Norm" in type(block).__name__ and not any(name.startswith(f"{region.name}.") for region in found.regions):
@@ -57,12 +55,10 @@ def _shard_layers(plan: Mapping[str, str], size: int, module: LightningModule) -
                 styles[layer.name] = ColwiseParallel()
             elif layer.role == "row":
                 styles[layer.name] = RowwiseParallel(output_layouts=Shard(1))
-        mesh = self.device_mesh["tensor_parallel"]
-        parallelize_module(self, mesh, styles)
+        mesh = copied.device_mesh["tensor_parallel"]
+        parallelize_module(copied, mesh, styles)
         entry = PrepareModuleInput(input_layouts=Replicate(), desired_input_layouts=Shard(1), use_local_output=True)
         parallelize_module(blocks[0], mesh, entry)
         parallelize_module(blocks[-1], mesh, PrepareModuleOutput(output_layouts=Shard(1), desired_output_layouts=Replicate()))
 
-    sharded = copy.copy(module)
-    sharded.__class__ = type(type(module).__name__, (type(module),), {"configure_model": configure_model})
-    return sharded
+    return sharded_when_configured(module, shard)
