@@ -102,9 +102,9 @@ def counted():
     del found["torch.storage.UntypedStorage"]  # which the next lines make
     found["builtins.list"] -= len(dist.distributed_c10d._world.tags_to_pg)  # torch keeps an empty list of each group that has ended
     storages = {}
-    for x in objects:
-        if isinstance(x, torch.Tensor) and x.layout == torch.strided and not x.is_meta:
-            with torch._C.DisableTorchFunctionSubclass():
+    with torch._C.DisableTorchFunctionSubclass():  # a placeholder that an earlier test's compiler keeps must not be gathered
+        for x in objects:
+            if isinstance(x, torch.Tensor) and x.layout == torch.strided and not x.is_meta:
                 storages[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
     targets = [os.readlink(path) for path in Path("/proc/self/fd").iterdir() if path.is_symlink()]
     found["tensor bytes"] = sum(storages.values())
