@@ -141,9 +141,8 @@ def _connections(descriptors: Iterable[int]) -> list[socket.socket]:
     """Returns the sockets that are connected, by duplicates of their descriptors."""
     connected = []
     for descriptor in descriptors:
-        try:
-            connection = socket.socket(fileno=os.dup(descriptor))
-        except OSError:  # closed meanwhile
+        connection = _duplicate(descriptor)
+        if connection is None:
             continue
         if connection.family not in (socket.AF_INET, socket.AF_INET6):  # process groups have no others
             connection.close()
@@ -155,6 +154,17 @@ def _connections(descriptors: Iterable[int]) -> list[socket.socket]:
         else:
             connected.append(connection)
     return connected
+
+
+def _duplicate(descriptor: int) -> socket.socket | None:
+    """Returns a socket by a duplicate of its descriptor; None if it is closed meanwhile, or is another file's now."""
+    with suppress(OSError):
+        copy = os.dup(descriptor)
+        try:
+            return socket.socket(fileno=copy)
+        except OSError:
+            os.close(copy)
+    return None
 
 
 def _sockets() -> Iterator[tuple[int, int]]:

@@ -5,6 +5,7 @@ import socket
 import sys
 import threading
 import weakref
+from contextlib import suppress
 from unittest import mock
 
 import pytest
@@ -15,6 +16,7 @@ from lightning_overlap.ranks import gloo
 from lightning_overlap.ranks.announcements import TransferError
 from lightning_overlap.ranks.gloo import SEND_BUFFER
 from lightning_overlap.ranks.link import Urgency
+from lightning_overlap.ranks.sockets import _duplicate, _sockets
 from lightning_overlap.ranks.world import WORLD, make_group
 
 
@@ -160,13 +162,11 @@ def test_a_rank_that_is_behind_is_not_deadlocked(world, background):
 def send_buffers():
     """This process's connections, and the sizes of their send buffers."""
     sizes = {}  # by inode: a connection may have several descriptors
-    for descriptor in os.listdir("/proc/self/fd"):
-        try:
-            with socket.socket(fileno=os.dup(int(descriptor))) as connection:
+    for descriptor, inode in _sockets():
+        if connection := _duplicate(descriptor):
+            with connection, suppress(OSError):  # a socket that listens has no other end
                 connection.getpeername()
-                sizes[os.fstat(int(descriptor)).st_ino] = connection.getsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF)
-        except OSError:  # no socket, or closed meanwhile
-            continue
+                sizes[inode] = connection.getsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF)
     return sizes
 
 
