@@ -11,6 +11,7 @@ from datetime import timedelta
 import numpy
 import torch
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_only
 from torch import nn
 from torch.optim import Optimizer
 
@@ -57,6 +58,7 @@ def prepare_launch(config: OverlapConfig, ranks: int, device: torch.device, prec
             log_on_rank_zero(f"lightning_overlap: {line}")
 
 
+@rank_zero_only  # to format a plan takes as long as a small step
 def print_plan(plan: Plan) -> None:
     """Prints a plan, unless it is the one that this process printed last: a fit that resumes has the plan of the one before."""
     _print_once("plan", plan.explain())

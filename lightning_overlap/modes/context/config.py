@@ -43,7 +43,8 @@ class ContextParallel:
     """Of ``a2a+p2p``: ranks of an inner group, and the number of groups; their product is ``size``."""
     order: Literal["auto", "balanced", "contiguous"] = "auto"
     """Which tokens a rank has. ``balanced``: an early and a late part, which have the same work under a causal mask.
-    ``contiguous``: one part, which suits windows. ``auto``: by the mask of each batch."""
+    ``contiguous``: one part, which suits windows. ``auto``: by the mask of each batch; ``balanced`` with ``boundary: batch``, since no
+    mask is known yet."""
     boundary: Literal["auto", "loss", "blocks", "batch"] = "auto"
     """Where tokens are sharded. ``loss``: from the first block to the loss. ``blocks``: from the first to the last block. ``batch``:
     from the batch to the loss; a rank makes embeddings of its tokens only, for sequences whose embeddings do not fit. Token ids and

@@ -25,7 +25,7 @@ from lightning_overlap.modes.expert.gather import GatherDispatch
 from lightning_overlap.modes.expert.grouped import LocalExperts
 from lightning_overlap.modes.expert.layout import Layout
 from lightning_overlap.modes.expert.replay import RoutingReplay
-from lightning_overlap.modes.expert.shared import Order, SharedExperts, rehearse
+from lightning_overlap.modes.expert.shared import Order, SharedExperts, order_of_calls
 from lightning_overlap.modes.piece_holder import PieceHolder
 from lightning_overlap.nn.moe import MoELayer
 from lightning_overlap.ranks.group import Group
@@ -94,7 +94,7 @@ class ExpertMode(PieceHolder):
             layers, routers = (), []
         self._names = [f"{layer.name}.{name}" for layer in layers for name in layer.parameters]
         self.partition = Partition(model, _pieces_of(layers), self.group, "expert.whole")
-        orders = {layer.name: rehearse(model, layer) for layer in layers}
+        orders = {layer.name: order_of_calls(model, layer) for layer in layers}
         self.partition.shard()
         self._replay = RoutingReplay(self.setup.boundary.forwards, [router.module for router in routers])
         self._install = partial(self._patch, model, layers, orders)
@@ -252,7 +252,7 @@ def look(model: nn.Module, config: ExpertParallel, roles: Mapping[str, str]) -> 
     if not own and not layers:
         return None
     counts = sorted({layer.count for layer in layers})
-    orders = [rehearse(model, layer) for layer in layers]
+    orders = [order_of_calls(model, layer) for layer in layers]
     obstacle = next((order.obstacle for order in orders if order.obstacle), "") if all(o.obstacle for o in orders) else ""
     plural = "layers" if len(layers) > 1 else "layer"
     return ExpertFacts(

@@ -6,7 +6,7 @@ both cases they run while the first tokens travel, and their output is kept for 
     block calls them last:   router, experts [post, SHARED, wait, ...], shared experts (returns what is kept)
     block calls them first:  shared experts [router, experts [post, SHARED, wait, ...]], router, experts (return what is kept)
 
-Which one a block does, and with which tensors, is seen in a rehearsal on the meta device, before any training.
+Which one a block does, and with which tensors, is seen in a trial call on the meta device, before any training.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class Order:
     obstacle: str = ""
 
 
-def rehearse(model: nn.Module, layer: ExpertLayer) -> Order:
+def order_of_calls(model: nn.Module, layer: ExpertLayer) -> Order:
     """Finds out how a block calls its shared experts: runs a copy of it on the meta device, where nothing is computed.
 
     Args:
@@ -74,7 +74,7 @@ def rehearse(model: nn.Module, layer: ExpertLayer) -> Order:
 
 @dataclass(frozen=True)
 class _Call:
-    """A call in a rehearsal: the name of the part, its positional arguments, its result."""
+    """A part's call in a trial call of the block: the name of the part, its positional arguments, its result."""
 
     part: str
     arguments: tuple[Any, ...]
@@ -82,7 +82,7 @@ class _Call:
 
 
 def _order(layer: ExpertLayer, hidden: Tensor, calls: list[_Call]) -> Order:
-    """Reads the calls of a rehearsal with the block's input ``hidden``."""
+    """Reads the calls of a trial call with the block's input ``hidden``."""
     obstacle = f"{layer.block} calls {layer.shared} in a way that is not known"
     by_part = {call.part: call for call in calls}
     order = [call.part for call in calls]

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from lightning_overlap.model.expert_layers import ExpertLayer, find_experts
-from lightning_overlap.modes.expert.shared import SharedExperts, _State, rehearse
+from lightning_overlap.modes.expert.shared import SharedExperts, _State, order_of_calls
 from lightning_overlap.steps.forward import Forwards
 from tests.helpers.experts import ARCHITECTURES, OwnMoE, build, tiny
 
@@ -29,7 +29,7 @@ SPECIAL = {
 def test_rehearsals(kind: str) -> None:
     model = build(kind)
     layer = find_experts(model, {}, 2)[1][0]
-    order = rehearse(model, layer)
+    order = order_of_calls(model, layer)
     if layer.shared is None:
         assert order.obstacle == "the model has no shared experts"
     elif kind in SPECIAL:
@@ -85,7 +85,7 @@ def run(name: str, *, early: bool, recompute: bool = False) -> tuple[list[Tensor
     shared, experts = model.get_submodule(layer.shared), layer.module
     shared.act_fn.register_forward_hook(lambda *_: events.append("shared"))
     shared.register_forward_hook(lambda *_: events.append("block has shared"))
-    order = rehearse(model, layer)
+    order = order_of_calls(model, layer)
     dispatch = Recorder(experts.forward, events)
     undo = list(SharedExperts(model, layer, order, dispatch, forwards, overlapped=early).install())
     block = model.get_submodule(layer.block)
@@ -123,7 +123,7 @@ def problem(change: Callable[[Any], None], roles: dict[str, str] | None = None) 
     model = nn.ModuleDict({"moe": OwnMoE()})
     change(model["moe"])
     roles = roles or {"ffns": "experts", "route": "router", "everybody": "shared_experts"}
-    return rehearse(model, find_experts(model, roles, 2)[1][0]).obstacle
+    return order_of_calls(model, find_experts(model, roles, 2)[1][0]).obstacle
 
 
 def test_obstacles() -> None:
@@ -141,7 +141,7 @@ def test_obstacles() -> None:
     own = OwnMoE()
     model["moe"].route, model["moe"].ffns, model["moe"].everybody = own.route, own.ffns, own.everybody
     roles = {"ffns": "experts", "route": "router", "everybody": "shared_experts"}
-    assert "not with the input of moe" in rehearse(model, find_experts(model, roles, 2)[1][0]).obstacle
+    assert "not with the input of moe" in order_of_calls(model, find_experts(model, roles, 2)[1][0]).obstacle
 
 
 def test_a_changed_input_is_computed_again() -> None:
@@ -153,6 +153,6 @@ def test_a_changed_input_is_computed_again() -> None:
     x = torch.randn(1, 3, 8)
     expected = model.moe(x.clone())
     dispatch = Recorder(layer.module.forward, [])
-    list(SharedExperts(model, layer, rehearse(model, layer), dispatch, Forwards(), overlapped=True).install())
+    list(SharedExperts(model, layer, order_of_calls(model, layer), dispatch, Forwards(), overlapped=True).install())
     with torch.no_grad():
         torch.testing.assert_close(model.moe(x.clone()), expected)
