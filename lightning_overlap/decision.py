@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 T = TypeVar("T")
 T_co = TypeVar("T_co", covariant=True)
@@ -47,6 +47,22 @@ def check_switch(name: str, value: object) -> None:
     """
     if type(value) is not bool and value != "auto":
         raise ConfigError(f"{name} must be true, false or auto, got {value!r}")
+
+
+def check_flags(section: str, settings: Any) -> None:
+    """Refuses values other than True and False of a dataclass's ``bool`` fields; also 1 and ``"false"``, which Python takes for true.
+
+    Args:
+        section: the dataclass's name in the configuration.
+        settings: the dataclass.
+
+    Raises:
+        ConfigError: a value is not valid.
+    """
+    for field in fields(settings):
+        value = getattr(settings, field.name)
+        if field.type == "bool" and type(value) is not bool:
+            raise ConfigError(f"{section}.{field.name} must be true or false, got {value!r}")
 
 
 def check_word(name: str, value: object, words: Sequence[str]) -> None:

@@ -214,6 +214,21 @@ def test_what_is_no_switch_is_an_error(kind: Any, name: str, value: Any) -> None
         kind(**{name: value})
 
 
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    [
+        (DataParallel, "check_for_nan_in_grad"),
+        (TensorParallel, "keep_gathered_input"),
+        (ContextParallel, "verify_blocks"),
+        (ExpertParallel, "log_expert_load"),
+    ],
+)
+@pytest.mark.parametrize("value", [1, "false", "auto", None])
+def test_what_is_no_flag_is_an_error(kind: Any, name: str, value: Any) -> None:
+    with pytest.raises(ConfigError, match=rf"_parallel\.{name} must be true or false, got {re.escape(repr(value))}$"):
+        kind(**{name: value})
+
+
 def test_an_unknown_feature_is_an_error() -> None:
     choices: Any = resolve(OverlapConfig(), Facts(world_size=2)).choices
     with pytest.raises(AttributeError):

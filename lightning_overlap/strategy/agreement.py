@@ -43,16 +43,20 @@ RANK_ZERO_ARGUMENTS = ("dirpath", "filename", "verbose")
 """Arguments of these callbacks that only rank 0 uses."""
 
 
-_ORDER = "the order of all this"
 Description = str | tuple[str, ...]
 """What one phrase names: a value, or names in their order."""
 
 
 def describe_settings(settings: Any, name: str = "") -> dict[str, Description]:
-    """Describes each value in nested dataclasses, mappings and tuples, by its path: ``pipeline_parallel.microbatches``."""
+    """Describes each value in nested dataclasses, mappings and tuples, by its path: ``pipeline_parallel.microbatches``.
+
+    Of a mapping also the order, since the last pattern that fits may decide.
+    """
     if not is_container(settings) or not items(settings):
         return {name: repr(settings)}
     words: dict[str, Description] = {}
+    if isinstance(settings, Mapping):
+        words[f"the order of {name}"] = tuple(map(str, settings))
     for key, value in items(settings):
         words |= describe_settings(value, f"{name}.{key}" if name else key)
     return words
@@ -107,19 +111,23 @@ def refuse_differences(mine: Mapping[str, Description]) -> None:
     Raises:
         ConfigError: on every rank, with the first difference.
     """
-    mine = {**mine, _ORDER: tuple(mine)}  # of a mapping, say, whose last fitting pattern decides
     # Digests first, because descriptions grow with the model, and every rank would send them to every other.
-    if world_size() == 1 or len(set(all_gather_objects(_digest(f"{key}: {value}" for key, value in mine.items())))) == 1:
+    if world_size() == 1 or len(set(all_gather_objects(_digest(f"{key}: {value}" for key, value in sorted(mine.items()))))) == 1:
         return
     everyone = all_gather_objects(mine)
     for rank, other in enumerate(everyone):
-        for subject in sorted({**everyone[0], **other}, key=lambda subject: subject == _ORDER):
+        for subject in sorted({**everyone[0], **other}, key=_is_order):
             first, second = everyone[0].get(subject, "absent"), other.get(subject, "absent")
             if first != second:
                 raise ConfigError(
                     f"ranks disagree about {subject}: {_difference(first, second, rank)}. "
                     "Start the same script with the same arguments and packages on every rank."
                 )
+
+
+def _is_order(subject: str) -> bool:
+    """Whether a phrase is of an order, which also differs where a name is missing: that says more."""
+    return subject.startswith("the order of ")
 
 
 def _difference(first: Description, second: Description, rank: int) -> str:

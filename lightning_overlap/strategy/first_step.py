@@ -27,7 +27,8 @@ from lightning_overlap.decision import ConfigError
 from lightning_overlap.model.trees import copied
 from lightning_overlap.modes.base import Driver, Holder, OverlapMode, Sharder
 from lightning_overlap.ranks.announcements import TransferError
-from lightning_overlap.ranks.world import all_gather_objects, world_size
+from lightning_overlap.ranks.world import all_gather_objects
+from lightning_overlap.steps.dropout import DROPOUTS
 from lightning_overlap.steps.random_state import preserve_random_state, seed_generators
 from lightning_overlap.strategy.seams import logs_go_to
 from lightning_overlap.strategy.step import DrivenStep
@@ -76,9 +77,12 @@ def _without_dropout() -> Iterator[None]:
     def keep(input: Tensor, *_: Any, **__: Any) -> Tensor:
         return input
 
-    before = [(owner, name, getattr(owner, name)) for owner, name in _DROPOUTS]
+    def keep_with_mask(input: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+        return input, torch.ones_like(input, dtype=torch.bool)
+
+    before = [(owner, name, getattr(owner, name)) for owner, name in DROPOUTS]
     for owner, name, _ in before:
-        setattr(owner, name, keep)
+        setattr(owner, name, keep_with_mask if name == "native_dropout" else keep)
     F.scaled_dot_product_attention = attend
     try:
         yield
@@ -86,12 +90,6 @@ def _without_dropout() -> Iterator[None]:
         F.scaled_dot_product_attention = attention
         for owner, name, function in before:
             setattr(owner, name, function)
-
-
-_DROPOUTS = (
-    *((F, name) for name in ("dropout", "dropout1d", "dropout2d", "dropout3d", "alpha_dropout", "feature_alpha_dropout")),
-    (torch, "dropout"),
-)
 
 
 class _Trial(DrivenStep):
@@ -178,11 +176,9 @@ class FirstStep:
         """
         with self._isolated():
             expected, obstacle = self._run_unsharded()
-            obstacles = all_gather_objects(obstacle) if world_size() > 1 else [obstacle]
-            if any(obstacles):
-                reason = next(filter(None, obstacles))
-                rank_zero_warn(f"verify_first_step: the first step was not compared with the unsharded model: {reason}")
-                return reason != NO_LOSS
+            if obstacle is not None:
+                rank_zero_warn(f"verify_first_step: the first step was not compared with the unsharded model: {obstacle}")
+                return obstacle != NO_LOSS
             actual = self._run_sharded()
         self._compare(expected, actual)
         self.is_compared = True
@@ -211,7 +207,7 @@ class FirstStep:
                     parameter.grad = before[name]
 
     def _run_unsharded(self) -> tuple[_Result, str | None]:
-        """Returns the results of the unsharded model, of tensors this rank's part; and why it could not run, if it could not."""
+        """Returns the results of the unsharded model, of tensors this rank's part; and why it could not run on some rank, if so."""
         result = _Result()
         with ExitStack() as stack:
             for mode in reversed(self._sharders):
@@ -220,18 +216,19 @@ class FirstStep:
             stack.enter_context(preserve_random_state(self._device))
             stack.enter_context(_without_dropout())
             try:
-                shares = self._fill_unsharded(result)
+                obstacle = None if self._fill_unsharded(result) else NO_LOSS
             except torch.OutOfMemoryError:
-                return result, "a rank has too little memory for the unsharded model. Set verify_first_step: false to skip this check"
+                obstacle = "a rank has too little memory for the unsharded model. Set verify_first_step: false to skip this check"
             except (RuntimeError, TypeError, ValueError) as error:  # an error of the user's code comes again in the step itself
                 if isinstance(error, ConfigError | TransferError):
                     raise
-                return result, f"the unsharded model fails without mixed precision: {type(error).__name__}: {error}"
+                obstacle = f"the unsharded model fails without mixed precision: {type(error).__name__}: {error}"
             finally:
                 gradients = {name: p.grad for name, p in self._parameters.items() if p.grad is not None}
                 self._drop_gradients()
-        if shares is None:
-            return result, NO_LOSS
+        # Before the modes sum up gradients over ranks, which waits for all of them.
+        if obstacle := next(filter(None, all_gather_objects(obstacle)), None):
+            return result, obstacle
         for mode in self._holders:
             gradients = mode.local_gradients(gradients)
         result.gradients = {name: gradient.clone() for name, gradient in gradients.items()}  # a view keeps the unsharded one's memory
@@ -251,19 +248,15 @@ class FirstStep:
     def _buffers(self) -> dict[str, Tensor]:
         return {name: buffer.detach().clone() for name, buffer in self._module.named_buffers() if name in self._known_buffers}
 
-    def _fill_unsharded(self, result: _Result) -> list[float] | None:
-        """Runs the step on the unsharded model, microbatch by microbatch.
-
-        Returns:
-            The microbatches' shares of the loss; None if ``training_step`` returns no loss.
-        """
+    def _fill_unsharded(self, result: _Result) -> bool:
+        """Runs the step on the unsharded model, microbatch by microbatch. Returns whether ``training_step`` returns a loss."""
         parts = self._driver.unsharded_microbatches(self._step) if self._driver is not None else iter([(self._step.batch, 0, 1.0)])
         shares = []
         with self._step.trial():
             for part, number, share in parts:
                 loss = self._step.forward(part, number)
                 if loss is None:
-                    return None
+                    return False
                 shares.append(share)
                 if loss.requires_grad and share:  # a loss of NaN times 0 is NaN
                     self._step.backward(loss, share)
@@ -272,7 +265,7 @@ class FirstStep:
             result.buffers = self._buffers()
         if len(shares) > 1:
             result.batch_loss = self._batch_loss()
-        return shares
+        return True
 
     def _batch_loss(self) -> float | None:
         """Returns the loss without microbatches; None if it depends on random numbers, or the memory is too small for it."""
@@ -349,7 +342,7 @@ class FirstStep:
         wrong_loss = not _is_close(actual.loss, expected.loss, tolerance.loss)
         differences = self._differences(expected, actual, tolerance)
         mine = (expected.loss, actual.loss, wrong_loss, differences)
-        everyone = all_gather_objects(mine) if world_size() > 1 else [mine]
+        everyone = all_gather_objects(mine)
         losses = next(((want, have) for want, have, wrong, _ in everyone if wrong), None)
         tensors = list(dict.fromkeys(entry for *_, entries in everyone for entry in entries))
         if losses is None and not tensors:
@@ -371,7 +364,7 @@ class FirstStep:
         differences: list[tuple[str, float, float]] = []
         norms = {name: _norm(gradient) for name, gradient in expected.gradients.items()}
         largest = max(norms.values(), default=0.0)
-        largest = max(all_gather_objects(largest)) if world_size() > 1 else largest
+        largest = max(all_gather_objects(largest))
         for name in {**expected.gradients, **actual.gradients}:
             want, have = expected.gradients.get(name), actual.gradients.get(name)
             norm, difference = norms.get(name, 0.0), _norm(_difference(have, want))

@@ -104,7 +104,10 @@ class MeshStrategy(DDPStrategy):
             cluster = self.cluster_environment
             assert cluster is not None, "Lightning sets it"
             address, size = f"{cluster.main_address}:{cluster.main_port}", cluster.world_size()
-            log_on_rank_zero(f"lightning_overlap: {size} ranks meet at {address}, within {self._meeting_timeout} (meeting_timeout)")
+            if size > 1:
+                log_on_rank_zero(
+                    f"lightning_overlap: {size} ranks meet at {address}, within {self._meeting_timeout} (meeting_timeout)"
+                )
             start_world(cluster, self.backend_name, self._meeting_timeout, self.time_limit, self.root_device)
             log_on_rank_zero(f"lightning_overlap: {world_size()} ranks are connected, {self.backend_name}")
         super().setup_distributed()

@@ -4,6 +4,7 @@ import random
 import re
 import warnings
 from typing import Any, ClassVar
+from unittest import mock
 
 import pytest
 import torch
@@ -16,6 +17,8 @@ from torch.utils.data import DataLoader
 
 from lightning_overlap import ConfigError, OverlapStrategy, PipelineParallel, TensorParallel
 from tests.helpers import transformer
+from tests.helpers.sequences import train
+from tests.trainer.expert.fits import Hugging, batches
 
 QUIET = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
 WIDTH = 16
@@ -399,3 +402,30 @@ def test_another_objective_of_microbatches_is_said_once(world: Any) -> None:
     assert len(about) == 1
     _, said, _ = world(2).run(fit, Net, PIPELINE, 2)[0]
     assert not [message for message in said if "without microbatches" in message]
+
+
+class TooLarge(Hugging):
+    """Rank 1 has too little memory for the unsharded model, with which the first call runs."""
+
+    calls: ClassVar[list[int]] = []  # an attribute of the module would be as before the check after it
+
+    def training_step(self, batch: Tensor, index: int) -> Tensor:
+        self.calls.append(index)
+        if len(self.calls) == 1 and dist.get_rank() == 1:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return super().training_step(batch, index)
+
+
+def fit_with_little_memory() -> list[str]:
+    TooLarge.calls.clear()
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        with mock.patch("warnings.simplefilter"):  # by which train() turns them off
+            train({"expert_parallel": 2}, TooLarge, {"name": "mixtral"}, {}, samples=batches)
+    return [str(each.message) for each in said]
+
+
+def test_a_rank_that_cannot_run_the_unsharded_model_holds_up_nobody(world: Any) -> None:
+    """Ranks sum up gradients of experts: all of them, or none."""
+    said, _ = world(2).run(fit_with_little_memory)
+    assert any("was not compared with the unsharded model: a rank has too little memory" in message for message in said)

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
-from lightning_overlap.decision import Choice, Choices, ConfigError, check_count, check_switch, check_word, refuse, settle
+from lightning_overlap.decision import Choice, Choices, ConfigError, check_count, check_flags, check_switch, check_word, refuse, settle
 from lightning_overlap.facts import Facts, Room
 from lightning_overlap.ranks.degrees import Degrees, larger_sizes
 
@@ -64,6 +64,7 @@ class ContextParallel:
         check_word("context_parallel.order", self.order, ("auto", *ORDERS))
         check_word("context_parallel.boundary", self.boundary, ("auto", *BOUNDARIES))
         check_switch("context_parallel.overlap", self.overlap)
+        check_flags("context_parallel", self)
         check_count("context_parallel.pieces", self.pieces)
         sizes = self.hierarchical_sizes
         if (sizes is None) == ("a2a+p2p" in self.methods.values()):

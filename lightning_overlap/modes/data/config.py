@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from lightning_overlap.decision import Choice, Choices, ConfigError, check_count, check_switch, check_word, settle
+from lightning_overlap.decision import Choice, Choices, ConfigError, check_count, check_flags, check_switch, check_word, settle
 from lightning_overlap.facts import Facts, Room
 from lightning_overlap.ranks.degrees import Degrees
 
@@ -79,6 +79,7 @@ class DataParallel:
             "align_param_gather",
         ):
             check_switch(f"data_parallel.{name}", getattr(self, name))
+        check_flags("data_parallel", self)
         check_word("data_parallel.grad_reduce_dtype", self.grad_reduce_dtype, ("fp32", "param"))
 
 

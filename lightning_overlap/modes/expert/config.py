@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from lightning_overlap.decision import Choice, Choices, ConfigError, check_count, check_switch, check_word, refuse, settle
+from lightning_overlap.decision import Choice, Choices, ConfigError, check_count, check_flags, check_switch, check_word, refuse, settle
 from lightning_overlap.facts import Facts, Room
 from lightning_overlap.modes.expert.layout import SPLITS, Split, choose
 from lightning_overlap.ranks.degrees import Degrees, larger_sizes
@@ -61,8 +61,7 @@ class ExpertParallel:
             check_count("expert_parallel.parts", self.parts)
         if isinstance(self.update_bias_rate, bool) or not self.update_bias_rate >= 0:
             raise ConfigError(f"expert_parallel.update_bias_rate={self.update_bias_rate!r} must be a number, at least 0")
-        if not isinstance(self.log_expert_load, bool):
-            raise ConfigError(f"expert_parallel.log_expert_load={self.log_expert_load!r} must be true or false")
+        check_flags("expert_parallel", self)
         if self.dispatcher != "alltoall" and self.split not in ("auto", "tokens"):
             raise ConfigError(
                 f"expert_parallel.split: {self.split} cannot be used with dispatcher: {self.dispatcher}, which sends a token once for "
@@ -133,7 +132,9 @@ def decide(config: ExpertParallel, degrees: Degrees, facts: Facts, *, overlap: b
         overlap=overlap,
     )
     split, parts = _layout(config, model, in_parts=config.overlap_dispatch is not False)
+    only_bf16 = config.dispatcher == "flex" and facts.precision.endswith("-mixed")
     return ExpertChoices(
+        first_step_blocker="expert_parallel.dispatcher: flex computes only in bf16" if only_bf16 else "",
         size=Choice(config.size, config.size, _UNKNOWN if model is None else model.summary),
         dispatcher=Choice(config.dispatcher, config.dispatcher, _DISPATCHERS[config.dispatcher]),
         overlap_dispatch=dispatch,

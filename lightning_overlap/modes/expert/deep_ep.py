@@ -42,9 +42,15 @@ def library() -> Library:
     """The DeepEP that is installed.
 
     Raises:
-        ConfigError: it is older than 2.1, in which gradients of weights come back.
+        ConfigError: it cannot be imported, or is older than 2.1, in which gradients of weights come back.
     """
-    import deep_ep
+    try:
+        import deep_ep
+    except (ImportError, OSError) as error:  # built for another torch or CUDA
+        raise ConfigError(
+            f"expert_parallel.dispatcher: flex needs DeepEP, which cannot be imported ({type(error).__name__}: {error}): build it for "
+            "the torch that is installed, or set dispatcher: alltoall"
+        ) from error
 
     kind = getattr(deep_ep, "EPBuffer", None) or getattr(deep_ep, "ElasticBuffer", None)
     if kind is None or "do_zero_padding" not in inspect.signature(kind.dispatch).parameters:

@@ -12,12 +12,12 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from lightning_overlap.modes.expert.dispatch import Dispatch
+from lightning_overlap.modes.expert.dispatch import COUNTS_KEY, Dispatch
 from lightning_overlap.modes.expert.exchange import AllToAll, Passage, Post, Wait
 from lightning_overlap.modes.expert.grouped import ExpertsForward, LocalExperts
 
-COUNTS_KEY, INDICES_KEY, FIRST_KEY = 0, 1, 2
-"""Keys of the exchanges of counts and indices, and the first one of the parts."""
+INDICES_KEY, FIRST_KEY = COUNTS_KEY + 1, COUNTS_KEY + 2
+"""Keys of the exchange of indices, and the first one of the parts."""
 
 
 class GatherDispatch(Dispatch):

@@ -12,6 +12,7 @@ from lightning_overlap.decision import (
     ConfigError,
     Setting,
     check_count,
+    check_flags,
     check_switch,
     check_word,
     refuse,
@@ -89,6 +90,7 @@ class TensorParallel:
             check_word(f"tensor_parallel.methods.{product}", method, tuple(METHODS[product]))
         for name in ("sequence_parallel", "overlap", "vocab_parallel"):
             check_switch(f"tensor_parallel.{name}", getattr(self, name))
+        check_flags("tensor_parallel", self)
 
 
 @dataclass(frozen=True)

@@ -156,6 +156,11 @@ def test_an_old_version_is_refused(names: dict[str, Any]) -> None:
         deep_ep.library()
 
 
+def test_a_version_that_cannot_be_imported_is_refused() -> None:
+    with mock.patch.dict("sys.modules", deep_ep=None), pytest.raises(ConfigError, match=r"which cannot be imported .*: build it for"):
+        deep_ep.library()
+
+
 def test_the_newer_name_of_the_buffer_comes_first() -> None:
     newer = SimpleNamespace(dispatch=lambda x, do_zero_padding: None)
     module = SimpleNamespace(EPBuffer=newer, ElasticBuffer=None, topk_idx_t=torch.int32)
@@ -190,6 +195,12 @@ def test_the_plan_says_that_it_was_never_run() -> None:
     choices = planned()
     assert (choices.dispatcher.value, choices.split.value) == ("flex", "tokens")
     assert choices.dispatcher.why.endswith("(never run by the authors)")
+
+
+def test_the_first_step_is_compared_only_where_it_is_in_bf16() -> None:
+    """The comparison turns autocast off."""
+    assert planned().first_step_blocker == "expert_parallel.dispatcher: flex computes only in bf16"
+    assert not planned(precision="bf16-true").first_step_blocker
 
 
 def fit_with_stand_in(*arguments: Any) -> Any:
