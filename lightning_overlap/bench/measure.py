@@ -26,7 +26,7 @@ from lightning_overlap.bench.advice import advise
 from lightning_overlap.bench.on_paper import OnPaper, on_paper
 from lightning_overlap.bench.peers import Peer, find_peers, made_by_all
 from lightning_overlap.bench.rows import Row
-from lightning_overlap.bench.runs import Runs, check_one_step, without_checks
+from lightning_overlap.bench.runs import Runs, check_one_step, refuse_uncounted, without_checks
 from lightning_overlap.bench.skip import Skipped, skip_transfers
 from lightning_overlap.decision import ConfigError
 from lightning_overlap.profiling.callback import OverlapProfiler
@@ -230,7 +230,7 @@ def measure(
         with_peers: measure the peers, too.
 
     Raises:
-        ConfigError: the configuration cannot run, or its steps cannot be measured.
+        ConfigError: the configuration cannot run, or its steps or transfers cannot be measured.
     """
     config = strategy.config
     timed = TimedRuns(Runs(model, datamodule, strategy, trainer), steps, warmup)
@@ -240,6 +240,7 @@ def measure(
     for repeat in range(repeats):
         overlapped = timed.runs.ours()
         rows["overlapped"].add(*timed.run(overlapped).figures)
+        refuse_uncounted(overlapped.modes)
         rows["plain"].add(*timed.run(timed.runs.ours(overlap="off")).figures)
         clock = timed.run(timed.runs.ours(**without_checks(config)), skip=True)
         rows["compute"].add(*clock.figures)

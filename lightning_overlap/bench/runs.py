@@ -15,6 +15,7 @@ from lightning.pytorch.strategies import Strategy
 
 from lightning_overlap.config import OverlapConfig
 from lightning_overlap.decision import ConfigError
+from lightning_overlap.modes.base import OverlapMode
 from lightning_overlap.strategy.strategy import OverlapStrategy
 
 TRAINING = (BaseFinetuning, GradientAccumulationScheduler, StochasticWeightAveraging, WeightAveraging)
@@ -92,6 +93,16 @@ def check_one_step(before: int, after: int) -> None:
             f"a batch makes {after - before} optimizer steps, as manual optimization may, but bench, tune and plan --memory time "
             "steps of one or more batches. Measure a fit with OverlapProfiler instead"
         )
+
+
+def refuse_uncounted(modes: Sequence[OverlapMode]) -> None:
+    """Refuses modes that make transfers outside of their groups: no run can do without these, or rehearse them.
+
+    Raises:
+        ConfigError: one does.
+    """
+    if uncounted := next((reason for mode in modes if (reason := mode.uncounted_transfers)), ""):
+        raise ConfigError(f"bench, tune and plan --memory need to see all transfers, and {uncounted}. Set that for them")
 
 
 def without_checks(config: OverlapConfig) -> dict[str, Any]:

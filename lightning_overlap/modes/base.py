@@ -117,6 +117,11 @@ class OverlapMode:
         """Why torch does not see some of the products of matrices that the mode runs; empty if it sees all."""
         return ""
 
+    @property
+    def uncounted_transfers(self) -> str:
+        """Why some of the mode's transfers are no verbs of its groups, and with which setting all are; empty if all are."""
+        return ""
+
     def refuse(self, model: nn.Module) -> None:
         """Checks the model before any mode changes it.
 

@@ -18,7 +18,7 @@ import torch
 from lightning.fabric.plugins import ClusterEnvironment
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from lightning_overlap.bench.runs import Runs, check_one_step, without_checks
+from lightning_overlap.bench.runs import Runs, check_one_step, refuse_uncounted, without_checks
 from lightning_overlap.config import OverlapConfig
 from lightning_overlap.decision import ConfigError
 from lightning_overlap.ranks.announcements import TransferError
@@ -207,7 +207,9 @@ class StepEvents(Callback):
         self._windows: list[Window] = []
 
     def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
-        cast(OverlapStrategy, trainer.strategy).stop_comparing()
+        strategy = cast(OverlapStrategy, trainer.strategy)
+        refuse_uncounted(strategy.modes)
+        strategy.stop_comparing()
 
     def on_train_batch_end(self, trainer: Trainer, module: LightningModule, *_: Any) -> None:
         check_one_step(self._done, trainer.global_step)

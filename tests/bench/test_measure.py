@@ -1,4 +1,5 @@
 import warnings
+from unittest import mock
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from lightning_overlap.bench.measure import Measured, TimedRuns, _Clock, _Peers,
 from lightning_overlap.bench.rows import Row
 from lightning_overlap.bench.runs import Runs
 from lightning_overlap.bench.skip import Skipped
+from lightning_overlap.modes.data.mode import DataMode
 from lightning_overlap.ranks.group import Group
 from tests.helpers.training import Net, train
 from tests.trainer.tensor.test_numbers import Net as TensorNet
@@ -47,6 +49,18 @@ def test_every_figure_is_measured(world):
         assert all(len(row["seconds"]) == 2 and min(row["seconds"]) > 0 for row in figures["rows"])
         assert figures["limit"] == max(figures["medians"]["compute"], figures["medians"]["communication"])
         assert "efficiency" in table
+
+
+def test_transfers_that_cannot_be_left_out_are_refused(world):
+    world(2).run(bench_by_post)
+
+
+def bench_by_post():
+    with (
+        mock.patch.object(DataMode, "uncounted_transfers", "data_parallel sends by post; by wire, all transfers are seen"),
+        pytest.raises(ConfigError, match="need to see all transfers, and data_parallel sends by post"),
+    ):
+        bench()
 
 
 def test_several_steps_a_batch_are_refused():

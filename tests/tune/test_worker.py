@@ -8,6 +8,7 @@ import warnings
 import weakref
 from collections.abc import Iterator
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from lightning.pytorch import LightningModule, Trainer
 from torch.utils.data import DataLoader
 
 from lightning_overlap import OverlapConfig
+from lightning_overlap.modes.data.mode import DataMode
 from lightning_overlap.torch_seams import dispatch_modes
 from lightning_overlap.tune.memory import StepMemory
 from lightning_overlap.tune.worker import Failure, Task, serve
@@ -128,6 +130,13 @@ def test_several_steps_a_batch_are_refused() -> None:
     failure, _ = served(pickled(StepsTwice()))
     assert failure.is_config_error
     assert failure.message.startswith("a batch makes 2 optimizer steps")
+
+
+def test_transfers_that_cannot_be_seen_are_refused() -> None:
+    with mock.patch.object(DataMode, "uncounted_transfers", "data_parallel sends by post; by wire, all transfers are seen"):
+        failure, _ = served(pickled(Small()))
+    assert failure.is_config_error
+    assert "need to see all transfers, and data_parallel sends by post" in failure.message
 
 
 def test_the_memory_of_a_step_that_fails_is_counted_no_longer() -> None:
