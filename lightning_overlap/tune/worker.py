@@ -86,7 +86,7 @@ def serve(pipe: Connection, player: int, inboxes: Sequence[Inbox], turn: Turn, r
     torch.set_num_threads(threads)
     logging.disable(logging.WARNING)  # a fit announces itself, in each rehearsal
     warnings.simplefilter("ignore")
-    training = None
+    training: Any = None
     while True:
         try:
             task = pipe.recv()

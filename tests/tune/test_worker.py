@@ -22,7 +22,7 @@ from lightning_overlap.tune.memory import StepMemory
 from lightning_overlap.tune.worker import Failure, Task, serve
 
 CPU = torch.device("cpu")
-QUIET = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
+QUIET: dict[str, Any] = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
 MADE: list["weakref.ref[Small]"] = []
 
 
@@ -70,7 +70,8 @@ class Pipe:
     """Gives tasks, and keeps the answers."""
 
     def __init__(self, *tasks: Task) -> None:
-        self.tasks, self.answers = list(tasks), []  # type: ignore[var-annotated]
+        self.tasks = list(tasks)
+        self.answers: list[Any] = []
 
     def recv(self) -> Task:
         if not self.tasks:
@@ -95,8 +96,9 @@ def process() -> Iterator[None]:
 def served(run: bytes, *, device: torch.device = CPU, players: int = 1) -> tuple[Failure, Any]:
     """Plays rank 0 of two until it fails; returns the answer and the inbox of the last player."""
     task = Task(OverlapConfig(), 2, tuple(range(players)), (device,) * players, "gloo", steps=1, session=1)
-    pipe, inboxes = Pipe(task), [queue.Queue() for _ in range(players)]  # type: ignore[var-annotated]
-    serve(pipe, 0, inboxes, threading.Lock(), run, 1)  # type: ignore[arg-type]
+    pipe: Any = Pipe(task)
+    inboxes: list[Any] = [queue.Queue() for _ in range(players)]
+    serve(pipe, 0, inboxes, threading.Lock(), run, 1)
     ((succeeded, answer),) = pipe.answers
     assert not succeeded
     return answer, inboxes[-1]
@@ -141,9 +143,10 @@ def test_transfers_that_cannot_be_seen_are_refused() -> None:
 
 def test_the_memory_of_a_step_that_fails_is_counted_no_longer() -> None:
     model = FailsInStep2()
-    trainer = Trainer(accelerator="cpu", max_steps=4, callbacks=[memory := StepMemory(1)], **QUIET)  # type: ignore[arg-type]
+    trainer = Trainer(accelerator="cpu", max_steps=4, callbacks=[memory := StepMemory(1)], **QUIET)
     with pytest.raises(OSError, match="the disk is gone"):
         trainer.fit(model)
     assert memory.memory is None
     assert not dispatch_modes()
-    assert all(not parameter._post_accumulate_grad_hooks for parameter in model.parameters())  # type: ignore[attr-defined]
+    parameters: Any = model.parameters()
+    assert not any(parameter._post_accumulate_grad_hooks for parameter in parameters)
