@@ -71,6 +71,8 @@ class Setup:
 class OverlapMode:
     """One way to shard work, with the overlap that hides its communication. A mode overrides the methods that it needs.
 
+    The class has more than 20 methods, since it has one for each thing that the core asks of a mode.
+
     Args:
         config: the mode's settings.
         choices: the mode's decisions.
