@@ -7,6 +7,7 @@ machine whose speed drifts favours none of them.
 from __future__ import annotations
 
 import copy
+import gc
 import json
 import os
 import statistics
@@ -25,7 +26,7 @@ from lightning_overlap.bench.advice import advise
 from lightning_overlap.bench.on_paper import OnPaper, on_paper
 from lightning_overlap.bench.peers import Peer, find_peers, made_by_all
 from lightning_overlap.bench.rows import Row
-from lightning_overlap.bench.runs import Runs, without_checks
+from lightning_overlap.bench.runs import Runs, check_one_step, refuse_uncounted, without_checks
 from lightning_overlap.bench.skip import Skipped, skip_transfers
 from lightning_overlap.decision import ConfigError
 from lightning_overlap.profiling.callback import OverlapProfiler
@@ -159,6 +160,9 @@ class _Clock(Callback):
             self.memory = memory_in_use(trainer.strategy.root_device)
             self._stop()
 
+    def on_train_batch_end(self, trainer: Trainer, module: LightningModule, *_: Any) -> None:
+        check_one_step(self._step, trainer.global_step)
+
     def _stop(self) -> None:
         for mode in self._modes:
             if mode.timeline is not None:
@@ -224,6 +228,9 @@ def measure(
         warmup: steps before them.
         repeats: runs of each row.
         with_peers: measure the peers, too.
+
+    Raises:
+        ConfigError: the configuration cannot run, or its steps or transfers cannot be measured.
     """
     config = strategy.config
     timed = TimedRuns(Runs(model, datamodule, strategy, trainer), steps, warmup)
@@ -233,6 +240,7 @@ def measure(
     for repeat in range(repeats):
         overlapped = timed.runs.ours()
         rows["overlapped"].add(*timed.run(overlapped).figures)
+        refuse_uncounted(overlapped.modes)
         rows["plain"].add(*timed.run(timed.runs.ours(overlap="off")).figures)
         clock = timed.run(timed.runs.ours(**without_checks(config)), skip=True)
         rows["compute"].add(*clock.figures)
@@ -292,12 +300,13 @@ class _Peers:
             if name in self.refused:
                 continue
             try:
-                strategy, module = made_by_all(lambda: (make(), prepare(copy.deepcopy(self._model))))  # noqa: B023, it is called at once
-                figures = self._timed.run(strategy, module).figures
+                # No name here holds strategy and module, so that they are freed.
+                figures = self._timed.run(*made_by_all(lambda: (make(), prepare(copy.deepcopy(self._model))))).figures  # noqa: B023
                 self.rows.setdefault(name, Row(name)).add(*figures)
             except Exception as error:  # of any kind: the other figures are still worth printing
                 self.refused[name] = f"{name} is left out: {error}"
                 self.rows.pop(name, None)
+            gc.collect()  # what a run that has failed holds
 
 
 def _simulated(

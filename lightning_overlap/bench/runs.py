@@ -14,6 +14,8 @@ from lightning.pytorch.callbacks import BaseFinetuning, GradientAccumulationSche
 from lightning.pytorch.strategies import Strategy
 
 from lightning_overlap.config import OverlapConfig
+from lightning_overlap.decision import ConfigError
+from lightning_overlap.modes.base import OverlapMode
 from lightning_overlap.strategy.strategy import OverlapStrategy
 
 TRAINING = (BaseFinetuning, GradientAccumulationScheduler, StochasticWeightAveraging, WeightAveraging)
@@ -74,6 +76,33 @@ def training_arguments(trainer: dict[str, Any]) -> dict[str, Any]:
     given = trainer.get("callbacks") or []
     callbacks = [each for each in (given if isinstance(given, Sequence) else [given]) if _trains(each)]
     return {**{name: value for name, value in trainer.items() if name not in ("logger", "strategy")}, "callbacks": callbacks}
+
+
+def check_one_step(before: int, after: int) -> None:
+    """Checks that a batch makes no more than one optimizer step, since those who time steps go from batch to batch.
+
+    Args:
+        before: number of steps before the batch.
+        after: number of steps after it.
+
+    Raises:
+        ConfigError: it makes several, as manual optimization may.
+    """
+    if after > before + 1:
+        raise ConfigError(
+            f"a batch makes {after - before} optimizer steps, as manual optimization may, but bench, tune and plan --memory time "
+            "steps of one or more batches. Measure a fit with OverlapProfiler instead"
+        )
+
+
+def refuse_uncounted(modes: Sequence[OverlapMode]) -> None:
+    """Refuses modes that make transfers outside of their groups: no run can do without these, or rehearse them.
+
+    Raises:
+        ConfigError: one does.
+    """
+    if uncounted := next((reason for mode in modes if (reason := mode.uncounted_transfers)), ""):
+        raise ConfigError(f"bench, tune and plan --memory need to see all transfers, and {uncounted}. Set that for them")
 
 
 def without_checks(config: OverlapConfig) -> dict[str, Any]:

@@ -71,6 +71,8 @@ class Setup:
 class OverlapMode:
     """One way to shard work, with the overlap that hides its communication. A mode overrides the methods that it needs.
 
+    The class has more than 20 methods, since it has one for each thing that the core asks of a mode.
+
     Args:
         config: the mode's settings.
         choices: the mode's decisions.
@@ -115,6 +117,11 @@ class OverlapMode:
     @property
     def uncounted_products(self) -> str:
         """Why torch does not see some of the products of matrices that the mode runs; empty if it sees all."""
+        return ""
+
+    @property
+    def uncounted_transfers(self) -> str:
+        """Why some of the mode's transfers are no verbs of its groups, and with which setting all are; empty if all are."""
         return ""
 
     def refuse(self, model: nn.Module) -> None:

@@ -108,7 +108,7 @@ class OverlapProfiler(Callback):
             rank_zero_warn("OverlapProfiler measures nothing, because it records transfers of OverlapStrategy only")
         modes = self._modes = list(getattr(trainer.strategy, "modes", ()))
         groups = [group for mode in modes for group in mode.groups if group.size > 1]
-        self.summary = Summary(remarks={mode.name: mode.remark for mode in modes})
+        self.summary = Summary(remarks={mode.name: mode.uncounted_transfers or mode.remark for mode in modes})
         self._flops = StepFlops(self._flops_obstacle(trainer) if modes else "")
         self._current = -1
         self.steps.clear()

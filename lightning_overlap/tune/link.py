@@ -30,7 +30,12 @@ ROWS = 256
 
 
 def measure_links(
-    ranks_per_host: int, device: torch.device, timeout: timedelta, *, seconds: float = SECONDS
+    ranks_per_host: int,
+    device: torch.device,
+    timeout: timedelta,
+    given: tuple[Link | None, Link | None] = (None, None),
+    *,
+    seconds: float = SECONDS,
 ) -> tuple[Link | None, Link | None]:
     """Measures the link inside a host and that between hosts, while all ranks use it. Collective over the world; a few seconds.
 
@@ -38,18 +43,19 @@ def measure_links(
         ranks_per_host: ranks on each host; consecutive ranks share one.
         device: of this rank.
         timeout: how long a transfer may take.
+        given: the links inside a host and between hosts, the same on all ranks; None: it is measured.
         seconds: about the duration of a measured transfer.
 
     Returns:
-        The links inside a host and between hosts, the same on all ranks; None where there is no such link.
+        Both links, the same on all ranks; None where there is no such link and none was given.
     """
     ranks = range(world_size())
     local = [list(ranks[start : start + ranks_per_host]) for start in ranks[::ranks_per_host]]
     across = [list(ranks[number::ranks_per_host]) for number in range(ranks_per_host)]
     links: list[Link | None] = []
-    for sets, sharers in ((local, 1), (across, ranks_per_host)):
-        if len(sets[0]) == 1:
-            links.append(None)
+    for sets, sharers, link in ((local, 1, given[0]), (across, ranks_per_host, given[1])):
+        if link is not None or len(sets[0]) == 1:
+            links.append(link)
             continue
         group = make_group(sets, "link", timeout)
         links.append(_mean(_Probe(group, device, seconds).link(), sharers))

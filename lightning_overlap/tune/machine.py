@@ -68,16 +68,16 @@ def find_network(
     inter_host = parse_link(link) if link is not None else None
     intra_host = parse_link(inside_link) if inside_link is not None else None
     if machine.is_there:
-        measurement = _Measurement(machine.ranks_per_host, strategy.time_limit)
+        measurement = _Measurement(machine.ranks_per_host, strategy.time_limit, (intra_host, inter_host))
         places: dict[str, Any] = {
             name: trainer[name] for name in ("accelerator", "devices", "num_nodes", "plugins") if name in trainer
         }
         runs = Runs(_OneWeight(), None, strategy, places)
         plain = OverlapStrategy(process_group_backend=strategy.process_group_backend)
-        log_on_rank_zero("tune measures the links, then rehearses layouts")
+        log_on_rank_zero("tune connects the ranks and measures the links that are not given, then rehearses layouts")
         with only_warnings():
             runs.fit(plain, 1, measurement, train_dataloaders=DataLoader(torch.zeros(machine.ranks, 1)))  # type: ignore[arg-type]
-        intra_host, inter_host = intra_host or measurement.intra_host, inter_host or measurement.inter_host
+        intra_host, inter_host = measurement.links
     missing = [
         f"{option} {example} (the link {where})"
         for option, example, where, given, needed in (
@@ -97,15 +97,14 @@ def find_network(
 
 
 class _Measurement(Callback):
-    """Measures the links at the start of a fit, in which all ranks are connected."""
+    """Measures the links that are None at the start of a fit, in which all ranks are connected."""
 
-    def __init__(self, ranks_per_host: int, timeout: timedelta) -> None:
-        self.intra_host: Link | None = None
-        self.inter_host: Link | None = None
+    def __init__(self, ranks_per_host: int, timeout: timedelta, links: tuple[Link | None, Link | None]) -> None:
+        self.links = links
         self._ranks_per_host, self._timeout = ranks_per_host, timeout
 
     def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
-        self.intra_host, self.inter_host = measure_links(self._ranks_per_host, trainer.strategy.root_device, self._timeout)
+        self.links = measure_links(self._ranks_per_host, trainer.strategy.root_device, self._timeout, self.links)
 
 
 class _OneWeight(LightningModule):

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Collection, Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
-from torch.utils.hooks import RemovableHandle
 
 from lightning_overlap.model.trees import bytes_by_storage, storages
 from lightning_overlap.modes.base import OptimizerHolder
@@ -113,7 +113,7 @@ class StepMemory(Callback):
         self.memory: Memory | None = None
         self._step = step
         self._allocations: Allocations | None = None
-        self._hooks: list[RemovableHandle] = []
+        self._until_stopped = ExitStack()
         self._gradients: dict[int, tuple[int, int | None]] = {}
         """By the id of a gradient's storage, its bytes and its number in the allocations."""
         self._pooled = 0
@@ -125,12 +125,16 @@ class StepMemory(Callback):
         elif trainer.global_step == self._step + 1 and self._allocations is not None:
             self._stop(trainer, module)
 
+    def on_exception(self, trainer: Trainer, module: LightningModule, exception: BaseException) -> None:
+        self._until_stopped.close()  # the process may train again
+
     def _start(self, trainer: Trainer, module: LightningModule) -> None:
         self._allocations = Allocations()
         trained = [parameter for parameter in _parameters(module) if parameter.requires_grad and not parameter.is_meta]
-        self._hooks = [parameter.register_post_accumulate_grad_hook(self._see_gradient) for parameter in trained]
+        for parameter in trained:
+            self._until_stopped.callback(parameter.register_post_accumulate_grad_hook(self._see_gradient).remove)
         self._pooled = sum(group.pooled_bytes for group in _groups(trainer))
-        self._allocations.__enter__()
+        self._until_stopped.enter_context(self._allocations)
 
     def _see_gradient(self, parameter: Tensor) -> None:
         if self._allocations is None or parameter.grad is None:
@@ -140,9 +144,7 @@ class StepMemory(Callback):
 
     def _stop(self, trainer: Trainer, module: LightningModule) -> None:
         assert self._allocations is not None, "started one step before"
-        self._allocations.__exit__(None, None, None)
-        for hook in self._hooks:
-            hook.remove()
+        self._until_stopped.close()
         with WithoutSubclasses():  # the values of weights are not needed
             for parameter in _parameters(module):  # the gradients whose accumulation has no hook
                 self._see_gradient(parameter)

@@ -5,12 +5,13 @@ from __future__ import annotations
 import copy
 import inspect
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
 from lightning.pytorch import LightningDataModule, LightningModule
 
 from lightning_overlap.bench.measure import TimedRuns
+from lightning_overlap.bench.peers import made_by_all
 from lightning_overlap.bench.runs import Runs
 from lightning_overlap.messages import only_warnings
 from lightning_overlap.strategy.strategy import OverlapStrategy
@@ -19,6 +20,7 @@ from lightning_overlap.tune.machine import Machine
 from lightning_overlap.tune.rehearsal import Rehearsal
 from lightning_overlap.tune.rehearser import Rehearser
 
+Owner = TypeVar("Owner", LightningModule, LightningDataModule)
 STEPS, WARMUP = 4, 2
 """Of a measured run: timed steps, and steps before them."""
 REHEARSERS = 2
@@ -50,6 +52,15 @@ class Training:
         accumulate = self._trainer.get("accumulate_grad_batches") or 1
         return Batch(getattr(owner, "batch_size", None), data_ranks, accumulate)
 
+    def start(self, batch: Batch) -> None:
+        """Makes what rehearses the configured batch. Collective over the world.
+
+        Raises:
+            ConfigError: on every rank, if nothing can be rehearsed, since the training cannot be pickled.
+        """
+        configured = batch.of(batch.ranks)
+        self._rehearsers[configured] = made_by_all(lambda: self._rehearser(*configured))
+
     def rehearse(self, layout: Layout, machine: Machine) -> list[Rehearsal]:
         """Rehearses one rank of each pipeline stage.
 
@@ -61,8 +72,7 @@ class Training:
         if batch not in self._rehearsers:
             while len(self._rehearsers) >= REHEARSERS:
                 self._rehearsers.pop(next(iter(self._rehearsers))).close()
-            model, datamodule, trainer = self._with_batch(layout)
-            self._rehearsers[batch] = Rehearser(model, datamodule, self._strategy, trainer)
+            self._rehearsers[batch] = self._rehearser(*batch)
         return self._rehearsers[batch].rehearse(layout.config, machine.ranks)
 
     def close(self) -> None:
@@ -73,7 +83,7 @@ class Training:
 
     def runs(self, layout: Layout) -> Runs:
         """Returns runs of the training under a layout."""
-        model, datamodule, trainer = self._with_batch(layout)
+        model, datamodule, trainer = self._with_batch(layout.batch_size, layout.accumulate)
         strategy = OverlapStrategy(process_group_backend=self._strategy.process_group_backend)
         strategy.config = layout.config
         return Runs(model, datamodule, strategy, trainer)
@@ -101,6 +111,10 @@ class Training:
             recipe[section] = {arguments: {name: layout.batch_size}}
         return f"# {layout.name}\n{yaml.safe_dump(recipe, sort_keys=False)}"
 
+    def _rehearser(self, batch_size: int | None, accumulate: int) -> Rehearser:
+        model, datamodule, trainer = self._with_batch(batch_size, accumulate)
+        return Rehearser(model, datamodule, self._strategy, trainer)
+
     @property
     def _batch_setting(self) -> str | None:
         """The path of ``batch_size`` in the user's configuration; None if neither the data module nor the module has it."""
@@ -110,17 +124,28 @@ class Training:
                 return name
         return None
 
-    def _with_batch(self, layout: Layout) -> tuple[LightningModule, LightningDataModule | None, dict[str, Any]]:
-        """Returns module, data and arguments of Trainer with the layout's batch."""
+    def _with_batch(
+        self, batch_size: int | None, accumulate: int
+    ) -> tuple[LightningModule, LightningDataModule | None, dict[str, Any]]:
+        """Returns module, data and arguments of Trainer with a layout's batch."""
         model, datamodule = self._model, self._datamodule
-        if layout.batch_size is not None:
-            if self._batch_setting == OF_DATA:
-                datamodule = copy.copy(datamodule)
-                setattr(datamodule, "batch_size", layout.batch_size)  # noqa: B010  # an attribute of the user's class
+        if batch_size is not None:
+            if datamodule is not None and self._batch_setting == OF_DATA:
+                datamodule = _with_batch_size(datamodule, batch_size)
             else:
-                model = copy.copy(model)
-                setattr(model, "batch_size", layout.batch_size)  # noqa: B010
-        return model, datamodule, {**self._trainer, "accumulate_grad_batches": layout.accumulate}
+                model = _with_batch_size(model, batch_size)
+        return model, datamodule, {**self._trainer, "accumulate_grad_batches": accumulate}
+
+
+def _with_batch_size(owner: Owner, batch_size: int) -> Owner:
+    """Returns a shallow copy of a module or data module with another ``batch_size``, also in its hyperparameters."""
+    copied = copy.copy(owner)
+    setattr(copied, "batch_size", batch_size)  # noqa: B010  # an attribute of the user's class
+    if "batch_size" in owner.hparams:
+        hparams = copy.copy(owner.hparams)
+        hparams["batch_size"] = batch_size
+        vars(copied).update({name: hparams for name, value in vars(owner).items() if value is owner.hparams})
+    return copied
 
 
 def _plain(value: Any) -> Any:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import statistics
 import textwrap
 import time
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -164,11 +166,13 @@ def tune(
         measure: how many of the best are also measured.
 
     Raises:
-        ConfigError: no layout can run, or layouts are to be measured on ranks that are not there.
+        ConfigError: no layout can run, the training cannot be rehearsed, or layouts are to be measured on ranks that are not there.
     """
     if measure and not machine.is_there:
         raise ConfigError("--measure needs the ranks: without them, leave it out; or leave --devices out, and start the ranks")
-    space = Space(config, training.batch(resolve(config).degrees.data), machine.ranks_per_host, resolve)
+    batch = training.batch(resolve(config).degrees.data)
+    training.start(batch)
+    space = Space(config, batch, machine.ranks_per_host, resolve)
 
     def foresee(layout: Layout) -> Prediction | str:
         try:
@@ -191,11 +195,25 @@ def tune(
         ranked = search.run([config, space.data_only()], layouts)
     finally:
         training.close()
-    if not any(candidate.layout.is_allowed for candidate in ranked):
-        raise ConfigError(f"no layout can run: {'; '.join(search.refused)}")
     comparison = Comparison(machine, network, ranked, _notes(space, config), search.refused, search.untried)
-    fastest = [candidate.layout for candidate in ranked if candidate.figures.fits][:measure]
-    runs = [[training.measure(layout) for layout in fastest] for _ in range(REPEATS if fastest else 0)]
-    for layout, *times in zip(fastest, *runs, strict=True) if runs else ():
-        comparison.measured[layout.name] = statistics.median(times)
+    _measure(training, comparison, measure)
+    if not any(candidate.layout.is_allowed for candidate in comparison.ranked):
+        raise ConfigError(f"no layout can run: {'; '.join(comparison.refused)}")
     return comparison
+
+
+def _measure(training: Training, comparison: Comparison, number: int) -> None:
+    """Measures so many of the fastest layouts, interleaved. One that cannot run leaves the comparison. Collective over the world."""
+    fastest = [candidate for candidate in comparison.ranked if candidate.figures.fits][:number]
+    times: dict[str, list[float]] = defaultdict(list)
+    for _ in range(REPEATS):
+        for candidate in tuple(fastest):
+            name = candidate.layout.name
+            try:
+                times[name].append(training.measure(candidate.layout))
+            except ConfigError as error:  # the same on all ranks
+                comparison.refused[f"{name} fails where it is measured: {error}"] = 1
+                comparison.ranked.remove(candidate)
+                fastest.remove(candidate)
+            gc.collect()  # what a run that has failed holds
+    comparison.measured |= {candidate.layout.name: statistics.median(times[candidate.layout.name]) for candidate in fastest}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import pickle
 import statistics
@@ -17,7 +18,7 @@ import torch
 from lightning.fabric.plugins import ClusterEnvironment
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from lightning_overlap.bench.runs import Runs, without_checks
+from lightning_overlap.bench.runs import Runs, check_one_step, refuse_uncounted, without_checks
 from lightning_overlap.config import OverlapConfig
 from lightning_overlap.decision import ConfigError
 from lightning_overlap.ranks.announcements import TransferError
@@ -85,58 +86,57 @@ def serve(pipe: Connection, player: int, inboxes: Sequence[Inbox], turn: Turn, r
     torch.set_num_threads(threads)
     logging.disable(logging.WARNING)  # a fit announces itself, in each rehearsal
     warnings.simplefilter("ignore")
-    model, data, trainer = pickle.loads(run)
+    training: Any = None
     while True:
         try:
             task = pipe.recv()
         except EOFError:
             return
+        players = Players(task.ranks, task.world_size, player, inboxes, turn, task.session)
         try:
-            pipe.send((True, play(task, player, inboxes, turn, Runs(model, data, OverlapStrategy(), trainer))))
+            training = training or pickle.loads(run)
+            model, data, trainer = training
+            pipe.send((True, play(task, players, turn, Runs(model, data, OverlapStrategy(), trainer))))
         except Exception as error:
+            players.fail(error)
             kinds = isinstance(error, ConfigError), isinstance(error, TransferError)
             message = str(error) if kinds[0] else f"{type(error).__name__}: {error}"
             pipe.send((False, Failure(message, traceback.format_exc(), *kinds)))
+        gc.collect()  # what a run that has failed holds
 
 
-def play(task: Task, player: int, inboxes: Sequence[Inbox], turn: Turn, runs: Runs) -> Rehearsal:
+def play(task: Task, players: Players, turn: Turn, runs: Runs) -> Rehearsal:
     """Plays one rank.
 
     Args:
         task: the rehearsal.
-        player: as in :func:`serve`.
-        inboxes: as in :func:`serve`.
+        players: of which this process is one.
         turn: as in :func:`serve`.
         runs: of the user's module.
     """
     turn.acquire()
     try:
-        players = Players(task.ranks, task.world_size, player, inboxes, turn, task.session)
-        device = task.devices[player]
+        device = task.devices[players.player]
         if device.type == "cuda":
             torch.cuda.set_device(device)
         clock = DeviceClock() if device.type == "cuda" else Clock()
         world = RehearsedWorld(players, task.world_size, task.backend, clock)
-        rank, size = task.ranks[player], task.world_size
+        rank, size = task.ranks[players.player], task.world_size
         strategy = OverlapStrategy(cluster_environment=_RehearsedEnvironment(rank, size), process_group_backend=task.backend)
         strategy.config = replace(task.config, **without_checks(task.config))
         recorder, memory = StepEvents(world, task.steps), StepMemory(WARMUP - 1)
-        try:
-            with world.running():
-                runs.fit(
-                    strategy,
-                    WARMUP + task.steps,
-                    [memory, recorder],
-                    devices=[device.index] if device.type == "cuda" else 1,
-                    num_nodes=size,
-                )
-        except BaseException as error:
-            players.fail(error)
-            raise
+        with world.running():
+            runs.fit(
+                strategy,
+                WARMUP + task.steps,
+                [memory, recorder],
+                devices=[device.index] if device.type == "cuda" else 1,
+                num_nodes=size,
+            )
     finally:
         turn.release()
     assert memory.memory is not None, "the steps have been run"
-    return Rehearsal(rank, player, size, recorder.events(), memory.memory)
+    return Rehearsal(rank, players.player, size, recorder.events(), memory.memory)
 
 
 class _RehearsedEnvironment(ClusterEnvironment):
@@ -207,9 +207,12 @@ class StepEvents(Callback):
         self._windows: list[Window] = []
 
     def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
-        cast(OverlapStrategy, trainer.strategy).stop_comparing()
+        strategy = cast(OverlapStrategy, trainer.strategy)
+        refuse_uncounted(strategy.modes)
+        strategy.stop_comparing()
 
     def on_train_batch_end(self, trainer: Trainer, module: LightningModule, *_: Any) -> None:
+        check_one_step(self._done, trainer.global_step)
         if trainer.global_step == self._done:
             return  # another batch of the same accumulation window
         self._done = trainer.global_step
@@ -220,8 +223,6 @@ class StepEvents(Callback):
             clock.start()
         now = clock.now()
         if self._done > WARMUP:
-            if self._since is None:
-                raise ConfigError("a batch makes several optimizer steps, as with manual optimization: that cannot be rehearsed")
             starts = [*(event.start for event in events), now]
             ends = [self._since, *(event.end for event in events)]
             seconds = [clock.read(start) - clock.read(end) for end, start in zip(ends, starts, strict=True)]

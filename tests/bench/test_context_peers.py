@@ -20,9 +20,11 @@ from torch.nn import functional as F
 from examples.measure_attention import ORDERS, Case, Way, documents, run
 from lightning_overlap import ContextParallel, OverlapStrategy
 from lightning_overlap.bench.measure import measure
-from lightning_overlap.bench.peers.context import Ulysses, _RingAttention, peers
+from lightning_overlap.bench.peers.context import PeerAttention, Ulysses, _RingAttention, peers
 from lightning_overlap.bench.runs import Runs
 from lightning_overlap.modes.context.attention import ContextAttention
+from lightning_overlap.modes.context.deferred import DeferredValues
+from lightning_overlap.modes.context.layout import TokenLayout
 from lightning_overlap.modes.context.mask import Mask
 from tests.helpers.models import Transformer
 from tests.helpers.rank_threads import on_ranks
@@ -127,6 +129,25 @@ def test_torchs_backward_runs_inside_of_its_context():
         results.append([output, *torch.autograd.grad(output, given, grad)])
     torch.testing.assert_close(*results)
     assert len(inside) == 2
+
+
+class Alone(PeerAttention):
+    """A peer of one rank."""
+
+    order = "contiguous"
+
+    def compute(self, q, k, v, **options):
+        return _RingAttention.apply(q, k, v, lambda function: torch.enable_grad()(function)(), options)
+
+
+def test_values_that_a_model_of_transformers_gives_later_are_computed_first():
+    x, layer = torch.randn(1, 5, 16, requires_grad=True), torch.nn.Linear(16, 16)
+    q, k = torch.randn(2, 1, 2, 5, 8)
+    results = []
+    for v in (DeferredValues.of(x, layer.weight, layer.bias), layer(x)):
+        output = Alone()(q, k, v.view(1, 5, 2, 8).transpose(1, 2), Mask(5, causal=True), TokenLayout.contiguous(5, 1))
+        results.append([output, *torch.autograd.grad(output.square().sum(), [x, layer.weight])])
+    torch.testing.assert_close(*results)
 
 
 # -- attention alone ---------------------------------------------------------------------------------------------------

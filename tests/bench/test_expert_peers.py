@@ -10,9 +10,12 @@ from lightning.pytorch import LightningModule, Trainer, seed_everything
 from lightning.pytorch.plugins.environments import TorchElasticEnvironment
 from torch.utils.data import DataLoader, DistributedSampler
 
-from lightning_overlap import ConfigError
+from lightning_overlap import ConfigError, OverlapStrategy
+from lightning_overlap.bench.peers import find_peers
 from lightning_overlap.bench.peers.expert import peers
 from lightning_overlap.config import OverlapConfig
+from lightning_overlap.facts import Facts
+from lightning_overlap.plan import resolve
 from tests.helpers.sequences import BATCH, QUIET, Losses
 from tests.trainer.expert.fits import Hugging, batches, fit
 
@@ -39,6 +42,16 @@ def test_the_same_losses(world: Any) -> None:
     assert [each["experts"] for each in ranks] == [2, 2], "of four"
     losses = torch.tensor([each["losses"] for each in ranks]).mean(0)
     torch.testing.assert_close(losses, torch.tensor(expected["losses"]), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("other", ["tensor", "context"])
+def test_where_ranks_share_a_batch_it_would_train_on_another_one(other: str) -> None:
+    def found(**sizes: Any) -> bool:
+        config = OverlapStrategy(**sizes).config
+        return NAME in find_peers(resolve(config, Facts(world_size=2)), config, "gloo")
+
+    assert found(expert_parallel=2)
+    assert not found(**{f"{other}_parallel": 2}, expert_parallel=2)
 
 
 def test_a_model_of_another_library_is_left_out() -> None:

@@ -1,19 +1,23 @@
 import warnings
+from unittest import mock
 
 import pytest
 import torch
 import torch.distributed as dist
 from lightning.pytorch.plugins.environments import TorchElasticEnvironment
+from lightning.pytorch.strategies import SingleDeviceStrategy
 
 from lightning_overlap import ConfigError, DataParallel, OverlapConfig, OverlapStrategy
 from lightning_overlap.bench.advice import advise
-from lightning_overlap.bench.measure import Measured, _Clock, measure, ranking, record_steps, sweep
+from lightning_overlap.bench.measure import Measured, TimedRuns, _Clock, _Peers, measure, ranking, record_steps, sweep
 from lightning_overlap.bench.rows import Row
 from lightning_overlap.bench.runs import Runs
 from lightning_overlap.bench.skip import Skipped
+from lightning_overlap.modes.data.mode import DataMode
 from lightning_overlap.ranks.group import Group
 from tests.helpers.training import Net, train
 from tests.trainer.tensor.test_numbers import Net as TensorNet
+from tests.tune.test_worker import MADE, FailsInStep2, StepsTwice
 
 
 def bench():
@@ -45,6 +49,33 @@ def test_every_figure_is_measured(world):
         assert all(len(row["seconds"]) == 2 and min(row["seconds"]) > 0 for row in figures["rows"])
         assert figures["limit"] == max(figures["medians"]["compute"], figures["medians"]["communication"])
         assert "efficiency" in table
+
+
+def test_transfers_that_cannot_be_left_out_are_refused(world):
+    world(2).run(bench_by_post)
+
+
+def bench_by_post():
+    with (
+        mock.patch.object(DataMode, "uncounted_transfers", "data_parallel sends by post; by wire, all transfers are seen"),
+        pytest.raises(ConfigError, match="need to see all transfers, and data_parallel sends by post"),
+    ):
+        bench()
+
+
+def test_several_steps_a_batch_are_refused():
+    timed = TimedRuns(Runs(StepsTwice(), None, OverlapStrategy(), {"accelerator": "cpu"}), steps=2, warmup=1)
+    with pytest.raises(ConfigError, match="a batch makes 2 optimizer steps, as manual optimization may"):
+        timed.run(SingleDeviceStrategy("cpu"))
+
+
+def test_a_peer_that_has_failed_is_freed():
+    peers = _Peers(TimedRuns(Runs(Net(), None, OverlapStrategy(), {"accelerator": "cpu"}), steps=2, warmup=1), FailsInStep2())
+    peers.makers = {"one rank": (lambda: SingleDeviceStrategy("cpu"), lambda module: module)}
+    MADE.clear()
+    peers.measure()
+    assert peers.refused == {"one rank": "one rank is left out: the disk is gone"}
+    assert [reference() for reference in MADE] == [None]
 
 
 def test_the_table_says_what_may_not_be_trusted():

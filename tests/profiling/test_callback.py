@@ -10,6 +10,7 @@ import torch.distributed as dist
 from lightning.pytorch.loggers import CSVLogger
 
 from lightning_overlap import ConfigError, OverlapProfiler
+from lightning_overlap.modes.data.mode import DataMode
 from lightning_overlap.profiling.flops import FlopCount
 from lightning_overlap.ranks.gloo import ThreadedGlooEngine
 from lightning_overlap.ranks.world import make_group
@@ -61,6 +62,17 @@ def test_what_it_tells(world, tmp_path):
     assert 'src="http' not in page, "it opens without a network"
     events = json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
     assert {event["pid"] for event in events} == {0, 1}
+
+
+def remarks():
+    profiler = OverlapProfiler(every_n_steps=1)
+    with mock.patch.object(DataMode, "uncounted_transfers", "data_parallel sends by post"):
+        train(callbacks=[profiler], log_every_n_steps=2, **QUIET)
+    return profiler.summary.table()
+
+
+def test_the_table_says_which_transfers_it_lacks(world):
+    assert "data_parallel sends by post" in world(2).run(remarks)[0]
 
 
 def unprofiled():

@@ -5,10 +5,11 @@ from datetime import timedelta
 import torch
 
 from lightning_overlap.tune.link import measure_links
+from lightning_overlap.tune.network import Link
 
 
-def measured(ranks_per_host):
-    return measure_links(ranks_per_host, torch.device("cpu"), timedelta(minutes=1), seconds=0.01)
+def measured(ranks_per_host, given=(None, None)):
+    return measure_links(ranks_per_host, torch.device("cpu"), timedelta(minutes=1), given, seconds=0.01)
 
 
 def test_links_inside_and_between_hosts(world):
@@ -26,3 +27,14 @@ def test_links_inside_and_between_hosts(world):
     inside, between = world(4).run(measured, 2)[3]
     assert inside is not None
     assert between is not None
+
+
+def test_a_link_that_is_given_is_not_measured(world):
+    given = Link(1e6, 0.001)
+    for inside, between in world(4).run(measured, 2, (given, None)):
+        assert inside == given
+        assert between is not None
+        assert between != given
+    for inside, between in world(4).run(measured, 2, (None, given)):
+        assert inside is not None
+        assert between == given

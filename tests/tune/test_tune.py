@@ -1,16 +1,22 @@
 """The comparison of layouts with made-up rehearsals: the table, the best, and its configuration."""
 
+import threading
+from collections import Counter
+from dataclasses import replace
+
 import pytest
 import torch
+from lightning.pytorch import LightningModule
 
-from lightning_overlap import ConfigError, DataParallel, OverlapConfig, TensorParallel
+from lightning_overlap import ConfigError, DataParallel, OverlapConfig, OverlapStrategy, TensorParallel
 from lightning_overlap.facts import Facts
 from lightning_overlap.plan import resolve
-from lightning_overlap.tune.layouts import Batch
+from lightning_overlap.tune.layouts import Batch, Layout
 from lightning_overlap.tune.machine import Machine, memory_of_a_rank
 from lightning_overlap.tune.memory import Memory
 from lightning_overlap.tune.network import Link, Network
 from lightning_overlap.tune.rehearsal import Compute, Post, Rehearsal, Wait
+from lightning_overlap.tune.training import Training
 from lightning_overlap.tune.tune import tune
 
 MACHINE = Machine(4, 2, False, torch.device("cpu"), "gloo")
@@ -23,6 +29,9 @@ class MadeUp:
 
     def batch(self, data_ranks):
         return Batch(4, data_ranks, 1)
+
+    def start(self, batch):
+        pass
 
     def close(self):
         self.closed = True
@@ -37,11 +46,11 @@ class MadeUp:
         return [Rehearsal(0, 0, 4, events, Memory(GB * degrees.data, 0, 0, 0, 0, 0))]
 
 
-def tuned(config=None, memory=80 * GB, training=None, **options):
+def tuned(config=None, memory=80 * GB, training=None, machine=MACHINE, **options):
     def decide(config):
         return resolve(config, Facts(world_size=4, parameters=10_000_000))
 
-    return tune(training or MadeUp(), config or OverlapConfig(), decide, MACHINE, NETWORK, memory, **options)
+    return tune(training or MadeUp(), config or OverlapConfig(), decide, machine, NETWORK, memory, **options)
 
 
 def test_the_best_ten_and_the_references_have_a_reason():
@@ -107,6 +116,60 @@ def test_data_parallelism_alone_may_be_impossible():
 def test_any_error_of_a_rehearsal_is_told_to_all_ranks():
     with pytest.raises(ConfigError, match="no layout can run: cannot pickle a lock"):
         tuned(training=Broken(), seconds=0)
+
+
+class Net(LightningModule):
+    def __init__(self, batch_size=4):
+        super().__init__()
+        self.save_hyperparameters()
+        self.batch_size = batch_size
+
+
+class Locked(Net):
+    def __init__(self):
+        super().__init__()
+        self.lock = threading.Lock()
+
+
+def test_what_cannot_be_pickled_is_found_before_the_search():
+    with pytest.raises(ConfigError, match=r"^processes of their own rehearse the training"):
+        tuned(training=Training(Locked(), None, OverlapStrategy(), {}))
+
+
+def test_another_batch_is_also_that_of_the_hyperparameters():
+    model = Net()
+    config = OverlapConfig(tensor_parallel=TensorParallel(size=2))
+    layout = Layout(config, resolve(config, Facts(world_size=4)), batch_size=8, accumulate=1, is_allowed=True)
+    other = Training(model, None, OverlapStrategy(), {}).runs(layout).model
+    assert (other.batch_size, other.hparams.batch_size, other.hparams["batch_size"]) == (8, 8, 8)
+    assert (model.batch_size, model.hparams.batch_size) == (4, 4), "the user's module is left alone"
+
+
+class Measured(MadeUp):
+    """The layout that is measured first fails in its second run."""
+
+    def __init__(self):
+        self.runs = Counter()
+
+    def measure(self, layout):
+        self.runs[layout.name] += 1
+        if self.runs[layout.name] == 2 and layout.name == next(iter(self.runs)):
+            raise ConfigError("the sequence is odd")
+        return 1.0
+
+
+def test_a_measured_layout_that_fails_leaves_the_others():
+    there = replace(MACHINE, is_there=True)
+    training = Measured()
+    result = tuned(training=training, machine=there, layouts=20, measure=2)
+    (failed, runs), (measured, others) = training.runs.items()
+    assert (runs, others) == (2, 3)
+    assert f"{failed} fails where it is measured: the sequence is odd" in " ".join(result.table().split())
+    assert result.measured == {measured: 1.0}
+    assert result.best.name == measured
+    assert all(candidate.layout.name != failed for candidate in result.ranked)
+    with pytest.raises(ConfigError, match="no layout can run: tensor 2 x data 2 fails where it is measured: the sequence is odd"):
+        tuned(OverlapConfig(tensor_parallel=TensorParallel(size=2)), training=Measured(), machine=there, seconds=0, measure=1)
 
 
 def test_what_is_measured_decides():

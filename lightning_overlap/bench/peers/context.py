@@ -28,6 +28,7 @@ from lightning_overlap.modes import MODES
 from lightning_overlap.modes.base import Setup
 from lightning_overlap.modes.context import CONTEXT
 from lightning_overlap.modes.context.config import ContextChoices, ContextParallel
+from lightning_overlap.modes.context.deferred import completed
 from lightning_overlap.modes.context.layout import TokenLayout
 from lightning_overlap.modes.context.mask import Mask
 from lightning_overlap.modes.context.mode import ContextMode
@@ -46,6 +47,7 @@ class PeerAttention(ABC):
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, mask: Mask, layout: TokenLayout, options: AttentionOptions = PLAIN) -> Tensor:
         """See :class:`~lightning_overlap.modes.context.attention.ContextAttention`."""
+        q, k, v = map(completed, (q, k, v))
         lengths = {layout.count(rank) for rank in range(layout.size)}
         has_more = options.softcap is not None or options.sinks is not None
         if mask.has_tensors or mask.window is not None or has_more or len(lengths) > 1:

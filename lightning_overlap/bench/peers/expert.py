@@ -14,7 +14,9 @@ from lightning_overlap.decision import ConfigError
 
 
 def peers(config: OverlapConfig, ranks: int, backend: str) -> dict[str, Peer]:
-    """See :func:`lightning_overlap.bench.peers.find_peers`."""
+    """See :func:`lightning_overlap.bench.peers.find_peers`; none where some ranks share a batch, since FSDP2's ranks share none."""
+    if config.degrees(ranks).data < ranks:
+        return {}
 
     def strategy() -> ModelParallelStrategy:
         return ModelParallelStrategy(data_parallel_size=ranks, tensor_parallel_size=1, process_group_backend=backend)

@@ -74,6 +74,15 @@ class ExpertMode(PieceHolder):
     def forward_spans_samples(self) -> bool:
         return self.mesh.degrees.experts_span_samples or (self._balance is not None and self._balance.spans_samples)
 
+    @property
+    def uncounted_transfers(self) -> str:
+        if self.choices.dispatcher.value != "flex":
+            return ""
+        return (
+            "expert_parallel.dispatcher flex sends by kernels of DeepEP, of which only the host's waits are seen; with dispatcher: "
+            "alltoall, all transfers are seen"
+        )
+
     # -- set-up ------------------------------------------------------------------------------------------------------
 
     def refuse(self, model: nn.Module) -> None:

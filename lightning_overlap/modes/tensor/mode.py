@@ -75,6 +75,13 @@ class TensorMode(PieceHolder):
         backend = self.choices.backend.value
         return f"tensor_parallel.backend {backend} multiplies matrices in kernels of its own" if backend != "p2p" else ""
 
+    @property
+    def uncounted_transfers(self) -> str:
+        backend = self.choices.backend.value
+        if backend == "p2p":
+            return ""
+        return f"tensor_parallel.backend {backend} sends in kernels of its own, unseen; with backend: p2p, all transfers are seen"
+
     # -- set-up ------------------------------------------------------------------------------------------------------
 
     def refuse(self, model: nn.Module) -> None:

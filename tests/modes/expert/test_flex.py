@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from lightning_overlap import ConfigError, ExpertParallel
+from lightning_overlap.decision import Choice
 from lightning_overlap.facts import Facts
 from lightning_overlap.modes.expert import config, deep_ep
 from lightning_overlap.modes.expert.config import ExpertFacts, decide
@@ -17,6 +18,7 @@ from lightning_overlap.modes.expert.deep_ep import Buffers
 from lightning_overlap.modes.expert.flex import FlexDispatch
 from lightning_overlap.modes.expert.grouped import LocalExperts
 from lightning_overlap.modes.expert.layout import Layout
+from lightning_overlap.modes.expert.mode import ExpertMode
 from lightning_overlap.ranks.degrees import Degrees
 from tests.helpers.deep_ep import StandIn
 from tests.helpers.rank_threads import ThreadGroup, on_ranks
@@ -222,3 +224,10 @@ def test_training_is_that_of_one_process(world: Any, name: str, strategy: dict[s
     for each in ranks:
         assert "dispatcher flex flex" in each["plan"]
         assert each["calls"].count("combine") >= 5 * 2 * 2  # of five steps, two layers, forward and backward
+
+
+@pytest.mark.parametrize("dispatcher", ["alltoall", "allgather", "flex"])
+def test_transfers_of_deep_ep_are_said_to_be_unseen(dispatcher: str) -> None:
+    mode = SimpleNamespace(choices=SimpleNamespace(dispatcher=Choice(dispatcher, dispatcher, "")))
+    sentence = ExpertMode.uncounted_transfers.fget(mode)  # type: ignore[attr-defined]
+    assert sentence.startswith("expert_parallel.dispatcher flex sends by kernels of DeepEP") == (dispatcher == "flex")

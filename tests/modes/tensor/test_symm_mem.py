@@ -1,6 +1,7 @@
 """The fused backend's autograd, with torch's own fallbacks of the two operators, which run on gloo too."""
 
 from functools import partial
+from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -15,6 +16,7 @@ from lightning_overlap.decision import Choice
 from lightning_overlap.facts import Facts
 from lightning_overlap.modes.tensor import config, symm_mem
 from lightning_overlap.modes.tensor.gemm import Exchange
+from lightning_overlap.modes.tensor.mode import TensorMode
 from lightning_overlap.plan import resolve
 from lightning_overlap.ranks.group import Group
 from tests.helpers.sequences import compare
@@ -101,3 +103,10 @@ def test_torch_has_the_operators() -> None:
     fused = symm_mem.operators(mock.Mock())
     assert "group_name" in str(fused.all_gather_matmul.default._schema)
     assert "scatter_dim" in str(fused.matmul_reduce_scatter.default._schema)
+
+
+@pytest.mark.parametrize("backend", ["p2p", "symm_mem", "userbuffers"])
+def test_transfers_in_kernels_are_said_to_be_unseen(backend: str) -> None:
+    mode = SimpleNamespace(choices=SimpleNamespace(backend=Choice(backend, backend, "")))
+    sentence = TensorMode.uncounted_transfers.fget(mode)  # type: ignore[attr-defined]
+    assert sentence.startswith(f"tensor_parallel.backend {backend} sends in kernels of its own") == (backend != "p2p")
