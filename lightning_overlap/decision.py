@@ -61,7 +61,7 @@ def check_flags(section: str, settings: Any) -> None:
     """
     for field in fields(settings):
         value = getattr(settings, field.name)
-        if field.type == "bool" and type(value) is not bool:
+        if field.type in (bool, "bool") and type(value) is not bool:
             raise ConfigError(f"{section}.{field.name} must be true or false, got {value!r}")
 
 

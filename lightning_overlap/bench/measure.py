@@ -13,7 +13,7 @@ import os
 import statistics
 import time
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from itertools import chain
 from typing import Any
@@ -38,6 +38,7 @@ from lightning_overlap.ranks.world import all_gather_objects
 from lightning_overlap.strategy.strategy import OverlapStrategy
 from lightning_overlap.tables import as_text
 
+_Figures = tuple[float, int, dict[str, float] | None]
 RECORDED = 3
 """Steps of which the one of middle length is drawn."""
 
@@ -123,7 +124,7 @@ class _Clock(Callback):
         self._step = -1
 
     @property
-    def figures(self) -> tuple[float, int, dict[str, float] | None]:
+    def figures(self) -> _Figures:
         """The arguments of :meth:`Row.add`."""
         return self.seconds, self.memory, self.waits if self.logs else None
 
@@ -300,13 +301,15 @@ class _Peers:
             if name in self.refused:
                 continue
             try:
-                # No name here holds strategy and module, so that they are freed.
-                figures = self._timed.run(*made_by_all(lambda: (make(), prepare(copy.deepcopy(self._model))))).figures  # noqa: B023
-                self.rows.setdefault(name, Row(name)).add(*figures)
+                self.rows.setdefault(name, Row(name)).add(*self._figures(make, prepare))
             except Exception as error:  # of any kind: the other figures are still worth printing
                 self.refused[name] = f"{name} is left out: {error}"
                 self.rows.pop(name, None)
             gc.collect()  # what a run that has failed holds
+
+    def _figures(self, make: Callable[[], Strategy], prepare: Callable[[LightningModule], LightningModule]) -> _Figures:
+        strategy, module = made_by_all(lambda: (make(), prepare(copy.deepcopy(self._model))))
+        return self._timed.run(strategy, module).figures
 
 
 def _simulated(

@@ -170,6 +170,15 @@ def send_buffers():
     return sizes
 
 
+def test_a_descriptor_of_another_file_is_not_kept():
+    read, write = os.pipe()
+    before = os.listdir("/proc/self/fd")
+    assert _duplicate(read) is None
+    assert os.listdir("/proc/self/fd") == before
+    for end in (read, write):
+        os.close(end)
+
+
 def bounded_connections():
     """By kind of group, the number of its connections, and how many of them have small send buffers."""
     kinds = []

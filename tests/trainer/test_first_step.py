@@ -16,6 +16,8 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
 from lightning_overlap import ConfigError, OverlapStrategy, PipelineParallel, TensorParallel
+from lightning_overlap.steps.dropout import DROPOUTS
+from lightning_overlap.strategy.first_step import _without_dropout
 from tests.helpers import transformer
 from tests.helpers.sequences import train
 from tests.trainer.expert.fits import Hugging, batches
@@ -429,3 +431,13 @@ def test_a_rank_that_cannot_run_the_unsharded_model_holds_up_nobody(world: Any) 
     """Ranks sum up gradients of experts: all of them, or none."""
     said, _ = world(2).run(fit_with_little_memory)
     assert any("was not compared with the unsharded model: a rank has too little memory" in message for message in said)
+
+
+@pytest.mark.parametrize(("owner", "name"), DROPOUTS)
+def test_no_dropout_drops_anything(owner: Any, name: str) -> None:
+    x = torch.ones(2, 8, 4)
+    with _without_dropout():
+        kept = getattr(owner, name)(x, 0.5, True)
+    kept, mask = kept if isinstance(kept, tuple) else (kept, torch.ones(1, dtype=torch.bool))
+    assert torch.equal(kept, torch.ones(2, 8, 4))
+    assert mask.all()

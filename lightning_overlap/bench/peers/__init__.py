@@ -24,8 +24,8 @@ Peer = tuple[Callable[[], Strategy], Callable[[LightningModule], LightningModule
 def find_peers(plan: Plan, config: OverlapConfig, backend: str) -> dict[str, Peer]:
     """Returns the peers by name, if each mode that runs has all the ranks. Other mixtures of modes have none.
 
-    The function ``peers(config, ranks, backend)`` of the module with the mode's name makes them. Each trains on the same batch a step:
-    experts are spread over ranks of other modes, so it makes none where its own would not.
+    The function ``peers(config, ranks, backend)`` of the module with the mode's name makes them. Experts are spread over
+    ranks of other modes: their function makes none where its peer would train on another batch a step.
 
     Args:
         plan: of the measured run.

@@ -228,6 +228,6 @@ def test_training_is_that_of_one_process(world: Any, name: str, strategy: dict[s
 
 @pytest.mark.parametrize("dispatcher", ["alltoall", "allgather", "flex"])
 def test_transfers_of_deep_ep_are_said_to_be_unseen(dispatcher: str) -> None:
-    mode = SimpleNamespace(choices=SimpleNamespace(dispatcher=Choice(dispatcher, dispatcher, "")))
-    sentence = ExpertMode.uncounted_transfers.fget(mode)  # type: ignore[attr-defined]
-    assert sentence.startswith("expert_parallel.dispatcher flex sends by kernels of DeepEP") == (dispatcher == "flex")
+    mode: Any = object.__new__(ExpertMode)
+    mode.choices = SimpleNamespace(dispatcher=Choice(dispatcher, dispatcher, ""))
+    assert mode.uncounted_transfers.startswith("expert_parallel.dispatcher flex sends by kernels of DeepEP") == (dispatcher == "flex")

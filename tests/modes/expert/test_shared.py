@@ -26,7 +26,7 @@ SPECIAL = {
 
 
 @pytest.mark.parametrize("kind", ARCHITECTURES)
-def test_rehearsals(kind: str) -> None:
+def test_orders_of_calls(kind: str) -> None:
     model = build(kind)
     layer = find_experts(model, {}, 2)[1][0]
     order = order_of_calls(model, layer)
